@@ -1,0 +1,16 @@
+"""ComfyUI pack of the demo: lets the stock "Load Checkpoint" read the tiny model. It has no nodes."""
+
+from __future__ import annotations
+
+
+async def comfy_entrypoint():
+    from comfy_api.latest import ComfyExtension
+
+    from .tiny_config import register
+
+    class DemoExtension(ComfyExtension):
+        async def get_node_list(self):
+            return []
+
+    register()
+    return DemoExtension()

@@ -1,0 +1,58 @@
+"""Model-config class of the embedded tiny model for ComfyUI's stock checkpoint loader."""
+
+from __future__ import annotations
+
+import comfy.supported_models
+from comfy import sd1_clip
+from comfy.model_base import ModelType
+from comfy.supported_models_base import ClipTarget
+
+from .shapes import CLIP_CONFIG, CONTEXT_DIM, UNET_CONFIG
+
+
+class TinyTokenizer(sd1_clip.SD1Tokenizer):
+    """CLIP's tokens for a text encoder of the tiny width."""
+
+    def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
+        data = {"clip_l_tokenizer_class": _TinySDTokenizer} | (tokenizer_data or {})
+        super().__init__(embedding_directory=embedding_directory, tokenizer_data=data)
+
+
+class _TinySDTokenizer(sd1_clip.SDTokenizer):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{**kwargs, "embedding_size": CONTEXT_DIM})
+
+
+class _TinyClip(sd1_clip.SDClipModel):
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{**kwargs, "textmodel_json_config": CLIP_CONFIG})
+
+
+class TinyTextEncoder(sd1_clip.SD1ClipModel):
+    def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
+        super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=_TinyClip)
+
+
+class TinySD(comfy.supported_models.SD15):
+    """SD1.5's layout at a tenth of its width, v-prediction."""
+
+    unet_config = {
+        "context_dim": CONTEXT_DIM,
+        "model_channels": UNET_CONFIG["model_channels"],
+        "use_linear_in_transformer": False,
+        "adm_in_channels": None,
+        "use_temporal_attention": False,
+    }
+    unet_extra_config = {"num_heads": -1, "num_head_channels": UNET_CONFIG["num_head_channels"]}
+
+    def model_type(self, state_dict, prefix=""):
+        return ModelType.V_PREDICTION
+
+    def clip_target(self, state_dict=None):
+        return ClipTarget(TinyTokenizer, TinyTextEncoder)
+
+
+def register() -> None:
+    """Let the stock loader recognise the tiny model."""
+    if TinySD not in comfy.supported_models.models:
+        comfy.supported_models.models.append(TinySD)

@@ -1,0 +1,75 @@
+"""Cross-attention scores and weighted accumulated self-attention (WAS) from captured queries and keys."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812  the field's name for it
+from torch import Tensor
+
+from .denoiser import Attention
+
+
+def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resize of [B, C, h, w]."""
+    return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def cross_scores(attention: Attention, count: int) -> Tensor:
+    """Scores Q K^T / sqrt(d) of the first ``count`` tokens, mean over heads: [B, count, h, w] (paper eq. 1).
+
+    The mean over heads of per-head products is the product over all channels divided by the number of heads.
+    """
+    query, key = attention.query.float(), attention.key[:, :count].float()
+    scores = query @ key.transpose(1, 2) * _score_factor(attention)
+    return scores.transpose(1, 2).unflatten(2, (attention.height, attention.width))
+
+
+def score_features(attention: Attention, key_projection: Tensor) -> Tensor:
+    """Linear feature map phi with score_k = phi . e_k for any embedding row e_k: [B, D, h, w].
+
+    Args:
+        attention: a captured cross-attention layer.
+        key_projection: the layer's W_K^T, [D, heads*d].
+    """
+    features = attention.query.float() @ key_projection.float().T * _score_factor(attention)
+    return features.transpose(1, 2).unflatten(2, (attention.height, attention.width))
+
+
+def _score_factor(attention: Attention) -> float:
+    head_dim = attention.query.shape[-1] // attention.heads
+    return head_dim**-0.5 / attention.heads
+
+
+def propagate(attention: Attention, maps: Tensor) -> Tensor:
+    """WAS of one layer: A w for every map, A the self-attention averaged over heads (paper eq. 3).
+
+    It is ordinary scaled-dot-product attention with the maps as values, so no N x N tensor is formed. The values are
+    padded with zeros to the head's width, or cut into groups of it, as the fused kernels want them.
+
+    Args:
+        attention: a captured self-attention layer, N = h*w.
+        maps: [B, K, h', w'], resized to the layer's h x w first.
+
+    Returns:
+        [B, K, h, w].
+    """
+    heads = attention.heads
+    query, key = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (attention.query, attention.key))
+    head_dim = query.shape[-1]
+    values = resize_maps(maps, (attention.height, attention.width)).flatten(2).transpose(1, 2).to(query.dtype)
+    groups = []
+    for group in values.split(head_dim, dim=-1):
+        padded = F.pad(group, (0, head_dim - group.shape[-1]))[:, None].expand(-1, heads, -1, -1)
+        out = F.scaled_dot_product_attention(query, key, padded)[..., : group.shape[-1]]
+        groups.append(out.float().mean(1))
+    return torch.cat(groups, -1).transpose(1, 2).unflatten(2, (attention.height, attention.width))
+
+
+def was_maps(attentions: Sequence[Attention], maps: Tensor, order: int = 1) -> Tensor:
+    """Mean over layers of :func:`propagate`, applied ``order`` times: [B, K, h, w] -> the same shape."""
+    size = (maps.shape[-2], maps.shape[-1])
+    for _ in range(order if attentions else 0):
+        maps = torch.stack([resize_maps(propagate(attention, maps), size) for attention in attentions]).mean(0)
+    return maps

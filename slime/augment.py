@@ -1,0 +1,99 @@
+"""Seeded augmented views of an example: crop, flip, rotation, blur (paper, section 4)."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .examples import IGNORE, Example
+from .settings import TrainSettings
+
+MULTIPLE = 64  # the UNet halves the latent, an eighth of the image, three times
+
+
+def working_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """Height and width, multiples of 64, with about side * side pixels and the image's aspect (at most 1:4)."""
+    aspect = min(max(width / height, 0.25), 4.0)
+    h = max(MULTIPLE, round(side / math.sqrt(aspect) / MULTIPLE) * MULTIPLE)
+    w = max(MULTIPLE, round(side * math.sqrt(aspect) / MULTIPLE) * MULTIPLE)
+    return h, w
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """[B, H, W, 3] -> [B, h, w, 3], antialiased bilinear."""
+    if (image.shape[1], image.shape[2]) == tuple(size):
+        return image
+    moved = F.interpolate(image.movedim(-1, 1), size=size, mode="bilinear", antialias=True, align_corners=False)
+    return moved.movedim(1, -1).clamp(0, 1)
+
+
+def soft_labels(labels: Tensor, count: int, size: tuple[int, int]) -> Tensor:
+    """Label map [H, W] -> area-averaged one-hot maps [count, h, w]; ignored pixels take from the sum, which is <= 1."""
+    one_hot = torch.stack([(labels == k) for k in range(count)]).float()
+    return F.adaptive_avg_pool2d(one_hot, size)
+
+
+def flip_allowed(settings: TrainSettings, names: Sequence[str]) -> bool:
+    if settings.flip is not None:
+        return settings.flip
+    return not any(re.search(r"\b(left|right)\b", name, re.IGNORECASE) for name in names)
+
+
+def augmented_view(
+    example: Example, settings: TrainSettings, rng: random.Random, size: tuple[int, int], grid: tuple[int, int]
+) -> tuple[Tensor, Tensor]:
+    """One random view.
+
+    Returns:
+        Image [h, w, 3] of ``size`` and label maps [K + 1, *grid]: soft, or one-hot by the nearest pixel.
+    """
+    height, width = example.labels.shape
+    share = rng.uniform(settings.crop, 1.0)
+    crop_h, crop_w = max(1, round(height * share)), max(1, round(width * share))
+    top, left = rng.randint(0, height - crop_h), rng.randint(0, width - crop_w)
+    image = example.image[top : top + crop_h, left : left + crop_w]
+    labels = example.labels[top : top + crop_h, left : left + crop_w]
+    if flip_allowed(settings, example.names) and rng.random() < 0.5:
+        image, labels = image.flip(1), labels.flip(1)
+    image = resize_image(image[None], size)[0]
+    angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
+    if angle:
+        image, labels = rotate(image, labels, angle)
+    if rng.random() < settings.blur:
+        image = gaussian_blur(image, rng.uniform(0.3, 1.5) * min(size) / 512)
+    classes = len(example.names) + 1
+    if settings.soft_labels:
+        return image, soft_labels(labels, classes, grid)
+    nearest = F.interpolate(labels[None, None].float(), size=grid, mode="nearest")[0, 0].long()
+    return image, torch.stack([(nearest == k) for k in range(classes)]).float()
+
+
+def rotate(image: Tensor, labels: Tensor, angle: float) -> tuple[Tensor, Tensor]:
+    """Rotate image [h, w, 3] and labels [H, W] about their centres by ``angle`` radians; corners mirror the inside."""
+
+    def turn(x: Tensor, mode: str) -> Tensor:
+        h, w = x.shape[-2:]
+        c, s = math.cos(angle), math.sin(angle)
+        theta = torch.tensor([[[c, -s * h / w, 0.0], [s * w / h, c, 0.0]]])
+        where = F.affine_grid(theta, [1, 1, h, w], align_corners=False)
+        return F.grid_sample(x[None], where, mode=mode, padding_mode="reflection", align_corners=False)[0]
+
+    turned = turn(labels[None].float(), "nearest")[0].long().clamp(0, IGNORE)
+    return turn(image.movedim(-1, 0), "bilinear").movedim(0, -1).clamp(0, 1), turned
+
+
+def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
+    """[h, w, 3] blurred by a Gaussian of ``sigma`` pixels."""
+    radius = max(1, math.ceil(3 * sigma))
+    offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
+    kernel = torch.exp(-0.5 * (offsets / max(sigma, 1e-3)) ** 2)
+    kernel = (kernel / kernel.sum()).expand(3, 1, -1)
+    x = F.pad(image.movedim(-1, 0)[None], [radius] * 4, mode="replicate")
+    x = F.conv2d(x, kernel[..., None, :], groups=3)
+    return F.conv2d(x, kernel[..., :, None], groups=3)[0].movedim(0, -1)

@@ -1,0 +1,1 @@
+"""Diffusion hosts other than ComfyUI, one file each."""

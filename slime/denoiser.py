@@ -1,0 +1,101 @@
+"""What the method needs from a diffusion model, and the record of attention it fills."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .layers import AttentionLayer, Family, LayerChoice, LayerKey
+
+
+@dataclass(frozen=True)
+class Context:
+    """Text conditioning: ``rows`` [T, D] and, for SDXL, ``pooled`` [P]."""
+
+    rows: Tensor
+    pooled: Tensor | None = None
+
+
+class Attention(NamedTuple):
+    """Inputs of one attention layer: ``query`` [B, N, heads*d], ``key`` [B, T, heads*d], N = height*width."""
+
+    query: Tensor
+    key: Tensor
+    heads: int
+    height: int
+    width: int
+
+
+class Capture:
+    """The attention inputs of chosen layers during one UNet pass.
+
+    A denoiser calls :meth:`record` for every layer named in ``choice``; with gradient checkpointing it may do so twice,
+    the second record replaces an equal first one.
+    """
+
+    def __init__(self, choice: LayerChoice, stop_early: bool = False) -> None:
+        self.choice = choice
+        self.stop_early = stop_early
+        self.cross: dict[LayerKey, Attention] = {}
+        self.self_: dict[LayerKey, Attention] = {}
+
+    def record(self, kind: str, key: LayerKey, attention: Attention) -> None:
+        """Store one layer's inputs, ``kind`` "cross" or "self"; ends the pass when the last wanted layer has come."""
+        (self.cross if kind == "cross" else self.self_)[key] = attention
+        if self.stop_early and len(self.cross) == len(self.choice.cross) and len(self.self_) == len(self.choice.self_):
+            raise CaptureComplete
+
+
+class CaptureComplete(Exception):  # noqa: N818  a signal, not an error
+    """Ends a UNet pass whose remaining layers nobody reads."""
+
+
+class Denoiser(Protocol):
+    """A Stable Diffusion UNet with its VAE and text encoder.
+
+    Latents are in the UNet's scale (after the VAE's factor). ``predict_noise`` gives eps whatever the UNet predicts.
+    """
+
+    family: Family
+    prediction: str
+    device: torch.device
+    layers: Sequence[AttentionLayer]
+    alphas_cumprod: Tensor
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """[B, H, W, 3] in [0, 1], H and W multiples of 8 -> latents [B, C, H/8, W/8], float32."""
+        ...
+
+    def encode_prompt(self, prompt: str) -> Context:
+        """Text -> context; raises SlimeError where no text encoder is at hand."""
+        ...
+
+    def predict_noise(
+        self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None, image_size: tuple[int, int]
+    ) -> Tensor | None:
+        """eps [B, C, h, w] for latents noised to ``timestep``; None when ``capture`` ended the pass early.
+
+        ``image_size`` (height, width) in pixels conditions SDXL.
+        """
+        ...
+
+    def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
+        """Lend the weights to autograd (frozen): gradients flow through ``predict_noise`` to the context."""
+        ...
+
+
+def add_noise(denoiser: Denoiser, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
+    """sqrt(abar_t) z + sqrt(1 - abar_t) eps (DDPM's forward process)."""
+    abar = denoiser.alphas_cumprod[timestep].to(latents)
+    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+
+
+def seeded_noise(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
+    """Gaussian noise that depends on the seed alone, not on the device; one draw serves every image of a batch."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn((1, *shape[1:]), generator=generator).to(device).expand(tuple(shape))

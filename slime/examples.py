@@ -1,0 +1,175 @@
+"""Examples: an image with an integer label map and the names of its parts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import SlimeError
+
+logger = logging.getLogger(__name__)
+
+BACKGROUND = "background"
+MAX_PARTS = 76  # a text context has 77 rows, the first stands for the background
+IGNORE = 255  # label of pixels that neither teach nor count
+MIN_SIDE = 16
+
+
+def check_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Part names, stripped; raises SlimeError for none, empty, duplicate, too many, or "background"."""
+    cleaned = tuple(name.strip() for name in names)
+    if not cleaned:
+        raise SlimeError('No part names given; write at least one, for example "wheel, window".')
+    if any(not name for name in cleaned):
+        raise SlimeError(f"Part {cleaned.index('') + 1} of {len(cleaned)} has an empty name; names are separated by commas.")
+    duplicates = sorted({name for name in cleaned if cleaned.count(name) > 1})
+    if duplicates:
+        raise SlimeError(f"Part names must differ; given more than once: {', '.join(duplicates)}.")
+    if BACKGROUND in (name.lower() for name in cleaned):
+        raise SlimeError('"background" is not a part: it is everything without a mask. Remove it from the names.')
+    if len(cleaned) > MAX_PARTS:
+        raise SlimeError(f"{len(cleaned)} parts given; at most {MAX_PARTS} fit in one set of embeddings.")
+    return cleaned
+
+
+def check_image(image: Tensor) -> Tensor:
+    """An image as float32 [H, W, 3] on the CPU; alpha is dropped, grey is repeated.
+
+    Raises:
+        SlimeError: wrong shape, too small, NaN or infinite pixels, or values far outside [0, 1].
+    """
+    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+        raise SlimeError(f"An image must be [H, W, 3]; got {list(image.shape)}.")
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise SlimeError(f"The image is {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed.")
+    image = image.detach().to("cpu", torch.float32)
+    image = image.expand(-1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
+    if not torch.isfinite(image).all():
+        bad = int((~torch.isfinite(image)).sum())
+        raise SlimeError(f"The image holds {bad} NaN or infinite values; look for the node that made them.")
+    low, high = float(image.min()), float(image.max())
+    if low < -0.1 or high > 1.1:
+        raise SlimeError(f"Image values must lie in [0, 1]; got {low:.2f} to {high:.2f}.")
+    return image.clamp(0, 1).clone()
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled image.
+
+    Attributes:
+        image: float32 [H, W, 3] in [0, 1], CPU.
+        labels: int64 [H, W]; 0 background, k the part ``names[k - 1]``, 255 ignored.
+        names: part names.
+    """
+
+    image: Tensor
+    labels: Tensor
+    names: tuple[str, ...]
+
+    @classmethod
+    def from_label_map(cls, image: Tensor, labels: Tensor, names: Sequence[str]) -> Example:
+        """From an integer label map [H, W] of the image's size.
+
+        Raises:
+            SlimeError: for bad names or images, another size, labels out of range, or a map without any part.
+        """
+        names = check_names(names)
+        image = check_image(image)
+        labels = labels.detach().to("cpu", torch.int64).clone()
+        if labels.shape != image.shape[:2]:
+            raise SlimeError(
+                f"The label map is {_size(labels)} but the image is {_size(image)}; they must have the same size."
+            )
+        present = set(labels.unique().tolist()) - {0, IGNORE}
+        unknown = sorted(label for label in present if not 1 <= label <= len(names))
+        if unknown:
+            raise SlimeError(f"Labels {unknown} have no name; {len(names)} parts are named: {', '.join(names)}.")
+        if not present:
+            raise SlimeError("The mask is empty: no pixel belongs to any part. Paint a mask, or connect another one.")
+        return cls(image, labels, names)
+
+    @classmethod
+    def from_masks(cls, image: Tensor, masks: Mapping[str, Tensor]) -> Example:
+        """From one mask [H, W] a part, inside where above 0.5; where masks overlap the later one wins.
+
+        Raises:
+            SlimeError: for bad names or images, masks of another size, and empty masks, naming the part.
+        """
+        names = check_names(list(masks))
+        image = check_image(image)
+        labels = torch.zeros(image.shape[:2], dtype=torch.int64)
+        for index, (name, mask) in enumerate(zip(names, masks.values(), strict=True), start=1):
+            if mask.shape != image.shape[:2]:
+                raise SlimeError(
+                    f'The mask of "{name}" is {_size(mask)} but the image is {_size(image)}; they must have the same '
+                    "size. A Load Image node gives a 64x64 mask when nothing was painted."
+                )
+            inside = mask.detach().to("cpu", torch.float32) > 0.5
+            if not inside.any():
+                raise SlimeError(f'The mask of "{name}" is empty. Paint the part, or remove its name.')
+            overlap = int((inside & (labels > 0)).sum())
+            if overlap:
+                logger.warning('SLiMe: %d pixels of "%s" were masked before; the later part keeps them.', overlap, name)
+            labels[inside] = index
+        missing = [name for index, name in enumerate(names, start=1) if not (labels == index).any()]
+        if missing:
+            raise SlimeError(f"Later masks cover {', '.join(missing)} completely; change the order of the masks.")
+        return cls(image, labels, names)
+
+    @classmethod
+    def from_colors(cls, image: Tensor, colored: Tensor, colors: Mapping[str, tuple[int, int, int]]) -> Example:
+        """From a picture [H, W, 3] in [0, 1] that paints each part in its own colour (0..255); other colours are
+        background. A pixel belongs to the nearest colour within 10 levels a channel.
+
+        Raises:
+            SlimeError: as :meth:`from_label_map`, and when a named colour does not occur.
+        """
+        names = check_names(list(colors))
+        levels = (check_image(colored) * 255).round()
+        labels = torch.zeros(levels.shape[:2], dtype=torch.int64)
+        best = torch.full(levels.shape[:2], 10.5)
+        for index, color in enumerate(colors.values(), start=1):
+            distance = (levels - torch.tensor(color, dtype=torch.float32)).abs().amax(-1)
+            nearer = distance < best
+            labels[nearer], best[nearer] = index, distance[nearer]
+        missing = [n for i, n in enumerate(names, start=1) if not (labels == i).any()]
+        if missing:
+            raise SlimeError(f"No pixel has the colour of: {', '.join(missing)}. Check the colours of the label image.")
+        return cls.from_label_map(image, labels, names)
+
+
+def merge_examples(previous: Sequence[Example], new: Example) -> tuple[Example, ...]:
+    """Chain examples: the same image again adds parts to it, another image is a further shot.
+
+    All examples get the union of the names, in order of first appearance.
+    """
+    names = list(dict.fromkeys([*(name for example in previous for name in example.names), *new.names]))
+    check_names(names)
+    merged = [_rename(example, names) for example in previous]
+    new = _rename(new, names)
+    for index, example in enumerate(merged):
+        if example.image.shape == new.image.shape and torch.equal(example.image, new.image):
+            overlap = int(((new.labels > 0) & (example.labels > 0)).sum())
+            if overlap:
+                logger.warning("SLiMe: %d pixels were labelled before; the later example keeps them.", overlap)
+            labels = torch.where(new.labels > 0, new.labels, example.labels)
+            merged[index] = Example(example.image, labels, new.names)
+            return tuple(merged)
+    return (*merged, new)
+
+
+def _rename(example: Example, names: Sequence[str]) -> Example:
+    table = torch.arange(IGNORE + 1)
+    for index, name in enumerate(example.names, start=1):
+        table[index] = names.index(name) + 1
+    return Example(example.image, table[example.labels], tuple(names))
+
+
+def _size(tensor: Tensor) -> str:
+    return f"{tensor.shape[1]}x{tensor.shape[0]}" if tensor.ndim >= 2 else str(list(tensor.shape))

@@ -1,0 +1,88 @@
+"""Features of an image: one UNet pass gives everything the read-out needs, for any set of rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention import score_features
+from .denoiser import Attention, Capture, Context, Denoiser, add_noise, seeded_noise
+from .errors import SlimeError
+from .layers import LayerChoice, LayerKey
+
+PROBE_LATENT = 8  # side of the smallest latent that three halvings accept
+
+
+@dataclass(frozen=True)
+class Features:
+    """Attention features of a batch of images.
+
+    Attributes:
+        scores: one [B, D, h, w] for every resolution of the chosen cross-attention layers, coarse to fine; the score of
+            embedding row e is the sum over resolutions of (features . e), brought to one size.
+        self_attention: captured self-attention layers.
+        grid: height and width of the part maps read from these features: the finest captured layer's.
+    """
+
+    scores: tuple[Tensor, ...]
+    self_attention: tuple[Attention, ...]
+    grid: tuple[int, int]
+
+
+@torch.no_grad()
+def key_projections(denoiser: Denoiser, choice: LayerChoice, pooled: Tensor | None = None) -> dict[LayerKey, Tensor]:
+    """W_K^T [D, heads*d] of every chosen cross-attention layer.
+
+    A key projection has no bias, so the keys of the identity matrix are the projection itself. Going through the
+    model's own layers includes LoRA, quantised and offloaded weights. Costs one pass over an 8x8 latent; ``pooled`` is
+    SDXL's, of any prompt.
+    """
+    probe = Capture(LayerChoice(choice.cross, ()), stop_early=True)
+    latent = torch.zeros(1, 4, PROBE_LATENT, PROBE_LATENT, device=denoiser.device)
+    context = Context(torch.eye(denoiser.family.context_dim), pooled)
+    denoiser.predict_noise(latent, 0, context, probe, (PROBE_LATENT * 8, PROBE_LATENT * 8))
+    return {key: attention.key[0] for key, attention in probe.cross.items()}
+
+
+@torch.no_grad()
+def extract_features(
+    denoiser: Denoiser,
+    latents: Tensor,
+    context: Context,
+    choice: LayerChoice,
+    timestep: int,
+    seed: int,
+    image_size: tuple[int, int],
+    projections: Mapping[LayerKey, Tensor] | None = None,
+) -> Features:
+    """Noise latents [B, C, h, w] to ``timestep``, run the UNet once and keep what the read-out needs.
+
+    ``projections`` saves :func:`key_projections` when many batches are run.
+
+    Raises:
+        SlimeError: the UNet gave NaN or infinite values (half precision that overflows).
+    """
+    projections = key_projections(denoiser, choice, context.pooled) if projections is None else projections
+    noise = seeded_noise(latents.shape, seed, latents.device)
+    capture = Capture(choice, stop_early=True)
+    denoiser.predict_noise(add_noise(denoiser, latents, noise, timestep), timestep, context, capture, image_size)
+    return collect_features(capture, projections)
+
+
+def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor]) -> Features:
+    """Turn a finished capture into features, summing layers of equal resolution."""
+    by_size: dict[tuple[int, int], Tensor] = {}
+    count = len(capture.choice.cross)
+    for key in capture.choice.cross:
+        attention = capture.cross[key]
+        size = (attention.height, attention.width)
+        features = score_features(attention, projections[key]) / count
+        by_size[size] = by_size[size] + features if size in by_size else features
+    self_attention = tuple(capture.self_[key] for key in capture.choice.self_)
+    sizes = [*by_size, *((a.height, a.width) for a in self_attention)]
+    if not all(bool(torch.isfinite(features).all()) for features in by_size.values()):
+        raise SlimeError("The UNet returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")
+    return Features(tuple(by_size[size] for size in sorted(by_size)), self_attention, max(sizes))

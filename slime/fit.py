@@ -1,0 +1,120 @@
+"""The instant trainer: rows from cached features, a convex problem without the UNet."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .attention import resize_maps
+from .losses import class_weights, weighted_cross_entropy
+
+SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
+
+
+OnEvaluation = Callable[[int, dict[str, float], Callable[[], Tensor], Tensor], None]
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """rows [G, P, D]; losses of the evaluations, in order."""
+
+    rows: Tensor
+    losses: list[float]
+
+
+def whitening(maps: Tensor) -> Tensor:
+    """[D, D] symmetric matrix that gives features [B, D, h, w] about unit variance in every direction."""
+    flat = maps.movedim(1, -1).reshape(-1, maps.shape[1])
+    centred = flat - flat.mean(0)
+    covariance = centred.T @ centred / len(flat)
+    values, vectors = torch.linalg.eigh(covariance.double())
+    floor = SHRINKAGE * values.clamp(min=0).mean() + 1e-12
+    return (vectors * (values.clamp(min=0) + floor).rsqrt() @ vectors.T).to(maps.dtype)
+
+
+def fit_rows(
+    scores: Sequence[Tensor],
+    labels: Tensor,
+    background: Tensor,
+    *,
+    steps: int,
+    l2: float,
+    weight_exponent: float = 1.0,
+    separate_rows: bool = True,
+    start: Tensor | None = None,
+    on_step: OnEvaluation | None = None,
+) -> FitResult:
+    """Minimise the class-weighted cross-entropy of the part scores plus L2, by L-BFGS with line search.
+
+    The scores are linear in the rows (see :class:`slime.features.Features`), so this is multinomial logistic
+    regression. A row is the frozen background row plus an offset; the offsets are optimised in whitened coordinates,
+    where one step size and one L2 weight suit every direction.
+
+    Args:
+        scores: one [V, D, h, w] for every resolution, of V views.
+        labels: soft labels [V, K, H, W].
+        background: [D].
+        steps: largest number of L-BFGS iterations.
+        l2: weight of the mean squared offset.
+        weight_exponent: see :func:`slime.losses.class_weights`.
+        separate_rows: one row a part and resolution, else one a part.
+        start: rows [1 or G, P, D] to continue from.
+        on_step: called after every loss evaluation with its number, the loss terms, a function that gives the rows so
+            far, and the logits of the first view [K, H, W].
+
+    Returns:
+        Rows [G, P, D], or [1, P, D] without ``separate_rows``.
+    """
+    with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes in inference mode
+        return _fit_rows(scores, labels, background, steps, l2, weight_exponent, separate_rows, start, on_step)
+
+
+def _fit_rows(
+    scores: Sequence[Tensor], labels: Tensor, background: Tensor, steps: int, l2: float, weight_exponent: float,
+    separate_rows: bool, start: Tensor | None, on_step: OnEvaluation | None,
+) -> FitResult:  # fmt: skip
+    groups, parts, device = len(scores), labels.shape[1] - 1, labels.device
+    background = background.clone()
+    grid = (labels.shape[-2], labels.shape[-1])
+    if separate_rows:
+        transforms = [whitening(maps) for maps in scores]
+    else:
+        transforms = [whitening(sum(resize_maps(maps, grid) for maps in scores))] * groups
+    white = [torch.einsum("bdhw,de->behw", maps, t) for maps, t in zip(scores, transforms, strict=True)]
+    weights = class_weights(labels, weight_exponent)
+    count = groups if separate_rows else 1
+    offsets = torch.zeros(count, parts, background.shape[0], device=device)
+    if start is not None:
+        given = (start.to(device) - background).expand(count, -1, -1)
+        inverse = [torch.linalg.inv(t.double()).float() for t in transforms[:count]]
+        offsets = torch.stack([g @ i for g, i in zip(given, inverse, strict=True)])
+    offsets.requires_grad_(True)
+    optimizer = torch.optim.LBFGS([offsets], max_iter=steps, history_size=20, line_search_fn="strong_wolfe",
+                                  tolerance_grad=1e-6, tolerance_change=1e-8)
+    losses: list[float] = []
+
+    def rows() -> Tensor:
+        found = offsets.detach()
+        return torch.stack([z @ t for z, t in zip(found, transforms[:count], strict=True)]) + background
+
+    def evaluate() -> Tensor:
+        optimizer.zero_grad()
+        total = None
+        for maps, group in zip(white, offsets.expand(groups, -1, -1), strict=True):
+            part = resize_maps(torch.einsum("bdhw,kd->bkhw", maps, group), grid)
+            total = part if total is None else total + part
+        logits = F.pad(total, (0, 0, 0, 0, 1, 0))
+        ce = weighted_cross_entropy(logits, labels, weights)
+        penalty = l2 * offsets.square().sum(-1).mean()
+        (ce + penalty).backward()
+        losses.append(float(ce.detach()))
+        if on_step is not None:
+            on_step(len(losses), {"loss": losses[-1], "l2": float(penalty.detach())}, rows, logits.detach()[0])
+        return ce.detach() + penalty.detach()
+
+    optimizer.step(evaluate)
+    return FitResult(rows(), losses)

@@ -1,0 +1,128 @@
+"""Settings of training and of segmentation, and the presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from .errors import SlimeError
+from .layers import Family
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How part embeddings are learned.
+
+    Attributes:
+        preset: "instant" (rows from cached features, no gradient through the UNet), "thorough" (instant, then the
+            paper's objective through the UNet) or "paper" (the paper's recipe).
+        steps: optimiser steps; L-BFGS iterations for "instant".
+        learning_rate: of Adam; "instant" does not use it.
+        seed: of noise and augmentation.
+        prompt: base prompt of the UNet; "part" is repeated once a class for "thorough" and "paper" when empty.
+        views: augmented views of the examples, shared out evenly; at least one each.
+        timestep: noise level of the features of "instant"; 0 means the family's.
+        noise_range: timesteps drawn by "thorough" and "paper".
+        l2: weight of the squared length of the whitened rows ("instant").
+        separate_rows: one row a part and feature resolution instead of one row a part ("instant").
+        class_weights: exponent of the paper's class weights (1: foreground pixels / pixels of the part; 0: none).
+        was_weight, guard_weight: alpha and beta of the paper's loss.
+        flip: mirror half of the views; None switches it off when a name says left or right.
+        crop: smallest side of a random crop relative to the image's; 1 switches crops off.
+        rotation: largest rotation in degrees.
+        blur: probability of a Gaussian blur.
+        soft_labels: area-averaged labels; False takes the nearest pixel as the paper does.
+        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        cross_layers, self_layers: layer patterns; empty for the family's.
+    """
+
+    preset: str = "instant"
+    steps: int = 100
+    learning_rate: float = 0.1
+    seed: int = 0
+    prompt: str = ""
+    views: int = 24
+    timestep: int = 0
+    noise_range: tuple[int, int] = (5, 100)
+    l2: float = 1e-3
+    separate_rows: bool = True
+    class_weights: float = 1.0
+    was_weight: float = 1.0
+    guard_weight: float = 0.005
+    flip: bool | None = None
+    crop: float = 0.7
+    rotation: float = 15.0
+    blur: float = 0.25
+    soft_labels: bool = True
+    checkpointing: bool = False
+    cross_layers: str = ""
+    self_layers: str = ""
+
+    def __post_init__(self) -> None:
+        checks = {
+            "preset": self.preset in PRESET_NAMES,
+            "steps": 1 <= self.steps <= 100_000,
+            "learning_rate": 0 < self.learning_rate <= 10,
+            "views": 1 <= self.views <= 10_000,
+            "timestep": 0 <= self.timestep <= 999,
+            "noise_range": 0 <= self.noise_range[0] <= self.noise_range[1] <= 999,
+            "crop": 0.1 <= self.crop <= 1,
+            "l2": self.l2 >= 0,
+        }
+        wrong = [f"{name} = {getattr(self, name)!r}" for name, valid in checks.items() if not valid]
+        if wrong:
+            raise SlimeError(f"Training setting out of range: {', '.join(wrong)}.")
+
+
+PRESET_NAMES = ("instant", "thorough", "paper")
+
+
+def preset(name: str, family: Family | None = None, **changes: object) -> TrainSettings:
+    """A named preset with the family's adjustments and the caller's changes on top.
+
+    Raises:
+        SlimeError: for an unknown preset or setting.
+    """
+    base: dict[str, dict[str, object]] = {
+        "instant": {},
+        "thorough": {"steps": 60, "learning_rate": 0.01, "views": 30, "crop": 0.7},
+        "paper": {
+            "steps": 200, "learning_rate": 0.1, "views": 200, "crop": 0.6, "rotation": 30.0, "blur": 0.5,
+            "soft_labels": False, "separate_rows": False,
+        },
+    }
+    if name not in base:
+        raise SlimeError(f'Unknown preset "{name}"; choose one of {", ".join(base)}.')
+    known = {field.name for field in fields(TrainSettings)}
+    adjustments = dict(family.settings) if family is not None and name == "instant" else {}
+    values = base[name] | adjustments | changes
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise SlimeError(f"Unknown training settings: {', '.join(unknown)}.")
+    return replace(TrainSettings(), preset=name, **values)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SegmentSettings:
+    """How an image is segmented.
+
+    Attributes:
+        seed: of the noise; the same seed gives the same masks.
+        crops: 1 for the whole image, n for n x n overlapping crops (the paper uses 2 for faces).
+        overlap: share of a crop's side that neighbours share.
+        flip: also segment the mirrored image and average (twice the time).
+        refine: "off", "fast" (guided filter at the image's size) or "best" (guided filter, two scales).
+        batch_size: images and crops of one UNet pass.
+    """
+
+    seed: int = 0
+    crops: int = 1
+    overlap: float = 0.25
+    flip: bool = False
+    refine: str = "fast"
+    batch_size: int = 4
+
+    def __post_init__(self) -> None:
+        if self.crops < 1 or not 0 <= self.overlap < 1 or self.batch_size < 1:
+            raise SlimeError(f"Segmentation setting out of range: {self}.")
+        if self.refine not in ("off", "fast", "best"):
+            raise SlimeError(f'Unknown refinement "{self.refine}"; choose off, fast or best.')
