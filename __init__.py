@@ -1,0 +1,11 @@
+"""SLiMe for ComfyUI: learn a segmenter from one example. Entry point only; the nodes are in ``nodes/``."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():  # ComfyUI calls this
+    from .nodes.extension import SlimeExtension
+    from .nodes.files import register_folder
+
+    register_folder()
+    return SlimeExtension()

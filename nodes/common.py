@@ -1,0 +1,98 @@
+"""What the nodes share: socket types, tensors in ComfyUI's form, errors with the node's name, previews."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..slime.errors import SlimeError
+from ..slime.segment import PartMaps
+from ..slime.visualize import overlay
+
+CATEGORY = "SLiMe"
+Examples = io.Custom("SLIME_EXAMPLES")
+Embeddings = io.Custom("SLIME_EMBEDDINGS")
+PartsSocket = io.Custom("SLIME_PARTS")
+
+_SCHEMA_FIELDS = set(inspect.signature(io.Schema).parameters)
+_KNOWS_ADVANCED = "advanced" in inspect.signature(io.Int.Input.__init__).parameters
+
+# Spread into an input: tucked away as an expert setting where the core can (0.10.0 and later).
+EXPERT: dict[str, Any] = {"advanced": True} if _KNOWS_ADVANCED else {}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Segmentation result with its images [B, H, W, 3], as it travels between nodes."""
+
+    maps: PartMaps
+    images: Tensor
+
+
+def schema(**fields: Any) -> io.Schema:
+    """A node schema without the fields that the running core does not know (search_aliases came with 0.11.0)."""
+    return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
+
+
+@contextmanager
+def named_errors(node: str) -> Iterator[None]:
+    """Put the node's display name in front of a user's mistake."""
+    try:
+        yield
+    except SlimeError as error:
+        raise SlimeError(f"{node}: {error}") from error
+
+
+def as_images(image: Tensor) -> Tensor:
+    """IMAGE as float32 [B, H, W, 3] on the CPU; other nodes may hand over four channels or no batch."""
+    image = image[None] if image.ndim == 3 else image
+    return image[..., :3].to("cpu", torch.float32)
+
+
+def as_masks(mask: Tensor) -> Tensor:
+    """MASK as float32 [B, H, W] on the CPU; other nodes may hand over [H, W] or [B, 1, H, W]."""
+    if mask.ndim == 4:
+        mask = mask[:, 0] if mask.shape[1] == 1 else mask[..., 0]
+    mask = mask[None] if mask.ndim == 2 else mask
+    return mask.to("cpu", torch.float32)
+
+
+def to_core(tensor: Tensor) -> Tensor:
+    """A result on the device and in the type where ComfyUI keeps IMAGE and MASK."""
+    dtype = getattr(comfy.model_management, "intermediate_dtype", lambda: torch.float32)()
+    return tensor.to(comfy.model_management.intermediate_device(), dtype)
+
+
+def split_names(text: str) -> list[str]:
+    """ "wheel, window" -> ["wheel", "window"]; commas, semicolons and line breaks separate."""
+    return [name.strip() for name in text.replace(";", ",").replace("\n", ",").split(",") if name.strip()]
+
+
+def overlays(
+    images: Tensor, labels: Tensor, palette: Sequence[tuple[int, int, int]], names: Sequence[str] = (), opacity: float = 0.55
+) -> Tensor:
+    """Images [B, H, W, 3] tinted by label maps [B, H, W]: IMAGE [B, H, W, 3]."""
+    pictures = [
+        overlay(_bytes(image), label.numpy(), palette, names, opacity) for image, label in zip(images, labels, strict=True)
+    ]
+    return torch.from_numpy(np.stack(pictures)).float() / 255
+
+
+def live_preview(image: Tensor, labels: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """A view [h, w, 3] tinted by a coarser label map, for the progress preview."""
+    grown = torch.nn.functional.interpolate(labels[None, None].float(), size=image.shape[:2], mode="nearest")[0, 0]
+    return Image.fromarray(overlay(_bytes(image), grown.long().numpy(), palette))
+
+
+def _bytes(image: Tensor) -> np.ndarray:
+    return (image.float().cpu().clamp(0, 1) * 255).round().byte().numpy()

@@ -1,0 +1,56 @@
+"""SLiMe Example: an image and the masks of its parts."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..slime.embeddings import default_palette
+from ..slime.errors import SlimeError
+from ..slime.examples import Example, check_names, merge_examples
+from .common import Examples, as_images, as_masks, named_errors, overlays, schema, split_names, to_core
+
+
+class SLiMeExample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeExample",
+            display_name="SLiMe Example",
+            description="One image with the masks of the parts to learn. Chain several for more parts or more images.",
+            search_aliases=["one shot segmentation", "part mask", "teach segmenter", "few shot"],
+            inputs=[
+                io.Image.Input("image", tooltip="The image to learn from; one image, not a batch."),
+                io.Mask.Input("mask", tooltip="Where the part is. A batch gives one mask for each name, in order."),
+                io.String.Input("names", default="part", tooltip="Name of each part, separated by commas: wheel, window"),
+                Examples.Input(
+                    "previous", optional=True,
+                    tooltip="Another SLiMe Example. The same image again adds parts to it, another image is one more example.",
+                ),
+            ],
+            outputs=[
+                Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
+                io.Image.Output(display_name="preview", tooltip="The images with their parts tinted."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, image, mask, names, previous=None) -> io.NodeOutput:
+        with named_errors("SLiMe Example"):
+            examples = merge_examples(previous or (), _example(image, mask, names))
+        newest = examples[-1]
+        preview = overlays(newest.image[None], newest.labels[None], default_palette(len(newest.names)), newest.names)
+        return io.NodeOutput(examples, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
+
+
+def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:
+    images, masks = as_images(image), as_masks(mask)
+    names = check_names(split_names(text))
+    if len(images) != 1:
+        raise SlimeError(f"got a batch of {len(images)} images; connect one image, and chain one example for each image.")
+    if len(masks) != len(names):
+        raise SlimeError(
+            f"got {len(masks)} masks for {len(names)} names ({', '.join(names)}); give one mask for each name, "
+            "for example with a Mask Batch, or chain one SLiMe Example for each part."
+        )
+    return Example.from_masks(images[0], dict(zip(names, masks, strict=True)))

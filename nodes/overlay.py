@@ -1,0 +1,38 @@
+"""SLiMe Overlay: see the parts, and the label map in exact colours."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..slime.visualize import color_labels
+from .common import PartsSocket, overlays, schema, to_core
+
+
+class SLiMeOverlay(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeOverlay",
+            display_name="SLiMe Overlay",
+            description="Draws the found parts over their images, and as a label map in exact colours.",
+            search_aliases=["overlay", "label map", "segmentation preview", "color mask"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
+                io.Float.Input("opacity", default=0.55, min=0.0, max=1.0, step=0.05, tooltip="Of the tint."),
+                io.Boolean.Input("legend", default=True, tooltip="Names and colours in the corner."),
+            ],
+            outputs=[
+                io.Image.Output(display_name="overlay"),
+                io.Image.Output(display_name="label_map", tooltip="One exact colour for each part, black background."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, parts, opacity=0.55, legend=True) -> io.NodeOutput:
+        labels = parts.maps.label_map
+        tinted = overlays(parts.images, labels, parts.maps.palette, parts.maps.names if legend else (), opacity)
+        colored = np.stack([color_labels(label.numpy(), parts.maps.palette) for label in labels])
+        label_image = torch.from_numpy(colored).float() / 255
+        return io.NodeOutput(to_core(tinted), to_core(label_image), ui=ui.PreviewImage(tinted, cls=cls))

@@ -1,0 +1,63 @@
+"""SLiMe Segment: find learned parts in other images."""
+
+from __future__ import annotations
+
+import comfy.model_management
+import comfy.utils
+from comfy_api.latest import io, ui
+
+from ..slime.segment import segment
+from ..slime.settings import SegmentSettings
+from .comfy_denoiser import ComfyDenoiser
+from .common import EXPERT, Embeddings, Parts, PartsSocket, as_images, named_errors, overlays, schema, to_core
+
+
+class SLiMeSegment(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeSegment",
+            display_name="SLiMe Segment",
+            description="Finds the learned parts in other images, at the price of about one denoising step each.",
+            search_aliases=["segment", "one shot segmentation", "mask", "part segmentation", "segment same thing"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model the parts were learned on, or one of the same family."),
+                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load Learned Embeddings."),
+                io.Image.Input("image", tooltip="Images of any size; a batch gives a batch of masks."),
+                io.Combo.Input("refine", options=["off", "fast", "best"], default="fast",
+                               tooltip="Pull mask borders to the edges of the image."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False,
+                             tooltip="Of the noise; the same seed gives the same masks."),
+                io.Clip.Input("clip", optional=True, tooltip="Needed only for embeddings in the compact text form."),
+                io.Int.Input("crops", default=1, min=1, max=4, optional=True, **EXPERT,
+                             tooltip="2 looks at 2 x 2 overlapping crops: finer parts, four times the work."),
+                io.Boolean.Input("average_flip", default=False, optional=True, **EXPERT,
+                                 tooltip="Also look at the mirrored image: a little steadier, twice the work."),
+                io.Int.Input("batch_size", default=4, min=1, max=64, optional=True, **EXPERT,
+                             tooltip="Images in one pass; lower it when memory is short."),
+            ],
+            outputs=[
+                PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
+                io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, model, vae, embeddings, image, refine="fast", seed=0, clip=None, crops=1, average_flip=False, batch_size=4
+    ) -> io.NodeOutput:
+        images = as_images(image)
+        settings = SegmentSettings(seed=seed, crops=crops, flip=average_flip, refine=refine, batch_size=batch_size)
+        with named_errors("SLiMe Segment"):
+            bar = comfy.utils.ProgressBar(1)
+
+            def on_batch(done: int, total: int) -> None:
+                bar.update_absolute(done, total)
+                comfy.model_management.throw_exception_if_processing_interrupted()
+
+            maps = segment(ComfyDenoiser(model, vae, clip), images, embeddings, settings, on_batch=on_batch)[0]
+        labels = maps.label_map
+        preview = overlays(images, labels, maps.palette, maps.names)
+        mask = to_core((labels > 0).float())
+        return io.NodeOutput(Parts(maps, images), mask, ui=ui.PreviewImage(preview, cls=cls))
