@@ -1,0 +1,139 @@
+"""The same weights through ComfyUI and through diffusers give the same scores, WAS maps and gradients.
+
+Tolerance: 2e-4 of the largest value (float32; the two differ in the order of operations and in how the noise level is
+turned into the network's input).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.models import LAYOUTS, comfy_patcher, diffusers_unet, scheduler
+
+TOLERANCE = 2e-4
+SIDE = {"sd1": 16, "sd2": 16, "sdxl": 16}
+
+
+@pytest.fixture(scope="module", params=[("sd1", "eps"), ("sd2", "eps"), ("sd2", "v"), ("sdxl", "eps")], ids="-".join)
+def pair(request, extension):
+    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+
+    from slime_extension.slime.backends.diffusers import DiffusersDenoiser
+
+    layout, prediction = request.param
+    patcher = comfy_patcher(layout, prediction)
+    with torch.inference_mode():
+        ours = ComfyDenoiser(patcher)
+    unet = diffusers_unet(layout, patcher.model.diffusion_model.state_dict())
+    return layout, ours, DiffusersDenoiser(unet, None, [], [], scheduler(prediction))
+
+
+def inputs(layout: str):
+    generator = torch.Generator().manual_seed(1)
+    side = SIDE[layout]
+    noisy = torch.randn(2, 4, side, side, generator=generator)
+    rows = torch.randn(77, LAYOUTS[layout]["context_dim"], generator=generator) * 0.5
+    pooled = torch.randn(32, generator=generator) if layout == "sdxl" else None
+    return noisy, rows, pooled
+
+
+def close(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).abs().max()) <= TOLERANCE * float(b.abs().max())
+
+
+def test_layers_agree(pair) -> None:
+    _, ours, theirs = pair
+    assert [(str(layer.key), layer.scale) for layer in ours.layers] == [(str(layer.key), layer.scale) for layer in theirs.layers]
+    assert ours.family.name == theirs.family.name and ours.prediction == theirs.prediction
+    assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
+
+
+def test_scores_was_and_gradients_agree(pair) -> None:
+    from slime_extension.slime.attention import cross_scores, was_maps
+    from slime_extension.slime.denoiser import Capture, Context
+    from slime_extension.slime.layers import choose_layers
+
+    layout, *denoisers = pair
+    noisy, rows, pooled = inputs(layout)
+    results = []
+    for denoiser in denoisers:
+        choice = choose_layers(denoiser.family, denoiser.layers)
+        with denoiser.differentiable(checkpointing=False):
+            learned = rows[1:4].clone().requires_grad_(True)
+            context = Context(torch.cat([rows[:1].clone(), learned, rows[4:].clone()]), pooled)
+            capture = Capture(type(choice)(choice.cross, choice.self_))
+            noise = denoiser.predict_noise(noisy.clone(), 60, context, capture, (128, 128))
+            layers = [torch.nn.functional.interpolate(cross_scores(a, 4), (16, 16), mode="bilinear") for a in capture.cross.values()]
+            scores = torch.stack(layers).mean(0)
+            was = was_maps(list(capture.self_.values()), scores.softmax(1))
+            (noise.square().mean() + scores.square().mean() + 10 * was.square().mean()).backward()
+        results.append((noise.detach(), scores.detach(), was.detach(), learned.grad))
+    for name, a, b in zip(("noise", "scores", "was", "gradient"), *results, strict=True):
+        assert close(a, b), f"{name}: {float((a - b).abs().max()):.2e} of {float(b.abs().max()):.2e}"
+
+
+def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
+    """The features of both hosts agree, and phi . e is the score that the layers themselves give for e."""
+    from slime_extension.slime.attention import cross_scores
+    from slime_extension.slime.denoiser import Capture, Context
+    from slime_extension.slime.features import collect_features, key_projections
+    from slime_extension.slime.layers import choose_layers
+
+    layout, *denoisers = pair
+    noisy, rows, pooled = inputs(layout)
+    found = []
+    for denoiser in denoisers:
+        choice = choose_layers(denoiser.family, denoiser.layers)
+        context = Context(rows, pooled)
+        with torch.no_grad():
+            projections = key_projections(denoiser, choice, pooled)
+            capture = Capture(choice, stop_early=True)
+            assert denoiser.predict_noise(noisy, 60, context, capture, (128, 128)) is None
+        features = collect_features(capture, projections)
+        found.append(features.scores)
+        for size_group in features.scores:
+            direct = sum(
+                cross_scores(a, 77) for a in capture.cross.values() if (a.height, a.width) == tuple(size_group.shape[-2:])
+            ) / len(choice.cross)
+            assert close(torch.einsum("bdhw,kd->bkhw", size_group, rows), direct)
+    for a, b in zip(*found, strict=True):
+        assert close(a, b)
+
+
+def test_checkpointing_gives_the_same_gradient(pair) -> None:
+    from slime_extension.slime.attention import cross_scores
+    from slime_extension.slime.denoiser import Capture, Context
+    from slime_extension.slime.layers import choose_layers
+
+    layout, *denoisers = pair
+    noisy, rows, pooled = inputs(layout)
+    for denoiser in denoisers:
+        choice = choose_layers(denoiser.family, denoiser.layers)
+        gradients = []
+        for checkpointing in (False, True):
+            with denoiser.differentiable(checkpointing):
+                learned = rows.clone().requires_grad_(True)
+                capture = Capture(choice)
+                noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture, (128, 128))
+                loss = noise.square().mean() + sum(cross_scores(a, 4).square().mean() for a in capture.cross.values())
+                loss.backward()
+                gradients.append(learned.grad)
+        assert close(gradients[1], gradients[0])
+
+
+def test_weights_are_restored(extension, comfy_path) -> None:
+    """After lending, every parameter is the very object it was, and nothing requires a gradient anew."""
+    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+
+    patcher = comfy_patcher("sd1")
+    with torch.inference_mode():
+        denoiser = ComfyDenoiser(patcher)
+        patcher.model.to("cpu")
+    before = {name: (id(p), p.requires_grad) for name, p in patcher.model.named_parameters()}
+    forwards = [dict(vars(m)).get("forward") for m in patcher.model.modules()]
+    with pytest.raises(KeyboardInterrupt), torch.inference_mode(), denoiser.differentiable(checkpointing=True):
+        assert not torch.is_inference_mode_enabled()
+        raise KeyboardInterrupt
+    assert before == {name: (id(p), p.requires_grad) for name, p in patcher.model.named_parameters()}
+    assert forwards == [dict(vars(m)).get("forward") for m in patcher.model.modules()]
