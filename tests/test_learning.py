@@ -1,0 +1,197 @@
+"""fit, train and segment on a denoiser whose answer is known."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from slime import Example, PartEmbeddings, SegmentSettings, SlimeError, preset, segment, train
+from slime.fit import fit_rows
+from slime.losses import class_weights, guard_loss, weighted_cross_entropy
+from slime.metrics import evaluate
+from slime.segment import crop_boxes
+from tests.toy import ToyDenoiser
+
+COLORS = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.1, 0.2], [0.1, 0.8, 0.9]])
+
+
+def picture(seed: int, height: int = 128, width: int = 128) -> Example:
+    rng = np.random.default_rng(seed)
+    labels = torch.zeros(height, width, dtype=torch.int64)
+    for part in (1, 2):
+        y, x = int(rng.integers(0, height - 56)), (part - 1) * width // 2
+        labels[y : y + 48, x + 8 : x + 56] = part
+    return Example.from_label_map(COLORS[labels], labels, ["red", "blue"])
+
+
+def score(embeddings, denoiser, **settings) -> float:
+    tests = [picture(100 + i) for i in range(4)]
+    images = torch.stack([t.image for t in tests])
+    maps = segment(denoiser, images, embeddings, SegmentSettings(**settings))[0]
+    return evaluate(list(maps.label_map.numpy()), [t.labels.numpy() for t in tests], 3).part_miou
+
+
+def test_class_weights_are_the_official_rule() -> None:
+    labels = torch.zeros(1, 4, 2, 5)
+    labels[0, 0, 0], labels[0, 1, 1, :1], labels[0, 2, 1, 1:] = 1, 1, 1
+    torch.testing.assert_close(class_weights(labels), torch.tensor([1.0, 5.0, 1.25, 0.0]))
+    torch.testing.assert_close(class_weights(labels, 0.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+def test_cross_entropy_equals_torch_for_hard_labels() -> None:
+    logits = torch.randn(2, 3, 4, 4)
+    hard = torch.randint(0, 3, (2, 4, 4))
+    weights = torch.tensor([1.0, 4.0, 2.0])
+    soft = F.one_hot(hard, 3).movedim(-1, 1).float()
+    torch.testing.assert_close(weighted_cross_entropy(logits, soft, weights), F.cross_entropy(logits, hard, weights))
+
+
+def test_guard_is_the_papers_reformulation() -> None:
+    """0.005 MSE(u + 100 (c - u), eps) = 50 MSE(c, 0.99 u + 0.01 eps)."""
+    c, u, eps = torch.randn(3, 1, 4, 8, 8)
+    torch.testing.assert_close(0.005 * guard_loss(c, u, eps), 50 * F.mse_loss(c, 0.99 * u + 0.01 * eps), rtol=1e-3, atol=1e-3)
+
+
+def test_fit_reaches_the_optimum_of_the_convex_problem() -> None:
+    """At the solution the gradient of loss + L2 vanishes, and gradient descent from elsewhere ends there too."""
+    g = torch.Generator().manual_seed(0)
+    scores = [torch.randn(2, 5, 4, 4, generator=g), torch.randn(2, 5, 8, 8, generator=g)]
+    labels = torch.rand(2, 3, 8, 8, generator=g).mul(3).softmax(1)
+    background = torch.randn(5, generator=g)
+    result = fit_rows(scores, labels, background, steps=300, l2=1e-2)
+    again = fit_rows(scores, labels, background, steps=300, l2=1e-2, start=result.rows + torch.randn(2, 2, 5, generator=g))
+    torch.testing.assert_close(result.rows, again.rows, rtol=1e-2, atol=1e-2)
+    assert result.losses[-1] < result.losses[0] == pytest.approx(np.log(3), rel=1e-4)
+
+
+def test_fit_runs_inside_inference_mode() -> None:
+    with torch.inference_mode():
+        scores, labels = [torch.randn(1, 5, 8, 8)], torch.rand(1, 3, 8, 8).softmax(1)
+        result = fit_rows(scores, labels, torch.randn(5), steps=5, l2=1e-3)
+    assert result.rows.shape == (1, 2, 5) and torch.isfinite(result.rows).all()
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_instant_finds_the_parts(separate: bool) -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=6, separate_rows=separate))
+    assert embeddings.rows.shape == (2 if separate else 1, 2, 12)
+    assert score(embeddings, toy) > 0.85
+
+
+@pytest.mark.parametrize("name", ["paper", "thorough"])
+def test_training_through_the_unet_lowers_the_loss_and_finds_the_parts(name: str) -> None:
+    toy = ToyDenoiser()
+    reports = []
+    settings = preset(name, steps=60, views=6, learning_rate=0.05)
+    embeddings = train(toy, [picture(0)], settings, on_step=reports.append)
+    steps = [r for r in reports if r.stage == "train"]
+    assert embeddings.mode == "context" and len(steps) == 60 and set(steps[0].losses) == {"loss", "ce", "was", "guard"}
+    assert np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]]) or name == "thorough"
+    assert score(embeddings, toy) > 0.5
+    assert sum(r.preview is not None for r in steps) == 6
+
+
+def test_passes_are_what_the_design_promises() -> None:
+    """No encoding and no inference inside the loop; the unconditional half runs once for each view."""
+    toy = ToyDenoiser()
+    train(toy, [picture(0)], preset("paper", steps=20, views=5))
+    assert toy.encoded == 5
+    assert toy.passes == 20 + 5
+    toy = ToyDenoiser()
+    train(toy, [picture(0)], preset("instant", views=7))
+    assert toy.encoded == 7 and toy.passes == 7 + 1
+
+
+def test_one_pass_serves_every_file() -> None:
+    toy = ToyDenoiser()
+    several = [train(toy, [picture(0)], preset("instant", views=2, seed=seed)) for seed in range(3)]
+    image = picture(5).image[None]
+    toy.passes = toy.encoded = 0
+    results = segment(toy, image, several)
+    assert toy.passes == 1 + 1 and toy.encoded == 1
+    for item, maps in zip(several, results, strict=True):
+        torch.testing.assert_close(maps.probabilities, segment(toy, image, item)[0].probabilities)
+
+
+def test_same_seed_same_result_and_batches_do_not_matter() -> None:
+    toy = ToyDenoiser()
+    a, b = (train(toy, [picture(0)], preset("instant", views=3)) for _ in range(2))
+    assert torch.equal(a.rows, b.rows)
+    images = torch.stack([picture(i).image for i in range(5)])
+    whole = segment(toy, images, a, SegmentSettings(batch_size=8))[0]
+    parts = segment(toy, images, a, SegmentSettings(batch_size=2))[0]
+    torch.testing.assert_close(whole.probabilities, parts.probabilities, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("height", "width"), [(97, 211), (300, 64), (16, 16)])
+def test_any_size_comes_back_at_its_size(height: int, width: int) -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=2))
+    maps = segment(toy, torch.rand(2, height, width, 4), embeddings)[0]
+    assert maps.probabilities.shape == (2, 3, height, width)
+    torch.testing.assert_close(maps.probabilities.sum(1), torch.ones(2, height, width), rtol=1e-3, atol=1e-3)
+
+
+def test_crops_and_flip_find_the_parts_too() -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=6))
+    assert score(embeddings, toy, crops=2, flip=True) > 0.85
+
+
+def test_crop_boxes_cover_the_image_as_in_the_paper() -> None:
+    """2 x 2 crops of 400 in 512, as the paper cuts faces."""
+    boxes = crop_boxes(512, 512, 2, overlap=288 / 400)
+    assert boxes == [(0, 0, 400, 400), (0, 112, 400, 400), (112, 0, 400, 400), (112, 112, 400, 400)]
+    for count in (1, 2, 3):
+        cover = np.zeros((101, 57), bool)
+        for top, left, h, w in crop_boxes(101, 57, count, 0.3):
+            cover[top : top + h, left : left + w] = True
+        assert cover.all()
+
+
+def test_stopping_keeps_the_best_rows() -> None:
+    toy, last = ToyDenoiser(), []
+
+    def stop(report) -> None:
+        last.append(report)
+        if report.stage == "train" and report.step == 7:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(toy, [picture(0)], preset("paper", steps=50, views=3), on_step=stop)
+    kept = last[-1].embeddings()
+    assert kept is not None and torch.isfinite(kept.rows).all()
+    resumed = train(toy, [picture(0)], preset("paper", steps=5, views=3), start=kept)
+    assert resumed.names == kept.names
+
+
+def test_mismatches_are_refused(tmp_path) -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=1))
+    other = Example.from_label_map(picture(0).image, picture(0).labels, ["x", "y"])
+    with pytest.raises(SlimeError, match="same parts"):
+        train(toy, [picture(0), other])
+    with pytest.raises(SlimeError, match="start from name"):
+        train(toy, [other], start=embeddings)
+    with pytest.raises(SlimeError, match="No example"):
+        train(toy, [])
+    with pytest.raises(SlimeError, match='"toy" model'):
+        segment(ToyDenoiser("elsewhere"), picture(0).image[None], embeddings)
+    for bad, message in ((torch.rand(1, 1, 1, 3), "1x1"), (torch.full((1, 32, 32, 3), torch.nan), "NaN"), (torch.rand(32, 32, 3), "B, H, W")):
+        with pytest.raises(SlimeError, match=message):
+            segment(toy, bad, embeddings)
+    with pytest.raises(SlimeError, match="steps = 0"):
+        preset("instant", steps=0)
+    with pytest.raises(SlimeError, match="Unknown preset"):
+        preset("fast")
+
+
+def test_saved_embeddings_segment_alike(tmp_path) -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=2))
+    loaded = PartEmbeddings.load(embeddings.save(tmp_path / "e.safetensors"))
+    image = picture(9).image[None]
+    assert torch.equal(segment(toy, image, embeddings)[0].probabilities, segment(toy, image, loaded)[0].probabilities)

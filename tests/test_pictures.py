@@ -1,0 +1,152 @@
+"""Augmentation, refinement, visualisation, layers and scenes."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from demo import scenes, splits
+from slime.augment import augmented_view, flip_allowed, rotate, soft_labels, working_size
+from slime.errors import SlimeError
+from slime.examples import Example
+from slime.layers import FAMILIES, AttentionLayer, LayerKey, automatic_layers, choose_layers, family_for, select_layers
+from slime.refine import refine_maps
+from slime.settings import preset
+from slime.visualize import color_labels, loss_curve, overlay
+
+
+def test_working_size_keeps_area_and_aspect() -> None:
+    assert working_size(512, 512, 512) == (512, 512)
+    assert working_size(1080, 1920, 512) == (384, 704)
+    for height, width in ((100, 3000), (7, 5), (1536, 1024)):
+        h, w = working_size(height, width, 512)
+        assert h % 64 == w % 64 == 0 and 0.6 < h * w / 512**2 < 1.5
+
+
+def test_soft_labels_are_areas() -> None:
+    labels = torch.tensor([[0, 1, 1, 255], [0, 0, 1, 255]])
+    expected = torch.tensor([[[0.75, 0.0]], [[0.25, 0.5]]])
+    torch.testing.assert_close(soft_labels(labels, 2, (1, 2)), expected)
+
+
+def test_left_and_right_are_not_mirrored() -> None:
+    settings = preset("instant")
+    assert flip_allowed(settings, ["wheel", "bright light"])
+    assert not flip_allowed(settings, ["Left eye", "nose"])
+    assert flip_allowed(preset("instant", flip=True), ["left eye"])
+
+
+def test_rotation_moves_image_and_labels_together() -> None:
+    labels = torch.zeros(64, 64, dtype=torch.int64)
+    labels[4:20, 24:40] = 1
+    image = labels[..., None].float().expand(-1, -1, 3)
+    turned, turned_labels = rotate(image, labels, math.pi / 2)
+    assert (turned[..., 0].round().long() == turned_labels).float().mean() > 0.99
+    ys, xs = torch.nonzero(turned_labels == 1, as_tuple=True)
+    assert abs(float(ys.float().mean()) - 31.5) < 1 and not 20 < float(xs.float().mean()) < 44
+
+
+def test_views_are_seeded_and_labels_follow_the_image() -> None:
+    labels = torch.zeros(80, 96, dtype=torch.int64)
+    labels[20:60, 10:50] = 1
+    example = Example.from_label_map(labels[..., None].float().expand(-1, -1, 3), labels, ["square"])
+    settings = preset("instant", blur=0.0)
+    first, second = (augmented_view(example, settings, random.Random(5), (128, 128), (16, 16)) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    for seed in range(5):
+        image, maps = augmented_view(example, settings, random.Random(seed), (128, 128), (16, 16))
+        pooled = torch.nn.functional.adaptive_avg_pool2d(image[..., 0][None], (16, 16))[0]
+        assert (pooled - maps[1]).abs().mean() < 0.02
+        torch.testing.assert_close(maps.sum(0), torch.ones(16, 16))
+
+
+def test_refinement_moves_the_border_to_the_edge() -> None:
+    """A map cut at the wrong column follows the image's edge; sums stay 1; off is plain bilinear."""
+    image = torch.zeros(1, 128, 128, 3)
+    image[:, :, 60:] = 1
+    coarse = torch.zeros(1, 2, 16, 16)
+    coarse[:, 1, :, 8:] = 1
+    coarse[:, 0] = 1 - coarse[:, 1]
+    truth = (image[0, ..., 0] > 0.5).long()
+    errors = {m: int((refine_maps(coarse, image, m).argmax(1)[0] != truth).sum()) for m in ("off", "fast", "best")}
+    assert errors["best"] < errors["off"] and errors["fast"] <= errors["off"]
+    for method in ("fast", "best"):
+        torch.testing.assert_close(refine_maps(coarse, image, method).sum(1), torch.ones(1, 128, 128), rtol=1e-3, atol=1e-3)
+    assert refine_maps(torch.rand(1, 2, 8, 8), torch.rand(1, 17, 40, 3), "fast").shape == (1, 2, 17, 40)
+
+
+def test_label_colors_are_exact_and_overlay_leaves_the_rest() -> None:
+    labels = np.zeros((64, 64), int)
+    labels[16:48, 16:48] = 2
+    palette = [(1, 2, 3), (250, 128, 7)]
+    colored = color_labels(labels, palette)
+    assert (colored[20, 20] == (250, 128, 7)).all() and (colored[0, 0] == 0).all()
+    image = np.full((64, 64, 3), 100, np.uint8)
+    tinted = overlay(image, labels, palette, opacity=0.5)
+    assert (tinted[0, 0] == 100).all() and (tinted[32, 32] == [175, 114, 53]).all()
+    legend = overlay(image, labels, palette, ["one", "two"])
+    assert legend.shape == (64, 64, 3) and not (legend[:8, :8] == 100).all()
+
+
+@pytest.mark.parametrize("losses", [[], [1.0], [0.5, 0.5], [1.0, 0.1, float("nan"), -1.0]])
+def test_loss_curve_takes_anything(losses) -> None:
+    assert loss_curve(losses).shape == (256, 512, 3)
+
+
+SD1 = [AttentionLayer(LayerKey("output", n, 0), {3: 4, 4: 4, 5: 4, 6: 2, 7: 2, 8: 2, 9: 1, 10: 1, 11: 1}[n]) for n in range(3, 12)]
+
+
+def test_layer_patterns() -> None:
+    assert [str(k) for k in select_layers("output.3-4, output.9.0", SD1)] == ["output.3.0", "output.4.0", "output.9.0"]
+    for bad, message in (("up.3", "not a layer pattern"), ("output.1", "No attention layer"), ("output.3.7", "No attention layer")):
+        with pytest.raises(SlimeError, match=message):
+            select_layers(bad, SD1)
+
+
+def test_the_papers_layers_for_sd_and_a_rule_for_the_rest() -> None:
+    paper = choose_layers(FAMILIES["sd1"], SD1)
+    assert [k.number for k in paper.cross] == [3, 4, 5, 6, 7] and [k.number for k in paper.self_] == [9, 10, 11]
+    automatic = automatic_layers(SD1)
+    assert [k.number for k in automatic.cross] == [3, 4, 5, 6, 7, 8] and [k.number for k in automatic.self_] == [9, 10, 11]
+    override = choose_layers(FAMILIES["sd1"], SD1, cross="output.6")
+    assert [k.number for k in override.cross] == [6]
+    with pytest.raises(SlimeError, match="no cross-attention"):
+        automatic_layers([])
+
+
+def test_families_by_text_width_and_prediction() -> None:
+    assert [family_for(*a).name for a in ((768, "eps"), (1024, "eps"), (1024, "v"), (2048, "v"), (96, "v"))] == [
+        "sd1", "sd2", "sd2-768", "sdxl", "tiny"]  # fmt: skip
+    assert family_for(1280, "eps").name == "unet-1280"
+
+
+@pytest.mark.parametrize("domain", scenes.DOMAINS)
+def test_scenes_are_seeded_and_hold_their_parts(domain: str) -> None:
+    first, second = scenes.render(domain, 12345), scenes.render(domain, 12345)
+    assert np.array_equal(first.image, second.image) and first.caption == second.caption
+    assert not np.array_equal(first.image, scenes.render(domain, 12346).image)
+    held = np.zeros(len(scenes.PARTS[domain]) + 1)
+    for seed in range(12):
+        scene = scenes.render(domain, seed)
+        assert scene.image.shape == (256, 256, 3) and domain in scene.caption
+        present = np.unique(scene.labels)
+        assert present.max() <= len(scenes.PARTS[domain])
+        held[present] += 1
+    assert (held >= 11).all()
+
+
+def test_splits_do_not_meet_the_training_seeds() -> None:
+    starts = sorted((splits.TRAINING, splits.VALIDATION_TEACH, splits.VALIDATION, splits.TEACH, splits.TEST))
+    assert starts[0] == splits.TRAINING and all(b - a >= 50_000 for a, b in zip(starts[:-1], starts[1:], strict=True))
+
+
+def test_variations_change_what_they_say() -> None:
+    plain, small = (scenes.render("car", 3, scenes.VARIATIONS[name]) for name in ("plain", "small"))
+    ratio = (small.labels > 0).sum() / (plain.labels > 0).sum()
+    assert 0.07 < ratio < 0.16
+    covered = scenes.render("horse", 3, scenes.VARIATIONS["occlusion"])
+    assert (covered.labels > 0).sum() < (scenes.render("horse", 3).labels > 0).sum()
