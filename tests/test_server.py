@@ -1,0 +1,329 @@
+"""The real ComfyUI server, the bundled workflows and the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from demo import scenes, splits
+from demo.baselines import color_neighbours, mean_mask
+from demo.run import Shot, build_prompt, put_example, put_image, read_labels
+from demo.server import MODEL, ComfyServer, WorkflowFailed
+from demo.workflows import PromptBuilder, find, load_workflow, to_api
+from slime.embeddings import PartEmbeddings, default_palette
+from slime.metrics import evaluate
+
+pytestmark = pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
+DOMAIN, NAMES = "car", scenes.PARTS["car"]
+SHOTS, TESTS = 4, 6
+
+
+@pytest.fixture(scope="module")
+def template(server):
+    return to_api(load_workflow("slime_learn_and_segment"), server.get("/object_info"))
+
+
+@pytest.fixture(scope="module")
+def shots(server) -> list[Shot]:
+    return [put_example(server, f"teach_{i}", splits.example(DOMAIN, splits.TEACH + i)) for i in range(SHOTS)]
+
+
+@pytest.fixture(scope="module")
+def tests_scenes(server):
+    found = [scenes.render(DOMAIN, splits.TEST + i) for i in range(TESTS)]
+    return found, [put_image(server, f"test_{i}.png", scene.image) for i, scene in enumerate(found)]
+
+
+@pytest.fixture(scope="module")
+def learned(server, template, shots, tests_scenes):
+    """One run of the bundled workflow: its prompt, outputs and label maps."""
+    prompt, nodes = build_prompt(template, MODEL.name, shots, tests_scenes[1], "learned")
+    outputs = server.run(prompt)
+    palette = default_palette(len(NAMES))
+    labels = [read_labels(server.output_image(outputs[node]["images"][0]), palette) for _, node in nodes]
+    return prompt, nodes, outputs, labels
+
+
+def small_train(shots, **changes):
+    """A prompt that trains on the first example and saves; returns builder and the Train node's id."""
+    builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+    image = builder.add("LoadImage", image=shots[0].image)
+    mask = builder.add("LoadImageMask", image=shots[0].masks["window"], channel="red")
+    example = builder.add("SLiMeExample", image=[image, 0], mask=[mask, 0], names="window")
+    values = {"model": ["1", 0], "vae": ["1", 2], "clip": ["1", 1], "examples": [example, 0], "preset": "instant",
+              "steps": 10, "learning_rate": 0.0, "seed": 0, "views": 2}  # fmt: skip
+    train = builder.add("SLiMeTrain", **(values | changes))
+    builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="small", overwrite=True)
+    return builder, train
+
+
+def sampler_prompt():
+    builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+    text = builder.add("CLIPTextEncode", clip=["1", 1], text="a red car with blue windows on sand")
+    empty = builder.add("CLIPTextEncode", clip=["1", 1], text="")
+    latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
+    sampler = builder.add("KSampler", model=["1", 0], positive=[text, 0], negative=[empty, 0], latent_image=[latent, 0], seed=3, steps=4,
+                          cfg=3.0, sampler_name="euler", scheduler="normal", denoise=1.0)  # fmt: skip
+    decoded = builder.add("VAEDecode", samples=[sampler, 0], vae=["1", 2])
+    return builder.prompt, builder.add("SaveImage", images=[decoded, 0], filename_prefix="sample")
+
+
+def sample(server) -> np.ndarray:
+    """Pixels of a KSampler run that nothing was cached for."""
+    server.post("/free", {"free_memory": True})
+    time.sleep(1.5)
+    prompt, node = sampler_prompt()
+    outputs = server.run(prompt)
+    return np.asarray(Image.open(io.BytesIO(server.output_image(outputs[node]["images"][0]))))
+
+
+def test_nodes_are_there_with_ids_and_names(server) -> None:
+    info = server.get("/object_info")
+    expected = {
+        "SLiMeExample": "SLiMe Example", "SLiMeTrain": "SLiMe Train", "SLiMeSegment": "SLiMe Segment",
+        "SLiMePartMask": "SLiMe Part Mask", "SLiMeOverlay": "SLiMe Overlay",
+        "SLiMeSaveEmbeddings": "Save Learned Embeddings", "SLiMeLoadEmbeddings": "Load Learned Embeddings",
+    }  # fmt: skip
+    assert {k: info[k]["display_name"] for k in expected} == expected
+    assert all(info[k]["category"] == "SLiMe" for k in expected)
+    assert not [line for line in server.log().splitlines() if "IMPORT FAILED" in line or "Error while calling" in line]
+
+
+def test_bundled_workflow_beats_the_baselines(learned, tests_scenes) -> None:
+    truths = [scene.labels for scene in tests_scenes[0]]
+    examples = [splits.example(DOMAIN, splits.TEACH + i) for i in range(SHOTS)]
+    ours = evaluate(learned[3], truths, len(NAMES) + 1).part_miou
+    mean = evaluate([mean_mask(examples)] * TESTS, truths, len(NAMES) + 1).part_miou
+    color = evaluate(color_neighbours(examples, [s.image for s in tests_scenes[0]]), truths, len(NAMES) + 1).part_miou
+    assert ours > 1.3 * max(mean, color), (ours, mean, color)
+
+
+def test_embeddings_file_is_small_and_listed(server, learned) -> None:
+    path = server.base / "models" / "slime" / "learned.safetensors"
+    assert PartEmbeddings.load(path).names == NAMES and path.stat().st_size < 300_000
+    assert "learned.safetensors" in server.get("/models/slime")
+    spec = server.get("/object_info/SLiMeLoadEmbeddings")["SLiMeLoadEmbeddings"]["input"]["required"]["filename"]
+    options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
+    assert "learned.safetensors" in options
+
+
+def test_requeue_comes_from_the_cache(server, learned) -> None:
+    entry = server.wait(server.queue(learned[0]))
+    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert find(learned[0], "SLiMeTrain") in cached
+
+
+def test_changing_the_mask_widgets_runs_no_segmentation(server, learned, tests_scenes) -> None:
+    prompt, nodes, _, _ = learned
+    segment = find(prompt, "SLiMeSegment")
+    for feather in (0, 3):
+        builder = PromptBuilder(prompt)
+        mask = builder.add("SLiMePartMask", parts=[segment, 0], names="wheel", mode="argmax", threshold=0.5, grow=0, feather=feather,
+                           invert=False)  # fmt: skip
+        builder.add("MaskPreview", mask=[mask, 0])
+        entry = server.wait(server.queue(builder.prompt))
+        cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+    assert segment in cached
+
+
+def test_same_seed_gives_the_same_masks(server, learned) -> None:
+    """After the server forgot everything, training and segmentation give identical pictures."""
+    prompt, nodes, outputs, labels = learned
+    server.post("/free", {"unload_models": True, "free_memory": True})
+    time.sleep(1.5)
+    again = server.run(prompt)
+    for (_, node), before in zip(nodes, labels, strict=True):
+        assert np.array_equal(read_labels(server.output_image(again[node]["images"][0]), default_palette(len(NAMES))), before)
+
+
+def test_sampling_is_untouched_by_training_and_segmenting(server, shots, template) -> None:
+    """KSampler gives bit-identical images before and after, for the trainers with and without gradients."""
+    before = sample(server)
+    prompt, _ = build_prompt(template, MODEL.name, shots[:1], [shots[0].image], "untouched")
+    for preset, checkpointing in (("instant", False), ("paper", False), ("thorough", True)):
+        train = prompt[find(prompt, "SLiMeTrain")]["inputs"]
+        train.update(preset=preset, steps=3, views=2, checkpointing=checkpointing)
+        server.run(prompt)
+        assert np.array_equal(sample(server), before), preset
+
+
+def test_interrupt_autosaves_and_training_goes_on(server, shots) -> None:
+    folder = server.base / "models" / "slime" / "autosave"
+    before = set(folder.glob("*")) if folder.exists() else set()
+    builder, train = small_train(shots, preset="paper", steps=5000, views=4, seed=77)
+    prompt_id = server.queue(builder.prompt)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not asyncio.run(saw_progress(server, train, 12)):
+        pass
+    server.interrupt()
+    entry = server.wait(prompt_id, 120)
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    (autosave,) = set(folder.glob("*.safetensors")) - before
+    kept = PartEmbeddings.load(autosave)
+    assert kept.names == ("window",) and len(kept.losses) >= 10
+    assert str(autosave) in server.log()
+    builder, train = small_train(shots, preset="paper", steps=2, views=2)
+    loaded = builder.add("SLiMeLoadEmbeddings", filename=f"autosave/{autosave.name}")
+    builder.prompt[train]["inputs"]["start"] = [loaded, 0]
+    server.run(builder.prompt)
+
+
+async def saw_progress(server, node: str, step: int) -> bool:
+    """Follow the socket until the node reports ``step`` and a live preview has come."""
+    import aiohttp
+
+    preview = False
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(f"{server.address}/ws?clientId={server.client}") as socket:
+            await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
+            async for message in socket:
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    preview = preview or b"JFIF" in message.data[:600]
+                elif message.type == aiohttp.WSMsgType.TEXT:
+                    event = json.loads(message.data)
+                    at = event["data"].get("value", 0) if event["type"] == "progress" and event["data"]["node"] == node else 0
+                    if at >= step and preview:
+                        return True
+    return False
+
+
+def test_lora_is_respected(server, shots, learned) -> None:
+    """A LoRA on the model changes what is learned, in both trainers."""
+    state = load_file(str(MODEL))
+    generator = torch.Generator().manual_seed(0)
+    lora = {}
+    for name, weight in state.items():
+        if name.startswith("model.diffusion_model.") and name.endswith((".attn2.to_k.weight", ".attn2.to_q.weight")):
+            key = "diffusion_model." + name.removeprefix("model.diffusion_model.").removesuffix(".weight")
+            lora[f"{key}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.2
+            lora[f"{key}.lora_B.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.2
+    save_file(lora, str(server.base / "models" / "loras" / "random.safetensors"))
+    for preset in ("instant", "paper"):
+        rows = []
+        for strength in (0.0, 1.0):
+            builder, train = small_train(shots, preset=preset, steps=5)
+            patched = builder.add("LoraLoaderModelOnly", model=["1", 0], lora_name="random.safetensors", strength_model=strength)
+            builder.prompt[train]["inputs"]["model"] = [patched, 0]
+            server.run(builder.prompt)
+            rows.append(PartEmbeddings.load(server.base / "models" / "slime" / "small.safetensors").rows)
+        assert not torch.allclose(rows[0], rows[1], rtol=1e-2), preset
+
+
+def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scenes) -> None:
+    prompt = to_api(load_workflow("slime_part_inpaint"), server.get("/object_info"))
+    prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = MODEL.name
+    prompt[find(prompt, "SLiMeLoadEmbeddings")]["inputs"]["filename"] = "learned.safetensors"
+    prompt[find(prompt, "LoadImage")]["inputs"]["image"] = tests_scenes[1][0]
+    prompt[find(prompt, "SLiMePartMask")]["inputs"].update(names="body", grow=0)
+    prompt[find(prompt, "KSampler")]["inputs"]["steps"] = 4
+    builder = PromptBuilder(prompt)
+    as_image = builder.add("MaskToImage", mask=[find(prompt, "SLiMePartMask"), 0])
+    saved_mask = builder.add("SaveImage", images=[as_image, 0], filename_prefix="mask")
+    outputs = server.run(builder.prompt)
+    images = [Image.open(io.BytesIO(server.output_image(outputs[n]["images"][0]))) for n in (find(prompt, "SaveImage"), saved_mask)]
+    result, mask = (np.asarray(image.convert("RGB")).astype(int) for image in images)
+    assert set(np.unique(mask)) == {0, 255} and mask.shape == result.shape == (256, 256, 3)
+    changed = np.abs(result - tests_scenes[0][0].image).max(-1)
+    inside = mask[..., 0] == 255
+    assert changed[~inside].max() <= 1 and changed[inside].mean() > 5
+
+
+def test_batches_of_any_size_keep_their_size(server, learned) -> None:
+    builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+    loaded = builder.add("SLiMeLoadEmbeddings", filename="learned.safetensors")
+    batch = builder.add("EmptyImage", width=301, height=203, batch_size=3, color=12345)
+    segmented = builder.add("SLiMeSegment", model=["1", 0], vae=["1", 2], embeddings=[loaded, 0], image=[batch, 0], refine="best", seed=0,
+                            crops=2, average_flip=True, batch_size=2)  # fmt: skip
+    as_image = builder.add("MaskToImage", mask=[segmented, 1])
+    saved = builder.add("SaveImage", images=[as_image, 0], filename_prefix="batch")
+    outputs = server.run(builder.prompt)[saved]["images"]
+    assert len(outputs) == 3
+    assert Image.open(io.BytesIO(server.output_image(outputs[2]))).size == (301, 203)
+
+
+BAD = {
+    "empty mask": ({"mask": "black.png"}, '"window" is empty'),
+    "mask of another size": ({"mask": "white_40.png"}, "40x40 but the image is 256x256"),
+    "no names": ({"names": " , "}, "No part names"),
+    "duplicate names": ({"names": "a, a"}, "masks for 2 names|more than once"),
+    "tiny image": ({"image": "one.png", "mask": "one.png"}, "1x1"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_examples_leave_the_server_healthy(server, shots, case) -> None:
+    put_image(server, "black.png", np.zeros((256, 256, 3), np.uint8))
+    put_image(server, "white_40.png", np.full((40, 40, 3), 255, np.uint8))
+    put_image(server, "one.png", np.full((1, 1, 3), 255, np.uint8))
+    changes, message = BAD[case]
+    builder, _ = small_train(shots)
+    prompt = builder.prompt
+    if "image" in changes:
+        prompt[find(prompt, "LoadImage")]["inputs"]["image"] = changes["image"]
+    if "mask" in changes:
+        prompt[find(prompt, "LoadImageMask")]["inputs"]["image"] = changes["mask"]
+    if "names" in changes:
+        prompt[find(prompt, "SLiMeExample")]["inputs"]["names"] = changes["names"]
+    with pytest.raises(WorkflowFailed, match=f"SLiMe Example: .*({message})"):
+        server.run(prompt)
+    assert server.get("/system_stats")
+
+
+def test_bad_files_and_names_say_so(server, shots, learned) -> None:
+    folder = server.base / "models" / "slime"
+    good = PartEmbeddings.load(folder / "learned.safetensors")
+    (folder / "cut.safetensors").write_bytes((folder / "learned.safetensors").read_bytes()[:-50])
+    from dataclasses import replace
+
+    replace(good, family="sd1", rows=torch.zeros(1, 5, 768), context=torch.zeros(77, 768).half()).save(
+        folder / "foreign.safetensors", overwrite=True)  # fmt: skip
+    for name, message in (("cut", "Load Learned Embeddings: .*truncated"), ("foreign", 'SLiMe Segment: .*"sd1" model.*"tiny"')):
+        builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+        loaded = builder.add("SLiMeLoadEmbeddings", filename=f"{name}.safetensors")
+        image = builder.add("LoadImage", image=shots[0].image)
+        segmented = builder.add("SLiMeSegment", model=["1", 0], vae=["1", 2], embeddings=[loaded, 0], image=[image, 0], refine="off", seed=0)
+        builder.add("MaskPreview", mask=[segmented, 1])
+        with pytest.raises(WorkflowFailed, match=message):
+            server.run(builder.prompt)
+    builder, train = small_train(shots)
+    builder.prompt[find(builder.prompt, "SLiMeSaveEmbeddings")]["inputs"]["filename"] = "../outside"
+    with pytest.raises(WorkflowFailed, match="Save Learned Embeddings: .*cannot be a file name"):
+        server.run(builder.prompt)
+    assert not (server.base / "models" / "outside.safetensors").exists()
+
+
+def test_rgba_images_are_taken(server, shots) -> None:
+    picture = np.dstack([np.full((256, 256, 3), 90, np.uint8), np.full((256, 256), 255, np.uint8)])
+    picture[60:120, 60:120, 3] = 0
+    put_image(server, "rgba.png", picture)
+    builder, _ = small_train(shots)
+    example = find(builder.prompt, "SLiMeExample")
+    loader = find(builder.prompt, "LoadImage")
+    builder.prompt[loader]["inputs"]["image"] = "rgba.png"
+    builder.prompt[example]["inputs"]["mask"] = [loader, 1]
+    server.run(builder.prompt)
+
+
+def test_half_precision_unet(comfy_path, shots) -> None:
+    """--fp16-unet: manual cast, both trainers and segmentation."""
+    with ComfyServer(comfy_path, ("--fp16-unet",)) as half:
+        given = [put_example(half, "teach", splits.example(DOMAIN, splits.TEACH))]
+        template = to_api(load_workflow("slime_learn_and_segment"), half.get("/object_info"))
+        before = sample(half)
+        for preset in ("instant", "paper"):
+            prompt, nodes = build_prompt(template, MODEL.name, given, [given[0].image], preset)
+            prompt[find(prompt, "SLiMeTrain")]["inputs"].update(preset=preset, steps=10)
+            outputs = half.run(prompt)
+            losses = PartEmbeddings.load(half.base / "models" / "slime" / f"{preset}.safetensors").losses
+            assert np.isfinite(losses).all()
+            labels = read_labels(half.output_image(outputs[nodes[0][1]]["images"][0]), default_palette(5))
+            assert preset == "paper" or (labels > 0).any()
+        assert np.array_equal(sample(half), before)
