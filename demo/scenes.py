@@ -105,7 +105,7 @@ class Canvas:
 
 @dataclass(frozen=True)
 class Frame:
-    """Placement of an object: rotate by ``angle``, mirror, scale, move. Object coordinates are y down, about [-0.5, 0.5]."""
+    """Placement of an object: rotate by ``angle``, mirror, scale, move; object coordinates are y down, about +-0.5."""
 
     x: float
     y: float
@@ -213,11 +213,13 @@ def paint_car(canvas: Canvas, painter: Painter, scale: float) -> None:
     low, deck, roof = -0.17, p.uniform(0.02, 0.06), p.uniform(0.19, 0.26)
     yaw = math.radians(p.uniform(22, 58))
     pitch = math.radians(p.uniform(6, 16))
-    frame = Frame(p.uniform(0.38, 0.62), p.uniform(0.42, 0.62), scale * p.uniform(0.74, 1.0), p.uniform(-0.08, 0.08), p.flip())
+    frame = Frame(
+        p.uniform(0.38, 0.62), p.uniform(0.42, 0.62), scale * p.uniform(0.74, 1.0), p.uniform(-0.08, 0.08), p.flip()
+    )
     cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
 
     def project(x: float, y: float, z: float) -> Point:
-        """x along the car (front is +), y up, z towards the viewer's side; orthographic view turned by yaw and pitch."""
+        """x along the car (front is +), y up, z towards the viewer's side; orthographic, turned by yaw and pitch."""
         u, depth = x * cy - z * sy, x * sy + z * cy
         return u, -(y * cp - depth * sp) * 1.0
 
@@ -281,7 +283,9 @@ def paint_horse(canvas: Canvas, painter: Painter, scale: float) -> None:
     head = p.choose("head", ("neck+torso",))
     leg = p.choose("leg", ("neck+torso",))
     tail = p.choose("tail", ("neck+torso", "leg"))
-    frame = Frame(p.uniform(0.4, 0.6), p.uniform(0.42, 0.56), scale * p.uniform(0.72, 1.02), p.uniform(-0.12, 0.12), p.flip())
+    frame = Frame(
+        p.uniform(0.4, 0.6), p.uniform(0.42, 0.56), scale * p.uniform(0.72, 1.02), p.uniform(-0.12, 0.12), p.flip()
+    )
     id_head, id_torso, id_leg, id_tail = 1, 2, 3, 4
 
     def part(points: list[Point], color: Color, label: int) -> None:
@@ -320,8 +324,15 @@ def paint_horse(canvas: Canvas, painter: Painter, scale: float) -> None:
     nod = lift - p.uniform(1.2, 1.9)
     muzzle = (poll[0] + 0.165 * math.cos(nod), poll[1] - 0.165 * math.sin(nod))
     for side in (-0.02, 0.03):
-        part([(poll[0] + side - 0.02, poll[1] - 0.02), (poll[0] + side, poll[1] - 0.105),
-              (poll[0] + side + 0.025, poll[1] - 0.02)], shade(head, 0.85), id_head)
+        part(
+            [
+                (poll[0] + side - 0.02, poll[1] - 0.02),
+                (poll[0] + side, poll[1] - 0.105),
+                (poll[0] + side + 0.025, poll[1] - 0.02),
+            ],
+            shade(head, 0.85),
+            id_head,
+        )
     part(limb(poll, muzzle, 0.066, 0.04), head, id_head)
     eye = (poll[0] + 0.03 * math.cos(nod), poll[1] - 0.03 * math.sin(nod) - 0.012)
     part(ellipse(*eye, 0.013, 0.013), (20, 20, 22), id_head)
@@ -339,7 +350,9 @@ def paint_face(canvas: Canvas, painter: Painter, scale: float) -> None:
     brow = p.choose("brow", ("skin", "eye"))
     nose = p.choose("nose", ("skin",))
     mouth = p.choose("mouth", ("skin", "nose"))
-    frame = Frame(p.uniform(0.36, 0.64), p.uniform(0.38, 0.56), scale * p.uniform(0.68, 1.0), p.uniform(-0.25, 0.25), p.flip())
+    frame = Frame(
+        p.uniform(0.36, 0.64), p.uniform(0.38, 0.56), scale * p.uniform(0.68, 1.0), p.uniform(-0.25, 0.25), p.flip()
+    )
     ids = {name: i + 1 for i, name in enumerate(PARTS["face"])}
 
     def part(points: list[Point], color: Color, name: str) -> None:
@@ -355,8 +368,19 @@ def paint_face(canvas: Canvas, painter: Painter, scale: float) -> None:
     part([(-0.1, 0.15), (0.1, 0.15), (0.125, 0.45), (-0.125, 0.45)], shade(neck, 0.92), "neck")
     shoulder = p.uniform(0.4, 0.5)
     collar = p.uniform(0.36, 0.42)
-    part([(-0.13, collar), (0, collar + p.uniform(0.03, 0.1)), (0.13, collar), (shoulder, collar + 0.1),
-          (shoulder + 0.3, 1.3), (-shoulder - 0.3, 1.3), (-shoulder, collar + 0.1)], cloth, "cloth")
+    part(
+        [
+            (-0.13, collar),
+            (0, collar + p.uniform(0.03, 0.1)),
+            (0.13, collar),
+            (shoulder, collar + 0.1),
+            (shoulder + 0.3, 1.3),
+            (-shoulder - 0.3, 1.3),
+            (-shoulder, collar + 0.1),
+        ],
+        cloth,
+        "cloth",
+    )
     for side in (-1, 1):
         part(ellipse(side * (rx + 0.012), 0.0, 0.05, 0.085, 0.15 * side), ear, "ear")
         part(ellipse(side * (rx + 0.018), 0.0, 0.022, 0.05, 0.15 * side), shade(ear, 0.8), "ear")
@@ -373,26 +397,53 @@ def paint_face(canvas: Canvas, painter: Painter, scale: float) -> None:
         part(ellipse(x + turn * 0.2, level, ey * 0.42, ey * 0.42), (15, 15, 18), "eye")
         inner, outer = (x - side * 0.055, level - lift), (x + side * 0.06, level - lift - 0.06 * tilt)
         part(limb(inner, outer, 0.021, 0.014), brow, "brow")
-    part([(turn * 1.4 - 0.02, level + 0.02), (turn * 1.4 + 0.02, level + 0.02), (turn * 1.4 + 0.05, 0.105),
-          (turn * 1.4, 0.122), (turn * 1.4 - 0.05, 0.105)], nose, "nose")
+    part(
+        [
+            (turn * 1.4 - 0.02, level + 0.02),
+            (turn * 1.4 + 0.02, level + 0.02),
+            (turn * 1.4 + 0.05, 0.105),
+            (turn * 1.4, 0.122),
+            (turn * 1.4 - 0.05, 0.105),
+        ],
+        nose,
+        "nose",
+    )
     open_by, wide = p.uniform(0.02, 0.042), p.uniform(0.075, 0.105)
     smile = p.uniform(-0.012, 0.03)
     upper = [(turn - wide, 0.18 - smile), (turn, 0.18 - open_by), (turn + wide, 0.18 - smile)]
     part([*upper, (turn + wide * 0.5, 0.18 + open_by), (turn - wide * 0.5, 0.18 + open_by)], mouth, "mouth")
-    part([(turn - wide * 0.7, 0.183 - smile * 0.6), (turn, 0.19), (turn + wide * 0.7, 0.183 - smile * 0.6),
-          (turn, 0.176)], shade(mouth, 0.55), "mouth")
+    part(
+        [
+            (turn - wide * 0.7, 0.183 - smile * 0.6),
+            (turn, 0.19),
+            (turn + wide * 0.7, 0.183 - smile * 0.6),
+            (turn, 0.176),
+        ],
+        shade(mouth, 0.55),
+        "mouth",
+    )
 
     fringe = p.uniform(-0.2, -0.13)
     cap = [q for q in ellipse(0, -0.02, rx + 0.045, ry + 0.045, n=48) if q[1] < fringe + 0.02]
     parting = p.uniform(-0.12, 0.12)
     cap.sort(key=lambda q: math.atan2(-q[1], q[0]))
-    part([*cap, (-rx * 0.75, fringe - 0.01), (parting, fringe - p.uniform(0.0, 0.05)), (rx * 0.75, fringe - 0.01)],
-         hair, "hair")
+    part(
+        [*cap, (-rx * 0.75, fringe - 0.01), (parting, fringe - p.uniform(0.0, 0.05)), (rx * 0.75, fringe - 0.01)],
+        hair,
+        "hair",
+    )
 
 
 PAINT = {"car": paint_car, "horse": paint_horse, "face": paint_face}
-PLURAL = {"window": "windows", "wheel": "wheels", "light": "lights", "leg": "legs", "eye": "eyes", "brow": "brows",
-          "ear": "ears"}
+PLURAL = {
+    "window": "windows",
+    "wheel": "wheels",
+    "light": "lights",
+    "leg": "legs",
+    "eye": "eyes",
+    "brow": "brows",
+    "ear": "ears",
+}
 
 
 def describe(domain: str, painter: Painter, place: str) -> str:

@@ -55,7 +55,9 @@ class ComfyServer:
         base: folder for models, input, output; a temporary one by default.
     """
 
-    def __init__(self, comfyui: str | Path | None = None, options: tuple[str, ...] = (), base: Path | None = None) -> None:
+    def __init__(
+        self, comfyui: str | Path | None = None, options: tuple[str, ...] = (), base: Path | None = None
+    ) -> None:
         self.comfyui = Path(comfyui or os.environ["COMFYUI_DIR"])
         self.port = free_port()
         self.base = base or Path(tempfile.mkdtemp(prefix="slime-comfyui-"))
@@ -71,12 +73,27 @@ class ComfyServer:
 
     def __enter__(self) -> ComfyServer:
         self._prepare_folders()
-        command = [sys.executable, str(self.comfyui / "main.py"), "--port", str(self.port), "--listen", "127.0.0.1",
-                   "--base-directory", str(self.base), "--disable-auto-launch", "--disable-api-nodes",
-                   "--database-url", "sqlite:///:memory:", *self._device_options(), *self.options]  # fmt: skip
+        command = [
+            sys.executable,
+            str(self.comfyui / "main.py"),
+            "--port",
+            str(self.port),
+            "--listen",
+            "127.0.0.1",
+            "--base-directory",
+            str(self.base),
+            "--disable-auto-launch",
+            "--disable-api-nodes",
+            "--database-url",
+            "sqlite:///:memory:",
+            *self._device_options(),
+            *self.options,
+        ]
         environment = os.environ | {"PYTHONUTF8": "1"}
         with open(self.log_path, "wb") as log:
-            self._process = subprocess.Popen(command, cwd=self.comfyui, env=environment, stdout=log, stderr=subprocess.STDOUT)
+            self._process = subprocess.Popen(
+                command, cwd=self.comfyui, env=environment, stdout=log, stderr=subprocess.STDOUT
+            )
         self._wait_until_up()
         return self
 
@@ -98,7 +115,16 @@ class ComfyServer:
             shutil.rmtree(self.base, ignore_errors=True)
 
     def _prepare_folders(self) -> None:
-        for name in ("custom_nodes", "models/checkpoints", "models/loras", "models/slime", "input", "output", "temp", "user"):
+        for name in (
+            "custom_nodes",
+            "models/checkpoints",
+            "models/loras",
+            "models/slime",
+            "input",
+            "output",
+            "temp",
+            "user",
+        ):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         for target, name in ((ROOT, EXTENSION), (ROOT / "demo" / "pack", "slime_demo")):
             link = self.base / "custom_nodes" / name

@@ -44,10 +44,20 @@ def narrow_encoder(widths: tuple[int, int, int] = (24, 48, 64)) -> nn.Sequential
     """[B, 3, H, W] in [0, 1] -> [B, 4, H/8, W/8]; module indices are those of TAESD's encoder."""
     half, quarter, eighth = widths
     return nn.Sequential(
-        PassThrough(), Block(3, identity=True),
-        nn.Conv2d(3, half, 3, 2, 1, bias=False), Block(half), Block(half, True), Block(half, True),
-        nn.Conv2d(half, quarter, 3, 2, 1, bias=False), Block(quarter), Block(quarter), Block(quarter, True),
-        nn.Conv2d(quarter, eighth, 3, 2, 1, bias=False), Block(eighth), Block(eighth), Block(eighth),
+        PassThrough(),
+        Block(3, identity=True),
+        nn.Conv2d(3, half, 3, 2, 1, bias=False),
+        Block(half),
+        Block(half, True),
+        Block(half, True),
+        nn.Conv2d(half, quarter, 3, 2, 1, bias=False),
+        Block(quarter),
+        Block(quarter),
+        Block(quarter, True),
+        nn.Conv2d(quarter, eighth, 3, 2, 1, bias=False),
+        Block(eighth),
+        Block(eighth),
+        Block(eighth),
         nn.Conv2d(eighth, LATENT_CHANNELS, 3, padding=1),
     )
 
@@ -56,14 +66,26 @@ def narrow_decoder(widths: tuple[int, int, int, int] = (64, 48, 32, 12)) -> nn.S
     """[B, 4, h, w] -> [B, 3, 8h, 8w] in about [0, 1]; module indices are those of TAESD's decoder."""
     eighth, quarter, half, full = widths
     return nn.Sequential(
-        Clamp(), nn.Conv2d(LATENT_CHANNELS, eighth, 3, padding=1), nn.ReLU(),
-        Block(eighth), Block(eighth), Block(eighth), nn.Upsample(scale_factor=2),
+        Clamp(),
+        nn.Conv2d(LATENT_CHANNELS, eighth, 3, padding=1),
+        nn.ReLU(),
+        Block(eighth),
+        Block(eighth),
+        Block(eighth),
+        nn.Upsample(scale_factor=2),
         nn.Conv2d(eighth, quarter, 3, padding=1, bias=False),
-        Block(quarter), Block(quarter), Block(quarter, True), nn.Upsample(scale_factor=2),
+        Block(quarter),
+        Block(quarter),
+        Block(quarter, True),
+        nn.Upsample(scale_factor=2),
         nn.Conv2d(quarter, half, 3, padding=1, bias=False),
-        Block(half), Block(half, True), Block(half, True), nn.Upsample(scale_factor=2),
+        Block(half),
+        Block(half, True),
+        Block(half, True),
+        nn.Upsample(scale_factor=2),
         nn.Conv2d(half, full, 3, padding=1, bias=False),
-        Block(full, True), nn.Conv2d(full, 3, 3, padding=1),
+        Block(full, True),
+        nn.Conv2d(full, 3, 3, padding=1),
     )
 
 
@@ -90,7 +112,13 @@ def widen(narrow: nn.Sequential, width: int = 64) -> dict[str, Tensor]:
             put(str(index), identity, torch.zeros(3), first=True, final=False)
         elif isinstance(module, nn.Conv2d):
             first = module.in_channels == LATENT_CHANNELS
-            put(str(index), module.weight.detach(), None if module.bias is None else module.bias.detach(), first, index == last)
+            put(
+                str(index),
+                module.weight.detach(),
+                None if module.bias is None else module.bias.detach(),
+                first,
+                index == last,
+            )
         elif isinstance(module, Block):
             for k in (0, 2, 4):
                 shape = (module.width, module.width, 3, 3)

@@ -147,15 +147,26 @@ def encode_latents(work: Path, device: torch.device, batch: int = 32) -> None:
         side = size // tiny_model.DOWNSCALE
         result = np.zeros((2, len(images), tiny_model.LATENT_CHANNELS, side, side), np.float16)
         for i in range(0, len(images), batch):
-            pixels = torch.from_numpy(np.ascontiguousarray(images[i : i + batch])).to(device).permute(0, 3, 1, 2).float().div(255)
+            pixels = (
+                torch.from_numpy(np.ascontiguousarray(images[i : i + batch]))
+                .to(device)
+                .permute(0, 3, 1, 2)
+                .float()
+                .div(255)
+            )
             if size != scenes.SIZE:
                 pixels = nn.functional.avg_pool2d(pixels, scenes.SIZE // size)
             for mirrored in (0, 1):
                 with torch.autocast(device.type, torch.bfloat16):
-                    latents = encoder((pixels.flip(-1) if mirrored else pixels).contiguous(memory_format=torch.channels_last))
+                    latents = encoder(
+                        (pixels.flip(-1) if mirrored else pixels).contiguous(memory_format=torch.channels_last)
+                    )
                 result[mirrored, i : i + batch] = latents.float().cpu().numpy()
         np.save(path, result)
-        log(work, f"latents {side}: mean {result.mean(dtype=np.float64):.3f} std {result.std(dtype=np.float64):.3f} {time.time() - start:.0f} s")
+        log(
+            work,
+            f"latents {side}: std {result.std(dtype=np.float64):.3f} {time.time() - start:.0f} s",
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------- UNet
@@ -219,7 +230,7 @@ class TextToImage(nn.Module):
         return text.final_layer_norm(x)
 
     def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """noisy [B, 4, h, w], timesteps [B] in 0..999, tokens [B, 77] as positions in the vocabulary -> v [B, 4, h, w]."""
+        """noisy [B, 4, h, w], timesteps [B], tokens [B, 77] as positions in the vocabulary -> v [B, 4, h, w]."""
         from comfy.ldm.modules.attention import attention_pytorch
 
         context = self.encode_text(tokens)
@@ -241,7 +252,9 @@ def alphas_cumprod() -> Tensor:
     return torch.cumprod(1 - betas, 0).float()
 
 
-def train_unet(work: Path, comfyui: str, minutes: tuple[float, float], device: torch.device, batches: tuple[int, int]) -> None:
+def train_unet(
+    work: Path, comfyui: str, minutes: tuple[float, float], device: torch.device, batches: tuple[int, int]
+) -> None:
     """v-prediction, uniform timesteps, 10 % of captions dropped, AdamW with cosine decay, EMA."""
     import_comfyui(comfyui)
     captions = json.loads((work / "captions.json").read_text(encoding="utf-8"))
@@ -270,7 +283,12 @@ def train_unet(work: Path, comfyui: str, minutes: tuple[float, float], device: t
         log(work, f"unet: {sum(p.numel() for p in model.unet.parameters()) / 1e6:.2f} M parameters")
 
     def save() -> None:
-        saved = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict(), "state": state}
+        saved = {
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "state": state,
+        }
         torch.save(saved | {"vocabulary": vocabulary.tolist()}, checkpoint.with_suffix(".tmp"))
         checkpoint.with_suffix(".tmp").replace(checkpoint)
 
@@ -313,8 +331,11 @@ def train_unet(work: Path, comfyui: str, minutes: tuple[float, float], device: t
             seen += batch
             running = float(loss) if running is None else 0.98 * running + 0.02 * float(loss)
             if time.time() - last_log > 60:
-                log(work, f"unet: {side}x{side} step {state['step']} loss {running:.4f} "
-                          f"{state['elapsed'][phase] / 60:.1f} min {seen / (time.time() - last_log):.1f} images/s")
+                log(
+                    work,
+                    f"unet: {side}x{side} step {state['step']} loss {running:.4f} "
+                    f"{state['elapsed'][phase] / 60:.1f} min {seen / (time.time() - last_log):.1f} images/s",
+                )
                 last_log, seen = time.time(), 0
             if time.time() - last_save > 240:
                 save()
@@ -356,7 +377,9 @@ def export(work: Path, comfyui: str, target: Path) -> None:
 
 
 @torch.inference_mode()
-def sample_grid(work: Path, comfyui: str, target: Path, device: torch.device, steps: int = 30, guidance: float = 3.0) -> None:
+def sample_grid(
+    work: Path, comfyui: str, target: Path, device: torch.device, steps: int = 30, guidance: float = 3.0
+) -> None:
     """Two captions a domain, DDIM with guidance, decoded and written as one picture."""
     import_comfyui(comfyui)
     saved = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")

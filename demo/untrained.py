@@ -26,7 +26,9 @@ def write_untrained(trained: Path, target: Path, seed: int = 0) -> Path:
             bound = 1 / math.sqrt(weight[0].numel())
             fresh = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
         else:
-            norm = "norm" in short or ".in_layers.0." in short or ".out_layers.0." in short or short.startswith("out.0.")
+            norm = (
+                "norm" in short or ".in_layers.0." in short or ".out_layers.0." in short or short.startswith("out.0.")
+            )
             fresh = torch.full_like(weight, 1.0 if norm and short.endswith("weight") else 0.0)
         state[name] = fresh.to(weight.dtype).contiguous()
     save_file(state, str(target))

@@ -65,8 +65,13 @@ def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
     return prompt
 
 
-def to_editor(prompt: Prompt, layout: dict[str, tuple[int, int, int, int]], object_info: dict[str, Any],
-              notes: list[tuple[str, tuple[int, int, int, int]]], titles: dict[str, str]) -> dict[str, Any]:  # fmt: skip
+def to_editor(
+    prompt: Prompt,
+    layout: dict[str, tuple[int, int, int, int]],
+    object_info: dict[str, Any],
+    notes: list[tuple[str, tuple[int, int, int, int]]],
+    titles: dict[str, str],
+) -> dict[str, Any]:
     """Editor format of an API prompt.
 
     Args:
@@ -106,17 +111,49 @@ def to_editor(prompt: Prompt, layout: dict[str, tuple[int, int, int, int]], obje
             {"name": label, "type": kind, "links": outgoing.get((node_id, slot), [])}
             for slot, (label, kind) in enumerate(zip(info["output_name"], info["output"], strict=True))
         ]
-        entry = {"id": int(node_id), "type": node["class_type"], "pos": [x, y], "size": [width, height], "flags": {},
-                 "order": order, "mode": 0, "inputs": inputs, "outputs": outputs,
-                 "properties": {"Node name for S&R": node["class_type"]}, "widgets_values": values}  # fmt: skip
+        entry = {
+            "id": int(node_id),
+            "type": node["class_type"],
+            "pos": [x, y],
+            "size": [width, height],
+            "flags": {},
+            "order": order,
+            "mode": 0,
+            "inputs": inputs,
+            "outputs": outputs,
+            "properties": {"Node name for S&R": node["class_type"]},
+            "widgets_values": values,
+        }
         nodes.append(entry | ({"title": titles[node_id]} if node_id in titles else {}))
     last = max(int(node_id) for node_id in prompt)
     for index, (text, (x, y, width, height)) in enumerate(notes, start=1):
-        nodes.append({"id": last + index, "type": "MarkdownNote", "pos": [x, y], "size": [width, height], "flags": {},
-                      "order": len(nodes), "mode": 0, "inputs": [], "outputs": [], "properties": {},
-                      "widgets_values": [text], "color": "#432", "bgcolor": "#653"})  # fmt: skip
-    return {"last_node_id": last + len(notes), "last_link_id": len(links), "nodes": nodes,
-            "links": [link[:6] for link in links], "groups": [], "config": {}, "extra": {}, "version": 0.4}  # fmt: skip
+        nodes.append(
+            {
+                "id": last + index,
+                "type": "MarkdownNote",
+                "pos": [x, y],
+                "size": [width, height],
+                "flags": {},
+                "order": len(nodes),
+                "mode": 0,
+                "inputs": [],
+                "outputs": [],
+                "properties": {},
+                "widgets_values": [text],
+                "color": "#432",
+                "bgcolor": "#653",
+            }
+        )
+    return {
+        "last_node_id": last + len(notes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": [link[:6] for link in links],
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
 
 
 def find(prompt: Prompt, class_type: str) -> str:

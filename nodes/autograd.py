@@ -89,10 +89,18 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def _resident_copy(
-    parameter: Tensor, device: torch.device, dtype: torch.dtype, functions: list[Callable[[Tensor], Tensor]], lowvram: Any
+    parameter: Tensor,
+    device: torch.device,
+    dtype: torch.dtype,
+    functions: list[Callable[[Tensor], Tensor]],
+    lowvram: Any,
 ) -> Tensor:
     with torch.no_grad():
-        weight = parameter.dequantize() if hasattr(parameter, "dequantize") and type(parameter.data) is not Tensor else parameter
+        weight = (
+            parameter.dequantize()
+            if hasattr(parameter, "dequantize") and type(parameter.data) is not Tensor
+            else parameter
+        )
         weight = weight.to(device, dtype, copy=True)
         if lowvram is not None:
             weight = lowvram(weight)

@@ -42,7 +42,7 @@ class ComfyDenoiser:
         if channels != 4:
             raise SlimeError(
                 f"This UNet takes {channels} input channels, as inpainting and editing checkpoints do. SLiMe needs a "
-                "plain text-to-image checkpoint with 4; use one for learning and segmenting, and this one for inpainting."
+                "plain text-to-image checkpoint with 4: learn and segment with one, inpaint with this one."
             )
         self.sampling = model.get_model_object("model_sampling")
         sigmas = getattr(self.sampling, "sigmas", None)
@@ -62,8 +62,8 @@ class ComfyDenoiser:
         latents = self.vae.encode(images[..., :3])
         if latents.ndim != 4 or latents.shape[1] != 4:
             raise SlimeError(
-                f"This VAE gives latents of shape {list(latents.shape)}, the model needs 4 channels: connect the VAE of "
-                "the same checkpoint as the model."
+                f"This VAE gives latents of shape {list(latents.shape)}, the model needs 4 channels: connect the "
+                "VAE of the same checkpoint."
             )
         return self.model.model.process_latent_in(latents.to(self.device, torch.float32))
 
@@ -94,9 +94,12 @@ class ComfyDenoiser:
         arguments = self._extra_arguments(context, x, image_size)
         try:
             denoised = self.model.model.apply_model(
-                x, sigma.expand(batch), c_crossattn=rows[None].expand(batch, -1, -1),
-                transformer_options=self._options(capture), **arguments,
-            )  # fmt: skip
+                x,
+                sigma.expand(batch),
+                c_crossattn=rows[None].expand(batch, -1, -1),
+                transformer_options=self._options(capture),
+                **arguments,
+            )
         except CaptureComplete:
             return None
         return (x - denoised) / sigma
@@ -122,9 +125,17 @@ class ComfyDenoiser:
             return {}
         height, width = image_size
         conds = self.model.model.extra_conds(
-            cross_attn=context.rows[None].detach(), pooled_output=context.pooled[None].to(self.device), width=width, height=height,
-            crop_w=0, crop_h=0, target_width=width, target_height=height, device=self.device, noise=latents,
-        )  # fmt: skip
+            cross_attn=context.rows[None].detach(),
+            pooled_output=context.pooled[None].to(self.device),
+            width=width,
+            height=height,
+            crop_w=0,
+            crop_h=0,
+            target_width=width,
+            target_height=height,
+            device=self.device,
+            noise=latents,
+        )
         batch = latents.shape[0]
         made = {
             name: cond.process_cond(batch_size=batch, device=self.device, area=None).cond
@@ -179,7 +190,8 @@ def attention_layers(unet: UNetModel) -> tuple[AttentionLayer, ...]:
                 scale //= 2
             elif isinstance(module, SpatialTransformer):
                 layers.extend(
-                    AttentionLayer(LayerKey(place, number, depth), scale) for depth in range(len(module.transformer_blocks))
+                    AttentionLayer(LayerKey(place, number, depth), scale)
+                    for depth in range(len(module.transformer_blocks))
                 )
 
     for number, block in enumerate(unet.input_blocks):

@@ -79,11 +79,16 @@ def split_names(text: str) -> list[str]:
 
 
 def overlays(
-    images: Tensor, labels: Tensor, palette: Sequence[tuple[int, int, int]], names: Sequence[str] = (), opacity: float = 0.55
+    images: Tensor,
+    labels: Tensor,
+    palette: Sequence[tuple[int, int, int]],
+    names: Sequence[str] = (),
+    opacity: float = 0.55,
 ) -> Tensor:
     """Images [B, H, W, 3] tinted by label maps [B, H, W]: IMAGE [B, H, W, 3]."""
     pictures = [
-        overlay(_bytes(image), label.numpy(), palette, names, opacity) for image, label in zip(images, labels, strict=True)
+        overlay(_bytes(image), label.numpy(), palette, names, opacity)
+        for image, label in zip(images, labels, strict=True)
     ]
     return torch.from_numpy(np.stack(pictures)).float() / 255
 

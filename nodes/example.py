@@ -22,17 +22,20 @@ class SLiMeExample(io.ComfyNode):
             inputs=[
                 io.Image.Input("image", tooltip="The image to learn from; one image, not a batch."),
                 io.Mask.Input("mask", tooltip="Where the part is. A batch gives one mask for each name, in order."),
-                io.String.Input("names", default="part", tooltip="Name of each part, separated by commas: wheel, window"),
+                io.String.Input(
+                    "names", default="part", tooltip="Name of each part, separated by commas: wheel, window"
+                ),
                 Examples.Input(
-                    "previous", optional=True,
-                    tooltip="Another SLiMe Example. The same image again adds parts to it, another image is one more example.",
+                    "previous",
+                    optional=True,
+                    tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
                 ),
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
                 io.Image.Output(display_name="preview", tooltip="The images with their parts tinted."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(cls, image, mask, names, previous=None) -> io.NodeOutput:
@@ -47,7 +50,9 @@ def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:
     images, masks = as_images(image), as_masks(mask)
     names = check_names(split_names(text))
     if len(images) != 1:
-        raise SlimeError(f"got a batch of {len(images)} images; connect one image, and chain one example for each image.")
+        raise SlimeError(
+            f"got a batch of {len(images)} images; connect one image, and chain one example for each image."
+        )
     if len(masks) != len(names):
         raise SlimeError(
             f"got {len(masks)} masks for {len(names)} names ({', '.join(names)}); give one mask for each name, "

@@ -15,5 +15,11 @@ from .train import SLiMeTrain
 class SlimeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
-            SLiMeExample, SLiMeTrain, SLiMeSegment, SLiMePartMask, SLiMeOverlay, SLiMeSaveEmbeddings, SLiMeLoadEmbeddings,
-        ]  # fmt: skip
+            SLiMeExample,
+            SLiMeTrain,
+            SLiMeSegment,
+            SLiMePartMask,
+            SLiMeOverlay,
+            SLiMeSaveEmbeddings,
+            SLiMeLoadEmbeddings,
+        ]

@@ -93,14 +93,17 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
             description="Reads embeddings from models/slime.",
             search_aliases=["load slime", "load segmenter", "load part embeddings"],
             inputs=[
-                io.Combo.Input("filename", options=files or [NOTHING_SAVED],
-                               tooltip="A file in models/slime; refresh (R) after saving a new one."),
+                io.Combo.Input(
+                    "filename",
+                    options=files or [NOTHING_SAVED],
+                    tooltip="A file in models/slime; refresh (R) after saving a new one.",
+                ),
             ],
             outputs=[
                 Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment, or SLiMe Train to continue."),
                 io.String.Output(display_name="names", tooltip="The parts in the file, separated by commas."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def fingerprint_inputs(cls, filename: str) -> str:

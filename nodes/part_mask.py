@@ -24,25 +24,58 @@ class SLiMePartMask(io.ComfyNode):
             search_aliases=["part mask", "grow mask", "feather mask", "fill holes", "mask by name"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
-                io.String.Input("names", default="",
-                                tooltip="Parts to take, separated by commas; background is one too. Empty takes every part."),
-                io.Combo.Input("mode", options=["argmax", "threshold", "soft"], default="argmax",
-                               tooltip="argmax: where the parts are the most probable class. threshold: where their probability "
-                               "reaches the threshold. soft: the probability itself."),
-                io.Float.Input("threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="For the mode threshold."),
-                io.Int.Input("grow", default=0, min=-512, max=512, tooltip="Widen the mask by pixels; negative shrinks it."),
-                io.Int.Input("feather", default=0, min=0, max=512, tooltip="Soften the border over about so many pixels."),
+                io.String.Input(
+                    "names",
+                    default="",
+                    tooltip="Parts to take, separated by commas; background is one too. Empty takes every part.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=["argmax", "threshold", "soft"],
+                    default="argmax",
+                    tooltip="argmax: where the parts are the most probable class. threshold: where their probability "
+                    "reaches the threshold. soft: the probability itself.",
+                ),
+                io.Float.Input(
+                    "threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="For the mode threshold."
+                ),
+                io.Int.Input(
+                    "grow", default=0, min=-512, max=512, tooltip="Widen the mask by pixels; negative shrinks it."
+                ),
+                io.Int.Input(
+                    "feather", default=0, min=0, max=512, tooltip="Soften the border over about so many pixels."
+                ),
                 io.Boolean.Input("invert", default=False, tooltip="Everything but these parts."),
-                io.Boolean.Input("fill_holes", default=False, optional=True, **EXPERT, tooltip="Close holes inside the mask."),
-                io.Int.Input("minimum_area", default=0, min=0, max=1_000_000, optional=True, **EXPERT,
-                             tooltip="Drop separate pieces with fewer pixels."),
+                io.Boolean.Input(
+                    "fill_holes", default=False, optional=True, **EXPERT, tooltip="Close holes inside the mask."
+                ),
+                io.Int.Input(
+                    "minimum_area",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Drop separate pieces with fewer pixels.",
+                ),
             ],
-            outputs=[io.Mask.Output(display_name="mask", tooltip="One mask for each image; empty where nothing is found.")],
-        )  # fmt: skip
+            outputs=[
+                io.Mask.Output(display_name="mask", tooltip="One mask for each image; empty where nothing is found.")
+            ],
+        )
 
     @classmethod
     def execute(
-        cls, parts, names="", mode="argmax", threshold=0.5, grow=0, feather=0, invert=False, fill_holes=False, minimum_area=0
+        cls,
+        parts,
+        names="",
+        mode="argmax",
+        threshold=0.5,
+        grow=0,
+        feather=0,
+        invert=False,
+        fill_holes=False,
+        minimum_area=0,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Part Mask"):
             mask = select_parts(parts.maps, split_names(names), mode, threshold)

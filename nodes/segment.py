@@ -25,23 +25,52 @@ class SLiMeSegment(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load Learned Embeddings."),
                 io.Image.Input("image", tooltip="Images of any size; a batch gives a batch of masks."),
-                io.Combo.Input("refine", options=["off", "fast", "best"], default="fast",
-                               tooltip="Pull mask borders to the edges of the image."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False,
-                             tooltip="Of the noise; the same seed gives the same masks."),
+                io.Combo.Input(
+                    "refine",
+                    options=["off", "fast", "best"],
+                    default="fast",
+                    tooltip="Pull mask borders to the edges of the image.",
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of the noise; the same seed gives the same masks.",
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="Needed only for embeddings in the compact text form."),
-                io.Int.Input("crops", default=1, min=1, max=4, optional=True, **EXPERT,
-                             tooltip="2 looks at 2 x 2 overlapping crops: finer parts, four times the work."),
-                io.Boolean.Input("average_flip", default=False, optional=True, **EXPERT,
-                                 tooltip="Also look at the mirrored image: a little steadier, twice the work."),
-                io.Int.Input("batch_size", default=4, min=1, max=64, optional=True, **EXPERT,
-                             tooltip="Images in one pass; lower it when memory is short."),
+                io.Int.Input(
+                    "crops",
+                    default=1,
+                    min=1,
+                    max=4,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="2 looks at 2 x 2 overlapping crops: finer parts, four times the work.",
+                ),
+                io.Boolean.Input(
+                    "average_flip",
+                    default=False,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Also look at the mirrored image: a little steadier, twice the work.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=64,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Images in one pass; lower it when memory is short.",
+                ),
             ],
             outputs=[
                 PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
                 io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
             ],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(

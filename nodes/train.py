@@ -39,30 +39,77 @@ class SLiMeTrain(io.ComfyNode):
                 io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
                 Examples.Input("examples", tooltip="From SLiMe Example; one is enough, ten are better."),
                 io.Combo.Input(
-                    "preset", options=list(PRESET_NAMES), default="instant",
-                    tooltip="instant: seconds, no gradient through the model. thorough and paper: full training through the "
+                    "preset",
+                    options=list(PRESET_NAMES),
+                    default="instant",
+                    tooltip="instant: seconds, no gradient through the model. thorough and paper: training through the "
                     "model, minutes; paper is the recipe of the SLiMe paper.",
                 ),
-                io.Int.Input("steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."),
+                io.Int.Input(
+                    "steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."
+                ),
                 io.Float.Input(
-                    "learning_rate", default=0.0, min=0.0, max=10.0, step=0.0001,
+                    "learning_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=10.0,
+                    step=0.0001,
                     tooltip="For thorough and paper; 0 takes the preset's. The instant preset does not use it.",
                 ),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False,
-                             tooltip="Of noise and augmentation; the same seed learns the same embeddings."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFF,
+                    control_after_generate=False,
+                    tooltip="Of noise and augmentation; the same seed learns the same embeddings.",
+                ),
                 Embeddings.Input("start", optional=True, tooltip="Embeddings of the same parts to continue from."),
-                io.String.Input("prompt", default="", optional=True, **EXPERT,
-                                tooltip="Text the model sees while it looks, for example: a photo of a car. Empty is fine."),
-                io.Int.Input("views", default=0, min=0, max=1000, optional=True, **EXPERT,
-                             tooltip="Augmented copies of the examples; 0 takes the preset's number."),
-                io.Combo.Input("flip", options=["auto", "on", "off"], default="auto", optional=True, **EXPERT,
-                               tooltip="Mirrored copies; auto switches them off when a part name says left or right."),
-                io.Boolean.Input("checkpointing", default=False, optional=True, **EXPERT,
-                                 tooltip="Thorough and paper: needs less memory and about a third more time."),
-                io.String.Input("cross_layers", default="", optional=True, **EXPERT,
-                                tooltip="Cross-attention layers to read, for example output.3-5, output.6-7. Empty: the model's table."),
-                io.String.Input("self_layers", default="", optional=True, **EXPERT,
-                                tooltip="Self-attention layers to read, for example output.9-11. Empty: the model's table."),
+                io.String.Input(
+                    "prompt",
+                    default="",
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Text the model sees while it looks, for example: a photo of a car. Empty is fine.",
+                ),
+                io.Int.Input(
+                    "views",
+                    default=0,
+                    min=0,
+                    max=1000,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Augmented copies of the examples; 0 takes the preset's number.",
+                ),
+                io.Combo.Input(
+                    "flip",
+                    options=["auto", "on", "off"],
+                    default="auto",
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Mirrored copies; auto switches them off when a part name says left or right.",
+                ),
+                io.Boolean.Input(
+                    "checkpointing",
+                    default=False,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Thorough and paper: needs less memory and about a third more time.",
+                ),
+                io.String.Input(
+                    "cross_layers",
+                    default="",
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table.",
+                ),
+                io.String.Input(
+                    "self_layers",
+                    default="",
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Self-attention layers to read, for example output.9-11. Empty: the model's table.",
+                ),
             ],
             outputs=[
                 Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment and Save Learned Embeddings."),
@@ -70,21 +117,41 @@ class SLiMeTrain(io.ComfyNode):
                 io.Image.Output(display_name="preview", tooltip="The first example, segmented by what was learned."),
             ],
             hidden=[io.Hidden.unique_id],
-        )  # fmt: skip
+        )
 
     @classmethod
     def execute(
-        cls, model, vae, clip, examples, preset, steps, learning_rate, seed, start=None, prompt="", views=0, flip="auto",
-        checkpointing=False, cross_layers="", self_layers="",
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        model,
+        vae,
+        clip,
+        examples,
+        preset,
+        steps,
+        learning_rate,
+        seed,
+        start=None,
+        prompt="",
+        views=0,
+        flip="auto",
+        checkpointing=False,
+        cross_layers="",
+        self_layers="",
+    ) -> io.NodeOutput:
         with named_errors("SLiMe Train"):
             denoiser = ComfyDenoiser(model, vae, clip)
             chosen = {"steps": steps, "learning_rate": learning_rate, "views": views}
             settings = make_settings(
-                preset, denoiser, seed=seed, prompt=prompt, flip={"auto": None, "on": True, "off": False}[flip],
-                checkpointing=checkpointing, cross_layers=cross_layers, self_layers=self_layers,
+                preset,
+                denoiser,
+                seed=seed,
+                prompt=prompt,
+                flip={"auto": None, "on": True, "off": False}[flip],
+                checkpointing=checkpointing,
+                cross_layers=cross_layers,
+                self_layers=self_layers,
                 **{name: value for name, value in chosen.items() if value},
-            )  # fmt: skip
+            )
             embeddings = _train_with_autosave(denoiser, examples, settings, start)
             preview = _preview(denoiser, examples[0], embeddings)
         losses = {"loss": list(embeddings.losses)}

@@ -12,6 +12,16 @@ from .settings import SegmentSettings, TrainSettings, preset
 from .train import StepReport, train
 
 __all__ = [
-    "Denoiser", "Example", "PartEmbeddings", "PartMaps", "SegmentSettings", "SlimeError", "StepReport",
-    "TrainSettings", "merge_examples", "preset", "segment", "train",
-]  # fmt: skip
+    "Denoiser",
+    "Example",
+    "PartEmbeddings",
+    "PartMaps",
+    "SegmentSettings",
+    "SlimeError",
+    "StepReport",
+    "TrainSettings",
+    "merge_examples",
+    "preset",
+    "segment",
+    "train",
+]

@@ -61,11 +61,24 @@ class Denoiser(Protocol):
     Latents are in the UNet's scale (after the VAE's factor). ``predict_noise`` gives eps whatever the UNet predicts.
     """
 
-    family: Family
-    prediction: str
-    device: torch.device
-    layers: Sequence[AttentionLayer]
-    alphas_cumprod: Tensor
+    @property
+    def family(self) -> Family: ...
+
+    @property
+    def prediction(self) -> str:
+        """ "eps" or "v"."""
+        ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def layers(self) -> Sequence[AttentionLayer]: ...
+
+    @property
+    def alphas_cumprod(self) -> Tensor:
+        """[1000]: cumulative product of the noise schedule's alphas."""
+        ...
 
     def encode_images(self, images: Tensor) -> Tensor:
         """[B, H, W, 3] in [0, 1], H and W multiples of 8 -> latents [B, C, H/8, W/8], float32."""

@@ -29,10 +29,27 @@ COMPACT_PREFIX = "slime1:"
 COMPACT_LIMIT = 400_000  # characters; a workflow JSON should stay readable
 
 PALETTE: tuple[tuple[int, int, int], ...] = (
-    (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48), (145, 30, 180), (70, 240, 240),
-    (240, 50, 230), (210, 245, 60), (250, 190, 212), (0, 128, 128), (220, 190, 255), (170, 110, 40), (255, 250, 200),
-    (128, 0, 0), (170, 255, 195), (128, 128, 0), (255, 215, 180), (0, 0, 128), (128, 128, 128),
-)  # fmt: skip
+    (230, 25, 75),
+    (60, 180, 75),
+    (255, 225, 25),
+    (0, 130, 200),
+    (245, 130, 48),
+    (145, 30, 180),
+    (70, 240, 240),
+    (240, 50, 230),
+    (210, 245, 60),
+    (250, 190, 212),
+    (0, 128, 128),
+    (220, 190, 255),
+    (170, 110, 40),
+    (255, 250, 200),
+    (128, 0, 0),
+    (170, 255, 195),
+    (128, 128, 0),
+    (255, 215, 180),
+    (0, 0, 128),
+    (128, 128, 128),
+)
 
 
 def default_palette(count: int) -> tuple[tuple[int, int, int], ...]:
@@ -155,7 +172,9 @@ class PartEmbeddings:
                 metadata = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  not a dict
         except (SafetensorError, OSError) as error:
-            raise SlimeError(f'"{name}" cannot be read: it is truncated or not a .safetensors file ({error}).') from error
+            raise SlimeError(
+                f'"{name}" cannot be read: it is truncated or not a .safetensors file ({error}).'
+            ) from error
         return cls._build(tensors, metadata, name)
 
     def to_compact(self) -> str:
@@ -164,7 +183,9 @@ class PartEmbeddings:
         packed = zlib.compress(save_bytes(tensors, metadata=self._metadata(brief=True)), 9)
         text = COMPACT_PREFIX + base64.b64encode(packed).decode("ascii")
         if len(text) > COMPACT_LIMIT:
-            raise SlimeError(f"These embeddings take {len(text)} characters; at most {COMPACT_LIMIT} travel inline. Save a file.")
+            raise SlimeError(
+                f"These embeddings take {len(text)} characters; at most {COMPACT_LIMIT} travel inline. Save a file."
+            )
         return text
 
     @classmethod
@@ -267,14 +288,22 @@ def import_official(folder: str | os.PathLike[str], names: list[str], denoiser: 
     prompt = " ".join(["part"] * (len(names) + 1))
     context = denoiser.encode_prompt(prompt)
     embeddings = PartEmbeddings(
-        names=tuple(names), rows=torch.stack(rows)[None], context=context.rows.cpu().half(), prompt=prompt,
-        family="sd2", prediction="eps", mode="context", timestep=100, working_side=512, read_out=ReadOut(mix=1.0),
+        names=tuple(names),
+        rows=torch.stack(rows)[None],
+        context=context.rows.cpu().half(),
+        prompt=prompt,
+        family="sd2",
+        prediction="eps",
+        mode="context",
+        timestep=100,
+        working_side=512,
+        read_out=ReadOut(mix=1.0),
         layers=LayerChoice(
             tuple(LayerKey("output", number, 0) for number in (3, 4, 5, 6, 7)),
             tuple(LayerKey("output", number, 0) for number in (9, 10, 11)),
         ),
         settings={"preset": "official"},
-    )  # fmt: skip
+    )
     embeddings.check_model(denoiser.family)
     return embeddings
 

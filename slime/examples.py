@@ -25,7 +25,9 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     if not cleaned:
         raise SlimeError('No part names given; write at least one, for example "wheel, window".')
     if any(not name for name in cleaned):
-        raise SlimeError(f"Part {cleaned.index('') + 1} of {len(cleaned)} has an empty name; names are separated by commas.")
+        raise SlimeError(
+            f"Part {cleaned.index('') + 1} of {len(cleaned)} has an empty name; names are separated by commas."
+        )
     duplicates = sorted({name for name in cleaned if cleaned.count(name) > 1})
     if duplicates:
         raise SlimeError(f"Part names must differ; given more than once: {', '.join(duplicates)}.")

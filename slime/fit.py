@@ -74,16 +74,24 @@ def fit_rows(
 
 
 def _fit_rows(
-    scores: Sequence[Tensor], labels: Tensor, background: Tensor, steps: int, l2: float, weight_exponent: float,
-    separate_rows: bool, start: Tensor | None, on_step: OnEvaluation | None,
-) -> FitResult:  # fmt: skip
+    scores: Sequence[Tensor],
+    labels: Tensor,
+    background: Tensor,
+    steps: int,
+    l2: float,
+    weight_exponent: float,
+    separate_rows: bool,
+    start: Tensor | None,
+    on_step: OnEvaluation | None,
+) -> FitResult:
     groups, parts, device = len(scores), labels.shape[1] - 1, labels.device
     background = background.clone()
     grid = (labels.shape[-2], labels.shape[-1])
     if separate_rows:
         transforms = [whitening(maps) for maps in scores]
     else:
-        transforms = [whitening(sum(resize_maps(maps, grid) for maps in scores))] * groups
+        joined = torch.stack([resize_maps(maps, grid) for maps in scores]).sum(0)
+        transforms = [whitening(joined)] * groups
     white = [torch.einsum("bdhw,de->behw", maps, t) for maps, t in zip(scores, transforms, strict=True)]
     weights = class_weights(labels, weight_exponent)
     count = groups if separate_rows else 1
@@ -93,8 +101,14 @@ def _fit_rows(
         inverse = [torch.linalg.inv(t.double()).float() for t in transforms[:count]]
         offsets = torch.stack([g @ i for g, i in zip(given, inverse, strict=True)])
     offsets.requires_grad_(True)
-    optimizer = torch.optim.LBFGS([offsets], max_iter=steps, history_size=20, line_search_fn="strong_wolfe",
-                                  tolerance_grad=1e-6, tolerance_change=1e-8)
+    optimizer = torch.optim.LBFGS(
+        [offsets],
+        max_iter=steps,
+        history_size=20,
+        line_search_fn="strong_wolfe",
+        tolerance_grad=1e-6,
+        tolerance_change=1e-8,
+    )
     losses: list[float] = []
 
     def rows() -> Tensor:
@@ -103,10 +117,11 @@ def _fit_rows(
 
     def evaluate() -> Tensor:
         optimizer.zero_grad()
-        total = None
-        for maps, group in zip(white, offsets.expand(groups, -1, -1), strict=True):
-            part = resize_maps(torch.einsum("bdhw,kd->bkhw", maps, group), grid)
-            total = part if total is None else total + part
+        parts_of_score = [
+            resize_maps(torch.einsum("bdhw,kd->bkhw", maps, group), grid)
+            for maps, group in zip(white, offsets.expand(groups, -1, -1), strict=True)
+        ]
+        total = torch.stack(parts_of_score).sum(0)
         logits = F.pad(total, (0, 0, 0, 0, 1, 0))
         ce = weighted_cross_entropy(logits, labels, weights)
         penalty = l2 * offsets.square().sum(-1).mean()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .errors import SlimeError
 
@@ -60,8 +60,8 @@ class Family:
     cross: str = ""
     self_: str = ""
     timestep: int = 100
-    read_out: dict[str, object] = field(default_factory=dict)
-    settings: dict[str, object] = field(default_factory=dict)
+    read_out: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 PAPER_CROSS = "output.3-5, output.6-7"

@@ -25,7 +25,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> T
 
 
 def guard_loss(conditional: Tensor, unconditional: Tensor, noise: Tensor, guidance: float = 100.0) -> Tensor:
-    """"SD loss": MSE of the guided prediction and the noise; keeps the rows from disturbing the UNet.
+    """ "SD loss": MSE of the guided prediction and the noise; keeps the rows from disturbing the UNet.
 
     The official code uses guidance 100 (src/stable_difusion.py), which this reproduces.
     """

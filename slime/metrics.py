@@ -35,7 +35,9 @@ class Scores:
         return float(np.nanmean(self.pooled[1:]))
 
 
-def evaluate(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int, ignore: int = 255) -> Scores:
+def evaluate(
+    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int, ignore: int = 255
+) -> Scores:
     """Compare label maps of equal sizes.
 
     The paper's protocol (official src/utils.py): IoU per image and class, classes absent from the truth of an image

@@ -81,7 +81,10 @@ def segment(
     results: list[list[Tensor]] = [[] for _ in several]
     for indices in groups.values():
         lead = several[indices[0]]
-        latents = [_encode(denoiser, batch, boxes, lead.working_side, settings.flip) for batch in images.split(settings.batch_size)]
+        latents = [
+            _encode(denoiser, batch, boxes, lead.working_side, settings.flip)
+            for batch in images.split(settings.batch_size)
+        ]
         context = lead.base_context()
         projections = key_projections(denoiser, lead.layers, context.pooled)
         for batch, views in zip(images.split(settings.batch_size), latents, strict=True):

@@ -86,8 +86,14 @@ def preset(name: str, family: Family | None = None, **changes: object) -> TrainS
         "instant": {},
         "thorough": {"steps": 60, "learning_rate": 0.01, "views": 30, "crop": 0.7},
         "paper": {
-            "steps": 200, "learning_rate": 0.1, "views": 200, "crop": 0.6, "rotation": 30.0, "blur": 0.5,
-            "soft_labels": False, "separate_rows": False,
+            "steps": 200,
+            "learning_rate": 0.1,
+            "views": 200,
+            "crop": 0.6,
+            "rotation": 30.0,
+            "blur": 0.5,
+            "soft_labels": False,
+            "separate_rows": False,
         },
     }
     if name not in base:

@@ -92,14 +92,18 @@ def train(
 
 
 def _fit(
-    denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, start: PartEmbeddings | None, on_step: OnStep
+    denoiser: Denoiser,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    start: PartEmbeddings | None,
+    on_step: OnStep,
 ) -> PartEmbeddings:
     template = _template(denoiser, examples, settings, "keys")
     context = template.base_context()
     # All encoding comes first: on a small card VAE and UNet take turns in memory.
     views = []
     for index, (example, rng) in enumerate(_views(examples, settings)):
-        size = working_size(*example.labels.shape, template.working_side)
+        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
         image, label = _make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), index < len(examples))
         views.append((image, label, denoiser.encode_images(image[None].to(denoiser.device)), size))
     first_image = views[0][0]
@@ -119,21 +123,43 @@ def _fit(
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
         preview = (first_image, logits.argmax(0).cpu()) if step % 5 == 1 else None
-        on_step(StepReport("fit", min(step, settings.steps), settings.steps, losses,
-                           lambda: replace(template, rows=rows().cpu()), preview))
+        on_step(
+            StepReport(
+                "fit",
+                min(step, settings.steps),
+                settings.steps,
+                losses,
+                lambda: replace(template, rows=rows().cpu()),
+                preview,
+            )
+        )
 
     result = fit_rows(
-        stacked, torch.stack(labels).to(stacked[0]), template.background.to(stacked[0]), steps=settings.steps,
-        l2=settings.l2, weight_exponent=settings.class_weights, separate_rows=settings.separate_rows,
-        start=None if start is None or start.mode != "keys" else start.rows, on_step=report,
-    )  # fmt: skip
+        stacked,
+        torch.stack(labels).to(stacked[0]),
+        template.background.to(stacked[0]),
+        steps=settings.steps,
+        l2=settings.l2,
+        weight_exponent=settings.class_weights,
+        separate_rows=settings.separate_rows,
+        start=None if start is None or start.mode != "keys" else start.rows,
+        on_step=report,
+    )
     return replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
 
 
 def _instant_for_thorough(settings: TrainSettings, denoiser: Denoiser) -> TrainSettings:
     """One shared row a part, since the rows enter the UNet's single context afterwards."""
-    return preset("instant", denoiser.family, separate_rows=False, seed=settings.seed, flip=settings.flip,
-                  prompt=settings.prompt, cross_layers=settings.cross_layers, self_layers=settings.self_layers)
+    return preset(
+        "instant",
+        denoiser.family,
+        separate_rows=False,
+        seed=settings.seed,
+        flip=settings.flip,
+        prompt=settings.prompt,
+        cross_layers=settings.cross_layers,
+        self_layers=settings.self_layers,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- full gradient
@@ -157,7 +183,11 @@ class _PoolEntry:
 
 
 def _train_through_unet(
-    denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, start: PartEmbeddings | None, on_step: OnStep
+    denoiser: Denoiser,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    start: PartEmbeddings | None,
+    on_step: OnStep,
 ) -> PartEmbeddings:
     template = _template(denoiser, examples, settings, "context")
     device, parts = denoiser.device, len(template.names)
@@ -222,7 +252,7 @@ def _make_pool(
     pool = []
     low, high = settings.noise_range
     for index, (example, rng) in enumerate(_views(examples, settings)[: settings.steps]):
-        size = working_size(*example.labels.shape, template.working_side)
+        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
         grid = (size[0] // 8, size[1] // 8)
         image, labels = _make_view(example, settings, rng, size, grid, plain=False)
         latents = denoiser.encode_images(image[None].to(denoiser.device))
@@ -248,11 +278,20 @@ def _template(denoiser: Denoiser, examples: Sequence[Example], settings: TrainSe
         )
     layers = choose_layers(family, denoiser.layers, settings.cross_layers, settings.self_layers)
     return PartEmbeddings(
-        names=names, rows=torch.zeros(1, len(names), family.context_dim), context=context.rows.cpu().half(),
-        pooled=context.pooled, prompt=prompt, family=family.name, prediction=denoiser.prediction, mode=mode,
-        layers=LayerChoice(*layers), timestep=settings.timestep or family.timestep, working_side=family.working_side,
-        read_out=ReadOut(**family.read_out), settings=asdict(settings),  # type: ignore[arg-type]
-    )  # fmt: skip
+        names=names,
+        rows=torch.zeros(1, len(names), family.context_dim),
+        context=context.rows.cpu().half(),
+        pooled=context.pooled,
+        prompt=prompt,
+        family=family.name,
+        prediction=denoiser.prediction,
+        mode=mode,
+        layers=LayerChoice(*layers),
+        timestep=settings.timestep or family.timestep,
+        working_side=family.working_side,
+        read_out=ReadOut(**family.read_out),
+        settings=asdict(settings),
+    )
 
 
 def _views(examples: Sequence[Example], settings: TrainSettings) -> list[tuple[Example, random.Random]]:
@@ -262,7 +301,12 @@ def _views(examples: Sequence[Example], settings: TrainSettings) -> list[tuple[E
 
 
 def _make_view(
-    example: Example, settings: TrainSettings, rng: random.Random, size: tuple[int, int], grid: tuple[int, int], plain: bool
+    example: Example,
+    settings: TrainSettings,
+    rng: random.Random,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    plain: bool,
 ) -> tuple[Tensor, Tensor]:
     """An augmented view, or the example as it is; image [h, w, 3] and label maps [K, *grid]."""
     if not plain:

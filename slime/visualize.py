@@ -17,7 +17,9 @@ def color_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
     return table[np.clip(labels, 0, 255)]
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, names: Sequence[str] = (), opacity: float = 0.55) -> np.ndarray:
+def overlay(
+    image: np.ndarray, labels: np.ndarray, palette: Palette, names: Sequence[str] = (), opacity: float = 0.55
+) -> np.ndarray:
     """Tint the parts of an image and outline them.
 
     Args:
@@ -77,5 +79,10 @@ def loss_curve(losses: Sequence[float], width: int = 512, height: int = 256) -> 
         draw.line([(margin, y), (width - margin, y)], fill=(60, 60, 66))
         draw.text((2, y - 7), f"{10**value if (values > 0).all() else value:.2g}", font=font, fill=(170, 170, 176))
     draw.line([*zip(xs.tolist(), ys.tolist(), strict=True)], fill=(120, 200, 120), width=2)
-    draw.text((margin, height - 18), f"loss, {len(values)} evaluations, last {values[-1]:.4g}", font=font, fill=(200, 200, 206))
+    draw.text(
+        (margin, height - 18),
+        f"loss, {len(values)} evaluations, last {values[-1]:.4g}",
+        font=font,
+        fill=(200, 200, 206),
+    )
     return np.asarray(picture)

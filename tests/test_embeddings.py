@@ -19,11 +19,18 @@ from tests.toy import ToyDenoiser
 def embeddings(parts: int = 2, dim: int = 768, groups: int = 2, **changes) -> PartEmbeddings:
     g = torch.Generator().manual_seed(0)
     values = {
-        "names": tuple(f"part {i}" for i in range(parts)), "rows": torch.randn(groups, parts, dim, generator=g),
-        "context": torch.randn(77, dim, generator=g).half(), "prompt": "part", "family": "sd1", "prediction": "eps",
-        "layers": LayerChoice((LayerKey("output", 3, 0),), (LayerKey("output", 9, 0),)), "timestep": 80,
-        "working_side": 512, "read_out": ReadOut(2, 0.25), "losses": (1.0, 0.5),
-    }  # fmt: skip
+        "names": tuple(f"part {i}" for i in range(parts)),
+        "rows": torch.randn(groups, parts, dim, generator=g),
+        "context": torch.randn(77, dim, generator=g).half(),
+        "prompt": "part",
+        "family": "sd1",
+        "prediction": "eps",
+        "layers": LayerChoice((LayerKey("output", 3, 0),), (LayerKey("output", 9, 0),)),
+        "timestep": 80,
+        "working_side": 512,
+        "read_out": ReadOut(2, 0.25),
+        "losses": (1.0, 0.5),
+    }
     return PartEmbeddings(**(values | changes))
 
 
@@ -32,7 +39,19 @@ def test_file_round_trip(tmp_path) -> None:
     after = PartEmbeddings.load(before.save(tmp_path / "a.safetensors"))
     assert torch.equal(after.rows, before.rows) and torch.equal(after.context, before.context)
     assert torch.equal(after.pooled, before.pooled)
-    for name in ("names", "prompt", "family", "prediction", "mode", "layers", "timestep", "working_side", "read_out", "palette", "losses"):
+    for name in (
+        "names",
+        "prompt",
+        "family",
+        "prediction",
+        "mode",
+        "layers",
+        "timestep",
+        "working_side",
+        "read_out",
+        "palette",
+        "losses",
+    ):
         assert getattr(after, name) == getattr(before, name), name
 
 
@@ -68,7 +87,9 @@ def test_compact_text_travels_and_is_completed(tmp_path) -> None:
     torch.testing.assert_close(completed.rows, full.rows, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("damage", [lambda t: t[:-9], lambda t: t[:60] + "?" + t[61:], lambda t: t[7:], lambda t: "slime1:" + "A" * 500_000])
+@pytest.mark.parametrize(
+    "damage", [lambda t: t[:-9], lambda t: t[:60] + "?" + t[61:], lambda t: t[7:], lambda t: "slime1:" + "A" * 500_000]
+)
 def test_damaged_text_is_refused(damage) -> None:
     with pytest.raises(SlimeError):
         PartEmbeddings.from_compact(damage(embeddings(dim=12).to_compact()))

@@ -51,7 +51,9 @@ def test_cross_entropy_equals_torch_for_hard_labels() -> None:
 def test_guard_is_the_papers_reformulation() -> None:
     """0.005 MSE(u + 100 (c - u), eps) = 50 MSE(c, 0.99 u + 0.01 eps)."""
     c, u, eps = torch.randn(3, 1, 4, 8, 8)
-    torch.testing.assert_close(0.005 * guard_loss(c, u, eps), 50 * F.mse_loss(c, 0.99 * u + 0.01 * eps), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        0.005 * guard_loss(c, u, eps), 50 * F.mse_loss(c, 0.99 * u + 0.01 * eps), rtol=1e-3, atol=1e-3
+    )
 
 
 def test_fit_reaches_the_optimum_of_the_convex_problem() -> None:
@@ -61,7 +63,9 @@ def test_fit_reaches_the_optimum_of_the_convex_problem() -> None:
     labels = torch.rand(2, 3, 8, 8, generator=g).mul(3).softmax(1)
     background = torch.randn(5, generator=g)
     result = fit_rows(scores, labels, background, steps=300, l2=1e-2)
-    again = fit_rows(scores, labels, background, steps=300, l2=1e-2, start=result.rows + torch.randn(2, 2, 5, generator=g))
+    again = fit_rows(
+        scores, labels, background, steps=300, l2=1e-2, start=result.rows + torch.randn(2, 2, 5, generator=g)
+    )
     torch.testing.assert_close(result.rows, again.rows, rtol=1e-2, atol=1e-2)
     assert result.losses[-1] < result.losses[0] == pytest.approx(np.log(3), rel=1e-4)
 
@@ -89,7 +93,10 @@ def test_training_through_the_unet_lowers_the_loss_and_finds_the_parts(name: str
     embeddings = train(toy, [picture(0)], settings, on_step=reports.append)
     steps = [r for r in reports if r.stage == "train"]
     assert embeddings.mode == "context" and len(steps) == 60 and set(steps[0].losses) == {"loss", "ce", "was", "guard"}
-    assert np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]]) or name == "thorough"
+    assert (
+        np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]])
+        or name == "thorough"
+    )
     assert score(embeddings, toy) > 0.5
     assert sum(r.preview is not None for r in steps) == 6
 
@@ -180,7 +187,11 @@ def test_mismatches_are_refused(tmp_path) -> None:
         train(toy, [])
     with pytest.raises(SlimeError, match='"toy" model'):
         segment(ToyDenoiser("elsewhere"), picture(0).image[None], embeddings)
-    for bad, message in ((torch.rand(1, 1, 1, 3), "1x1"), (torch.full((1, 32, 32, 3), torch.nan), "NaN"), (torch.rand(32, 32, 3), "B, H, W")):
+    for bad, message in (
+        (torch.rand(1, 1, 1, 3), "1x1"),
+        (torch.full((1, 32, 32, 3), torch.nan), "NaN"),
+        (torch.rand(32, 32, 3), "B, H, W"),
+    ):
         with pytest.raises(SlimeError, match=message):
             segment(toy, bad, embeddings)
     with pytest.raises(SlimeError, match="steps = 0"):

@@ -25,8 +25,9 @@ def silent_previews(nodes, monkeypatch):
 
 def parts(labels: torch.Tensor, count: int = 2):
     from slime_extension.nodes.common import Parts
-    from slime_extension.slime.embeddings import default_palette
-    from slime_extension.slime.segment import PartMaps
+
+    from slime.embeddings import default_palette
+    from slime.segment import PartMaps
 
     one_hot = torch.nn.functional.one_hot(labels, count + 1).movedim(-1, 1).float()
     names = ("wheel", "window", "door")[:count]
@@ -117,7 +118,12 @@ def test_bad_examples_name_node_value_and_cure(nodes, image, mask, names, messag
 
 
 def test_example_takes_what_other_nodes_hand_over(nodes) -> None:
-    for image, mask in ((torch.rand(1, 40, 48, 4), GOOD), (IMAGE[0], GOOD[0]), (IMAGE, GOOD[:, None]), (IMAGE.half(), GOOD.half())):
+    for image, mask in (
+        (torch.rand(1, 40, 48, 4), GOOD),
+        (IMAGE[0], GOOD[0]),
+        (IMAGE, GOOD[:, None]),
+        (IMAGE.half(), GOOD.half()),
+    ):
         examples, preview = nodes.SLiMeExample.execute(image, mask, "wheel").args
         assert examples[0].names == ("wheel",) and preview.shape == (1, 40, 48, 3)
 
@@ -149,8 +155,9 @@ def test_saving_adds_a_number_instead_of_overwriting(nodes, tmp_path, monkeypatc
 
 
 def test_wrong_models_are_refused(extension) -> None:
-    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
     from types import SimpleNamespace
+
+    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
 
     from tests.models import comfy_patcher
 
@@ -162,7 +169,9 @@ def test_wrong_models_are_refused(extension) -> None:
         first.weight = torch.nn.Parameter(torch.zeros(32, 9, 3, 3), requires_grad=False)
     with pytest.raises(ValueError, match="9 input channels.*text-to-image checkpoint"):
         ComfyDenoiser(patcher)
-    clip = SimpleNamespace(tokenize=lambda t: t, encode_from_tokens=lambda t, return_pooled: (torch.zeros(1, 77, 1024), None))
+    clip = SimpleNamespace(
+        tokenize=lambda t: t, encode_from_tokens=lambda t, return_pooled: (torch.zeros(1, 77, 1024), None)
+    )
     with pytest.raises(ValueError, match="1024 wide, the model needs 768"):
         ComfyDenoiser(comfy_patcher("sd1"), None, clip).encode_prompt("x")
 
@@ -173,10 +182,11 @@ def test_import_is_light(extension, comfy_path) -> None:
     import sys
     from pathlib import Path
 
+    root = Path(__file__).resolve().parent.parent
     code = (
-        "import importlib.util, sys; s = importlib.util.spec_from_file_location('p', r'{root}/__init__.py', "
-        "submodule_search_locations=[r'{root}']); m = importlib.util.module_from_spec(s); sys.modules['p'] = m; "
+        f"import importlib.util, sys; s = importlib.util.spec_from_file_location('p', r'{root}/__init__.py', "
+        f"submodule_search_locations=[r'{root}']); m = importlib.util.module_from_spec(s); sys.modules['p'] = m; "
         "s.loader.exec_module(m); print([n for n in ('torch', 'kornia', 'diffusers') if n in sys.modules])"
-    ).format(root=Path(__file__).resolve().parent.parent)
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -19,7 +19,7 @@ SIDE = {"sd1": 16, "sd2": 16, "sdxl": 16}
 def pair(request, extension):
     from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
 
-    from slime_extension.slime.backends.diffusers import DiffusersDenoiser
+    from slime.backends.diffusers import DiffusersDenoiser
 
     layout, prediction = request.param
     patcher = comfy_patcher(layout, prediction)
@@ -44,15 +44,17 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_layers_agree(pair) -> None:
     _, ours, theirs = pair
-    assert [(str(layer.key), layer.scale) for layer in ours.layers] == [(str(layer.key), layer.scale) for layer in theirs.layers]
+    assert [(str(layer.key), layer.scale) for layer in ours.layers] == [
+        (str(layer.key), layer.scale) for layer in theirs.layers
+    ]
     assert ours.family.name == theirs.family.name and ours.prediction == theirs.prediction
     assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
 
 
 def test_scores_was_and_gradients_agree(pair) -> None:
-    from slime_extension.slime.attention import cross_scores, was_maps
-    from slime_extension.slime.denoiser import Capture, Context
-    from slime_extension.slime.layers import choose_layers
+    from slime.attention import cross_scores, was_maps
+    from slime.denoiser import Capture, Context
+    from slime.layers import choose_layers
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
@@ -64,7 +66,10 @@ def test_scores_was_and_gradients_agree(pair) -> None:
             context = Context(torch.cat([rows[:1].clone(), learned, rows[4:].clone()]), pooled)
             capture = Capture(type(choice)(choice.cross, choice.self_))
             noise = denoiser.predict_noise(noisy.clone(), 60, context, capture, (128, 128))
-            layers = [torch.nn.functional.interpolate(cross_scores(a, 4), (16, 16), mode="bilinear") for a in capture.cross.values()]
+            layers = [
+                torch.nn.functional.interpolate(cross_scores(a, 4), (16, 16), mode="bilinear")
+                for a in capture.cross.values()
+            ]
             scores = torch.stack(layers).mean(0)
             was = was_maps(list(capture.self_.values()), scores.softmax(1))
             (noise.square().mean() + scores.square().mean() + 10 * was.square().mean()).backward()
@@ -75,10 +80,10 @@ def test_scores_was_and_gradients_agree(pair) -> None:
 
 def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
     """The features of both hosts agree, and phi . e is the score that the layers themselves give for e."""
-    from slime_extension.slime.attention import cross_scores
-    from slime_extension.slime.denoiser import Capture, Context
-    from slime_extension.slime.features import collect_features, key_projections
-    from slime_extension.slime.layers import choose_layers
+    from slime.attention import cross_scores
+    from slime.denoiser import Capture, Context
+    from slime.features import collect_features, key_projections
+    from slime.layers import choose_layers
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
@@ -94,7 +99,9 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
         found.append(features.scores)
         for size_group in features.scores:
             direct = sum(
-                cross_scores(a, 77) for a in capture.cross.values() if (a.height, a.width) == tuple(size_group.shape[-2:])
+                cross_scores(a, 77)
+                for a in capture.cross.values()
+                if (a.height, a.width) == tuple(size_group.shape[-2:])
             ) / len(choice.cross)
             assert close(torch.einsum("bdhw,kd->bkhw", size_group, rows), direct)
     for a, b in zip(*found, strict=True):
@@ -102,9 +109,9 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
 
 
 def test_checkpointing_gives_the_same_gradient(pair) -> None:
-    from slime_extension.slime.attention import cross_scores
-    from slime_extension.slime.denoiser import Capture, Context
-    from slime_extension.slime.layers import choose_layers
+    from slime.attention import cross_scores
+    from slime.denoiser import Capture, Context
+    from slime.layers import choose_layers
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)

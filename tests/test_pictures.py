@@ -75,7 +75,9 @@ def test_refinement_moves_the_border_to_the_edge() -> None:
     errors = {m: int((refine_maps(coarse, image, m).argmax(1)[0] != truth).sum()) for m in ("off", "fast", "best")}
     assert errors["best"] < errors["off"] and errors["fast"] <= errors["off"]
     for method in ("fast", "best"):
-        torch.testing.assert_close(refine_maps(coarse, image, method).sum(1), torch.ones(1, 128, 128), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            refine_maps(coarse, image, method).sum(1), torch.ones(1, 128, 128), rtol=1e-3, atol=1e-3
+        )
     assert refine_maps(torch.rand(1, 2, 8, 8), torch.rand(1, 17, 40, 3), "fast").shape == (1, 2, 17, 40)
 
 
@@ -97,12 +99,19 @@ def test_loss_curve_takes_anything(losses) -> None:
     assert loss_curve(losses).shape == (256, 512, 3)
 
 
-SD1 = [AttentionLayer(LayerKey("output", n, 0), {3: 4, 4: 4, 5: 4, 6: 2, 7: 2, 8: 2, 9: 1, 10: 1, 11: 1}[n]) for n in range(3, 12)]
+SD1 = [
+    AttentionLayer(LayerKey("output", n, 0), {3: 4, 4: 4, 5: 4, 6: 2, 7: 2, 8: 2, 9: 1, 10: 1, 11: 1}[n])
+    for n in range(3, 12)
+]
 
 
 def test_layer_patterns() -> None:
     assert [str(k) for k in select_layers("output.3-4, output.9.0", SD1)] == ["output.3.0", "output.4.0", "output.9.0"]
-    for bad, message in (("up.3", "not a layer pattern"), ("output.1", "No attention layer"), ("output.3.7", "No attention layer")):
+    for bad, message in (
+        ("up.3", "not a layer pattern"),
+        ("output.1", "No attention layer"),
+        ("output.3.7", "No attention layer"),
+    ):
         with pytest.raises(SlimeError, match=message):
             select_layers(bad, SD1)
 
@@ -111,7 +120,11 @@ def test_the_papers_layers_for_sd_and_a_rule_for_the_rest() -> None:
     paper = choose_layers(FAMILIES["sd1"], SD1)
     assert [k.number for k in paper.cross] == [3, 4, 5, 6, 7] and [k.number for k in paper.self_] == [9, 10, 11]
     automatic = automatic_layers(SD1)
-    assert [k.number for k in automatic.cross] == [3, 4, 5, 6, 7, 8] and [k.number for k in automatic.self_] == [9, 10, 11]
+    assert [k.number for k in automatic.cross] == [3, 4, 5, 6, 7, 8] and [k.number for k in automatic.self_] == [
+        9,
+        10,
+        11,
+    ]
     override = choose_layers(FAMILIES["sd1"], SD1, cross="output.6")
     assert [k.number for k in override.cross] == [6]
     with pytest.raises(SlimeError, match="no cross-attention"):
@@ -120,7 +133,12 @@ def test_the_papers_layers_for_sd_and_a_rule_for_the_rest() -> None:
 
 def test_families_by_text_width_and_prediction() -> None:
     assert [family_for(*a).name for a in ((768, "eps"), (1024, "eps"), (1024, "v"), (2048, "v"), (96, "v"))] == [
-        "sd1", "sd2", "sd2-768", "sdxl", "tiny"]  # fmt: skip
+        "sd1",
+        "sd2",
+        "sd2-768",
+        "sdxl",
+        "tiny",
+    ]
     assert family_for(1280, "eps").name == "unet-1280"
 
 

@@ -58,8 +58,17 @@ def small_train(shots, **changes):
     image = builder.add("LoadImage", image=shots[0].image)
     mask = builder.add("LoadImageMask", image=shots[0].masks["window"], channel="red")
     example = builder.add("SLiMeExample", image=[image, 0], mask=[mask, 0], names="window")
-    values = {"model": ["1", 0], "vae": ["1", 2], "clip": ["1", 1], "examples": [example, 0], "preset": "instant",
-              "steps": 10, "learning_rate": 0.0, "seed": 0, "views": 2}  # fmt: skip
+    values = {
+        "model": ["1", 0],
+        "vae": ["1", 2],
+        "clip": ["1", 1],
+        "examples": [example, 0],
+        "preset": "instant",
+        "steps": 10,
+        "learning_rate": 0.0,
+        "seed": 0,
+        "views": 2,
+    }
     train = builder.add("SLiMeTrain", **(values | changes))
     builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="small", overwrite=True)
     return builder, train
@@ -70,8 +79,19 @@ def sampler_prompt():
     text = builder.add("CLIPTextEncode", clip=["1", 1], text="a red car with blue windows on sand")
     empty = builder.add("CLIPTextEncode", clip=["1", 1], text="")
     latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
-    sampler = builder.add("KSampler", model=["1", 0], positive=[text, 0], negative=[empty, 0], latent_image=[latent, 0], seed=3, steps=4,
-                          cfg=3.0, sampler_name="euler", scheduler="normal", denoise=1.0)  # fmt: skip
+    sampler = builder.add(
+        "KSampler",
+        model=["1", 0],
+        positive=[text, 0],
+        negative=[empty, 0],
+        latent_image=[latent, 0],
+        seed=3,
+        steps=4,
+        cfg=3.0,
+        sampler_name="euler",
+        scheduler="normal",
+        denoise=1.0,
+    )
     decoded = builder.add("VAEDecode", samples=[sampler, 0], vae=["1", 2])
     return builder.prompt, builder.add("SaveImage", images=[decoded, 0], filename_prefix="sample")
 
@@ -88,10 +108,14 @@ def sample(server) -> np.ndarray:
 def test_nodes_are_there_with_ids_and_names(server) -> None:
     info = server.get("/object_info")
     expected = {
-        "SLiMeExample": "SLiMe Example", "SLiMeTrain": "SLiMe Train", "SLiMeSegment": "SLiMe Segment",
-        "SLiMePartMask": "SLiMe Part Mask", "SLiMeOverlay": "SLiMe Overlay",
-        "SLiMeSaveEmbeddings": "Save Learned Embeddings", "SLiMeLoadEmbeddings": "Load Learned Embeddings",
-    }  # fmt: skip
+        "SLiMeExample": "SLiMe Example",
+        "SLiMeTrain": "SLiMe Train",
+        "SLiMeSegment": "SLiMe Segment",
+        "SLiMePartMask": "SLiMe Part Mask",
+        "SLiMeOverlay": "SLiMe Overlay",
+        "SLiMeSaveEmbeddings": "Save Learned Embeddings",
+        "SLiMeLoadEmbeddings": "Load Learned Embeddings",
+    }
     assert {k: info[k]["display_name"] for k in expected} == expected
     assert all(info[k]["category"] == "SLiMe" for k in expected)
     assert not [line for line in server.log().splitlines() if "IMPORT FAILED" in line or "Error while calling" in line]
@@ -126,8 +150,16 @@ def test_changing_the_mask_widgets_runs_no_segmentation(server, learned, tests_s
     segment = find(prompt, "SLiMeSegment")
     for feather in (0, 3):
         builder = PromptBuilder(prompt)
-        mask = builder.add("SLiMePartMask", parts=[segment, 0], names="wheel", mode="argmax", threshold=0.5, grow=0, feather=feather,
-                           invert=False)  # fmt: skip
+        mask = builder.add(
+            "SLiMePartMask",
+            parts=[segment, 0],
+            names="wheel",
+            mode="argmax",
+            threshold=0.5,
+            grow=0,
+            feather=feather,
+            invert=False,
+        )
         builder.add("MaskPreview", mask=[mask, 0])
         entry = server.wait(server.queue(builder.prompt))
         cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
@@ -141,7 +173,9 @@ def test_same_seed_gives_the_same_masks(server, learned) -> None:
     time.sleep(1.5)
     again = server.run(prompt)
     for (_, node), before in zip(nodes, labels, strict=True):
-        assert np.array_equal(read_labels(server.output_image(again[node]["images"][0]), default_palette(len(NAMES))), before)
+        assert np.array_equal(
+            read_labels(server.output_image(again[node]["images"][0]), default_palette(len(NAMES))), before
+        )
 
 
 def test_sampling_is_untouched_by_training_and_segmenting(server, shots, template) -> None:
@@ -189,7 +223,11 @@ async def saw_progress(server, node: str, step: int) -> bool:
                     preview = preview or b"JFIF" in message.data[:600]
                 elif message.type == aiohttp.WSMsgType.TEXT:
                     event = json.loads(message.data)
-                    at = event["data"].get("value", 0) if event["type"] == "progress" and event["data"]["node"] == node else 0
+                    at = (
+                        event["data"].get("value", 0)
+                        if event["type"] == "progress" and event["data"]["node"] == node
+                        else 0
+                    )
                     if at >= step and preview:
                         return True
     return False
@@ -210,7 +248,9 @@ def test_lora_is_respected(server, shots, learned) -> None:
         rows = []
         for strength in (0.0, 1.0):
             builder, train = small_train(shots, preset=preset, steps=5)
-            patched = builder.add("LoraLoaderModelOnly", model=["1", 0], lora_name="random.safetensors", strength_model=strength)
+            patched = builder.add(
+                "LoraLoaderModelOnly", model=["1", 0], lora_name="random.safetensors", strength_model=strength
+            )
             builder.prompt[train]["inputs"]["model"] = [patched, 0]
             server.run(builder.prompt)
             rows.append(PartEmbeddings.load(server.base / "models" / "slime" / "small.safetensors").rows)
@@ -228,7 +268,10 @@ def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scen
     as_image = builder.add("MaskToImage", mask=[find(prompt, "SLiMePartMask"), 0])
     saved_mask = builder.add("SaveImage", images=[as_image, 0], filename_prefix="mask")
     outputs = server.run(builder.prompt)
-    images = [Image.open(io.BytesIO(server.output_image(outputs[n]["images"][0]))) for n in (find(prompt, "SaveImage"), saved_mask)]
+    images = [
+        Image.open(io.BytesIO(server.output_image(outputs[n]["images"][0])))
+        for n in (find(prompt, "SaveImage"), saved_mask)
+    ]
     result, mask = (np.asarray(image.convert("RGB")).astype(int) for image in images)
     assert set(np.unique(mask)) == {0, 255} and mask.shape == result.shape == (256, 256, 3)
     changed = np.abs(result - tests_scenes[0][0].image).max(-1)
@@ -240,8 +283,18 @@ def test_batches_of_any_size_keep_their_size(server, learned) -> None:
     builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
     loaded = builder.add("SLiMeLoadEmbeddings", filename="learned.safetensors")
     batch = builder.add("EmptyImage", width=301, height=203, batch_size=3, color=12345)
-    segmented = builder.add("SLiMeSegment", model=["1", 0], vae=["1", 2], embeddings=[loaded, 0], image=[batch, 0], refine="best", seed=0,
-                            crops=2, average_flip=True, batch_size=2)  # fmt: skip
+    segmented = builder.add(
+        "SLiMeSegment",
+        model=["1", 0],
+        vae=["1", 2],
+        embeddings=[loaded, 0],
+        image=[batch, 0],
+        refine="best",
+        seed=0,
+        crops=2,
+        average_flip=True,
+        batch_size=2,
+    )
     as_image = builder.add("MaskToImage", mask=[segmented, 1])
     saved = builder.add("SaveImage", images=[as_image, 0], filename_prefix="batch")
     outputs = server.run(builder.prompt)[saved]["images"]
@@ -284,12 +337,18 @@ def test_bad_files_and_names_say_so(server, shots, learned) -> None:
     from dataclasses import replace
 
     replace(good, family="sd1", rows=torch.zeros(1, 5, 768), context=torch.zeros(77, 768).half()).save(
-        folder / "foreign.safetensors", overwrite=True)  # fmt: skip
-    for name, message in (("cut", "Load Learned Embeddings: .*truncated"), ("foreign", 'SLiMe Segment: .*"sd1" model.*"tiny"')):
+        folder / "foreign.safetensors", overwrite=True
+    )
+    for name, message in (
+        ("cut", "Load Learned Embeddings: .*truncated"),
+        ("foreign", 'SLiMe Segment: .*"sd1" model.*"tiny"'),
+    ):
         builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
         loaded = builder.add("SLiMeLoadEmbeddings", filename=f"{name}.safetensors")
         image = builder.add("LoadImage", image=shots[0].image)
-        segmented = builder.add("SLiMeSegment", model=["1", 0], vae=["1", 2], embeddings=[loaded, 0], image=[image, 0], refine="off", seed=0)
+        segmented = builder.add(
+            "SLiMeSegment", model=["1", 0], vae=["1", 2], embeddings=[loaded, 0], image=[image, 0], refine="off", seed=0
+        )
         builder.add("MaskPreview", mask=[segmented, 1])
         with pytest.raises(WorkflowFailed, match=message):
             server.run(builder.prompt)

@@ -1,4 +1,4 @@
-"""A diffusers UNet + VAE + text encoder as a :class:`slime.denoiser.Denoiser`; needs the optional extra ``diffusers``."""
+"""A diffusers UNet, VAE and text encoder as a :class:`slime.denoiser.Denoiser`; needs the extra ``diffusers``."""
 
 from __future__ import annotations
 
@@ -33,14 +33,20 @@ class DiffusersDenoiser:
         SlimeError: an inpainting UNet or an unknown prediction type.
     """
 
-    def __init__(self, unet: Any, vae: Any, tokenizers: Sequence[Any], text_encoders: Sequence[Any], scheduler: Any) -> None:
+    def __init__(
+        self, unet: Any, vae: Any, tokenizers: Sequence[Any], text_encoders: Sequence[Any], scheduler: Any
+    ) -> None:
         self.unet, self.vae = unet, vae
         self.tokenizers, self.text_encoders = list(tokenizers), list(text_encoders)
         if unet.config.in_channels != 4:
-            raise SlimeError(f"This UNet takes {unet.config.in_channels} input channels; SLiMe needs 4 (no inpainting UNets).")
+            raise SlimeError(
+                f"This UNet takes {unet.config.in_channels} input channels; SLiMe needs 4 (no inpainting UNets)."
+            )
         kinds = {"epsilon": "eps", "v_prediction": "v"}
         if scheduler.config.prediction_type not in kinds:
-            raise SlimeError(f'Unknown prediction type "{scheduler.config.prediction_type}"; SLiMe knows {", ".join(kinds)}.')
+            raise SlimeError(
+                f'Unknown prediction type "{scheduler.config.prediction_type}"; SLiMe knows {", ".join(kinds)}.'
+            )
         self.prediction = kinds[scheduler.config.prediction_type]
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod.double().cpu()
         self.device: torch.device = next(unet.parameters()).device
@@ -142,7 +148,9 @@ class _RecordingProcessor:
     def __init__(self, capture: Capture | None, kind: str, key: LayerKey, size: tuple[int, int]) -> None:
         self.capture, self.kind, self.key, self.size = capture, kind, key, size
 
-    def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any) -> Tensor:
+    def __call__(
+        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
+    ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         if self.capture is not None:
