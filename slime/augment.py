@@ -59,6 +59,8 @@ def augmented_view(
     top, left = rng.randint(0, height - crop_h), rng.randint(0, width - crop_w)
     image = example.image[top : top + crop_h, left : left + crop_w]
     labels = example.labels[top : top + crop_h, left : left + crop_w]
+    if settings.recolor:
+        image = recolor(image, labels, settings.recolor, rng)
     if flip_allowed(settings, example.names) and rng.random() < 0.5:
         image, labels = image.flip(1), labels.flip(1)
     image = resize_image(image[None], size)[0]
@@ -72,6 +74,34 @@ def augmented_view(
         return image, soft_labels(labels, classes, grid)
     nearest = F.interpolate(labels[None, None].float(), size=grid, mode="nearest")[0, 0].long()
     return image, torch.stack([(nearest == k) for k in range(classes)]).float()
+
+
+def recolor(image: Tensor, labels: Tensor, strength: float, rng: random.Random) -> Tensor:
+    """Change hue, saturation, brightness and tint of every part, and of the background, independently.
+
+    One example says how a part looks in one image; this keeps the rows from taking its colour for its meaning.
+
+    Args:
+        image: [h, w, 3].
+        labels: [h, w].
+        strength: 0 leaves the image as it is, 1 turns hues at will.
+    """
+    result = image.clone()
+    for label in labels.unique().tolist():
+        inside = labels == label
+        # Rotation of the colour cube about its grey axis (Rodrigues), then saturation, gain and tint.
+        angle = rng.uniform(-math.pi, math.pi) * strength
+        cosine, third = math.cos(angle), (1 - math.cos(angle)) / 3
+        sine = math.sin(angle) / math.sqrt(3)
+        a, b, c = cosine + third, third - sine, third + sine
+        turn = torch.tensor([[a, b, c], [c, a, b], [b, c, a]])
+        saturation = rng.uniform(1 - 0.6 * strength, 1 + 0.4 * strength)
+        matrix = saturation * turn + (1 - saturation) / 3
+        gain = rng.uniform(1 - 0.4 * strength, 1 + 0.3 * strength)
+        shift = rng.uniform(-0.3, 0.3) * strength
+        tint = torch.tensor([shift + rng.uniform(-0.25, 0.25) * strength for _ in range(3)])
+        result[inside] = image[inside] @ matrix.T * gain + tint
+    return result.clamp(0, 1)
 
 
 def rotate(image: Tensor, labels: Tensor, angle: float) -> tuple[Tensor, Tensor]:

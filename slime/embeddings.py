@@ -20,6 +20,7 @@ from torch import Tensor
 from .denoiser import Context, Denoiser
 from .errors import SlimeError
 from .examples import check_names
+from .features import FeaturePlan
 from .layers import FAMILIES, Family, LayerChoice, LayerKey
 from .read import ReadOut
 
@@ -68,13 +69,14 @@ class PartEmbeddings:
 
     Attributes:
         names: part names.
-        rows: float32 [G, P, D]; G is 1 (one row a part) or the number of feature resolutions.
+        rows: float32 [G, P, D]; G is 1 (one row a part), the number of feature resolutions, or of layers.
         context: the frozen base context [T, D], or None in the compact form until :meth:`with_context`.
         pooled: SDXL's pooled text embedding [X], or None.
         prompt: text of the base context.
         family, prediction: kind of model the rows belong to.
         mode: "keys" (the UNet runs on the base context, the rows are extra keys only) or "context" (the rows replace
             rows 1.. of the context, as in the paper).
+        row_groups: what G counts: "shared", "resolution" or "layer".
         layers: layers that are read.
         timestep, working_side: noise level and image size of the features.
         read_out: how maps are made.
@@ -93,6 +95,7 @@ class PartEmbeddings:
     working_side: int
     pooled: Tensor | None = None
     mode: str = "keys"
+    row_groups: str = "resolution"
     read_out: ReadOut = ReadOut()
     palette: tuple[tuple[int, int, int], ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
@@ -126,6 +129,10 @@ class PartEmbeddings:
         if self.mode == "context":
             rows[1 : len(self.names) + 1] = self.rows[0].to(rows)
         return Context(rows, self.pooled)
+
+    def plan(self) -> FeaturePlan:
+        """The UNet pass these embeddings are read from."""
+        return FeaturePlan(self.layers, self.base_context(), self.timestep, self.row_groups == "layer")
 
     @property
     def background(self) -> Tensor:
@@ -223,6 +230,7 @@ class PartEmbeddings:
             "family": self.family,
             "prediction": self.prediction,
             "mode": self.mode,
+            "row_groups": self.row_groups,
             "cross_layers": [str(key) for key in self.layers.cross],
             "self_layers": [str(key) for key in self.layers.self_],
             "timestep": self.timestep,
@@ -252,6 +260,7 @@ class PartEmbeddings:
                 family=str(body["family"]),
                 prediction=str(body["prediction"]),
                 mode=str(body["mode"]),
+                row_groups=str(body["row_groups"]),
                 layers=LayerChoice(_keys(body["cross_layers"]), _keys(body["self_layers"])),
                 timestep=int(body["timestep"]),
                 working_side=int(body["working_side"]),

@@ -17,12 +17,29 @@ PROBE_LATENT = 8  # side of the smallest latent that three halvings accept
 
 
 @dataclass(frozen=True)
+class FeaturePlan:
+    """What one UNet pass shall give.
+
+    Attributes:
+        layers: layers to read.
+        context: text context the UNet runs on.
+        timestep: noise level, 0..999.
+        per_layer: keep score features of every layer apart, instead of summing layers of equal resolution.
+    """
+
+    layers: LayerChoice
+    context: Context
+    timestep: int
+    per_layer: bool = False
+
+
+@dataclass(frozen=True)
 class Features:
     """Attention features of a batch of images.
 
     Attributes:
-        scores: one [B, D, h, w] for every resolution of the chosen cross-attention layers, coarse to fine; the score of
-            embedding row e is the sum over resolutions of (features . e), brought to one size.
+        scores: one [B, D, h, w] for every resolution (or layer) of the chosen cross-attention layers, coarse to fine;
+            the score of embedding row e is the sum over these groups of (features . e), brought to one size.
         self_attention: captured self-attention layers.
         grid: height and width of the part maps read from these features: the finest captured layer's.
     """
@@ -51,38 +68,39 @@ def key_projections(denoiser: Denoiser, choice: LayerChoice, pooled: Tensor | No
 def extract_features(
     denoiser: Denoiser,
     latents: Tensor,
-    context: Context,
-    choice: LayerChoice,
-    timestep: int,
+    plan: FeaturePlan,
     seed: int,
     image_size: tuple[int, int],
     projections: Mapping[LayerKey, Tensor] | None = None,
 ) -> Features:
-    """Noise latents [B, C, h, w] to ``timestep``, run the UNet once and keep what the read-out needs.
+    """Noise latents [B, C, h, w], run the UNet once and keep what the read-out needs.
 
     ``projections`` saves :func:`key_projections` when many batches are run.
 
     Raises:
         SlimeError: the UNet gave NaN or infinite values (half precision that overflows).
     """
-    projections = key_projections(denoiser, choice, context.pooled) if projections is None else projections
+    if projections is None:
+        projections = key_projections(denoiser, plan.layers, plan.context.pooled)
     noise = seeded_noise(latents.shape, seed, latents.device)
-    capture = Capture(choice, stop_early=True)
-    denoiser.predict_noise(add_noise(denoiser, latents, noise, timestep), timestep, context, capture, image_size)
-    return collect_features(capture, projections)
+    capture = Capture(plan.layers, stop_early=True)
+    noisy = add_noise(denoiser, latents, noise, plan.timestep)
+    denoiser.predict_noise(noisy, plan.timestep, plan.context, capture, image_size)
+    return collect_features(capture, projections, plan.per_layer)
 
 
-def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor]) -> Features:
-    """Turn a finished capture into features, summing layers of equal resolution."""
-    by_size: dict[tuple[int, int], Tensor] = {}
+def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor], per_layer: bool = False) -> Features:
+    """Turn a finished capture into features; layers of equal resolution are summed unless ``per_layer``."""
+    groups: dict[tuple[int, ...], Tensor] = {}
     count = len(capture.choice.cross)
-    for key in capture.choice.cross:
+    for index, key in enumerate(capture.choice.cross):
         attention = capture.cross[key]
-        size = (attention.height, attention.width)
+        size = (attention.height, attention.width, index if per_layer else 0)
         features = score_features(attention, projections[key]) / count
-        by_size[size] = by_size[size] + features if size in by_size else features
+        groups[size] = groups[size] + features if size in groups else features
     self_attention = tuple(capture.self_[key] for key in capture.choice.self_)
-    sizes = [*by_size, *((a.height, a.width) for a in self_attention)]
-    if not all(bool(torch.isfinite(features).all()) for features in by_size.values()):
+    sizes = [size[:2] for size in groups] + [(a.height, a.width) for a in self_attention]
+    if not all(bool(torch.isfinite(features).all()) for features in groups.values()):
         raise SlimeError("The UNet returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")
-    return Features(tuple(by_size[size] for size in sorted(by_size)), self_attention, max(sizes))
+    height, width = max(sizes)
+    return Features(tuple(groups[size] for size in sorted(groups)), self_attention, (height, width))

@@ -30,7 +30,7 @@ def part_logits(features: Features, rows: Tensor, background: Tensor) -> Tensor:
 
     Args:
         features: of B images.
-        rows: [1, P, D] shared by all resolutions, or [G, P, D] one set a resolution (coarse to fine).
+        rows: [1, P, D] shared by all groups of the features, or [G, P, D] one set a group.
         background: the frozen start-token row [D].
     """
     total: Tensor | None = None

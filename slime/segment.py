@@ -85,14 +85,12 @@ def segment(
             _encode(denoiser, batch, boxes, lead.working_side, settings.flip)
             for batch in images.split(settings.batch_size)
         ]
-        context = lead.base_context()
-        projections = key_projections(denoiser, lead.layers, context.pooled)
+        plan = lead.plan()
+        projections = key_projections(denoiser, plan.layers, plan.context.pooled)
         for batch, views in zip(images.split(settings.batch_size), latents, strict=True):
             merged: list[Tensor] = []
             for view in views:
-                features = extract_features(
-                    denoiser, view.latents, context, lead.layers, lead.timestep, settings.seed, view.size, projections
-                )
+                features = extract_features(denoiser, view.latents, plan, settings.seed, view.size, projections)
                 maps = [_place(_read(features, several[index]), view, batch) / len(views) for index in indices]
                 merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
                 done += 1
@@ -144,8 +142,8 @@ def _place(maps: Tensor, view: _View, batch: Tensor) -> Tensor:
 
 
 def _pass_key(item: PartEmbeddings) -> tuple[object, ...]:
-    context = item.base_context()
-    return (context.rows.numpy().tobytes(), item.layers, item.timestep, item.working_side)
+    plan = item.plan()
+    return (plan.context.rows.numpy().tobytes(), plan.layers, plan.timestep, plan.per_layer, item.working_side)
 
 
 def crop_boxes(height: int, width: int, count: int, overlap: float) -> list[tuple[int, int, int, int]]:

@@ -23,13 +23,15 @@ class TrainSettings:
         timestep: noise level of the features of "instant"; 0 means the family's.
         noise_range: timesteps drawn by "thorough" and "paper".
         l2: weight of the squared length of the whitened rows ("instant").
-        separate_rows: one row a part and feature resolution instead of one row a part ("instant").
+        row_groups: "shared" one row a part, "resolution" one a part and feature resolution, "layer" one a part and
+            cross-attention layer ("instant").
         class_weights: exponent of the paper's class weights (1: foreground pixels / pixels of the part; 0: none).
         was_weight, guard_weight: alpha and beta of the paper's loss.
         flip: mirror half of the views; None switches it off when a name says left or right.
         crop: smallest side of a random crop relative to the image's; 1 switches crops off.
         rotation: largest rotation in degrees.
         blur: probability of a Gaussian blur.
+        recolor: strength of independent colour changes of every part, 0..1.
         soft_labels: area-averaged labels; False takes the nearest pixel as the paper does.
         checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         cross_layers, self_layers: layer patterns; empty for the family's.
@@ -44,7 +46,7 @@ class TrainSettings:
     timestep: int = 0
     noise_range: tuple[int, int] = (5, 100)
     l2: float = 1e-3
-    separate_rows: bool = True
+    row_groups: str = "resolution"
     class_weights: float = 1.0
     was_weight: float = 1.0
     guard_weight: float = 0.005
@@ -52,6 +54,7 @@ class TrainSettings:
     crop: float = 0.7
     rotation: float = 15.0
     blur: float = 0.25
+    recolor: float = 0.0
     soft_labels: bool = True
     checkpointing: bool = False
     cross_layers: str = ""
@@ -60,6 +63,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         checks = {
             "preset": self.preset in PRESET_NAMES,
+            "row_groups": self.row_groups in ("shared", "resolution", "layer"),
             "steps": 1 <= self.steps <= 100_000,
             "learning_rate": 0 < self.learning_rate <= 10,
             "views": 1 <= self.views <= 10_000,
@@ -67,6 +71,7 @@ class TrainSettings:
             "noise_range": 0 <= self.noise_range[0] <= self.noise_range[1] <= 999,
             "crop": 0.1 <= self.crop <= 1,
             "l2": self.l2 >= 0,
+            "recolor": 0 <= self.recolor <= 1,
         }
         wrong = [f"{name} = {getattr(self, name)!r}" for name, valid in checks.items() if not valid]
         if wrong:
@@ -93,7 +98,7 @@ def preset(name: str, family: Family | None = None, **changes: object) -> TrainS
             "rotation": 30.0,
             "blur": 0.5,
             "soft_labels": False,
-            "separate_rows": False,
+            "row_groups": "shared",
         },
     }
     if name not in base:

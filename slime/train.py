@@ -99,7 +99,7 @@ def _fit(
     on_step: OnStep,
 ) -> PartEmbeddings:
     template = _template(denoiser, examples, settings, "keys")
-    context = template.base_context()
+    plan = template.plan()
     # All encoding comes first: on a small card VAE and UNet take turns in memory.
     views = []
     for index, (example, rng) in enumerate(_views(examples, settings)):
@@ -107,18 +107,17 @@ def _fit(
         image, label = _make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), index < len(examples))
         views.append((image, label, denoiser.encode_images(image[None].to(denoiser.device)), size))
     first_image = views[0][0]
-    projections = key_projections(denoiser, template.layers, context.pooled)
-    scores: list[tuple[Tensor, ...]] = []
+    projections = key_projections(denoiser, plan.layers, plan.context.pooled)
+    scores: list[list[Tensor]] = []
     labels: list[Tensor] = []
     for index, (_, label, latents, size) in enumerate(views):
-        features = extract_features(
-            denoiser, latents, context, template.layers, template.timestep, settings.seed + index, size, projections
-        )
-        scores.append(features.scores)
-        labels.append(resize_labels(label, features.grid))
+        features = extract_features(denoiser, latents, plan, settings.seed + index, size, projections)
+        # Examples of another aspect are brought to the first one's grid: the loss looks at single positions only.
+        like = scores[0] if scores else features.scores
+        scores.append([resize_maps(a, (b.shape[-2], b.shape[-1])) for a, b in zip(features.scores, like, strict=True)])
+        grid = (labels[0].shape[-2], labels[0].shape[-1]) if labels else features.grid
+        labels.append(resize_labels(label, grid))
         on_step(StepReport("features", index + 1, len(views), {}, lambda: None))
-    if len({tuple(label.shape) for label in labels}) > 1:
-        raise SlimeError("All examples must have about the same aspect ratio; crop them to one shape first.")
     stacked = [torch.cat(group) for group in zip(*scores, strict=True)]
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
@@ -141,11 +140,18 @@ def _fit(
         steps=settings.steps,
         l2=settings.l2,
         weight_exponent=settings.class_weights,
-        separate_rows=settings.separate_rows,
-        start=None if start is None or start.mode != "keys" else start.rows,
+        separate_rows=settings.row_groups != "shared",
+        start=_starting_rows(start, settings.row_groups, len(stacked)),
         on_step=report,
     )
     return replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
+
+
+def _starting_rows(start: PartEmbeddings | None, row_groups: str, groups: int) -> Tensor | None:
+    """Rows to continue an instant fit from; those of the paper's way do not fit, other groupings give their mean."""
+    if start is None or start.mode != "keys":
+        return None
+    return start.rows if len(start.rows) in (1, groups if row_groups != "shared" else 1) else start.rows.mean(0)[None]
 
 
 def _instant_for_thorough(settings: TrainSettings, denoiser: Denoiser) -> TrainSettings:
@@ -153,7 +159,7 @@ def _instant_for_thorough(settings: TrainSettings, denoiser: Denoiser) -> TrainS
     return preset(
         "instant",
         denoiser.family,
-        separate_rows=False,
+        row_groups="shared",
         seed=settings.seed,
         flip=settings.flip,
         prompt=settings.prompt,
@@ -283,6 +289,7 @@ def _template(denoiser: Denoiser, examples: Sequence[Example], settings: TrainSe
         context=context.rows.cpu().half(),
         pooled=context.pooled,
         prompt=prompt,
+        row_groups=settings.row_groups if mode == "keys" else "shared",
         family=family.name,
         prediction=denoiser.prediction,
         mode=mode,

@@ -77,11 +77,11 @@ def test_fit_runs_inside_inference_mode() -> None:
     assert result.rows.shape == (1, 2, 5) and torch.isfinite(result.rows).all()
 
 
-@pytest.mark.parametrize("separate", [True, False])
-def test_instant_finds_the_parts(separate: bool) -> None:
+@pytest.mark.parametrize(("groups", "count"), [("shared", 1), ("resolution", 2), ("layer", 2)])
+def test_instant_finds_the_parts(groups: str, count: int) -> None:
     toy = ToyDenoiser()
-    embeddings = train(toy, [picture(0)], preset("instant", views=6, separate_rows=separate))
-    assert embeddings.rows.shape == (2 if separate else 1, 2, 12)
+    embeddings = train(toy, [picture(0)], preset("instant", views=6, row_groups=groups))
+    assert embeddings.rows.shape == (count, 2, 12)
     assert score(embeddings, toy) > 0.85
 
 
@@ -206,3 +206,24 @@ def test_saved_embeddings_segment_alike(tmp_path) -> None:
     loaded = PartEmbeddings.load(embeddings.save(tmp_path / "e.safetensors"))
     image = picture(9).image[None]
     assert torch.equal(segment(toy, image, embeddings)[0].probabilities, segment(toy, image, loaded)[0].probabilities)
+
+
+def test_examples_of_different_shapes_are_learned_together() -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0), picture(1, 96, 192)], preset("instant", views=6))
+    assert score(embeddings, toy) > 0.85
+
+
+def test_recoloured_views_keep_their_shapes_and_forget_colours() -> None:
+    """Every part gets a colour change of its own; inside a part the change is one affine map."""
+    import random
+
+    from slime.augment import recolor
+
+    example = picture(0)
+    changed = recolor(example.image, example.labels, 1.0, random.Random(0))
+    for label in range(3):
+        inside = changed[example.labels == label]
+        assert inside.std(0).max() < 1e-5
+    assert (changed - example.image).abs().max() > 0.1
+    assert torch.equal(recolor(example.image, example.labels, 0.0, random.Random(0)), example.image)

@@ -1,0 +1,131 @@
+"""One step on models of full size with random weights: SD1.5 as a checkpoint file, SDXL's layout reduced.
+
+Slow: ``python dev.py test -m slow``.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+from demo import splits
+from slime import PartEmbeddings, preset, segment, train
+from tests.models import comfy_patcher
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def sd15(extension, tmp_path_factory):
+    """A 2 GB SD1.5 checkpoint with random half-precision weights, read by ComfyUI's stock loader."""
+    import comfy.sd
+    import comfy.supported_models
+    from safetensors.torch import save_file
+
+    path = tmp_path_factory.mktemp("sd15") / "random_sd15.safetensors"
+    save_file(random_sd15_state(), str(path))
+    with torch.inference_mode():
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
+        adapter = importlib.import_module("slime_extension.nodes.comfy_denoiser")
+        return adapter.ComfyDenoiser(model, vae, clip)
+
+
+def random_sd15_state() -> dict[str, torch.Tensor]:
+    """Every tensor of an SD1.5 checkpoint, in the shapes of ComfyUI's own classes."""
+    import comfy.ops
+    from comfy import sd1_clip
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+    from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+
+    config = {
+        "image_size": 32,
+        "in_channels": 4,
+        "out_channels": 4,
+        "model_channels": 320,
+        "num_res_blocks": [2, 2, 2, 2],
+        "channel_mult": [1, 2, 4, 4],
+        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+        "transformer_depth_middle": 1,
+        "num_heads": 8,
+        "use_spatial_transformer": True,
+        "context_dim": 768,
+        "legacy": False,
+    }
+    double = {
+        "double_z": True,
+        "z_channels": 4,
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "ch": 128,
+        "ch_mult": [1, 2, 4, 4],
+        "num_res_blocks": 2,
+        "attn_resolutions": [],
+        "dropout": 0.0,
+    }
+    parts = {
+        "model.diffusion_model.": UNetModel(
+            **config, device="meta", dtype=torch.float16, operations=comfy.ops.disable_weight_init
+        ),
+        "first_stage_model.": AutoencoderKL(embed_dim=4, ddconfig=double),
+        "cond_stage_model.": sd1_clip.SDClipModel(device="cpu", dtype=torch.float16),
+    }
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for prefix, module in parts.items():
+        for name, tensor in module.state_dict().items():
+            if name.startswith(("logit_scale", "text_projection", "transformer.text_projection")):
+                continue
+            if tensor.ndim >= 2:
+                bound = tensor[0].numel() ** -0.5
+                value = (torch.rand(tensor.shape, generator=generator) * 2 - 1) * 1.7 * bound
+            else:
+                value = torch.ones(tensor.shape) if name.endswith("weight") else torch.zeros(tensor.shape)
+            state[prefix + name] = value.half().contiguous()
+    return state
+
+
+def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
+    """Stock loading, family and layers recognised, one instant fit, one full-gradient step, one segmentation."""
+    assert sd15.family.name == "sd1" and sd15.prediction == "eps" and len(sd15.layers) == 16
+    example = splits.example("car", splits.TEACH)
+    with torch.inference_mode():
+        embeddings = train(sd15, [example], preset("instant", sd15.family, views=1, steps=3))
+        assert embeddings.rows.shape == (2, 5, 768) and torch.isfinite(embeddings.rows).all()
+        assert embeddings.save(tmp_path / "e.safetensors").stat().st_size < 300_000
+        maps = segment(sd15, example.image[None], PartEmbeddings.load(tmp_path / "e.safetensors"))[0]
+        assert maps.probabilities.shape == (1, 6, 256, 256)
+        reports = []
+        settings = preset("paper", sd15.family, views=1, steps=1, checkpointing=True)
+        stepped = train(sd15, [example], settings, on_step=reports.append)
+    assert torch.isfinite(stepped.rows).all() and set(reports[-1].losses) == {"loss", "ce", "was", "guard"}
+
+
+def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> None:
+    """SDXL's blocks, depths and size conditioning at a tenth of its width; latents stand in for the VAE's."""
+    from types import SimpleNamespace
+
+    adapter = importlib.import_module("slime_extension.nodes.comfy_denoiser")
+    patcher = comfy_patcher("sdxl")
+    vae = SimpleNamespace(
+        encode=lambda pixels: torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)[:, [0, 1, 2, 0]]
+    )
+    clip = SimpleNamespace(
+        tokenize=lambda text: text,
+        encode_from_tokens=lambda tokens, return_pooled: (torch.randn(1, 77, 2048) * 0.3, torch.randn(1, 32)),
+    )
+    example = splits.example("horse", splits.TEACH)
+    with torch.inference_mode():
+        denoiser = adapter.ComfyDenoiser(patcher, vae, clip)
+        monkeypatch.setattr(
+            denoiser, "family", denoiser.family.__class__(**{**vars(denoiser.family), "working_side": 256})
+        )
+        embeddings = train(denoiser, [example], preset("instant", denoiser.family, views=2, steps=3))
+        assert embeddings.pooled is not None and {key.number for key in embeddings.layers.cross} == {0, 1, 2, 3, 4, 5}
+        assert len(embeddings.layers.cross) == 36 and len(embeddings.layers.self_) == 6
+        assert segment(denoiser, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)
+        stepped = train(denoiser, [example], preset("paper", denoiser.family, views=1, steps=1))
+    assert torch.isfinite(stepped.rows).all()
