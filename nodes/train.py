@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
+from typing import Any
 
 import comfy.model_management
 import comfy.utils
@@ -13,7 +14,8 @@ from comfy_api.latest import io, ui
 from ..slime.embeddings import PartEmbeddings
 from ..slime.examples import Example
 from ..slime.segment import segment
-from ..slime.settings import PRESET_NAMES, TrainSettings, preset
+from ..slime.settings import PRESET_NAMES, TrainSettings
+from ..slime.settings import preset as make_preset
 from ..slime.train import StepReport, train
 from .comfy_denoiser import ComfyDenoiser
 from .common import EXPERT, Embeddings, Examples, live_preview, named_errors, overlays, schema, to_core
@@ -23,6 +25,8 @@ logger = logging.getLogger(__name__)
 
 PREVIEW_SECONDS = 0.5
 PREVIEW_SIDE = 512
+FLIP = {"auto": None, "on": True, "off": False}
+RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}
 
 
 class SLiMeTrain(io.ComfyNode):
@@ -65,51 +69,7 @@ class SLiMeTrain(io.ComfyNode):
                     tooltip="Of noise and augmentation; the same seed learns the same embeddings.",
                 ),
                 Embeddings.Input("start", optional=True, tooltip="Embeddings of the same parts to continue from."),
-                io.String.Input(
-                    "prompt",
-                    default="",
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Text the model sees while it looks, for example: a photo of a car. Empty is fine.",
-                ),
-                io.Int.Input(
-                    "views",
-                    default=0,
-                    min=0,
-                    max=1000,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Augmented copies of the examples; 0 takes the preset's number.",
-                ),
-                io.Combo.Input(
-                    "flip",
-                    options=["auto", "on", "off"],
-                    default="auto",
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Mirrored copies; auto switches them off when a part name says left or right.",
-                ),
-                io.Boolean.Input(
-                    "checkpointing",
-                    default=False,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Thorough and paper: needs less memory and about a third more time.",
-                ),
-                io.String.Input(
-                    "cross_layers",
-                    default="",
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table.",
-                ),
-                io.String.Input(
-                    "self_layers",
-                    default="",
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Self-attention layers to read, for example output.9-11. Empty: the model's table.",
-                ),
+                *_expert_inputs(),
             ],
             outputs=[
                 Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment and Save Learned Embeddings."),
@@ -121,45 +81,81 @@ class SLiMeTrain(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls,
-        model,
-        vae,
-        clip,
-        examples,
-        preset,
-        steps,
-        learning_rate,
-        seed,
-        start=None,
-        prompt="",
-        views=0,
-        flip="auto",
-        checkpointing=False,
-        cross_layers="",
-        self_layers="",
+        cls, model, vae, clip, examples, preset, steps, learning_rate, seed, start=None, **expert
     ) -> io.NodeOutput:
         with named_errors("SLiMe Train"):
             denoiser = ComfyDenoiser(model, vae, clip)
-            chosen = {"steps": steps, "learning_rate": learning_rate, "views": views}
-            settings = make_settings(
-                preset,
-                denoiser,
-                seed=seed,
-                prompt=prompt,
-                flip={"auto": None, "on": True, "off": False}[flip],
-                checkpointing=checkpointing,
-                cross_layers=cross_layers,
-                self_layers=self_layers,
-                **{name: value for name, value in chosen.items() if value},
+            changes = {"steps": steps or None, "learning_rate": learning_rate or None, "seed": seed} | _changes(
+                **expert
             )
+            settings = make_preset(preset, denoiser.family, **{k: v for k, v in changes.items() if v is not None})
             embeddings = _train_with_autosave(denoiser, examples, settings, start)
             preview = _preview(denoiser, examples[0], embeddings)
         losses = {"loss": list(embeddings.losses)}
         return io.NodeOutput(embeddings, losses, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
 
 
-def make_settings(name: str, denoiser: ComfyDenoiser, **changes: object) -> TrainSettings:
-    return preset(name, denoiser.family, **changes)
+def _expert_inputs() -> list[Any]:
+    """Settings few need; each has a value that leaves the preset's choice."""
+
+    def number(kind: Any, name: str, default: float, low: float, high: float, tooltip: str, **more: Any) -> Any:
+        return kind.Input(name, default=default, min=low, max=high, optional=True, tooltip=tooltip, **more, **EXPERT)
+
+    def text(name: str, tooltip: str) -> Any:
+        return io.String.Input(name, default="", optional=True, tooltip=tooltip, **EXPERT)
+
+    def choice(name: str, options: list[str], tooltip: str) -> Any:
+        return io.Combo.Input(name, options=options, default=options[0], optional=True, tooltip=tooltip, **EXPERT)
+
+    return [
+        text("prompt", "Text the model sees while it looks, for example: a photo of a car. Empty is fine."),
+        number(io.Int, "views", 0, 0, 1000, "Augmented copies of the examples; 0 takes the preset's number."),
+        number(io.Float, "crop", 0.0, 0.0, 1.0, "Smallest random crop, 1 for none; 0 takes the preset's.", step=0.05),
+        number(
+            io.Float,
+            "rotation",
+            -1.0,
+            -1.0,
+            180.0,
+            "Largest random rotation in degrees; -1 takes the preset's.",
+            step=1.0,
+        ),
+        choice("flip", list(FLIP), "Mirrored copies; auto switches them off when a part name says left or right."),
+        choice("recolor", list(RECOLOR), "Copies with other colours in every part, so that colours are not learned."),
+        number(
+            io.Float,
+            "l2",
+            0.0,
+            0.0,
+            10.0,
+            "Pull towards simple answers, for instant; 0 takes the preset's.",
+            step=0.001,
+        ),
+        number(io.Int, "timestep", 0, 0, 999, "Noise level of the features, for instant; 0 takes the model family's."),
+        io.Boolean.Input(
+            "checkpointing",
+            default=False,
+            optional=True,
+            tooltip="Thorough and paper: needs less memory and about a third more time.",
+            **EXPERT,
+        ),
+        text("cross_layers", "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table."),
+        text("self_layers", "Self-attention layers to read, for example output.9-11. Empty: the model's table."),
+    ]
+
+
+def _changes(
+    flip: str = "auto", recolor: str = "auto", rotation: float = -1.0, checkpointing: bool = False, **plain: Any
+) -> dict[str, Any]:
+    """Expert widgets as changes of a preset; None leaves the preset's value."""
+    kept = {name: value or None for name, value in plain.items()}
+    turned = None if rotation < 0 else rotation
+    return kept | {
+        "flip": FLIP[flip],
+        "recolor": RECOLOR[recolor],
+        "rotation": turned,
+        "checkpointing": checkpointing,
+    }
 
 
 def _train_with_autosave(

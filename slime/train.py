@@ -23,7 +23,7 @@ from .losses import class_weights, guard_loss, weighted_cross_entropy
 from .read import ReadOut
 from .settings import TrainSettings, preset
 
-ENCODE_BATCH = 4
+JUDGED_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -242,8 +242,9 @@ def _train_through_unet(
             optimizer.step()
 
             history.append(float(loss.detach()))
-            recent = sum(history[-len(pool) :][-10:]) / len(history[-len(pool) :][-10:])
-            if recent <= best_loss or step <= 10:
+            # Timesteps make single losses noisy: judge rows by the mean over the last steps.
+            recent = sum(history[-JUDGED_STEPS:]) / len(history[-JUDGED_STEPS:])
+            if recent <= best_loss or step <= JUDGED_STEPS:
                 best_loss, best_rows = recent, rows.detach().clone()
             preview = (entry.image, scores.detach()[0].argmax(0).cpu()) if step % 10 == 1 else None
             terms = {name: float(value.detach()) for name, value in losses.items()}

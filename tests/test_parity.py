@@ -144,3 +144,43 @@ def test_weights_are_restored(extension, comfy_path) -> None:
         raise KeyboardInterrupt
     assert before == {name: (id(p), p.requires_grad) for name, p in patcher.model.named_parameters()}
     assert forwards == [dict(vars(m)).get("forward") for m in patcher.model.modules()]
+
+
+def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
+    """A partially loaded model, whose LoRA is applied on the fly, gives the features and gradients of a full one."""
+    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+
+    from slime.attention import cross_scores
+    from slime.denoiser import Capture, Context
+    from slime.layers import choose_layers
+
+    noisy, rows, _ = inputs("sd1")
+    generator = torch.Generator().manual_seed(7)
+    results = []
+    for memory in (1e32, 2e5):
+        with torch.inference_mode():
+            patcher = comfy_patcher("sd1").clone()
+            lora = {}
+            generator.manual_seed(7)
+            for name, weight in patcher.model.state_dict().items():
+                if name.endswith(("to_q.weight", "to_k.weight")):
+                    up = torch.randn(weight.shape[0], 4, generator=generator)
+                    down = torch.randn(4, weight.shape[1], generator=generator)
+                    lora[name] = ("diff", (0.05 * up @ down,))
+            assert len(patcher.add_patches(lora, 1.0)) == len(lora)
+            patcher.patch_model(torch.device("cpu"), lowvram_model_memory=int(memory) if memory < 1e30 else 0)
+            on_the_fly = sum(bool(getattr(m, "weight_function", None)) for m in patcher.model.modules())
+            assert (on_the_fly > 0) == (memory < 1e30)
+            denoiser = ComfyDenoiser(patcher)
+        choice = choose_layers(denoiser.family, denoiser.layers)
+        denoiser._lent = True
+        from slime_extension.nodes.autograd import trainable
+
+        with trainable(patcher):
+            learned = rows.clone().requires_grad_(True)
+            capture = Capture(choice)
+            denoiser.predict_noise(noisy.clone(), 60, Context(learned), capture, (128, 128))
+            sum(cross_scores(a, 4).square().mean() for a in capture.cross.values()).backward()
+        results.append((torch.cat([a.query.detach().flatten() for a in capture.cross.values()]), learned.grad))
+    for full, partial in zip(*results, strict=True):
+        assert close(partial, full)
