@@ -132,7 +132,9 @@ class PartEmbeddings:
 
     def plan(self) -> FeaturePlan:
         """The UNet pass these embeddings are read from."""
-        return FeaturePlan(self.layers, self.base_context(), self.timestep, self.row_groups == "layer")
+        return FeaturePlan(
+            self.layers, self.base_context(), self.timestep, self.row_groups == "layer", self.read_out.official
+        )
 
     @property
     def background(self) -> Tensor:
@@ -306,7 +308,7 @@ def import_official(folder: str | os.PathLike[str], names: list[str], denoiser: 
         mode="context",
         timestep=100,
         working_side=512,
-        read_out=ReadOut(mix=1.0),
+        read_out=ReadOut(official=True),
         layers=LayerChoice(
             tuple(LayerKey("output", number, 0) for number in (3, 4, 5, 6, 7)),
             tuple(LayerKey("output", number, 0) for number in (9, 10, 11)),

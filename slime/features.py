@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,12 +25,14 @@ class FeaturePlan:
         context: text context the UNet runs on.
         timestep: noise level, 0..999.
         per_layer: keep score features of every layer apart, instead of summing layers of equal resolution.
+        keep_cross: keep the captured cross-attention layers too, for the official read-out.
     """
 
     layers: LayerChoice
     context: Context
     timestep: int
     per_layer: bool = False
+    keep_cross: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,14 @@ class Features:
         scores: one [B, D, h, w] for every resolution (or layer) of the chosen cross-attention layers, coarse to fine;
             the score of embedding row e is the sum over these groups of (features . e), brought to one size.
         self_attention: captured self-attention layers.
+        cross_attention: captured cross-attention layers, where the plan keeps them.
         grid: height and width of the part maps read from these features: the finest captured layer's.
     """
 
     scores: tuple[Tensor, ...]
     self_attention: tuple[Attention, ...]
     grid: tuple[int, int]
+    cross_attention: tuple[Attention, ...] = ()
 
 
 @torch.no_grad()
@@ -86,7 +90,9 @@ def extract_features(
     capture = Capture(plan.layers, stop_early=True)
     noisy = add_noise(denoiser, latents, noise, plan.timestep)
     denoiser.predict_noise(noisy, plan.timestep, plan.context, capture, image_size)
-    return collect_features(capture, projections, plan.per_layer)
+    features = collect_features(capture, projections, plan.per_layer)
+    cross = tuple(capture.cross[key] for key in plan.layers.cross) if plan.keep_cross else ()
+    return replace(features, cross_attention=cross)
 
 
 def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor], per_layer: bool = False) -> Features:

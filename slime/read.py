@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .attention import resize_maps, was_maps
 from .features import Features
+from .official import official_maps
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,12 @@ class ReadOut:
     Attributes:
         order: times the maps are propagated by self-attention (1 as in the paper, 2 as in GoCA, 0 not at all).
         mix: share of the propagated (WAS) map in the result; the rest is the plain cross-attention map.
+        official: read as the official code does (see :mod:`slime.official`); the other fields do not count then.
     """
 
     order: int = 1
     mix: float = 0.5
+    official: bool = False
 
 
 def part_logits(features: Features, rows: Tensor, background: Tensor) -> Tensor:
@@ -45,7 +48,9 @@ def part_logits(features: Features, rows: Tensor, background: Tensor) -> Tensor:
 
 
 def read(features: Features, rows: Tensor, background: Tensor, read_out: ReadOut) -> Tensor:
-    """Part probabilities [B, K, h, w], summing to 1 over K."""
+    """Part probabilities [B, K, h, w], summing to 1 over K (class maps for the argmax with the official read-out)."""
+    if read_out.official:
+        return official_maps(features.cross_attention, features.self_attention, rows.shape[1], features.grid)
     return propagate_maps(features, F.softmax(part_logits(features, rows, background), 1), read_out)
 
 

@@ -143,7 +143,14 @@ def _place(maps: Tensor, view: _View, batch: Tensor) -> Tensor:
 
 def _pass_key(item: PartEmbeddings) -> tuple[object, ...]:
     plan = item.plan()
-    return (plan.context.rows.numpy().tobytes(), plan.layers, plan.timestep, plan.per_layer, item.working_side)
+    return (
+        plan.context.rows.numpy().tobytes(),
+        plan.layers,
+        plan.timestep,
+        plan.per_layer,
+        plan.keep_cross,
+        item.working_side,
+    )
 
 
 def crop_boxes(height: int, width: int, count: int, overlap: float) -> list[tuple[int, int, int, int]]:

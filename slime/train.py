@@ -297,7 +297,7 @@ def _template(denoiser: Denoiser, examples: Sequence[Example], settings: TrainSe
         layers=LayerChoice(*layers),
         timestep=settings.timestep or family.timestep,
         working_side=family.working_side,
-        read_out=ReadOut(**family.read_out),
+        read_out=ReadOut(official=True) if settings.preset == "paper" else ReadOut(**family.read_out),
         settings=asdict(settings),
     )
 

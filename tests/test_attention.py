@@ -8,6 +8,7 @@ import torch
 
 from slime.attention import cross_scores, propagate, score_features, was_maps
 from slime.denoiser import Attention
+from slime.official import official_maps
 
 
 def attention(heads=3, head_dim=8, height=5, width=4, tokens=None, batch=2, seed=0) -> Attention:
@@ -67,6 +68,31 @@ def test_propagation_keeps_probabilities() -> None:
     maps = torch.rand(2, 5, 5, 4).softmax(1)
     out = propagate(attention(), maps)
     torch.testing.assert_close(out.sum(1), torch.ones(2, 5, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_official_read_out_by_hand() -> None:
+    """All-token softmax per head, gate 0.2, first passed class above its mean, WAS stretched to the map's range."""
+    cross, self_ = attention(tokens=6, batch=1, seed=8), attention(batch=1, seed=9)
+    sharp = cross._replace(query=cross.query * 3)
+    scores = dense_scores(sharp)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    probabilities = (weights / weights.sum(-1, keepdims=True)).mean(1)[0].T[:4]
+    matrix_scores = dense_scores(self_)
+    matrix = np.exp(matrix_scores - matrix_scores.max(-1, keepdims=True))
+    matrix = (matrix / matrix.sum(-1, keepdims=True)).mean(1)[0]
+    expected = np.zeros((4, 20))
+    first = True
+    for index, values in enumerate(probabilities):
+        if values.max() < 0.2:
+            continue
+        kept = np.where(values > values.mean(), values, 0) if first else values
+        first = False
+        was = matrix @ kept
+        expected[index] = (was - was.min()) / (was.max() - was.min()) * (values.max() - values.min()) + values.min()
+    found = official_maps([sharp], [self_], 3, (5, 4))[0].reshape(4, 20).numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+    faint = sharp._replace(query=sharp.query * 0)
+    assert not official_maps([faint], [self_], 3, (5, 4)).any(), "1/6 everywhere is below the gate"
 
 
 def test_no_square_tensor_is_formed() -> None:
