@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .attention import score_features
-from .denoiser import Attention, Capture, Context, Denoiser, add_noise, seeded_noise
+from .denoiser import Attention, Capture, Context, Denoiser, add_noise
 from .errors import SlimeError
 from .layers import LayerChoice, LayerKey
 
@@ -73,11 +73,11 @@ def extract_features(
     denoiser: Denoiser,
     latents: Tensor,
     plan: FeaturePlan,
-    seed: int,
+    noise: Tensor,
     image_size: tuple[int, int],
     projections: Mapping[LayerKey, Tensor] | None = None,
 ) -> Features:
-    """Noise latents [B, C, h, w], run the UNet once and keep what the read-out needs.
+    """Add ``noise`` to latents, both [B, C, h, w], run the UNet once and keep what the read-out needs.
 
     ``projections`` saves :func:`key_projections` when many batches are run.
 
@@ -86,7 +86,6 @@ def extract_features(
     """
     if projections is None:
         projections = key_projections(denoiser, plan.layers, plan.context.pooled)
-    noise = seeded_noise(latents.shape, seed, latents.device)
     capture = Capture(plan.layers, stop_early=True)
     noisy = add_noise(denoiser, latents, noise, plan.timestep)
     denoiser.predict_noise(noisy, plan.timestep, plan.context, capture, image_size)

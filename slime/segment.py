@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 
 from .attention import resize_maps
 from .augment import resize_image, working_size
-from .denoiser import Denoiser
+from .batches import in_batches
+from .denoiser import Denoiser, seeded_noise
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import MIN_SIDE
@@ -58,7 +60,7 @@ def segment(
         images: [B, H, W, 3] in [0, 1], any size and aspect.
         embeddings: one or several.
         settings: see :class:`slime.settings.SegmentSettings`.
-        on_batch: called after every UNet pass with the number done and the number of all.
+        on_batch: called after every sub-batch with the number of images done and of all.
 
     Returns:
         One PartMaps for every embeddings.
@@ -75,68 +77,77 @@ def segment(
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, item in enumerate(several):
         groups.setdefault(_pass_key(item), []).append(index)
-    boxes = crop_boxes(images.shape[1], images.shape[2], settings.crops, settings.overlap)
-    per_image = len(boxes) * (2 if settings.flip else 1)
-    done, total = 0, per_image * -(-len(images) // settings.batch_size) * len(groups)
     results: list[list[Tensor]] = [[] for _ in several]
+    done = 0
     for indices in groups.values():
-        lead = several[indices[0]]
-        latents = [
-            _encode(denoiser, batch, boxes, lead.working_side, settings.flip)
-            for batch in images.split(settings.batch_size)
-        ]
-        plan = lead.plan()
-        projections = key_projections(denoiser, plan.layers, plan.context.pooled)
-        for batch, views in zip(images.split(settings.batch_size), latents, strict=True):
-            merged: list[Tensor] = []
-            for view in views:
-                features = extract_features(denoiser, view.latents, plan, settings.seed, view.size, projections)
-                maps = [_place(_read(features, several[index]), view, batch) / len(views) for index in indices]
-                merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
-                done += 1
-                if on_batch is not None:
-                    on_batch(done, total)
-            for index, summed in zip(indices, merged, strict=True):
-                normal = summed / summed.sum(1, keepdim=True).clamp(min=1e-6)
-                results[index].append(refine_maps(normal, batch.to(normal.device), settings.refine).float().cpu())
+        for found in _segment_group(denoiser, images, [several[index] for index in indices], settings):
+            for index, maps in zip(indices, found, strict=True):
+                results[index].append(maps)
+            done += len(found[0]) * len(indices)
+            if on_batch is not None:
+                on_batch(done, len(images) * len(several))
     return [PartMaps(torch.cat(maps), item.names, item.palette) for maps, item in zip(results, several, strict=True)]
 
 
-class _View(NamedTuple):
-    """Encoded crop of a batch: its box in the image, the size it was encoded at, and whether it was mirrored."""
+def _segment_group(
+    denoiser: Denoiser, images: Tensor, items: Sequence[PartEmbeddings], settings: SegmentSettings
+) -> Iterator[list[Tensor]]:
+    """Sub-batches of probabilities [b, K, H, W], one for each of the embeddings, which share every UNet pass."""
+    plan, side = items[0].plan(), items[0].working_side
+    views = _views(images.shape[1], images.shape[2], settings, side)
+    # All encoding comes first: on a small card VAE and UNet take turns in memory.
+    latents = [
+        torch.cat(list(in_batches(len(images), settings.batch_size, partial(_encode, denoiser, images, view))))
+        for view in views
+    ]
+    projections = key_projections(denoiser, plan.layers, plan.context.pooled)
 
-    latents: Tensor
+    def find(part: slice) -> list[Tensor]:
+        merged: list[Tensor] = []
+        for view, encoded in zip(views, latents, strict=True):
+            noise = seeded_noise(encoded[part].shape, settings.seed, encoded.device)
+            features = extract_features(denoiser, encoded[part], plan, noise, view.size, projections)
+            maps = [_place(_read(features, item), view, images) / len(views) for item in items]
+            merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
+        normal = [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
+        pictures = images[part].to(denoiser.device)
+        return [refine_maps(maps, pictures, settings.refine).float().cpu() for maps in normal]
+
+    yield from in_batches(len(images), settings.batch_size, find)
+
+
+class _View(NamedTuple):
+    """A crop of every image: its box, the size it is encoded at, and whether it is mirrored."""
+
     box: tuple[int, int, int, int]
     size: tuple[int, int]
     flipped: bool
 
 
-def _encode(
-    denoiser: Denoiser, batch: Tensor, boxes: Sequence[tuple[int, int, int, int]], side: int, flip: bool
-) -> list[_View]:
-    """Latents of every crop (and its mirror image); all encoding precedes the UNet, which may push the VAE out."""
-    views = []
-    for box in boxes:
-        top, left, height, width = box
-        size = working_size(height, width, side)
-        crop = resize_image(batch[:, top : top + height, left : left + width], size).to(denoiser.device)
-        views.append(_View(denoiser.encode_images(crop), box, size, False))
-        if flip:
-            views.append(_View(denoiser.encode_images(crop.flip(2)), box, size, True))
-    return views
+def _views(height: int, width: int, settings: SegmentSettings, side: int) -> list[_View]:
+    boxes = crop_boxes(height, width, settings.crops, settings.overlap)
+    mirrored = (False, True) if settings.flip else (False,)
+    return [_View(box, working_size(box[2], box[3], side), flipped) for box in boxes for flipped in mirrored]
+
+
+def _encode(denoiser: Denoiser, images: Tensor, view: _View, part: slice) -> Tensor:
+    """Latents of one view of a slice of the images."""
+    top, left, height, width = view.box
+    crop = resize_image(images[part, top : top + height, left : left + width], view.size).to(denoiser.device)
+    return denoiser.encode_images(crop.flip(2) if view.flipped else crop)
 
 
 def _read(features: Features, item: PartEmbeddings) -> Tensor:
     return read(features, item.rows.to(features.scores[0].device), item.background, item.read_out)
 
 
-def _place(maps: Tensor, view: _View, batch: Tensor) -> Tensor:
+def _place(maps: Tensor, view: _View, images: Tensor) -> Tensor:
     """Maps of a crop on the whole image's canvas, zero outside; a crop that is the whole image stays small."""
     maps = maps.flip(-1) if view.flipped else maps
     top, left, height, width = view.box
-    if (height, width) == tuple(batch.shape[1:3]):
+    if (height, width) == tuple(images.shape[1:3]):
         return maps
-    canvas = torch.zeros(*maps.shape[:2], *batch.shape[1:3], device=maps.device)
+    canvas = torch.zeros(*maps.shape[:2], *images.shape[1:3], device=maps.device)
     canvas[:, :, top : top + height, left : left + width] = resize_maps(maps, (height, width))
     return canvas
 

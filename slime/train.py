@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,18 +15,20 @@ from torch import Tensor
 
 from .attention import cross_scores, resize_maps, was_maps
 from .augment import augmented_view, resize_image, soft_labels, working_size
+from .batches import in_batches
 from .denoiser import Capture, Context, Denoiser, add_noise, seeded_noise
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import Example
-from .features import extract_features, key_projections
+from .features import FeaturePlan, Features, extract_features, key_projections
 from .fit import fit_rows
-from .layers import LayerChoice, choose_layers
+from .layers import LayerChoice, LayerKey, choose_layers
 from .losses import class_weights, guard_loss, weighted_cross_entropy
 from .read import ReadOut
 from .settings import TrainSettings, preset
 
 JUDGED_STEPS = 10
+VIEW_BATCH = 4
 
 
 @dataclass(frozen=True)
@@ -100,28 +105,28 @@ def _fit(
 ) -> PartEmbeddings:
     template = _template(denoiser, examples, settings, "keys")
     plan = template.plan()
+    first_image: Tensor | None = None
     # All encoding comes first: on a small card VAE and UNet take turns in memory.
     views = []
     for index, (example, rng) in enumerate(_views(examples, settings)):
         size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
         image, label = _make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), index < len(examples))
-        views.append((image, label, denoiser.encode_images(image[None].to(denoiser.device)), size))
-    first_image = views[0][0]
-    projections = key_projections(denoiser, plan.layers, plan.context.pooled)
+        views.append(_EncodedView(denoiser.encode_images(image[None].to(denoiser.device)), label, size))
+        first_image = image if first_image is None else first_image
     scores: list[list[Tensor]] = []
     labels: list[Tensor] = []
-    for index, (_, label, latents, size) in enumerate(views):
-        features = extract_features(denoiser, latents, plan, settings.seed + index, size, projections)
-        # Examples of another aspect are brought to the first one's grid: the loss looks at single positions only.
-        like = scores[0] if scores else features.scores
-        scores.append([resize_maps(a, (b.shape[-2], b.shape[-1])) for a, b in zip(features.scores, like, strict=True)])
+    for features in _view_features(denoiser, views, plan, settings.seed):
+        # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
+        like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else features.scores)]
         grid = (labels[0].shape[-2], labels[0].shape[-1]) if labels else features.grid
-        labels.append(resize_labels(label, grid))
-        on_step(StepReport("features", index + 1, len(views), {}, lambda: None))
+        scores.append([resize_maps(maps, size) for maps, size in zip(features.scores, like, strict=True)])
+        seen = views[len(labels) : len(labels) + len(features.scores[0])]
+        labels += [resize_labels(view.labels, grid) for view in seen]
+        on_step(StepReport("features", len(labels), len(views), {}, lambda: None))
     stacked = [torch.cat(group) for group in zip(*scores, strict=True)]
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
-        preview = (first_image, logits.argmax(0).cpu()) if step % 5 == 1 else None
+        preview = (first_image, logits.argmax(0).cpu()) if step % 5 == 1 and first_image is not None else None
         on_step(
             StepReport(
                 "fit",
@@ -145,6 +150,41 @@ def _fit(
         on_step=report,
     )
     return replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
+
+
+class _EncodedView(NamedTuple):
+    """One augmented view: latents [1, C, h, w], label maps [K, h, w] and its size in pixels."""
+
+    latents: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+
+
+def _view_features(
+    denoiser: Denoiser, views: Sequence[_EncodedView], plan: FeaturePlan, seed: int
+) -> Iterator[Features]:
+    """Features of the views in order, in batches of neighbours of one size; every view has noise of its own."""
+    projections = key_projections(denoiser, plan.layers, plan.context.pooled)
+    first = 0
+    for size, neighbours in groupby(views, key=lambda view: view.size):
+        latents = torch.cat([view.latents for view in neighbours])
+        seeds = range(seed + first, seed + first + len(latents))
+        noise = torch.cat([seeded_noise(latents[:1].shape, one, latents.device) for one in seeds])
+        look = partial(_look, denoiser, latents, noise, plan, size, projections)
+        yield from in_batches(len(latents), VIEW_BATCH, look)
+        first += len(latents)
+
+
+def _look(
+    denoiser: Denoiser,
+    latents: Tensor,
+    noise: Tensor,
+    plan: FeaturePlan,
+    size: tuple[int, int],
+    projections: Mapping[LayerKey, Tensor],
+    part: slice,
+) -> Features:
+    return extract_features(denoiser, latents[part], plan, noise[part], size, projections)
 
 
 def _starting_rows(start: PartEmbeddings | None, row_groups: str, groups: int) -> Tensor | None:

@@ -109,7 +109,7 @@ def test_passes_are_what_the_design_promises() -> None:
     assert toy.passes == 20 + 5
     toy = ToyDenoiser()
     train(toy, [picture(0)], preset("instant", views=7))
-    assert toy.encoded == 7 and toy.passes == 7 + 1
+    assert toy.encoded == 7 and toy.passes == 2 + 1, "seven views in batches of four, and the key projections"
 
 
 def test_one_pass_serves_every_file() -> None:
@@ -212,6 +212,28 @@ def test_examples_of_different_shapes_are_learned_together() -> None:
     toy = ToyDenoiser()
     embeddings = train(toy, [picture(0), picture(1, 96, 192)], preset("instant", views=6))
     assert score(embeddings, toy) > 0.85
+
+
+def test_short_memory_halves_the_batches_and_says_so_at_one() -> None:
+    class Small(ToyDenoiser):
+        limit = 1
+
+        def predict_noise(self, noisy, *args):
+            if len(noisy) > self.limit and noisy.shape[-1] > 8:  # the 8x8 probe always fits
+                raise torch.OutOfMemoryError("no memory")
+            return super().predict_noise(noisy, *args)
+
+    toy, small = ToyDenoiser(), Small()
+    embeddings = train(small, [picture(0)], preset("instant", views=6))
+    torch.testing.assert_close(
+        embeddings.rows, train(toy, [picture(0)], preset("instant", views=6)).rows, rtol=0.05, atol=0.05
+    )
+    images = torch.stack([picture(i).image for i in range(5)])
+    expected = segment(toy, images, embeddings)[0].probabilities
+    torch.testing.assert_close(segment(small, images, embeddings)[0].probabilities, expected, rtol=1e-4, atol=1e-5)
+    small.limit = 0
+    with pytest.raises(SlimeError, match="memory does not suffice for one image"):
+        segment(small, images, embeddings)
 
 
 def test_recoloured_views_keep_their_shapes_and_forget_colours() -> None:
