@@ -73,7 +73,14 @@ FAMILIES: dict[str, Family] = {
     "sd2-768": Family("sd2-768", 1024, 768, PAPER_CROSS, PAPER_SELF),
     "sdxl": Family("sdxl", 2048, 1024, "output.0-5", "output.3-5"),
     # The demo's own model; chosen on its validation scenes, see benchmarks/RESULTS.md.
-    "tiny": Family("tiny", 96, 256),
+    "tiny": Family(
+        "tiny",
+        96,
+        256,
+        cross="output.3-11",
+        self_="output.9-10",
+        settings={"recolor": 1.0, "row_groups": "layer", "l2": 0.03, "views": 48},
+    ),
 }
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
+
+from demo.tiny_diffusers import convert_unet
 
 CHANNELS = 32
 COMMON = {
@@ -98,49 +99,4 @@ def comfy_patcher(layout: str, prediction: str = "eps", seed: int = 0) -> Any:
 
 def diffusers_unet(layout: str, state: dict[str, torch.Tensor]) -> Any:
     """diffusers' UNet with a ComfyUI diffusion model's weights."""
-    from diffusers import UNet2DConditionModel
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-
-    config = LAYOUTS[layout]
-    channels = [CHANNELS * mult for mult in config["channel_mult"]]
-    levels = len(channels)
-    if layout == "sdxl":
-        down = ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"]
-        extra = {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "projection_class_embeddings_input_dim": config["adm_in_channels"],
-            "transformer_layers_per_block": [1, 2, 10],
-        }
-    else:
-        down = ["CrossAttnDownBlock2D"] * (levels - 1) + ["DownBlock2D"]
-        extra = {}
-    if config["num_heads"] == -1:
-        heads: Any = [c // config["num_head_channels"] for c in channels]
-    else:
-        heads = config["num_heads"]
-    unet = UNet2DConditionModel(
-        sample_size=32,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=channels,
-        layers_per_block=2,
-        down_block_types=down,
-        up_block_types=[name.replace("Down", "Up") for name in reversed(down)],
-        cross_attention_dim=config["context_dim"],
-        attention_head_dim=heads,
-        use_linear_projection=config["use_linear_in_transformer"],
-        **extra,
-    )
-    prefixed = {f"model.diffusion_model.{key}": value.clone() for key, value in state.items()}
-    names = {"layers_per_block": 2, "class_embed_type": None, "addition_embed_type": extra.get("addition_embed_type")}
-    converted = convert_ldm_unet_checkpoint(prefixed, names)
-    unet.load_state_dict(converted)
-    return unet.eval()
-
-
-def scheduler(prediction: str = "eps") -> Any:
-    """Stable Diffusion's schedule as diffusers has it."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kind = "v_prediction" if prediction == "v" else "epsilon"
-    return SimpleNamespace(config=SimpleNamespace(prediction_type=kind), alphas_cumprod=torch.cumprod(1 - betas, 0))
+    return convert_unet(COMMON | LAYOUTS[layout], state)

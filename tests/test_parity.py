@@ -9,7 +9,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.models import LAYOUTS, comfy_patcher, diffusers_unet, scheduler
+from demo import splits
+from demo.inprocess import load_denoiser
+from demo.server import MODEL
+from demo.tiny_diffusers import load_tiny, scheduler
+from tests.models import LAYOUTS, comfy_patcher, diffusers_unet
 
 TOLERANCE = 2e-4
 SIDE = {"sd1": 16, "sd2": 16, "sdxl": 16}
@@ -184,3 +188,27 @@ def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
         results.append((torch.cat([a.query.detach().flatten() for a in capture.cross.values()]), learned.grad))
     for full, partial in zip(*results, strict=True):
         assert close(partial, full)
+
+
+def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
+    """Text, latents, training and segmentation of the tiny checkpoint agree from end to end."""
+    from pathlib import Path
+
+    from slime import preset, segment, train
+
+    ours, theirs = load_denoiser(MODEL), load_tiny(MODEL, Path(comfy_path) / "comfy" / "sd1_tokenizer")
+    example = splits.example("face", splits.TEACH)
+    image = splits.example("face", splits.TEST).image[None]
+    found, learned = [], []
+    for denoiser in (ours, theirs):
+        with torch.inference_mode():
+            prompt = denoiser.encode_prompt("a red car with blue windows on sand").rows
+            latents = denoiser.encode_images(image)
+            learned.append(train(denoiser, [example], preset("instant", denoiser.family, views=6, steps=30)))
+            # What one host learned, both segment with.
+            found.append((prompt, latents, segment(denoiser, image, learned[0])[0].label_map))
+    assert close(found[0][0], found[1][0]) and close(found[0][1], found[1][1])
+    assert (found[0][2] == found[1][2]).float().mean() > 0.995
+    torch.testing.assert_close(
+        torch.tensor(learned[0].losses[:5]), torch.tensor(learned[1].losses[:5]), rtol=1e-3, atol=0
+    )
