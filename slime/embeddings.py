@@ -69,7 +69,7 @@ class PartEmbeddings:
 
     Attributes:
         names: part names.
-        rows: float32 [G, P, D]; G is 1 (one row a part), the number of feature resolutions, or of layers.
+        rows: float32 [G, P, D], as offsets from the background row while there is no context; G is 1 (one row a part), the number of feature resolutions, or of layers.
         context: the frozen base context [T, D], or None in the compact form until :meth:`with_context`.
         pooled: SDXL's pooled text embedding [X], or None.
         prompt: text of the base context.
@@ -146,7 +146,8 @@ class PartEmbeddings:
         if self.context is not None:
             return self
         context = denoiser.encode_prompt(self.prompt)
-        return replace(self, context=context.rows.cpu().half(), pooled=context.pooled)
+        rows = context.rows.cpu().half()
+        return replace(self, rows=self.rows + rows[0].float(), context=rows, pooled=context.pooled)
 
     # ------------------------------------------------------------------------------------------------------- files
 
@@ -187,8 +188,12 @@ class PartEmbeddings:
         return cls._build(tensors, metadata, name)
 
     def to_compact(self) -> str:
-        """A text without the base context (rows in float16), short enough to travel inside a workflow."""
-        tensors = self._tensors(with_context=False) | {"rows": self.rows.half()}
+        """A text without the base context, short enough to travel inside a workflow.
+
+        The rows are kept in float16 as offsets from the background row, whose large entries would cost precision.
+        """
+        offsets = self.rows if self.context is None else self.rows - self.context[0].float()
+        tensors = self._tensors(with_context=False) | {"rows": offsets.half()}
         packed = zlib.compress(save_bytes(tensors, metadata=self._metadata(brief=True)), 9)
         text = COMPACT_PREFIX + base64.b64encode(packed).decode("ascii")
         if len(text) > COMPACT_LIMIT:

@@ -93,6 +93,13 @@ def _fit_rows(
         joined = torch.stack([resize_maps(maps, grid) for maps in scores]).sum(0)
         transforms = [whitening(joined)] * groups
     white = [torch.einsum("bdhw,de->behw", maps, t) for maps, t in zip(scores, transforms, strict=True)]
+    # Groups of one resolution are read by one product, and resized once.
+    sizes = [maps.shape[-2:] for maps in white]
+    same_size = [[i for i in range(groups) if sizes[i] == size] for size in dict.fromkeys(sizes)]
+    joined_white = [
+        (same, white[same[0]] if len(same) == 1 else torch.cat([white[i] for i in same], 1)) for same in same_size
+    ]
+    del white
     weights = class_weights(labels, weight_exponent)
     count = groups if separate_rows else 1
     offsets = torch.zeros(count, parts, background.shape[0], device=device)
@@ -117,9 +124,10 @@ def _fit_rows(
 
     def evaluate() -> Tensor:
         optimizer.zero_grad()
+        given = offsets.expand(groups, -1, -1)
         parts_of_score = [
-            resize_maps(torch.einsum("bdhw,kd->bkhw", maps, group), grid)
-            for maps, group in zip(white, offsets.expand(groups, -1, -1), strict=True)
+            resize_maps(torch.einsum("bdhw,kd->bkhw", maps, torch.cat([given[i] for i in same], 1)), grid)
+            for same, maps in joined_white
         ]
         total = torch.stack(parts_of_score).sum(0)
         logits = F.pad(total, (0, 0, 0, 0, 1, 0))

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.ndimage import binary_erosion, distance_transform_edt
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,34 @@ class Scores:
     @property
     def pooled_part_miou(self) -> float:
         return float(np.nanmean(self.pooled[1:]))
+
+
+def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int, tolerance: float = 0.01) -> float:
+    """Boundary F-score of one image, mean over the parts that the truth holds (Csurka et al. 2013).
+
+    Args:
+        prediction, truth: label maps [H, W].
+        classes: number of classes with the background.
+        tolerance: distance that still counts as a hit, as a share of the image's diagonal.
+    """
+    reach = tolerance * float(np.hypot(*truth.shape))
+    scores = []
+    for k in range(1, classes):
+        if not (truth == k).any():
+            continue
+        found, real = _outline(prediction == k), _outline(truth == k)
+        if not found.any() or not real.any():
+            scores.append(float(not found.any() and not real.any()))
+            continue
+        precision = float((distance_transform_edt(~real)[found] <= reach).mean())
+        recall = float((distance_transform_edt(~found)[real] <= reach).mean())
+        scores.append(2 * precision * recall / max(precision + recall, 1e-9))
+    return float(np.mean(scores)) if scores else float("nan")
+
+
+def _outline(mask: np.ndarray) -> np.ndarray:
+    """Pixels of a mask with a neighbour outside it; the image's border is no outline."""
+    return mask & ~binary_erosion(mask, border_value=1)
 
 
 def evaluate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slime.metrics import evaluate
+from slime.metrics import boundary_f, evaluate
 
 TRUTH_A = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
 FOUND_A = np.array([[0, 0, 0, 1], [0, 0, 1, 1]])  # class 0: 4/5, class 1: 3/4
@@ -35,6 +35,18 @@ def test_class_that_never_occurs_is_nan_and_left_out() -> None:
     scores = evaluate([np.zeros((2, 2), int)], [np.zeros((2, 2), int)], 3)
     assert scores.per_class[0] == 1 and np.isnan(scores.per_class[1:]).all()
     assert scores.miou == 1
+
+
+def test_boundary_f_counts_hits_within_the_tolerance() -> None:
+    truth = np.zeros((100, 100), int)
+    truth[20:60, 20:60] = 1
+    shifted = np.roll(truth, 1, axis=1)
+    assert boundary_f(truth, truth, 2) == 1
+    assert boundary_f(shifted, truth, 2) == 1, "one pixel is within 1 % of the diagonal, 1.41 pixels"
+    far = boundary_f(np.roll(truth, 10, axis=1), truth, 2)
+    assert 0.2 < far < 0.6, "the horizontal edges still meet, the vertical ones do not"
+    assert boundary_f(np.zeros_like(truth), truth, 2) == 0
+    assert np.isnan(boundary_f(truth, np.zeros_like(truth), 2))
 
 
 def test_mismatch_is_refused() -> None:

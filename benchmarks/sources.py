@@ -1,0 +1,87 @@
+"""Where teaching and test images come from: rendered scenes, or folders in the official data layout."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from demo import scenes, splits
+from slime.errors import SlimeError
+from slime.examples import Example
+
+# Label ids of the official data sets; 0 is the background.
+OFFICIAL_PARTS = {**scenes.PARTS, "celeba": scenes.PARTS["face"]}
+OFFICIAL_SIDE = 512
+
+
+@dataclass(frozen=True)
+class Task:
+    """One domain: its part names, teaching examples and labelled test images of one size."""
+
+    domain: str
+    examples: tuple[Example, ...]
+    images: np.ndarray  # uint8 [B, H, W, 3]
+    truths: tuple[np.ndarray, ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.examples[0].names
+
+
+def scene_task(domain: str, shots: int, seed: int, count: int, split: str, variation: str) -> Task:
+    """Rendered scenes; every seed has teaching examples of its own, the test scenes stay."""
+    teach, test = splits.TEACH, splits.TEST
+    if split == "validation":
+        teach, test = splits.VALIDATION_TEACH, splits.VALIDATION
+    tests = [scenes.render(domain, test + i, scenes.VARIATIONS[variation]) for i in range(count)]
+    examples = tuple(splits.example(domain, teach + 100 * seed + i) for i in range(shots))
+    return Task(domain, examples, np.stack([s.image for s in tests]), tuple(s.labels for s in tests))
+
+
+def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> Task:
+    """The official layout: ``root/{car,horse,celeba}/{train_1,train_10,val,test}`` with PNG images and NPY label maps.
+
+    Images are squashed to 512 x 512, labels brought there by the nearest pixel, as the paper does. With fewer shots
+    than the training folder holds, the seed chooses them.
+
+    Raises:
+        SlimeError: a folder is missing or empty, an image has no label map, or there are too few examples.
+    """
+    names = OFFICIAL_PARTS[domain]
+    train = root / domain / ("train_1" if shots == 1 and (root / domain / "train_1").is_dir() else "train_10")
+    pairs = read_folder(train)
+    if len(pairs) < shots:
+        raise SlimeError(f"{train} holds {len(pairs)} labelled images; {shots} are asked for.")
+    order = np.random.default_rng(seed).permutation(len(pairs))[:shots]
+    examples = tuple(
+        Example.from_label_map(torch.from_numpy(pairs[i][0]).float() / 255, torch.from_numpy(pairs[i][1]), names)
+        for i in order
+    )
+    tests = read_folder(root / domain / ("val" if split == "validation" else "test"))
+    return Task(domain, examples, np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
+
+
+def read_folder(folder: Path, side: int = OFFICIAL_SIDE) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [side, side, 3] and label maps [side, side] of a folder, in order of their names."""
+    files = sorted(folder.glob("*.png"))
+    if not files:
+        raise SlimeError(f"There are no PNG images in {folder}.")
+    pairs = []
+    for path in files:
+        labels_path = path.with_suffix(".npy")
+        if not labels_path.is_file():
+            raise SlimeError(f"{path.name} has no label map {labels_path.name} beside it.")
+        labels = np.load(labels_path, allow_pickle=False).astype(np.uint8)
+        picture = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+        nearest = Image.fromarray(labels).resize((side, side), Image.Resampling.NEAREST)
+        pairs.append((np.array(picture), np.array(nearest)))
+    return pairs
+
+
+def as_tensor(images: np.ndarray | Sequence[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(list(images))).float() / 255
