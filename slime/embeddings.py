@@ -69,7 +69,8 @@ class PartEmbeddings:
 
     Attributes:
         names: part names.
-        rows: float32 [G, P, D], as offsets from the background row while there is no context; G is 1 (one row a part), the number of feature resolutions, or of layers.
+        rows: float32 [G, P, D], as offsets from the background row while there is no context; G is 1 (one row a part),
+            the number of feature resolutions, or of layers.
         context: the frozen base context [T, D], or None in the compact form until :meth:`with_context`.
         pooled: SDXL's pooled text embedding [X], or None.
         prompt: text of the base context.
