@@ -9,9 +9,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from slime.embeddings import PartEmbeddings, default_palette, import_official
+from slime.embeddings import PartEmbeddings, default_palette
 from slime.errors import SlimeError
 from slime.layers import FAMILIES, Family, LayerChoice, LayerKey
+from slime.official_files import import_official
 from slime.read import ReadOut
 from tests.toy import ToyDenoiser
 

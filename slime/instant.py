@@ -1,0 +1,124 @@
+"""The "instant" trainer: features of augmented views, then a convex fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .attention import resize_maps
+from .augment import working_size
+from .batches import in_batches
+from .denoiser import Denoiser, seeded_noise
+from .embeddings import PartEmbeddings
+from .examples import Example
+from .features import FeaturePlan, Features, extract_features, key_projections
+from .fit import fit_rows
+from .layers import LayerKey
+from .recipe import OnStep, StepReport, make_template, make_view, resize_labels, seeded_views
+from .settings import TrainSettings
+
+VIEW_BATCH = 4
+
+
+def train_instant(
+    denoiser: Denoiser,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    start: PartEmbeddings | None,
+    on_step: OnStep,
+) -> PartEmbeddings:
+    template = make_template(denoiser, examples, settings, "keys")
+    plan = template.plan()
+    first_image: Tensor | None = None
+    # All encoding comes first: on a small card VAE and UNet take turns in memory.
+    views = []
+    for index, (example, rng) in enumerate(seeded_views(examples, settings)):
+        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
+        image, label = make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), index < len(examples))
+        views.append(_EncodedView(denoiser.encode_images(image[None].to(denoiser.device)), label, size))
+        first_image = image if first_image is None else first_image
+    scores: list[list[Tensor]] = []
+    labels: list[Tensor] = []
+    for features in _view_features(denoiser, views, plan, settings.seed):
+        # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
+        like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else features.scores)]
+        grid = (labels[0].shape[-2], labels[0].shape[-1]) if labels else features.grid
+        scores.append([resize_maps(maps, size) for maps, size in zip(features.scores, like, strict=True)])
+        seen = views[len(labels) : len(labels) + len(features.scores[0])]
+        labels += [resize_labels(view.labels, grid) for view in seen]
+        on_step(StepReport("features", len(labels), len(views), {}, lambda: None))
+    stacked = [torch.cat(group) for group in zip(*scores, strict=True)]
+
+    def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
+        preview = (first_image, logits.argmax(0).cpu()) if step % 5 == 1 and first_image is not None else None
+        on_step(
+            StepReport(
+                "fit",
+                min(step, settings.steps),
+                settings.steps,
+                losses,
+                lambda: replace(template, rows=rows().cpu()),
+                preview,
+            )
+        )
+
+    result = fit_rows(
+        stacked,
+        torch.stack(labels).to(stacked[0]),
+        template.background.to(stacked[0]),
+        steps=settings.steps,
+        l2=settings.l2,
+        weight_exponent=settings.class_weights,
+        separate_rows=settings.row_groups != "shared",
+        start=_starting_rows(start, settings.row_groups, len(stacked)),
+        on_step=report,
+    )
+    return replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
+
+
+class _EncodedView(NamedTuple):
+    """One augmented view: latents [1, C, h, w], label maps [K, h, w] and its size in pixels."""
+
+    latents: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+
+
+def _view_features(
+    denoiser: Denoiser, views: Sequence[_EncodedView], plan: FeaturePlan, seed: int
+) -> Iterator[Features]:
+    """Features of the views in order, in batches of neighbours of one size; every view has noise of its own."""
+    projections = key_projections(denoiser, plan.layers, plan.context.pooled)
+    first = 0
+    for size, neighbours in groupby(views, key=lambda view: view.size):
+        latents = torch.cat([view.latents for view in neighbours])
+        seeds = range(seed + first, seed + first + len(latents))
+        noise = torch.cat([seeded_noise(latents[:1].shape, one, latents.device) for one in seeds])
+        look = partial(_look, denoiser, latents, noise, plan, size, projections)
+        yield from in_batches(len(latents), VIEW_BATCH, look)
+        first += len(latents)
+
+
+def _look(
+    denoiser: Denoiser,
+    latents: Tensor,
+    noise: Tensor,
+    plan: FeaturePlan,
+    size: tuple[int, int],
+    projections: Mapping[LayerKey, Tensor],
+    part: slice,
+) -> Features:
+    return extract_features(denoiser, latents[part], plan, noise[part], size, projections)
+
+
+def _starting_rows(start: PartEmbeddings | None, row_groups: str, groups: int) -> Tensor | None:
+    """Rows to continue an instant fit from; those of the paper's way do not fit, other groupings give their mean."""
+    if start is None or start.mode != "keys":
+        return None
+    return start.rows if len(start.rows) in (1, groups if row_groups != "shared" else 1) else start.rows.mean(0)[None]
