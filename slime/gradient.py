@@ -45,13 +45,21 @@ def train_through_unet(
     start: PartEmbeddings | None,
     on_step: OnStep,
 ) -> PartEmbeddings:
+    """The paper's training, section 3: the rows stand in the UNet's context, Adam minimises
+    CE(cross-attention scores) + alpha MSE(WAS maps) + beta "SD loss".
+
+    Beside the paper: views are drawn and encoded up front, each with its noise and timestep; the unconditional
+    prediction of a view is made once, without gradients, because it does not depend on the rows; the best rows are
+    those of the lowest recent loss.
+    """
     template = make_template(denoiser, examples, settings, "context")
     device, parts = denoiser.device, len(template.names)
     base = template.base_context().rows.to(device)
     pooled = template.pooled
     empty = denoiser.encode_prompt("")
     pool = _make_pool(denoiser, examples, settings, template)
-    weights = class_weights(torch.cat([entry.labels for entry in pool]), settings.class_weights)
+    pixels = torch.cat([entry.labels.flatten(2)[:, :, None] for entry in pool], 3)
+    weights = class_weights(pixels, settings.class_weights)
     initial = base[1 : parts + 1] if start is None else start.rows.mean(0).to(device)
     with denoiser.differentiable(settings.checkpointing):
         rows = initial.detach().clone().requires_grad_(True)
@@ -74,7 +82,7 @@ def train_through_unet(
 
             context = Context(torch.cat([base[:1], rows, base[parts + 1 :]]), pooled)
             capture = Capture(template.layers)
-            noise = denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size)
+            predicted = denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size)
 
             grid = (entry.labels.shape[-2], entry.labels.shape[-1])
             layers = [resize_maps(cross_scores(a, parts + 1), grid) for a in capture.cross.values()]
@@ -83,8 +91,8 @@ def train_through_unet(
             if settings.was_weight:
                 was = was_maps(list(capture.self_.values()), F.softmax(scores, 1))
                 losses["was"] = settings.was_weight * F.mse_loss(was, entry.labels)
-            if settings.guard_weight and noise is not None and entry.unconditional is not None:
-                losses["guard"] = settings.guard_weight * guard_loss(noise, entry.unconditional, entry.noise)
+            if settings.guard_weight and predicted is not None and entry.unconditional is not None:
+                losses["guard"] = settings.guard_weight * guard_loss(predicted, entry.unconditional, entry.noise)
             loss = torch.stack(list(losses.values())).sum()
 
             optimizer.zero_grad()

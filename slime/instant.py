@@ -33,6 +33,7 @@ def train_instant(
     start: PartEmbeddings | None,
     on_step: OnStep,
 ) -> PartEmbeddings:
+    """Rows from cached features: one UNet pass a view on the base prompt, then :func:`slime.fit.fit_rows`."""
     template = make_template(denoiser, examples, settings, "keys")
     plan = template.plan()
     first_image: Tensor | None = None
