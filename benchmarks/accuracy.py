@@ -2,6 +2,7 @@
 grid's ceiling.
 
     python dev.py benchmark accuracy [--quick] [--json FILE] [--methods ...] [--shots 1 5 10] [--scenes 100]
+    python dev.py benchmark accuracy --split validation --methods default --set recolor=0 --read-out mix=0
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
 
 Test scenes, teaching examples and training scenes have disjoint seeds (demo/splits.py); ``--split validation`` is what
@@ -11,6 +12,7 @@ defaults were chosen on. With ``--json`` a run that was stopped goes on where it
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import sys
@@ -61,12 +63,27 @@ def learned(get_denoiser: Callable[[], Any], name: str, options: argparse.Namesp
         denoiser = get_denoiser()
         refine = "off" if name == "paper" else options.refine
         with torch.inference_mode():
-            embeddings = train(denoiser, task.examples, preset(name, denoiser.family, seed=seed))
+            changes = assignments(options.set)
+            embeddings = train(denoiser, task.examples, preset(name, denoiser.family, seed=seed, **changes))
+            read_out = dataclasses.replace(embeddings.read_out, **assignments(options.read_out))
+            embeddings = dataclasses.replace(embeddings, read_out=read_out)
             settings = SegmentSettings(refine=refine, seed=seed, crops=options.crops)
             maps = segment(denoiser, as_tensor(task.images), embeddings, settings)[0]
         return list(maps.label_map.numpy())
 
     return predict
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """ "recolor=0" -> {"recolor": 0}; values are JSON, anything else is text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
 
 
 def grid_ceiling(task: Task, _seed: int) -> list[np.ndarray]:
@@ -109,6 +126,8 @@ def main() -> None:
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--refine", choices=["off", "fast", "best"], default="fast")
     parser.add_argument("--crops", type=int, default=1)
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")
+    parser.add_argument("--read-out", nargs="+", default=[], metavar="NAME=VALUE", help="read-out settings: order, mix")
     parser.add_argument("--quick", action="store_true", help="one seed, 1 and 10 shots, 20 scenes")
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
