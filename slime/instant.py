@@ -119,7 +119,7 @@ def _look(
 
 
 def _starting_rows(start: PartEmbeddings | None, row_groups: str, groups: int) -> Tensor | None:
-    """Rows to continue an instant fit from; those of the paper's way do not fit, other groupings give their mean."""
-    if start is None or start.mode != "keys":
+    """Rows to continue from; those of another grouping give their mean."""
+    if start is None:
         return None
     return start.rows if len(start.rows) in (1, groups if row_groups != "shared" else 1) else start.rows.mean(0)[None]

@@ -13,8 +13,8 @@ class TrainSettings:
     """How part embeddings are learned.
 
     Attributes:
-        preset: "instant" (rows from cached features, no gradient through the UNet), "thorough" (instant, then the
-            paper's objective through the UNet) or "paper" (the paper's recipe).
+        preset: "instant" (rows from cached features, no gradient through the UNet), "thorough" (the paper's objective
+            through the UNet with our views and read-out) or "paper" (the paper's recipe and the official read-out).
         steps: optimiser steps; L-BFGS iterations for "instant".
         learning_rate: of Adam; "instant" does not use it.
         seed: of noise and augmentation.
@@ -89,7 +89,7 @@ def preset(name: str, family: Family | None = None, **changes: object) -> TrainS
     """
     base: dict[str, dict[str, object]] = {
         "instant": {},
-        "thorough": {"steps": 60, "learning_rate": 0.01, "views": 30, "crop": 0.7},
+        "thorough": {"steps": 200, "learning_rate": 0.05, "views": 60, "row_groups": "shared"},
         "paper": {
             "steps": 200,
             "learning_rate": 0.1,

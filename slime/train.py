@@ -46,24 +46,14 @@ def train(
         start.check_model(denoiser.family)
         if start.names != names:
             raise SlimeError(f"The embeddings to start from name {start.names}, the examples {names}.")
+        mode = "keys" if settings.preset == "instant" else "context"
+        if start.mode != mode:
+            raise SlimeError(
+                f'These embeddings were learned by another kind of trainer than "{settings.preset}": instant continues '
+                "instant, thorough and paper continue each other. Leave start empty, or choose the other preset."
+            )
         start = start.with_context(denoiser)
     on_step = on_step or (lambda report: None)
     if settings.preset == "instant":
         return train_instant(denoiser, examples, settings, start, on_step)
-    if settings.preset == "thorough" and start is None:
-        start = train_instant(denoiser, examples, _instant_for_thorough(settings, denoiser), None, on_step)
     return train_through_unet(denoiser, examples, settings, start, on_step)
-
-
-def _instant_for_thorough(settings: TrainSettings, denoiser: Denoiser) -> TrainSettings:
-    """One shared row a part, since the rows enter the UNet's single context afterwards."""
-    return preset(
-        "instant",
-        denoiser.family,
-        row_groups="shared",
-        seed=settings.seed,
-        flip=settings.flip,
-        prompt=settings.prompt,
-        cross_layers=settings.cross_layers,
-        self_layers=settings.self_layers,
-    )

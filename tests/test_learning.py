@@ -93,10 +93,7 @@ def test_training_through_the_unet_lowers_the_loss_and_finds_the_parts(name: str
     embeddings = train(toy, [picture(0)], settings, on_step=reports.append)
     steps = [r for r in reports if r.stage == "train"]
     assert embeddings.mode == "context" and len(steps) == 60 and set(steps[0].losses) == {"loss", "ce", "was", "guard"}
-    assert (
-        np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]])
-        or name == "thorough"
-    )
+    assert np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]])
     assert score(embeddings, toy) > 0.5
     assert sum(r.preview is not None for r in steps) == 6
 
@@ -183,6 +180,8 @@ def test_mismatches_are_refused(tmp_path) -> None:
         train(toy, [picture(0), other])
     with pytest.raises(SlimeError, match="start from name"):
         train(toy, [other], start=embeddings)
+    with pytest.raises(SlimeError, match="another kind of trainer"):
+        train(toy, [picture(0)], preset("paper", steps=1, views=1), start=embeddings)
     with pytest.raises(SlimeError, match="No example"):
         train(toy, [])
     with pytest.raises(SlimeError, match='"toy" model'):
