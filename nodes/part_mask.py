@@ -115,7 +115,7 @@ def _clean(mask: Tensor, soft: bool, fill_holes: bool, minimum_area: int) -> Ten
         areas = np.bincount(pieces.ravel(), minlength=count + 1)
         inside = inside & (areas[pieces] >= minimum_area)
     cleaned = torch.from_numpy(np.ascontiguousarray(inside)).float()
-    return torch.maximum(mask, cleaned) * cleaned if soft and fill_holes else mask * cleaned if soft else cleaned
+    return torch.where(mask > 0.5, mask, 1.0) * cleaned if soft else cleaned
 
 
 def grow_mask(mask: Tensor, pixels: int) -> Tensor:
@@ -130,7 +130,7 @@ def grow_mask(mask: Tensor, pixels: int) -> Tensor:
         near = ndimage.distance_transform_edt(layer) <= radius if not layer.all() else np.zeros_like(layer)
         grown.append(near if pixels > 0 else ~near)
     shape = torch.from_numpy(np.stack(grown)).float()
-    return torch.maximum(mask, shape) if pixels > 0 else mask * shape if any(not o.all() for o in outside) else mask
+    return torch.maximum(mask, shape) if pixels > 0 else mask * shape
 
 
 def feather_mask(mask: Tensor, pixels: int) -> Tensor:

@@ -18,7 +18,7 @@ class SLiMeSegment(io.ComfyNode):
         return schema(
             node_id="SLiMeSegment",
             display_name="SLiMe Segment",
-            description="Finds the learned parts in other images, at the price of about one denoising step each.",
+            description="Finds the learned parts in other images, with one pass through the model each.",
             search_aliases=["segment", "one shot segmentation", "mask", "part segmentation", "segment same thing"],
             inputs=[
                 io.Model.Input("model", tooltip="The model the parts were learned on, or one of the same family."),

@@ -136,7 +136,7 @@ def _expert_inputs() -> list[Any]:
             "checkpointing",
             default=False,
             optional=True,
-            tooltip="Thorough and paper: needs less memory and about a third more time.",
+            tooltip="Thorough and paper: needs less memory and more time.",
             **EXPERT,
         ),
         text("cross_layers", "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table."),

@@ -33,7 +33,7 @@ class TrainSettings:
         blur: probability of a Gaussian blur.
         recolor: strength of independent colour changes of every part, 0..1.
         soft_labels: area-averaged labels; False takes the nearest pixel as the paper does.
-        checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        checkpointing: recompute activations in the backward pass: less memory, more time.
         cross_layers, self_layers: layer patterns; empty for the family's.
     """
 

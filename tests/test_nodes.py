@@ -87,6 +87,10 @@ def test_feather_holes_and_specks(nodes) -> None:
     assert 0 < float(soft[0, 8, 14]) < 1 and float(soft.max()) <= 1
     probability = mask_of(nodes, mode="soft", names="wheel")
     assert probability[0, 10, 10] == pytest.approx(0.8 + 0.2 / 3)
+    filled = mask_of(nodes, labels, mode="soft", names="wheel", fill_holes=True)
+    assert filled[0, 13, 13] == 1 and filled[0, 10, 10] == pytest.approx(0.8 + 0.2 / 3), (
+        "a hole is filled, the rest kept"
+    )
 
 
 def test_unknown_part_names_what_there_is(nodes) -> None:
