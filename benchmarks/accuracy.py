@@ -1,9 +1,10 @@
 """Part IoU: the presets beside trivial baselines, the same UNet's features without training, the untrained UNet and the
-grid's ceiling.
+grid's ceiling, on plain scenes and on stress sets.
 
     python dev.py benchmark accuracy [--quick] [--json FILE] [--methods ...] [--shots 1 5 10] [--scenes 100]
     python dev.py benchmark accuracy --split validation --methods default --set recolor=0 --read-out mix=0
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
+    python dev.py benchmark accuracy --determinism
 
 Test scenes, teaching examples and training scenes have disjoint seeds (demo/splits.py); ``--split validation`` is what
 defaults were chosen on. With ``--json`` a run that was stopped goes on where it was.
@@ -12,13 +13,10 @@ defaults were chosen on. With ``--json`` a run that was stopped goes on where it
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import functools
 import json
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,167 +25,163 @@ import torch
 from PIL import Image
 
 from demo import scenes
-from demo.baselines import color_neighbours, mean_mask
-from demo.inprocess import load_denoiser
 from demo.server import MODEL
-from demo.untrained import write_untrained
-from slime import SegmentSettings, preset, segment, train
 from slime.attention import resize_maps
 from slime.augment import soft_labels
 from slime.embeddings import default_palette
-from slime.metrics import boundary_f, evaluate
+from slime.metrics import boundary_f, evaluate, false_area
 from slime.visualize import color_labels
 
-from .rivals import feature_neighbours
-from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
+from .methods import Learn, Variant, assignments, make_methods
+from .sources import OFFICIAL_PARTS, OTHER, Task, TestSet, folder_task, scene_task
 
-Predict = Callable[[Task, int], list[np.ndarray]]
-DEFAULT_METHODS = ("default", "feature neighbours", "untrained", "mean mask", "colour neighbours", "grid ceiling")
+STRESS = tuple(name for name in scenes.VARIATIONS if name != "plain")
+CEILING = "grid ceiling"  # needs the truth
+DEFAULT_METHODS = (
+    "default",
+    "paper",
+    "feature neighbours",
+    "untrained",
+    "colour neighbours",
+    "mean mask",
+    "all background",
+    CEILING,
+)
 GRID_PICTURES = 4
+UNTAUGHT = ("mean mask", "all background")  # one picture for every test image: they say nothing on stress sets
 
 
-@functools.cache
-def trained(checkpoint: Path) -> Any:
-    return load_denoiser(checkpoint)
-
-
-@functools.cache
-def untrained(checkpoint: Path) -> Any:
-    return load_denoiser(write_untrained(checkpoint, Path(tempfile.mkdtemp()) / "untrained.safetensors"))
-
-
-def learned(get_denoiser: Callable[[], Any], name: str, options: argparse.Namespace) -> Predict:
-    """Train a preset on the task's examples and segment its images."""
-
-    def predict(task: Task, seed: int) -> list[np.ndarray]:
-        denoiser = get_denoiser()
-        refine = "off" if name == "paper" else options.refine
-        with torch.inference_mode():
-            changes = assignments(options.set)
-            embeddings = train(denoiser, task.examples, preset(name, denoiser.family, seed=seed, **changes))
-            read_out = dataclasses.replace(embeddings.read_out, **assignments(options.read_out))
-            embeddings = dataclasses.replace(embeddings, read_out=read_out)
-            settings = SegmentSettings(refine=refine, seed=seed, crops=options.crops)
-            maps = segment(denoiser, as_tensor(task.images), embeddings, settings)[0]
-        return list(maps.label_map.numpy())
-
-    return predict
-
-
-def assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """ "recolor=0" -> {"recolor": 0}; values are JSON, anything else is text."""
-    found: dict[str, Any] = {}
-    for text in texts:
-        name, _, value = text.partition("=")
-        try:
-            found[name] = json.loads(value)
-        except json.JSONDecodeError:
-            found[name] = value
-    return found
-
-
-def grid_ceiling(task: Task, _seed: int) -> list[np.ndarray]:
+def grid_ceiling(test: TestSet, classes: int) -> list[np.ndarray]:
     """The truth averaged to the latent's grid and brought back bilinearly: what no read-out of that grid can exceed."""
     found = []
-    for truth in task.truths:
+    for truth in test.truths:
         height, width = truth.shape
-        small = soft_labels(torch.from_numpy(truth), len(task.names) + 1, (height // 8, width // 8))
+        small = soft_labels(torch.from_numpy(truth), classes, (height // 8, width // 8))
         found.append(resize_maps(small[None], (height, width))[0].argmax(0).numpy())
     return found
 
 
-def make_methods(options: argparse.Namespace) -> dict[str, Predict]:
-    ours = functools.partial(trained, options.checkpoint)
-    methods: dict[str, Predict] = {
-        "default": learned(ours, "instant", options),
-        "thorough": learned(ours, "thorough", options),
-        "paper": learned(ours, "paper", options),
-        "untrained": learned(functools.partial(untrained, options.checkpoint), "instant", options),
-        "feature neighbours": lambda task, seed: feature_neighbours(
-            ours(), task.examples, as_tensor(task.images), seed=seed
-        ),
-        "mean mask": lambda task, seed: [mean_mask(task.examples)] * len(task.truths),
-        "colour neighbours": lambda task, seed: color_neighbours(task.examples, task.images),
-        "grid ceiling": grid_ceiling,
-    }
-    return methods
-
-
-def main() -> None:
+def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=MODEL)
     parser.add_argument("--data", type=Path, help="folder in the official layout; default is rendered scenes")
-    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS))
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), help=", ".join([*methods, CEILING]))
     parser.add_argument("--domains", nargs="+", choices=list(OFFICIAL_PARTS), default=list(scenes.DOMAINS))
-    parser.add_argument("--variation", choices=list(scenes.VARIATIONS), default="plain")
+    parser.add_argument("--sets", nargs="+", choices=["plain", *STRESS, OTHER], default=["plain", *STRESS, OTHER])
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--seeds", type=int, default=3, help="sets of teaching examples")
-    parser.add_argument("--scenes", type=int, default=100, help="test scenes a domain")
+    parser.add_argument(
+        "--scenes", type=int, default=100, help="plain test scenes a domain; half as many of other sets"
+    )
     parser.add_argument("--split", choices=["test", "validation"], default="test")
-    parser.add_argument("--refine", choices=["off", "fast", "best"], default="fast")
-    parser.add_argument("--crops", type=int, default=1)
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")
     parser.add_argument("--read-out", nargs="+", default=[], metavar="NAME=VALUE", help="read-out settings: order, mix")
-    parser.add_argument("--quick", action="store_true", help="one seed, 1 and 10 shots, 20 scenes")
+    parser.add_argument("--segment", nargs="+", default=[], metavar="NAME=VALUE", help="refine, crops, flip, zoom ...")
+    parser.add_argument("--quick", action="store_true", help="one seed, 1 and 10 shots, 20 plain scenes")
+    parser.add_argument("--determinism", action="store_true", help="run one configuration twice and compare")
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.scenes, options.shots = 1, 20, [1, 10]
-    methods = make_methods(options)
-    unknown = sorted(set(options.methods) - set(methods))
+        options.seeds, options.scenes, options.shots, options.sets = 1, 20, [1, 10], ["plain"]
+    unknown = sorted(set(options.methods) - {*methods, CEILING})
     if unknown:
-        parser.error(f"unknown methods {unknown}; there are: {', '.join(methods)}")
+        parser.error(f"unknown methods {unknown}; there are: {', '.join([*methods, CEILING])}")
+    return options
+
+
+def main() -> None:
+    options = parse(list(make_methods(MODEL, Variant("instant"))))
+    changes = Variant(
+        "instant", assignments(options.set), {}, assignments(options.read_out), assignments(options.segment)
+    )
+    methods = make_methods(options.checkpoint, changes)
+    if options.determinism:
+        check_determinism(methods["default"])
+        return
     rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.is_file() else []
-    done = {(row["method"], row["domain"], row["shots"], row["seed"]) for row in rows}
     pictures: list[np.ndarray] = []
     for seed in range(options.seeds):
-        for domain in options.domains:
-            for shots in options.shots:
-                wanted = [m for m in options.methods if (m, domain, shots, seed) not in done]
+        for shots in options.shots:
+            for domain in options.domains:
+                done = {
+                    row["method"] for row in rows if (row["domain"], row["shots"], row["seed"]) == (domain, shots, seed)
+                }
+                wanted = [method for method in options.methods if method not in done]
                 if not wanted:
                     continue
                 if options.data:
                     task = folder_task(options.data, domain, shots, seed, options.split)
                 else:
-                    task = scene_task(domain, shots, seed, options.scenes, options.split, options.variation)
-                shown = [np.hstack(list(task.images[:GRID_PICTURES])), tinted(task, task.truths)]
+                    task = scene_task(domain, shots, seed, options.scenes, options.split, options.sets)
                 for method in wanted:
-                    row, found = measure(task, method, methods[method], shots, seed)
-                    rows.append(row)
-                    report(row)
-                    shown.append(tinted(task, found))
+                    new, shown = measure(task, method, methods.get(method), shots, seed)
+                    rows += new
+                    for row in new:
+                        report(row)
                     if options.json:
                         options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
-                if seed == 0 and shots == options.shots[-1]:
-                    pictures += shown
+                    if seed == 0 and shots == options.shots[-1]:
+                        pictures += shown if pictures and method != wanted[0] else [*examples_shown(task), *shown]
     if options.picture and pictures:
         Image.fromarray(np.vstack(pictures)).save(options.picture)
     summarise(rows)
 
 
 def measure(
-    task: Task, method: str, predict: Predict, shots: int, seed: int
-) -> tuple[dict[str, Any], list[np.ndarray]]:
-    start = time.monotonic()
-    found = predict(task, seed)
-    seconds = time.monotonic() - start
+    task: Task, method: str, learn: Learn | None, shots: int, seed: int
+) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+    """Rows of one method on every test set, and its picture of the first set."""
     classes = len(task.names) + 1
-    scores = evaluate(found, task.truths, classes)
-    boundary = [boundary_f(a, b, classes) for a, b in zip(found, task.truths, strict=True)]
-    row = {
-        "method": method,
-        "domain": task.domain,
-        "shots": shots,
-        "seed": seed,
-        "part_miou": scores.part_miou,
-        "miou": scores.miou,
-        "pooled_miou": scores.pooled_part_miou,
-        "boundary_f": float(np.nanmean(boundary)),
-        "per_part": dict(zip(task.names, scores.per_class[1:].round(4).tolist(), strict=True)),
-        "seconds": seconds,
-    }
-    return row, found
+    start = time.monotonic()
+    predict = learn(task.examples, seed) if learn is not None else None
+    learning = time.monotonic() - start
+    rows, shown = [], []
+    for name, test in task.tests.items():
+        if name != "plain" and method in UNTAUGHT:
+            continue
+        start = time.monotonic()
+        found = predict(test.images) if predict is not None else grid_ceiling(test, classes)
+        seconds = time.monotonic() - start
+        scores = evaluate(found, test.truths, classes)
+        boundary = [boundary_f(a, b, classes) for a, b in zip(found, test.truths, strict=True)]
+        absent = all(not truth.any() for truth in test.truths)
+        row = {
+            "method": method,
+            "domain": task.domain,
+            "shots": shots,
+            "seed": seed,
+            "set": name,
+            "images": len(found),
+            "part_miou": None if absent else scores.part_miou,
+            "miou": None if absent else scores.miou,
+            "pooled_miou": None if absent else scores.pooled_part_miou,
+            "boundary_f": None if absent else float(np.nanmean(boundary)),
+            "per_part": {} if absent else dict(zip(task.names, scores.per_class[1:].round(4).tolist(), strict=True)),
+            "false_area": false_area(found, test.truths, classes),
+            "seconds": learning + seconds,
+            "learning_seconds": learning,
+        }
+        rows.append(row)
+        if name == "plain":
+            shown = [tinted(task, found)]
+    return rows, shown
+
+
+def check_determinism(learn: Learn) -> None:
+    """Two runs of one configuration; every figure but the seconds must be the same."""
+    runs = []
+    for _ in range(2):
+        rows, _ = measure(scene_task("horse", 1, 0, 6, "validation"), "default", learn, 1, 0)
+        runs.append([{k: v for k, v in row.items() if "seconds" not in k} for row in rows])
+    if runs[0] != runs[1]:
+        raise SystemExit(f"two runs differ:\n{runs[0]}\n{runs[1]}")
+    sys.stdout.write(f"two runs agree in every figure: {runs[0][0]}\n")
+
+
+def examples_shown(task: Task) -> list[np.ndarray]:
+    test = next(iter(task.tests.values()))
+    return [np.hstack(list(test.images[:GRID_PICTURES])), tinted(task, test.truths)]
 
 
 def tinted(task: Task, labels: Sequence[np.ndarray]) -> np.ndarray:
@@ -196,31 +190,49 @@ def tinted(task: Task, labels: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def report(row: dict[str, Any]) -> None:
+    if row["part_miou"] is None:
+        figures = f"false area {row['false_area']:.3f}"
+    else:
+        figures = f"part mIoU {row['part_miou']:.3f}  mIoU {row['miou']:.3f}  boundary {row['boundary_f']:.3f}"
     parts = "  ".join(f"{name} {value:.2f}" for name, value in row["per_part"].items())
-    sys.stdout.write(
-        f"{row['method']:<18} {row['domain']:<6} {row['shots']:>2}-shot seed {row['seed']}  part mIoU "
-        f"{row['part_miou']:.3f}  mIoU {row['miou']:.3f}  boundary {row['boundary_f']:.3f}  "
-        f"{row['seconds']:.1f} s   {parts}\n"
-    )
+    place = f"{row['domain']:<6} {row['shots']:>2}-shot seed {row['seed']} {row['set']:<13}"
+    sys.stdout.write(f"{row['method']:<18} {place}  {figures}  {row['seconds']:.1f} s   {parts}\n")
     sys.stdout.flush()
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> None:
-    """Mean and spread over seeds, Markdown tables."""
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    """Markdown tables: mean and spread over seeds, a table for each number of shots and one for each other set."""
     for shots in sorted({row["shots"] for row in rows}):
-        head = " | ".join(["method", *domains, "mean", "mIoU", "boundary F"])
-        sys.stdout.write(f"\npart mIoU, {shots}-shot\n\n| {head} |\n|{'---|' * (len(domains) + 4)}\n")
-        for method in methods:
-            chosen = [row for row in rows if row["method"] == method and row["shots"] == shots]
-            cells, means = [], []
-            for domain in domains:
-                values = [row["part_miou"] for row in chosen if row["domain"] == domain]
-                means.append(float(np.mean(values)))
-                cells.append(f"{means[-1]:.3f} +- {np.std(values):.3f}")
-            others = [f"{np.mean([row[key] for row in chosen]):.3f}" for key in ("miou", "boundary_f")]
-            sys.stdout.write(f"| {' | '.join([method, *cells, f'{np.mean(means):.3f}', *others])} |\n")
+        chosen = [row for row in rows if row["shots"] == shots and row["set"] == "plain"]
+        domains = list(dict.fromkeys(row["domain"] for row in chosen))
+        head = [*domains, "mean", "mIoU", "pooled", "boundary F", "learning, s"]
+        table(f"plain scenes, {shots}-shot: part mIoU", head, chosen, lambda mine: plain_cells(mine, domains))  # noqa: B023
+        others = [row for row in rows if row["shots"] == shots]
+        names = list(dict.fromkeys(row["set"] for row in others if row["part_miou"] is not None))
+        head = [*names, "false area"]
+        table(f"every set, {shots}-shot: part mIoU", head, others, lambda mine: set_cells(mine, names))  # noqa: B023
+
+
+def table(title: str, head: Sequence[str], rows: Sequence[dict[str, Any]], cells: Any) -> None:
+    sys.stdout.write(f"\n{title}\n\n| method | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}\n")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        line = cells([row for row in rows if row["method"] == method])
+        sys.stdout.write(f"| {method} | {' | '.join(line)} |\n")
+
+
+def plain_cells(rows: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[str]:
+    values = {domain: [row["part_miou"] for row in rows if row["domain"] == domain] for domain in domains}
+    cells = [f"{np.mean(found):.3f} +- {np.std(found):.3f}" for found in values.values()]
+    cells.append(f"{np.mean([np.mean(found) for found in values.values()]):.3f}")
+    cells += [f"{np.mean([row[key] for row in rows]):.3f}" for key in ("miou", "pooled_miou", "boundary_f")]
+    return [*cells, f"{np.mean([row['learning_seconds'] for row in rows]):.1f}"]
+
+
+def set_cells(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+    """Part mIoU on every set, and the share of images without the object that is labelled as a part."""
+    found = [[row["part_miou"] for row in rows if row["set"] == name] for name in names]
+    false = [row["false_area"] for row in rows if row["set"] == OTHER]
+    return [f"{np.mean(values):.3f}" if values else "" for values in [*found, false]]
 
 
 if __name__ == "__main__":

@@ -62,3 +62,37 @@ def feature_neighbours(
         probability = votes[nearest].mean(1).T.unflatten(1, (maps.shape[1], maps.shape[2]))
         found.append(resize_maps(probability[None], (image.shape[0], image.shape[1]))[0].argmax(0).numpy())
     return found
+
+
+def bilateral(maps: Tensor, images: Tensor) -> Tensor:
+    """Joint bilateral filter of maps [B, K, h, w] with images [B, H, W, 3], over two cells: [B, K, H, W]."""
+    from kornia.filters import joint_bilateral_blur
+
+    height, width = images.shape[1:3]
+    kernel = 2 * round(2 * height / maps.shape[-2]) + 1
+    smooth, guide = resize_maps(maps, (height, width)), images.movedim(-1, 1)
+    return joint_bilateral_blur(smooth, guide, kernel, 0.1, (kernel / 4, kernel / 4))
+
+
+def pamr(maps: Tensor, images: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8)) -> Tensor:
+    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): maps [B, K, h, w] spread along like colours."""
+    height, width = images.shape[1:3]
+    guide = images.movedim(-1, 1)
+    near = _neighbours(guide, dilations)  # [B, 3, n, H, W]
+    deviation = near.std(2, keepdim=True).clamp(min=1e-4)
+    weights = (-((near - guide[:, :, None]).abs() / (0.1 * deviation))).mean(1, keepdim=True).softmax(2)
+    result = resize_maps(maps, (height, width))
+    for _ in range(iterations):
+        result = (_neighbours(result, dilations) * weights).sum(2)
+    return result
+
+
+def _neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
+    """The eight neighbours at every dilation: [B, C, H, W] -> [B, C, 8 * len(dilations), H, W]."""
+    height, width = x.shape[-2:]
+    found = []
+    for d in dilations:
+        padded = F.pad(x, (d, d, d, d), mode="replicate")
+        steps = [(i, j) for i in (0, d, 2 * d) for j in (0, d, 2 * d) if (i, j) != (d, d)]
+        found += [padded[..., i : i + height, j : j + width] for i, j in steps]
+    return torch.stack(found, 2)

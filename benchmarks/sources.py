@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,27 +21,52 @@ OFFICIAL_SIDE = 512
 
 
 @dataclass(frozen=True)
+class TestSet:
+    """Labelled test images of one size."""
+
+    images: np.ndarray  # uint8 [B, H, W, 3]
+    truths: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
 class Task:
-    """One domain: its part names, teaching examples and labelled test images of one size."""
+    """One domain: teaching examples and test sets by name."""
 
     domain: str
     examples: tuple[Example, ...]
-    images: np.ndarray  # uint8 [B, H, W, 3]
-    truths: tuple[np.ndarray, ...]
+    tests: Mapping[str, TestSet]
 
     @property
     def names(self) -> tuple[str, ...]:
         return self.examples[0].names
 
 
-def scene_task(domain: str, shots: int, seed: int, count: int, split: str, variation: str) -> Task:
-    """Rendered scenes; every seed has teaching examples of its own, the test scenes stay."""
-    teach, test = splits.TEACH, splits.TEST
-    if split == "validation":
-        teach, test = splits.VALIDATION_TEACH, splits.VALIDATION
-    tests = [scenes.render(domain, test + i, scenes.VARIATIONS[variation]) for i in range(count)]
+OTHER = "other objects"  # images of the other domains: every part is absent
+
+
+def scene_task(domain: str, shots: int, seed: int, count: int, split: str, sets: Sequence[str] = ("plain",)) -> Task:
+    """Rendered scenes; every seed has teaching examples of its own, the test scenes stay.
+
+    ``count`` plain scenes, half as many of every other set: the stress sets of ``demo.scenes.VARIATIONS``, and
+    ``OTHER``.
+    """
+    teach = splits.VALIDATION_TEACH if split == "validation" else splits.TEACH
     examples = tuple(splits.example(domain, teach + 100 * seed + i) for i in range(shots))
-    return Task(domain, examples, np.stack([s.image for s in tests]), tuple(s.labels for s in tests))
+    return Task(domain, examples, {name: scene_set(domain, name, count, split) for name in sets})
+
+
+@functools.cache
+def scene_set(domain: str, name: str, count: int, split: str) -> TestSet:
+    first = splits.VALIDATION if split == "validation" else splits.TEST
+    count = count if name == "plain" else max(1, count // 2)
+    if name == OTHER:
+        others = [other for other in scenes.DOMAINS if other != domain]
+        rendered = [scenes.render(others[i % len(others)], first + i) for i in range(count)]
+        truths = tuple(np.zeros_like(scene.labels) for scene in rendered)
+    else:
+        rendered = [scenes.render(domain, first + i, scenes.VARIATIONS[name]) for i in range(count)]
+        truths = tuple(scene.labels for scene in rendered)
+    return TestSet(np.stack([scene.image for scene in rendered]), truths)
 
 
 def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> Task:
@@ -63,7 +89,8 @@ def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> T
         for i in order
     )
     tests = read_folder(root / domain / ("val" if split == "validation" else "test"))
-    return Task(domain, examples, np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
+    found = TestSet(np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
+    return Task(domain, examples, {"plain": found})
 
 
 def read_folder(folder: Path, side: int = OFFICIAL_SIDE) -> list[tuple[np.ndarray, np.ndarray]]:

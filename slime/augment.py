@@ -54,11 +54,11 @@ def augmented_view(
         Image [h, w, 3] of ``size`` and label maps [K + 1, *grid]: soft, or one-hot by the nearest pixel.
     """
     height, width = example.labels.shape
-    share = rng.uniform(settings.crop, 1.0)
-    crop_h, crop_w = max(1, round(height * share)), max(1, round(width * share))
-    top, left = rng.randint(0, height - crop_h), rng.randint(0, width - crop_w)
-    image = example.image[top : top + crop_h, left : left + crop_w]
-    labels = example.labels[top : top + crop_h, left : left + crop_w]
+    # Windows larger than the image mirror it at its borders: the parts as they look from afar.
+    share = math.exp(rng.uniform(math.log(settings.crop), math.log(settings.zoom_out)))
+    rows = window(height, share, rng)
+    columns = window(width, share, rng)
+    image, labels = example.image[rows][:, columns], example.labels[rows][:, columns]
     if settings.recolor:
         image = recolor(image, labels, settings.recolor, rng)
     if flip_allowed(settings, example.names) and rng.random() < 0.5:
@@ -74,6 +74,14 @@ def augmented_view(
         return image, soft_labels(labels, classes, grid)
     nearest = F.interpolate(labels[None, None].float(), size=grid, mode="nearest")[0, 0].long()
     return image, torch.stack([(nearest == k) for k in range(classes)]).float()
+
+
+def window(length: int, share: float, rng: random.Random) -> Tensor:
+    """Indices of a random stretch of ``share`` times ``length`` pixels; beyond the ends they run backwards."""
+    size = max(1, round(length * share))
+    first = rng.randint(min(0, length - size), max(0, length - size))
+    index = torch.arange(first, first + size) % (2 * length)
+    return torch.where(index < length, index, 2 * length - 1 - index)
 
 
 def recolor(image: Tensor, labels: Tensor, strength: float, rng: random.Random) -> Tensor:

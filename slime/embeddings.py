@@ -68,8 +68,8 @@ class PartEmbeddings:
 
     Attributes:
         names: part names.
-        rows: float32 [G, P, D], as offsets from the background row while there is no context; G is 1 (one row a part),
-            the number of feature resolutions, or of layers.
+        rows: float32 [G, P + E, D], as offsets from the background row while there is no context; G is 1 (one row a
+            part), the number of feature resolutions, or of layers. The E last rows stand for the background too.
         context: the frozen base context [T, D], or None in the compact form until :meth:`with_context`.
         pooled: SDXL's pooled text embedding [X], or None.
         prompt: text of the base context.
@@ -103,7 +103,7 @@ class PartEmbeddings:
 
     def __post_init__(self) -> None:
         check_names(self.names)
-        if self.rows.ndim != 3 or self.rows.shape[1] != len(self.names):
+        if self.rows.ndim != 3 or self.rows.shape[1] < len(self.names):
             raise SlimeError(f"Rows of shape {list(self.rows.shape)} do not belong to {len(self.names)} parts.")
         if not self.palette:
             object.__setattr__(self, "palette", default_palette(len(self.names)))

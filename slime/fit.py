@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .attention import resize_maps
 from .losses import class_weights, weighted_cross_entropy
+from .read import join_background
 
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
 
@@ -20,7 +21,7 @@ OnEvaluation = Callable[[int, dict[str, float], Callable[[], Tensor], Tensor], N
 
 @dataclass(frozen=True)
 class FitResult:
-    """rows [G, P, D]; losses of the evaluations, in order."""
+    """rows [G, P + E, D]; losses of the evaluations, in order."""
 
     rows: Tensor
     losses: list[float]
@@ -45,6 +46,7 @@ def fit_rows(
     l2: float,
     weight_exponent: float = 1.0,
     separate_rows: bool = True,
+    background_rows: int = 0,
     start: Tensor | None = None,
     on_step: OnEvaluation | None = None,
 ) -> FitResult:
@@ -62,15 +64,18 @@ def fit_rows(
         l2: weight of the mean squared offset.
         weight_exponent: see :func:`slime.losses.class_weights`.
         separate_rows: one row a part and resolution, else one a part.
-        start: rows [1 or G, P, D] to continue from.
+        background_rows: E further rows for the background; with them the problem is no longer convex.
+        start: rows [1 or G, P + E, D] to continue from.
         on_step: called after every loss evaluation with its number, the loss terms, a function that gives the rows so
             far, and the logits of the first view [K, H, W].
 
     Returns:
-        Rows [G, P, D], or [1, P, D] without ``separate_rows``.
+        Rows [G, P + E, D], or [1, P + E, D] without ``separate_rows``.
     """
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes in inference mode
-        return _fit_rows(scores, labels, background, steps, l2, weight_exponent, separate_rows, start, on_step)
+        return _fit_rows(
+            scores, labels, background, steps, l2, weight_exponent, separate_rows, background_rows, start, on_step
+        )
 
 
 def _fit_rows(
@@ -81,6 +86,7 @@ def _fit_rows(
     l2: float,
     weight_exponent: float,
     separate_rows: bool,
+    background_rows: int,
     start: Tensor | None,
     on_step: OnEvaluation | None,
 ) -> FitResult:
@@ -102,11 +108,14 @@ def _fit_rows(
     del white
     weights = class_weights(labels, weight_exponent)
     count = groups if separate_rows else 1
-    offsets = torch.zeros(count, parts, background.shape[0], device=device)
+    offsets = torch.zeros(count, parts + background_rows, background.shape[0], device=device)
+    # Background rows must start apart from the frozen one and from each other, or they stay one.
+    generator = torch.Generator().manual_seed(0)
+    offsets[:, parts:] = 0.01 * torch.randn(offsets[:, parts:].shape, generator=generator).to(device)
     if start is not None:
-        given = (start.to(device) - background).expand(count, -1, -1)
+        given = (start.to(device) - background).expand(count, -1, -1)[:, : parts + background_rows]
         inverse = [torch.linalg.inv(t.double()).float() for t in transforms[:count]]
-        offsets = torch.stack([g @ i for g, i in zip(given, inverse, strict=True)])
+        offsets[:, : given.shape[1]] = torch.stack([g @ i for g, i in zip(given, inverse, strict=True)])
     offsets.requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [offsets],
@@ -130,7 +139,7 @@ def _fit_rows(
             for same, maps in joined_white
         ]
         total = torch.stack(parts_of_score).sum(0)
-        logits = F.pad(total, (0, 0, 0, 0, 1, 0))
+        logits = join_background(F.pad(total, (0, 0, 0, 0, 1, 0)), parts)
         ce = weighted_cross_entropy(logits, labels, weights)
         penalty = l2 * offsets.square().sum(-1).mean()
         (ce + penalty).backward()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,11 +15,14 @@ from .augment import working_size
 from .denoiser import Capture, Context, Denoiser, add_noise, seeded_noise
 from .embeddings import PartEmbeddings
 from .examples import Example
-from .losses import class_weights, guard_loss, weighted_cross_entropy
-from .recipe import OnStep, StepReport, make_template, make_view, seeded_views
+from .losses import class_weights, dice_loss, guard_loss, weighted_cross_entropy
+from .official import official_maps, token_maps
+from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
+from .views import make_view, seeded_views
 
-JUDGED_STEPS = 10
+JUDGED_STEPS = 10  # timesteps make single losses noisy: rows are judged by the mean over so many
+REPORTED_STEPS = 10  # the host waits for the device only so often
 
 
 @dataclass
@@ -48,29 +52,30 @@ def train_through_unet(
     """The paper's training, section 3: the rows stand in the UNet's context, Adam minimises
     CE(cross-attention scores) + alpha MSE(WAS maps) + beta "SD loss".
 
-    Beside the paper: views are drawn and encoded up front, each with its noise and timestep; the unconditional
-    prediction of a view is made once, without gradients, because it does not depend on the rows; the best rows are
-    those of the lowest recent loss.
+    Beside the paper: views are drawn and encoded up front, each with its noise and timestep, and the unconditional
+    prediction of a view is made once, without gradients, because it does not depend on the rows.
     """
     template = make_template(denoiser, examples, settings, "context")
     device, parts = denoiser.device, len(template.names)
     base = template.base_context().rows.to(device)
-    pooled = template.pooled
     empty = denoiser.encode_prompt("")
     pool = _make_pool(denoiser, examples, settings, template)
     pixels = torch.cat([entry.labels.flatten(2)[:, :, None] for entry in pool], 3)
     weights = class_weights(pixels, settings.class_weights)
-    initial = base[1 : parts + 1] if start is None else start.rows.mean(0).to(device)
+    initial = base[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing):
-        rows = initial.detach().clone().requires_grad_(True)
+        initial = initial.detach().clone()
+        rows = initial.clone().requires_grad_(True)
         base, frozen = base.clone(), Context(empty.rows.to(device).clone(), empty.pooled)
         pool = [entry.outside_inference_mode() for entry in pool]
         optimizer = torch.optim.Adam([rows], lr=settings.learning_rate)
-        history: list[float] = []
-        best_loss, best_rows = float("inf"), rows.detach().clone()
+        best = _Best(rows, settings, len(examples))
+        history: list[Tensor] = []
+        terms: dict[str, float] = {}
 
         def embeddings() -> PartEmbeddings:
-            return replace(template, rows=best_rows[None].cpu(), losses=tuple(history))
+            losses = torch.stack(history).tolist() if history else []
+            return replace(template, rows=best.rows[None].cpu(), losses=tuple(losses))
 
         for step in range(1, settings.steps + 1):
             entry = pool[(step - 1) % len(pool)]
@@ -80,34 +85,97 @@ def train_through_unet(
                     prediction = denoiser.predict_noise(noisy, entry.timestep, frozen, None, entry.size)
                 entry.unconditional = prediction
 
-            context = Context(torch.cat([base[:1], rows, base[parts + 1 :]]), pooled)
+            context = Context(torch.cat([base[:1], rows, base[parts + 1 :]]), template.pooled)
             capture = Capture(template.layers)
             predicted = denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size)
 
-            grid = (entry.labels.shape[-2], entry.labels.shape[-1])
-            layers = [resize_maps(cross_scores(a, parts + 1), grid) for a in capture.cross.values()]
-            scores = torch.stack(layers).mean(0)
-            losses = {"ce": weighted_cross_entropy(scores, entry.labels, weights)}
-            if settings.was_weight:
-                was = was_maps(list(capture.self_.values()), F.softmax(scores, 1))
-                losses["was"] = settings.was_weight * F.mse_loss(was, entry.labels)
+            scores = mean_scores(capture, parts + 1, entry.labels)
+            losses = loss_terms(scores, capture, entry.labels, weights, settings)
             if settings.guard_weight and predicted is not None and entry.unconditional is not None:
-                losses["guard"] = settings.guard_weight * guard_loss(predicted, entry.unconditional, entry.noise)
+                guard = guard_loss(predicted, entry.unconditional, entry.noise, settings.guidance)
+                losses["guard"] = settings.guard_weight * guard
+            if settings.l2:
+                losses["l2"] = settings.l2 * (rows - initial).square().sum(-1).mean()
             loss = torch.stack(list(losses.values())).sum()
+            history.append(loss.detach())
+            best.judge(rows, loss.detach(), capture, entry.labels)
 
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * schedule(settings.schedule, step, settings.steps)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-            history.append(float(loss.detach()))
-            # Timesteps make single losses noisy: judge rows by the mean over the last steps.
-            recent = sum(history[-JUDGED_STEPS:]) / len(history[-JUDGED_STEPS:])
-            if recent <= best_loss or step <= JUDGED_STEPS:
-                best_loss, best_rows = recent, rows.detach().clone()
-            preview = (entry.image, scores.detach()[0].argmax(0).cpu()) if step % 10 == 1 else None
-            terms = {name: float(value.detach()) for name, value in losses.items()}
-            on_step(StepReport("train", step, settings.steps, {"loss": history[-1]} | terms, embeddings, preview))
+            preview = None
+            if step % REPORTED_STEPS == 1 or step == settings.steps:
+                terms = {"loss": float(history[-1])} | {name: float(value.detach()) for name, value in losses.items()}
+                preview = (entry.image, scores.detach()[0].argmax(0).cpu())
+            on_step(StepReport("train", step, settings.steps, terms, embeddings, preview))
     return embeddings()
+
+
+def mean_scores(capture: Capture, classes: int, labels: Tensor) -> Tensor:
+    """Scores averaged over heads and layers on the labels' grid, [1, K, h, w]."""
+    grid = (labels.shape[-2], labels.shape[-1])
+    return torch.stack([resize_maps(cross_scores(a, classes), grid) for a in capture.cross.values()]).mean(0)
+
+
+def loss_terms(
+    scores: Tensor, capture: Capture, labels: Tensor, weights: Tensor, settings: TrainSettings
+) -> dict[str, Tensor]:
+    """Terms that compare maps with labels: cross-entropy, MSE of the WAS maps (paper eq. 4), Dice where asked for."""
+    losses = {"ce": weighted_cross_entropy(scores, labels, weights, settings.focal)}
+    if settings.dice:
+        losses["dice"] = settings.dice * dice_loss(scores, labels)
+    if settings.was_weight:
+        was = was_maps(list(capture.self_.values()), F.softmax(scores, 1))
+        losses["was"] = settings.was_weight * F.mse_loss(was, labels)
+    return losses
+
+
+def schedule(name: str, step: int, steps: int) -> float:
+    """Factor of the learning rate at a step, 1-based: "constant", or "cosine" down to zero."""
+    return 1.0 if name == "constant" else 0.5 * (1 + math.cos(math.pi * (step - 1) / steps))
+
+
+class _Best:
+    """The best rows so far: by the mean loss of the last steps, by the IoU on the last views (official code), or the
+    last. Nothing here waits for the device."""
+
+    def __init__(self, rows: Tensor, settings: TrainSettings, shots: int) -> None:
+        self.keep, self.ema = settings.keep, settings.ema
+        self.rows = rows.detach().clone()
+        self._average = self.rows
+        self._span = shots if self.keep == "iou" else JUDGED_STEPS
+        self._seen: list[Tensor] = []
+        self._value = torch.full((), float("-inf"), device=rows.device)
+
+    @torch.no_grad()
+    def judge(self, rows: Tensor, loss: Tensor, capture: Capture, labels: Tensor) -> None:
+        """Look at the rows that gave this loss and capture, before the optimiser changes them."""
+        self._average = self.ema * self._average + (1 - self.ema) * rows.detach()
+        if self.keep == "last":
+            self.rows = self._average
+            return
+        self._seen.append(official_iou(capture, labels) if self.keep == "iou" else -loss)
+        value = torch.stack(self._seen[-self._span :]).mean()
+        better = (value >= self._value) | torch.tensor(len(self._seen) < self._span, device=value.device)
+        self.rows = torch.where(better, self._average, self.rows)
+        self._value = torch.where(better, value, self._value)
+
+
+def official_iou(capture: Capture, labels: Tensor) -> Tensor:
+    """Mean IoU over the classes present, of the official read-out on one training view.
+
+    The official code runs a further inference for it; the maps of the training pass are as good.
+    """
+    classes, grid = labels.shape[1], (labels.shape[-2], labels.shape[-1])
+    maps = official_maps(token_maps(list(capture.cross.values()), classes, grid), list(capture.self_.values()))
+    found = F.one_hot(maps[0].argmax(0), classes).movedim(-1, 0).bool()
+    real = labels[0] > 0.5
+    inter, union = (found & real).sum((1, 2)), (found | real).sum((1, 2))
+    present = real.any(2).any(1)
+    return (inter / union.clamp(min=1) * present).sum() / present.sum().clamp(min=1)
 
 
 def _make_pool(

@@ -20,8 +20,9 @@ from .examples import Example
 from .features import FeaturePlan, Features, extract_features, key_projections
 from .fit import fit_rows
 from .layers import LayerKey
-from .recipe import OnStep, StepReport, make_template, make_view, resize_labels, seeded_views
+from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
+from .views import make_view, resize_labels, seeded_views
 
 VIEW_BATCH = 4
 
@@ -77,6 +78,7 @@ def train_instant(
         l2=settings.l2,
         weight_exponent=settings.class_weights,
         separate_rows=settings.row_groups != "shared",
+        background_rows=settings.background_rows,
         start=_starting_rows(start, settings.row_groups, len(stacked)),
         on_step=report,
     )

@@ -18,10 +18,26 @@ def class_weights(labels: Tensor, exponent: float = 1.0) -> Tensor:
     return torch.cat([torch.ones_like(counts[:1]), weights])
 
 
-def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Cross-entropy of logits [B, K, h, w] against soft labels [B, K, h, w], weighted mean over pixels."""
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, focal: float = 0.0) -> Tensor:
+    """Cross-entropy of logits [B, K, h, w] against soft labels [B, K, h, w], weighted mean over pixels.
+
+    ``focal`` is gamma of the focal loss (Lin et al. 2017): pixels that are right already count less.
+    """
     weighted = labels * weights[:, None, None]
-    return -(weighted * F.log_softmax(logits, 1)).sum() / weighted.sum().clamp(min=1e-8)
+    log_probabilities = F.log_softmax(logits, 1)
+    terms = weighted * log_probabilities
+    if focal:
+        terms = terms * (1 - log_probabilities.exp()) ** focal
+    return -terms.sum() / weighted.sum().clamp(min=1e-8)
+
+
+def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """1 - soft Dice coefficient of the softmax of logits [B, K, h, w], mean over the classes present."""
+    probabilities = F.softmax(logits, 1)
+    inter = (probabilities * labels).sum((0, 2, 3))
+    total = probabilities.sum((0, 2, 3)) + labels.sum((0, 2, 3))
+    present = (labels.sum((0, 2, 3)) > 0).float()
+    return 1 - (2 * inter / total.clamp(min=1e-6) * present).sum() / present.sum().clamp(min=1)
 
 
 def guard_loss(conditional: Tensor, unconditional: Tensor, noise: Tensor, guidance: float = 100.0) -> Tensor:

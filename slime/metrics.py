@@ -24,16 +24,22 @@ class Scores:
     @property
     def part_miou(self) -> float:
         """Mean over the parts, without the background."""
-        return float(np.nanmean(self.per_class[1:]))
+        return _mean(self.per_class[1:])
 
     @property
     def miou(self) -> float:
         """Mean over all classes, background included, as the paper reports."""
-        return float(np.nanmean(self.per_class))
+        return _mean(self.per_class)
 
     @property
     def pooled_part_miou(self) -> float:
-        return float(np.nanmean(self.pooled[1:]))
+        return _mean(self.pooled[1:])
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of the values that are not NaN; NaN where all are."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")
 
 
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int, tolerance: float = 0.01) -> float:
@@ -53,10 +59,26 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int, toleranc
         if not found.any() or not real.any():
             scores.append(float(not found.any() and not real.any()))
             continue
+        box = _box(found | real)  # distances are needed at the outlines alone
+        found, real = found[box], real[box]
         precision = float((distance_transform_edt(~real)[found] <= reach).mean())
         recall = float((distance_transform_edt(~found)[real] <= reach).mean())
         scores.append(2 * precision * recall / max(precision + recall, 1e-9))
     return float(np.mean(scores)) if scores else float("nan")
+
+
+def false_area(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int) -> float:
+    """Share of the image given to parts that it does not hold, mean over the images; the paper's metric skips them."""
+    shares = []
+    for prediction, truth in zip(predictions, truths, strict=True):
+        absent = [k for k in range(1, classes) if not (truth == k).any()]
+        shares.append(float(np.isin(prediction, absent).mean()))
+    return float(np.mean(shares))
+
+
+def _box(mask: np.ndarray) -> tuple[slice, slice]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

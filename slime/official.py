@@ -15,8 +15,6 @@ from torch import Tensor
 from .attention import resize_maps, was_maps
 from .denoiser import Attention
 
-GATE = 0.2  # a class counts where its map reaches this somewhere
-
 
 def token_maps(attentions: Sequence[Attention], count: int, grid: tuple[int, int]) -> Tensor:
     """Attention probabilities of the first ``count`` tokens, mean over heads and layers: [B, count, *grid]."""
@@ -31,25 +29,39 @@ def token_maps(attentions: Sequence[Attention], count: int, grid: tuple[int, int
 
 
 def official_maps(
-    cross: Sequence[Attention], self_attention: Sequence[Attention], parts: int, grid: tuple[int, int]
+    maps: Tensor,
+    self_attention: Sequence[Attention],
+    *,
+    order: int = 1,
+    gate: float = 0.2,
+    subtract_mean: bool = True,
+    rescale: bool = True,
 ) -> Tensor:
-    """Class maps [B, parts + 1, *grid] to take the argmax of; they are not probabilities.
+    """Class maps [B, K, h, w] to take the argmax of, from attention maps [B, K, h, w]; they are not probabilities.
 
-    Classes that miss the gate get zeros. Among those that pass, the first one (usually the background) keeps only what
-    lies above its mean; every WAS map is stretched to the range of its own cross-attention map.
+    Args:
+        maps: of :func:`token_maps`; class 0 is the background.
+        self_attention: layers to propagate by.
+        order: how often.
+        gate: a class counts where its map reaches this somewhere; the others get zeros.
+        subtract_mean: among the classes that count the first one (usually the background) keeps only what lies above
+            its mean.
+        rescale: every WAS map is stretched to the range of its own attention map.
     """
-    maps = token_maps(cross, parts + 1, grid)
     result = torch.zeros_like(maps)
     for index, image_maps in enumerate(maps):
-        low, high = image_maps.amin((1, 2)), image_maps.amax((1, 2))
-        passed = torch.nonzero(high >= GATE).flatten()
+        low, high = image_maps.amin((1, 2), keepdim=True), image_maps.amax((1, 2), keepdim=True)
+        passed = torch.nonzero(high.flatten() >= gate).flatten()
         if len(passed) == 0:
             continue
         kept = image_maps[passed].clone()
-        kept[0] = torch.where(kept[0] > kept[0].mean(), kept[0], 0.0)
+        if subtract_mean:
+            kept[0] = torch.where(kept[0] > kept[0].mean(), kept[0], 0.0)
         one = [a._replace(query=a.query[index : index + 1], key=a.key[index : index + 1]) for a in self_attention]
-        was = was_maps(one, kept[None])[0]
-        was_low, was_high = was.amin((1, 2)), was.amax((1, 2))
-        stretch = (high[passed] - low[passed]) / (was_high - was_low).clamp(min=1e-12)
-        result[index, passed] = (was - was_low[:, None, None]) * stretch[:, None, None] + low[passed][:, None, None]
+        was = was_maps(one, kept[None], order)[0]
+        if rescale:
+            was_low, was_high = was.amin((1, 2), keepdim=True), was.amax((1, 2), keepdim=True)
+            stretch = (high[passed] - low[passed]) / (was_high - was_low).clamp(min=1e-12)
+            was = (was - was_low) * stretch + low[passed]
+        result[index, passed] = was
     return result

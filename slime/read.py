@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .attention import resize_maps, was_maps
 from .features import Features
-from .official import official_maps
+from .official import official_maps, token_maps
 
 
 @dataclass(frozen=True)
@@ -20,21 +20,28 @@ class ReadOut:
     Attributes:
         order: times the maps are propagated by self-attention (1 as in the paper, 2 as in GoCA, 0 not at all).
         mix: share of the propagated (WAS) map in the result; the rest is the plain cross-attention map.
-        official: read as the official code does (see :mod:`slime.official`); the other fields do not count then.
+        official: read as the official code does (see :mod:`slime.official`); ``mix`` does not count then.
+        all_tokens, gate, subtract_mean, rescale: steps of the official read-out, see :func:`official_maps`; without
+            ``all_tokens`` the softmax goes over the parts alone.
     """
 
     order: int = 1
     mix: float = 0.5
     official: bool = False
+    all_tokens: bool = True
+    gate: float = 0.2
+    subtract_mean: bool = True
+    rescale: bool = True
 
 
-def part_logits(features: Features, rows: Tensor, background: Tensor) -> Tensor:
+def part_logits(features: Features, rows: Tensor, background: Tensor, parts: int) -> Tensor:
     """Scores of the background and of every part, [B, K, h, w] on the features' grid.
 
     Args:
         features: of B images.
-        rows: [1, P, D] shared by all groups of the features, or [G, P, D] one set a group.
+        rows: [1, R, D] shared by all groups of the features, or [G, R, D] one set a group.
         background: the frozen start-token row [D].
+        parts: the first so many rows are parts, the others stand for the background too.
     """
     total: Tensor | None = None
     groups = rows.expand(len(features.scores), -1, -1)
@@ -44,14 +51,35 @@ def part_logits(features: Features, rows: Tensor, background: Tensor) -> Tensor:
         total = scores if total is None else total + scores
     if total is None:
         raise ValueError("features hold no cross-attention layer")
-    return total
+    return join_background(total, parts)
 
 
-def read(features: Features, rows: Tensor, background: Tensor, read_out: ReadOut) -> Tensor:
+def join_background(scores: Tensor, parts: int) -> Tensor:
+    """[B, 1 + P + E, h, w] -> [B, 1 + P, h, w]: the background is the log-sum-exp of the first row and the E last."""
+    if scores.shape[1] == parts + 1:
+        return scores
+    background = torch.cat([scores[:, :1], scores[:, parts + 1 :]], 1).logsumexp(1, keepdim=True)
+    return torch.cat([background, scores[:, 1 : parts + 1]], 1)
+
+
+def read(features: Features, rows: Tensor, background: Tensor, parts: int, read_out: ReadOut) -> Tensor:
     """Part probabilities [B, K, h, w], summing to 1 over K (class maps for the argmax with the official read-out)."""
-    if read_out.official:
-        return official_maps(features.cross_attention, features.self_attention, rows.shape[1], features.grid)
-    return propagate_maps(features, F.softmax(part_logits(features, rows, background), 1), read_out)
+    if read_out.official and read_out.all_tokens:
+        maps = token_maps(features.cross_attention, parts + 1, features.grid)
+    else:
+        maps = F.softmax(part_logits(features, rows, background, parts), 1)
+    return _official(features, maps, read_out) if read_out.official else propagate_maps(features, maps, read_out)
+
+
+def _official(features: Features, maps: Tensor, read_out: ReadOut) -> Tensor:
+    return official_maps(
+        maps,
+        features.self_attention,
+        order=read_out.order,
+        gate=read_out.gate,
+        subtract_mean=read_out.subtract_mean,
+        rescale=read_out.rescale,
+    )
 
 
 def propagate_maps(features: Features, maps: Tensor, read_out: ReadOut) -> Tensor:

@@ -21,6 +21,7 @@ from .features import Features, extract_features, key_projections
 from .read import read
 from .refine import refine_maps
 from .settings import SegmentSettings
+from .zoom import zoom_in
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,36 @@ def segment(
     results: list[list[Tensor]] = [[] for _ in several]
     done = 0
     for indices in groups.values():
-        for found in _segment_group(denoiser, images, [several[index] for index in indices], settings):
+        items = [several[index] for index in indices]
+        for part, found in _look(denoiser, images, items, settings):
+            pictures = images[part].to(denoiser.device)
             for index, maps in zip(indices, found, strict=True):
-                results[index].append(maps)
-            done += len(found[0]) * len(indices)
+                full = _finish(denoiser, pictures, maps, several[index], settings)
+                results[index].append(full.float().cpu())
+            done += len(pictures) * len(indices)
             if on_batch is not None:
                 on_batch(done, len(images) * len(several))
     return [PartMaps(torch.cat(maps), item.names, item.palette) for maps, item in zip(results, several, strict=True)]
 
 
-def _segment_group(
+def _finish(
+    denoiser: Denoiser, pictures: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
+) -> Tensor:
+    """Probabilities at the pictures' size [B, K, H, W] from maps on the grid [B, K, h, w]."""
+    if not settings.zoom or item.read_out.official:
+        return refine_maps(maps, pictures, settings.refine)
+
+    def look(crops: Tensor) -> Tensor:
+        return torch.cat([found for _, (found,) in _look(denoiser, crops, [item], settings)])
+
+    images = zip(pictures, maps, strict=True)
+    return torch.stack([zoom_in(look, image, coarse, settings.zoom, settings.refine) for image, coarse in images])
+
+
+def _look(
     denoiser: Denoiser, images: Tensor, items: Sequence[PartEmbeddings], settings: SegmentSettings
-) -> Iterator[list[Tensor]]:
-    """Sub-batches of probabilities [b, K, H, W], one for each of the embeddings, which share every UNet pass."""
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every UNet pass."""
     plan, side = items[0].plan(), items[0].working_side
     views = _views(images.shape[1], images.shape[2], settings, side)
     # All encoding comes first: on a small card VAE and UNet take turns in memory.
@@ -102,16 +120,15 @@ def _segment_group(
     ]
     projections = key_projections(denoiser, plan.layers, plan.context.pooled)
 
-    def find(part: slice) -> list[Tensor]:
+    def find(part: slice) -> tuple[slice, list[Tensor]]:
         merged: list[Tensor] = []
         for view, encoded in zip(views, latents, strict=True):
-            noise = seeded_noise(encoded[part].shape, settings.seed, encoded.device)
-            features = extract_features(denoiser, encoded[part], plan, noise, view.size, projections)
-            maps = [_place(_read(features, item), view, images) / len(views) for item in items]
-            merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
-        normal = [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
-        pictures = images[part].to(denoiser.device)
-        return [refine_maps(maps, pictures, settings.refine).float().cpu() for maps in normal]
+            for draw in range(settings.draws):
+                noise = seeded_noise(encoded[part].shape, settings.seed + draw, encoded.device)
+                features = extract_features(denoiser, encoded[part], plan, noise, view.size, projections)
+                maps = [_place(_read(features, item), view, images) for item in items]
+                merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
+        return part, [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
 
     yield from in_batches(len(images), settings.batch_size, find)
 
@@ -138,7 +155,8 @@ def _encode(denoiser: Denoiser, images: Tensor, view: _View, part: slice) -> Ten
 
 
 def _read(features: Features, item: PartEmbeddings) -> Tensor:
-    return read(features, item.rows.to(features.scores[0].device), item.background, item.read_out)
+    rows = item.rows.to(features.scores[0].device)
+    return read(features, rows, item.background, len(item.names), item.read_out)
 
 
 def _place(maps: Tensor, view: _View, images: Tensor) -> Tensor:

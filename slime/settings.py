@@ -22,19 +22,26 @@ class TrainSettings:
         views: augmented views of the examples, shared out evenly; at least one each.
         timestep: noise level of the features of "instant"; 0 means the family's.
         noise_range: timesteps drawn by "thorough" and "paper".
-        l2: weight of the squared length of the whitened rows ("instant").
+        l2: weight of the squared length of the rows' offsets, which "instant" takes in whitened coordinates.
         row_groups: "shared" one row a part, "resolution" one a part and feature resolution, "layer" one a part and
             cross-attention layer ("instant").
+        background_rows: rows learned for the background beside the frozen one ("instant"); the surest counts.
         class_weights: exponent of the paper's class weights (1: foreground pixels / pixels of the part; 0: none).
-        was_weight, guard_weight: alpha and beta of the paper's loss.
+        was_weight, guard_weight, guidance: alpha and beta of the paper's loss, and the guidance in its "SD loss".
+        dice, focal: weight of a Dice loss beside the cross-entropy, gamma of a focal one ("thorough", "paper").
+        schedule: of the learning rate, "constant" or "cosine".
+        ema: decay of a moving average of the rows, 0 for none.
+        keep: which rows are the result: of the lowest "loss", of the highest training "iou", or the "last".
+        short_context: run the UNet on the learned rows alone, without the rest of the prompt's 77 rows.
         flip: mirror half of the views; None switches it off when a name says left or right.
         crop: smallest side of a random crop relative to the image's; 1 switches crops off.
+        zoom_out: largest view relative to the image's side; beyond 1 the image is mirrored at its borders.
         rotation: largest rotation in degrees.
         blur: probability of a Gaussian blur.
         recolor: strength of independent colour changes of every part, 0..1.
         soft_labels: area-averaged labels; False takes the nearest pixel as the paper does.
         checkpointing: recompute activations in the backward pass: less memory, more time.
-        cross_layers, self_layers: layer patterns; empty for the family's.
+        cross_layers, self_layers: layer patterns; empty for the family's, "auto" for :mod:`slime.probe`.
     """
 
     preset: str = "instant"
@@ -47,11 +54,20 @@ class TrainSettings:
     noise_range: tuple[int, int] = (5, 100)
     l2: float = 1e-3
     row_groups: str = "resolution"
+    background_rows: int = 0
     class_weights: float = 1.0
     was_weight: float = 1.0
     guard_weight: float = 0.005
+    guidance: float = 100.0
+    dice: float = 0.0
+    focal: float = 0.0
+    schedule: str = "constant"
+    ema: float = 0.0
+    keep: str = "loss"
+    short_context: bool = False
     flip: bool | None = None
     crop: float = 0.7
+    zoom_out: float = 1.0
     rotation: float = 15.0
     blur: float = 0.25
     recolor: float = 0.0
@@ -64,12 +80,17 @@ class TrainSettings:
         checks = {
             "preset": self.preset in PRESET_NAMES,
             "row_groups": self.row_groups in ("shared", "resolution", "layer"),
+            "schedule": self.schedule in ("constant", "cosine"),
+            "keep": self.keep in ("loss", "iou", "last"),
+            "ema": 0 <= self.ema < 1,
             "steps": 1 <= self.steps <= 100_000,
             "learning_rate": 0 < self.learning_rate <= 10,
             "views": 1 <= self.views <= 10_000,
             "timestep": 0 <= self.timestep <= 999,
             "noise_range": 0 <= self.noise_range[0] <= self.noise_range[1] <= 999,
             "crop": 0.1 <= self.crop <= 1,
+            "zoom_out": 1 <= self.zoom_out <= 8,
+            "background_rows": 0 <= self.background_rows <= 16,
             "l2": self.l2 >= 0,
             "recolor": 0 <= self.recolor <= 1,
         }
@@ -89,7 +110,7 @@ def preset(name: str, family: Family | None = None, **changes: object) -> TrainS
     """
     base: dict[str, dict[str, object]] = {
         "instant": {},
-        "thorough": {"steps": 200, "learning_rate": 0.05, "views": 60, "row_groups": "shared"},
+        "thorough": {"steps": 200, "learning_rate": 0.05, "views": 60, "row_groups": "shared", "l2": 0.0},
         "paper": {
             "steps": 200,
             "learning_rate": 0.1,
@@ -99,6 +120,8 @@ def preset(name: str, family: Family | None = None, **changes: object) -> TrainS
             "blur": 0.5,
             "soft_labels": False,
             "row_groups": "shared",
+            "l2": 0.0,
+            "keep": "iou",
         },
     }
     if name not in base:
@@ -121,7 +144,10 @@ class SegmentSettings:
         crops: 1 for the whole image, n for n x n overlapping crops (the paper uses 2 for faces).
         overlap: share of a crop's side that neighbours share.
         flip: also segment the mirrored image and average (twice the time).
-        refine: "off", "fast" (guided filter at the image's size) or "best" (guided filter, two scales).
+        draws: noise draws averaged; each costs another UNet pass.
+        zoom: objects to look for more closely, 0 for none: 5 further passes an object, for objects smaller in the image
+            than in the examples (:mod:`slime.zoom`).
+        refine: "off", "fast" or "best", see :func:`slime.refine.refine_maps`.
         batch_size: images and crops of one UNet pass.
     """
 
@@ -129,11 +155,13 @@ class SegmentSettings:
     crops: int = 1
     overlap: float = 0.25
     flip: bool = False
+    draws: int = 1
+    zoom: int = 0
     refine: str = "fast"
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.crops < 1 or not 0 <= self.overlap < 1 or self.batch_size < 1:
+        if self.crops < 1 or not 0 <= self.overlap < 1 or min(self.batch_size, self.draws) < 1 or self.zoom < 0:
             raise SlimeError(f"Segmentation setting out of range: {self}.")
         if self.refine not in ("off", "fast", "best"):
             raise SlimeError(f'Unknown refinement "{self.refine}"; choose off, fast or best.')

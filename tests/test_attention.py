@@ -8,7 +8,7 @@ import torch
 
 from slime.attention import cross_scores, propagate, score_features, was_maps
 from slime.denoiser import Attention
-from slime.official import official_maps
+from slime.official import official_maps, token_maps
 
 
 def attention(heads=3, head_dim=8, height=5, width=4, tokens=None, batch=2, seed=0) -> Attention:
@@ -89,10 +89,10 @@ def test_official_read_out_by_hand() -> None:
         first = False
         was = matrix @ kept
         expected[index] = (was - was.min()) / (was.max() - was.min()) * (values.max() - values.min()) + values.min()
-    found = official_maps([sharp], [self_], 3, (5, 4))[0].reshape(4, 20).numpy()
+    found = official_maps(token_maps([sharp], 4, (5, 4)), [self_])[0].reshape(4, 20).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     faint = sharp._replace(query=sharp.query * 0)
-    assert not official_maps([faint], [self_], 3, (5, 4)).any(), "1/6 everywhere is below the gate"
+    assert not official_maps(token_maps([faint], 4, (5, 4)), [self_]).any(), "1/6 everywhere is below the gate"
 
 
 def test_no_square_tensor_is_formed() -> None:

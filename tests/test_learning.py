@@ -95,7 +95,7 @@ def test_training_through_the_unet_lowers_the_loss_and_finds_the_parts(name: str
     assert embeddings.mode == "context" and len(steps) == 60 and set(steps[0].losses) == {"loss", "ce", "was", "guard"}
     assert np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]])
     assert score(embeddings, toy) > 0.5
-    assert sum(r.preview is not None for r in steps) == 6
+    assert sum(r.preview is not None for r in steps) == 7
 
 
 def test_passes_are_what_the_design_promises() -> None:

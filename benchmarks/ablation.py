@@ -1,0 +1,256 @@
+"""What each choice is worth: one thing at a time, on validation scenes.
+
+    python dev.py benchmark ablation [--tables paper-read-out paper-training default segmentation refinement]
+        [--scenes 12] [--shots 1 10] [--seeds 1] [--json FILE] [--checkpoint FILE --data FOLDER]
+
+"paper" tables change one thing in the paper's preset, "default" ones in ours. With ``--json`` a run that was stopped
+goes on where it was. With ``--checkpoint`` and ``--data`` the same is measured on real weights and photographs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from demo import scenes
+from demo.server import MODEL
+from slime import SegmentSettings, segment
+from slime import refine as refinement
+from slime.metrics import boundary_f, evaluate
+
+from .methods import Variant, trained
+from .rivals import bilateral, pamr
+from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
+
+OFF, FAST, ALL = {"refine": "off"}, {"refine": "fast"}, "input.0-11, middle.0, output.0-11"
+
+PAPER_READ_OUT = {
+    "paper": Variant("paper"),
+    "softmax over the parts alone": Variant("paper", read_out={"all_tokens": False}),
+    "no gate": Variant("paper", read_out={"gate": 0.0}),
+    "no mean threshold": Variant("paper", read_out={"subtract_mean": False}),
+    "no rescaling": Variant("paper", read_out={"rescale": False}),
+    "order 2": Variant("paper", read_out={"order": 2}),
+    "our read-out": Variant("paper", read_out={"official": False}, segment=OFF),
+    "our read-out, no propagation": Variant(
+        "paper", read_out={"official": False, "mix": 0.0}, segment={"refine": "off"}
+    ),
+    "our read-out, guided filter": Variant("paper", read_out={"official": False}, segment=FAST),
+    "test t 20": Variant("paper", embeddings={"timestep": 20}),
+    "test t 60": Variant("paper", embeddings={"timestep": 60}),
+    "test t 150": Variant("paper", embeddings={"timestep": 150}),
+    "test t 200": Variant("paper", embeddings={"timestep": 200}),
+    "2 noise draws": Variant("paper", segment={"draws": 2}),
+    "4 noise draws": Variant("paper", segment={"draws": 4}),
+    "flip averaging": Variant("paper", segment={"flip": True}),
+}
+
+# Changes of the training are read by our read-out: the official one's gate hides most of them.
+_READ: dict[str, Any] = {"read_out": {"official": False}, "segment": FAST}
+PAPER_TRAINING = {
+    "paper, our read-out": Variant("paper", **_READ),
+    "lr 0.01": Variant("paper", {"learning_rate": 0.01}, **_READ),
+    "cosine schedule": Variant("paper", {"schedule": "cosine"}, **_READ),
+    "moving average 0.95": Variant("paper", {"ema": 0.95, "keep": "last"}, **_READ),
+    "last rows": Variant("paper", {"keep": "last"}, **_READ),
+    "rows of the lowest loss": Variant("paper", {"keep": "loss"}, **_READ),
+    "no regulariser": Variant("paper", {"guard_weight": 0.0}, **_READ),
+    "regulariser 0.05": Variant("paper", {"guard_weight": 0.05}, **_READ),
+    "regulariser without guidance": Variant("paper", {"guard_weight": 1.0, "guidance": 1.0}, **_READ),
+    "L2 0.001": Variant("paper", {"l2": 0.001}, **_READ),
+    "Dice beside": Variant("paper", {"dice": 1.0}, **_READ),
+    "focal, gamma 2": Variant("paper", {"focal": 2.0}, **_READ),
+    "no WAS loss": Variant("paper", {"was_weight": 0.0}, **_READ),
+    "soft labels": Variant("paper", {"soft_labels": True}, **_READ),
+    "no augmentation": Variant("paper", {"crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),
+    "recoloured views": Variant("paper", {"recolor": 1.0}, **_READ),
+    "needed tokens only": Variant("paper", {"short_context": True}, **_READ),
+    "our layers": Variant("paper", {"cross_layers": "output.3-11", "self_layers": "output.9-10"}, **_READ),
+    "the paper's layers": Variant("paper", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}, **_READ),
+}
+
+DEFAULT = {
+    "default": Variant("instant"),
+    "no recolouring": Variant("instant", {"recolor": 0.0}),
+    "24 views": Variant("instant", {"views": 24}),
+    "48 views": Variant("instant", {"views": 48}),
+    "192 views": Variant("instant", {"views": 192}),
+    "one row a resolution": Variant("instant", {"row_groups": "resolution"}),
+    "one row for all layers": Variant("instant", {"row_groups": "shared"}),
+    "1 background row more": Variant("instant", {"background_rows": 1}),
+    "2 background rows more": Variant("instant", {"background_rows": 2}),
+    "4 background rows more": Variant("instant", {"background_rows": 4}),
+    "L2 0.003": Variant("instant", {"l2": 0.003}),
+    "L2 0.1": Variant("instant", {"l2": 0.1}),
+    "class weights ** 0.5": Variant("instant", {"class_weights": 0.5}),
+    "no class weights": Variant("instant", {"class_weights": 0.0}),
+    "hard labels": Variant("instant", {"soft_labels": False}),
+    "crops from 0.4": Variant("instant", {"crop": 0.4}),
+    "no crops": Variant("instant", {"crop": 1.0}),
+    "views from afar (2x)": Variant("instant", {"zoom_out": 2.0}),
+    "t 20": Variant("instant", {"timestep": 20}),
+    "t 60": Variant("instant", {"timestep": 60}),
+    "t 200": Variant("instant", {"timestep": 200}),
+    "the paper's layers": Variant("instant", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}),
+    "all layers": Variant("instant", {"cross_layers": ALL}),
+    "layers by probe": Variant("instant", {"cross_layers": "auto", "self_layers": "auto"}),
+    "30 iterations": Variant("instant", {"steps": 30}),
+    "300 iterations": Variant("instant", {"steps": 300}),
+}
+
+SEGMENTATION = {
+    "default": Variant("instant"),
+    "no propagation": Variant("instant", read_out={"mix": 0.0}),
+    "propagated map alone": Variant("instant", read_out={"mix": 1.0}),
+    "order 2": Variant("instant", read_out={"order": 2}),
+    "2 noise draws": Variant("instant", segment={"draws": 2}),
+    "4 noise draws": Variant("instant", segment={"draws": 4}),
+    "flip averaging": Variant("instant", segment={"flip": True}),
+    "flip averaging, 2 draws": Variant("instant", segment={"flip": True, "draws": 2}),
+    "2 x 2 crops": Variant("instant", segment={"crops": 2}),
+    "zoom": Variant("instant", segment={"zoom": 1}),
+    "no filter": Variant("instant", segment={"refine": "off"}),
+}
+
+TABLES = {
+    "paper-read-out": PAPER_READ_OUT,
+    "paper-training": PAPER_TRAINING,
+    "default": DEFAULT,
+    "segmentation": SEGMENTATION,
+}
+
+
+def guided(radius: float) -> Callable[[Tensor, Tensor], Tensor]:
+    def run(maps: Tensor, images: Tensor) -> Tensor:
+        kept, refinement.RADIUS = refinement.RADIUS, radius
+        try:
+            return refinement.refine_maps(maps, images, "fast")
+        finally:
+            refinement.RADIUS = kept
+
+    return run
+
+
+REFINEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "off (bilinear)": lambda maps, images: refinement.refine_maps(maps, images, "off"),
+    "fast (guided, 2 cells, quarter size)": guided(2.0),
+    "guided, 1 cell": guided(1.0),
+    "guided, 3 cells": guided(3.0),
+    "best (guided, 2 cells, full size)": lambda maps, images: refinement.refine_maps(maps, images, "best"),
+    "joint bilateral (kornia)": bilateral,
+    "PAMR, 10 iterations": pamr,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tables", nargs="+", choices=[*TABLES, "refinement"], default=[*TABLES, "refinement"])
+    parser.add_argument("--only", nargs="+", default=[], help="rows of the tables to run, beside the first")
+    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--data", type=Path, help="folder in the official layout; its validation split is used")
+    parser.add_argument("--domains", nargs="+", choices=list(OFFICIAL_PARTS), default=list(scenes.DOMAINS))
+    parser.add_argument("--shots", nargs="+", type=int, default=[1, 10])
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--scenes", type=int, default=12)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.is_file() else []
+    runs = [
+        (name, shots, seed, domain)
+        for name in options.tables
+        for shots in options.shots
+        for seed in range(options.seeds)
+        for domain in options.domains
+    ]
+    for name, shots, seed, domain in runs:
+        if options.data:
+            task = folder_task(options.data, domain, shots, seed, "validation")
+        else:
+            task = scene_task(domain, shots, seed, options.scenes, "validation")
+        place = {"table": name, "domain": domain, "shots": shots, "seed": seed}
+        done = {row["change"] for row in rows if place.items() <= row.items()}
+        measure = refinement_rows if name == "refinement" else variant_rows
+        for row in measure(task, name, seed, done, options):
+            rows.append(place | row)
+            sys.stdout.write(f"{rows[-1]}\n")
+            sys.stdout.flush()
+            if options.json:
+                options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+    summarise(rows, options.tables)
+
+
+def variant_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Any:
+    """One row for every change; equal trainings are done once."""
+    denoiser = trained(options.checkpoint)
+    learned: dict[str, tuple[Any, float]] = {}
+    for index, (change, variant) in enumerate(TABLES[table].items()):
+        if change in done or (options.only and index and change not in options.only):
+            continue
+        key = json.dumps([variant.preset, variant.train], sort_keys=True)
+        if key not in learned:
+            start = time.monotonic()
+            learned[key] = variant.fit(denoiser, task.examples, seed), time.monotonic() - start
+        embeddings, learning = learned[key]
+        test = task.tests["plain"]
+        start = time.monotonic()
+        found = variant.find(denoiser, embeddings, test.images, seed)
+        seconds = (time.monotonic() - start) / len(found)
+        yield {"change": change, "learning_s": learning, "image_s": seconds} | figures(task, found)
+
+
+def refinement_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Any:
+    """Edge-aware filters on the same maps."""
+    denoiser, test = trained(options.checkpoint), task.tests["plain"]
+    images = as_tensor(test.images)
+    with torch.inference_mode():
+        embeddings = Variant("instant").fit(denoiser, task.examples, seed)
+        # The maps before the filter, on their own grid, come from images shrunk to it.
+        maps = segment(denoiser, images, embeddings, SegmentSettings(seed=seed, refine="off"))[0].probabilities
+        side = images.shape[1] // 8
+        maps = torch.nn.functional.interpolate(maps, size=(side, side), mode="area")
+        for change, method in REFINEMENTS.items():
+            if change in done:
+                continue
+            start = time.monotonic()
+            found = torch.cat([method(maps[i : i + 1], images[i : i + 1]) for i in range(len(images))])
+            seconds = (time.monotonic() - start) / len(images)
+            yield {"change": change, "learning_s": 0.0, "image_s": seconds} | figures(
+                task, list(found.argmax(1).numpy())
+            )
+
+
+def figures(task: Task, found: Sequence[np.ndarray]) -> dict[str, float]:
+    truths, classes = task.tests["plain"].truths, len(task.names) + 1
+    scores = evaluate(found, truths, classes)
+    boundary = [boundary_f(a, b, classes) for a, b in zip(found, truths, strict=True)]
+    return {"part_miou": scores.part_miou, "miou": scores.miou, "boundary_f": float(np.nanmean(boundary))}
+
+
+def summarise(rows: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
+    for name in tables:
+        mine = [row for row in rows if row["table"] == name]
+        shots = sorted({row["shots"] for row in mine})
+        head = [f"{n}-shot" for n in shots] + ["boundary F", "learning, s", "an image, s"]
+        sys.stdout.write(f"\n{name}: part mIoU\n\n| change | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}\n")
+        for change in dict.fromkeys(row["change"] for row in mine):
+            chosen = [row for row in mine if row["change"] == change]
+            cells = [f"{_mean([row['part_miou'] for row in chosen if row['shots'] == n]):.3f}" for n in shots]
+            cells += [f"{_mean([row[key] for row in chosen]):.3f}" for key in ("boundary_f", "learning_s", "image_s")]
+            sys.stdout.write(f"| {change} | {' | '.join(cells)} |\n")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""The methods that are compared. A method learns from examples and gives a function from images to label maps."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from demo.baselines import color_neighbours, mean_mask
+from demo.inprocess import load_denoiser
+from demo.untrained import write_untrained
+from slime import PartEmbeddings, SegmentSettings, preset, segment, train
+from slime.examples import Example
+
+from .rivals import feature_neighbours
+from .sources import as_tensor
+
+Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
+Learn = Callable[[Sequence[Example], int], Predict]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A preset with changes: of training, of the learned embeddings, of their read-out, and of segmentation."""
+
+    preset: str
+    train: dict[str, Any] = field(default_factory=dict)
+    embeddings: dict[str, Any] = field(default_factory=dict)
+    read_out: dict[str, Any] = field(default_factory=dict)
+    segment: dict[str, Any] = field(default_factory=dict)
+
+    def fit(self, denoiser: Any, examples: Sequence[Example], seed: int) -> PartEmbeddings:
+        with torch.inference_mode():
+            return train(denoiser, examples, preset(self.preset, denoiser.family, seed=seed, **self.train))
+
+    def find(self, denoiser: Any, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
+        read_out = dataclasses.replace(embeddings.read_out, **self.read_out)
+        changed = dataclasses.replace(embeddings, read_out=read_out, **self.embeddings)
+        plain = {"refine": "off"} if read_out.official else {}
+        settings = SegmentSettings(**({"seed": seed} | plain | self.segment))
+        with torch.inference_mode():
+            return list(segment(denoiser, as_tensor(images), changed, settings)[0].label_map.numpy())
+
+
+class EncodeOnce:
+    """A denoiser that keeps the latents of images it has seen: the test images serve every method and every seed."""
+
+    def __init__(self, denoiser: Any) -> None:
+        self._denoiser = denoiser
+        self._latents: dict[bytes, torch.Tensor] = {}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+        found = []
+        for image in images:
+            key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
+            if key not in self._latents:
+                self._latents[key] = self._denoiser.encode_images(image[None])
+            found.append(self._latents[key])
+        return torch.cat(found)
+
+
+@functools.cache
+def trained(checkpoint: Path) -> Any:
+    """The checkpoint through ComfyUI's loader."""
+    return EncodeOnce(load_denoiser(checkpoint))
+
+
+@functools.cache
+def untrained(checkpoint: Path) -> Any:
+    """The same with a UNet as it was before training."""
+    return EncodeOnce(load_denoiser(write_untrained(checkpoint, Path(tempfile.mkdtemp()) / "untrained.safetensors")))
+
+
+def learned(get_denoiser: Callable[[], Any], variant: Variant) -> Learn:
+    def learn(examples: Sequence[Example], seed: int) -> Predict:
+        embeddings = variant.fit(get_denoiser(), examples, seed)
+        return lambda images: variant.find(get_denoiser(), embeddings, images, seed)
+
+    return learn
+
+
+def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
+    """Methods by name; ``changes`` apply to the learned ones."""
+    ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
+
+    def variant(name: str, **segment_changes: Any) -> Variant:
+        return dataclasses.replace(changes, preset=name, segment=changes.segment | segment_changes)
+
+    return {
+        "default": learned(ours, variant("instant")),
+        "default + zoom": learned(ours, variant("instant", zoom=1)),
+        "default + best": learned(ours, variant("instant", flip=True, draws=2, refine="best")),
+        "thorough": learned(ours, variant("thorough")),
+        "paper": learned(ours, variant("paper")),
+        "untrained": learned(raw, variant("instant")),
+        "feature neighbours": lambda examples, seed: (
+            lambda images: feature_neighbours(ours(), examples, as_tensor(images), seed=seed)
+        ),
+        "colour neighbours": lambda examples, seed: lambda images: color_neighbours(examples, images),
+        "mean mask": lambda examples, seed: lambda images: [mean_mask(examples)] * len(images),
+        "all background": lambda examples, seed: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),
+    }
+
+
+def assignments(texts: Sequence[str]) -> dict[str, Any]:
+    """ "recolor=0" -> {"recolor": 0}; values are JSON, anything else is text."""
+    found: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found

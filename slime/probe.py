@@ -1,0 +1,128 @@
+"""Which attention layers of a loaded UNet tell the parts of the examples apart: for ``cross_layers = "auto"``.
+
+Every layer is judged by itself on views of the examples that it was not fitted to; the best few are then taken
+together. GoCA (CVPR 2026) and a first trial with a small model found the paper's layers far from the best elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from .attention import propagate, resize_maps
+from .augment import working_size
+from .denoiser import Attention, Context, Denoiser, seeded_noise
+from .examples import Example
+from .features import FeaturePlan, extract_features, key_projections
+from .fit import fit_rows
+from .layers import LayerChoice, LayerKey
+from .losses import class_weights, weighted_cross_entropy
+from .settings import TrainSettings
+from .views import make_view, seeded_views
+
+VIEWS = 8  # every second one is held out
+GRID = 32  # finer score features are pooled: SDXL has 70 layers
+FIT_STEPS = 25
+SIZES = (1, 2, 3, 5, 8, 12, 16, 24)  # how many of the best layers are tried together
+MOST_SELF = 4
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The choice, and what every layer scored alone: cross-attention the held-out cross-entropy (lower is better),
+    self-attention the held-out IoU after propagation (higher is better)."""
+
+    choice: LayerChoice
+    cross: dict[LayerKey, float]
+    self_: dict[LayerKey, float]
+
+
+def probe_layers(
+    denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, context: Context, timestep: int
+) -> ProbeResult:
+    """Judge every attention layer on the examples.
+
+    Costs ``VIEWS`` UNet passes and some thirty small fits; about as much again as an instant training.
+    """
+    every = tuple(layer.key for layer in denoiser.layers)
+    plan = FeaturePlan(LayerChoice(every, every), context, timestep, per_layer=True)
+    projections = key_projections(denoiser, plan.layers, context.pooled)
+    scores: list[list[Tensor]] = []
+    attentions: list[tuple[Attention, ...]] = []
+    labels = []
+    for index, (example, rng) in enumerate(seeded_views(examples, replace(settings, views=VIEWS))[:VIEWS]):
+        size = working_size(example.labels.shape[0], example.labels.shape[1], denoiser.family.working_side)
+        image, label = make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), plain=False)
+        latents = denoiser.encode_images(image[None].to(denoiser.device))
+        noise = seeded_noise(latents.shape, settings.seed + index, denoiser.device)
+        features = extract_features(denoiser, latents, plan, noise, size, projections)
+        scores.append([_pool(maps).half() for maps in features.scores])
+        attentions.append(features.self_attention)
+        labels.append(F.adaptive_avg_pool2d(label, GRID))
+    order = sorted(range(len(every)), key=lambda i: _size_key(attentions[0][i], i))
+    by_layer = {every[i]: [view[place].float() for view in scores] for place, i in enumerate(order)}
+    truth = torch.stack(labels).to(denoiser.device)
+    cross = {key: _held_out([maps], truth, settings)[0] for key, maps in by_layer.items()}
+    best_first = sorted(cross, key=lambda key: cross[key])
+    trials = {}
+    for count in (n for n in SIZES if n <= len(best_first)):
+        trials[count] = _held_out([by_layer[key] for key in best_first[:count]], truth, settings)
+    chosen = min(trials, key=lambda count: trials[count][0])
+    kept = set(best_first[:chosen])
+    self_scores, self_choice = _choose_self(attentions[1::2], every, trials[chosen][1], truth[1::2])
+    choice = LayerChoice(tuple(key for key in every if key in kept), self_choice)
+    return ProbeResult(choice, cross, self_scores)
+
+
+def _size_key(attention: Attention, index: int) -> tuple[int, int, int]:
+    """Features of single layers come sorted by resolution, then by place (:func:`slime.features.collect_features`)."""
+    return attention.height, attention.width, index
+
+
+def _pool(maps: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(maps, GRID) if maps.shape[-2] > GRID or maps.shape[-1] > GRID else maps
+
+
+def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, settings: TrainSettings) -> tuple[float, Tensor]:
+    """Fit rows to even views, a row a layer; cross-entropy and maps [V / 2, K, h, w] of the odd ones."""
+    fitted = [torch.cat(list(maps[::2])) for maps in groups]
+    zero = torch.zeros(fitted[0].shape[1], device=truth.device)
+    rows = fit_rows(fitted, truth[::2], zero, steps=FIT_STEPS, l2=max(settings.l2, 1e-2)).rows
+    size = (truth.shape[-2], truth.shape[-1])
+    held = [resize_maps(torch.einsum("bdhw,kd->bkhw", torch.cat(list(maps[1::2])), row), size)
+            for maps, row in zip(groups, rows, strict=True)]  # fmt: skip
+    logits = F.pad(torch.stack(held).sum(0), (0, 0, 0, 0, 1, 0))
+    loss = weighted_cross_entropy(logits, truth[1::2], class_weights(truth[::2]))
+    return float(loss), logits.softmax(1)
+
+
+def _choose_self(
+    attentions: Sequence[tuple[Attention, ...]], keys: Sequence[LayerKey], maps: Tensor, truth: Tensor
+) -> tuple[dict[LayerKey, float], tuple[LayerKey, ...]]:
+    """Self-attention layers by the IoU of half-propagated maps; the best few that do better together than alone."""
+    size = (truth.shape[-2], truth.shape[-1])
+    spread = [
+        torch.cat([resize_maps(propagate(view[i], maps[v : v + 1]), size) for v, view in enumerate(attentions)])
+        for i in range(len(keys))
+    ]
+    scores = {key: _iou(0.5 * maps + 0.5 * one, truth) for key, one in zip(keys, spread, strict=True)}
+    best_first = sorted(range(len(keys)), key=lambda i: -scores[keys[i]])[:MOST_SELF]
+    together = [
+        _iou(0.5 * maps + 0.5 * torch.stack([spread[i] for i in best_first[:n]]).mean(0), truth)
+        for n in range(1, len(best_first) + 1)
+    ]
+    count = max(range(len(together)), key=lambda n: together[n]) + 1
+    kept = set(best_first[:count])
+    return scores, tuple(key for i, key in enumerate(keys) if i in kept)
+
+
+def _iou(maps: Tensor, truth: Tensor) -> float:
+    """Mean soft IoU of the parts."""
+    found = F.one_hot(maps.argmax(1), maps.shape[1]).movedim(-1, 1).float()[:, 1:]
+    real = truth[:, 1:]
+    inter, union = torch.minimum(found, real).sum((0, 2, 3)), torch.maximum(found, real).sum((0, 2, 3))
+    return float((inter / union.clamp(min=1e-6)).mean())
