@@ -93,6 +93,7 @@ DEFAULT = {
     "L2 0.1": Variant("instant", {"l2": 0.1}),
     "class weights ** 0.5": Variant("instant", {"class_weights": 0.5}),
     "no class weights": Variant("instant", {"class_weights": 0.0}),
+    "balanced views": Variant("instant", {"balance": True}),
     "hard labels": Variant("instant", {"soft_labels": False}),
     "crops from 0.4": Variant("instant", {"crop": 0.4}),
     "no crops": Variant("instant", {"crop": 1.0}),

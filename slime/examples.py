@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -68,11 +68,24 @@ class Example:
         image: float32 [H, W, 3] in [0, 1], CPU.
         labels: int64 [H, W]; 0 background, k the part ``names[k - 1]``, 255 ignored.
         names: part names.
+        unlabelled: what pixels of label 0 are: "background", "ignore" (they teach nothing: parts may be hidden there),
+            or "auto": ignored where other examples label parts that this one does not.
+        labelled: the names that were labelled here; others came from further examples. None means all.
     """
 
     image: Tensor
     labels: Tensor
     names: tuple[str, ...]
+    unlabelled: str = "auto"
+    labelled: frozenset[str] | None = None
+
+    def taught(self) -> Example:
+        """The example with label 255 where it says nothing, see ``unlabelled``."""
+        partial = self.labelled is not None and not self.labelled >= set(self.names)
+        if self.unlabelled == "background" or (self.unlabelled == "auto" and not partial):
+            return self
+        labels = torch.where(self.labels == 0, IGNORE, self.labels)
+        return replace(self, labels=labels, unlabelled="background")
 
     @classmethod
     def from_label_map(cls, image: Tensor, labels: Tensor, names: Sequence[str]) -> Example:
@@ -161,16 +174,20 @@ def merge_examples(previous: Sequence[Example], new: Example) -> tuple[Example, 
             if overlap:
                 logger.warning("SLiMe: %d pixels were labelled before; the later example keeps them.", overlap)
             labels = torch.where(new.labels > 0, new.labels, example.labels)
-            merged[index] = Example(example.image, labels, new.names)
+            merged[index] = replace(new, labels=labels, labelled=_labelled(example) | _labelled(new))
             return tuple(merged)
     return (*merged, new)
+
+
+def _labelled(example: Example) -> frozenset[str]:
+    return frozenset(example.names) if example.labelled is None else example.labelled
 
 
 def _rename(example: Example, names: Sequence[str]) -> Example:
     table = torch.arange(IGNORE + 1)
     for index, name in enumerate(example.names, start=1):
         table[index] = names.index(name) + 1
-    return Example(example.image, table[example.labels], tuple(names))
+    return replace(example, labels=table[example.labels], names=tuple(names), labelled=_labelled(example))
 
 
 def _size(tensor: Tensor) -> str:

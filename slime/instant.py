@@ -20,6 +20,7 @@ from .examples import Example
 from .features import FeaturePlan, Features, extract_features, key_projections
 from .fit import fit_rows
 from .layers import LayerKey
+from .losses import balance_views
 from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
 from .views import make_view, resize_labels, seeded_views
@@ -70,9 +71,10 @@ def train_instant(
             )
         )
 
+    truth = torch.stack(labels).to(stacked[0])
     result = fit_rows(
         stacked,
-        torch.stack(labels).to(stacked[0]),
+        balance_views(truth) if settings.balance else truth,
         template.background.to(stacked[0]),
         steps=settings.steps,
         l2=settings.l2,

@@ -18,6 +18,16 @@ def class_weights(labels: Tensor, exponent: float = 1.0) -> Tensor:
     return torch.cat([torch.ones_like(counts[:1]), weights])
 
 
+def balance_views(labels: Tensor) -> Tensor:
+    """Labels [V, K, h, w] scaled so that views that hold a part weigh alike for it, by 4 at most either way."""
+    counts = labels.sum((2, 3))
+    held = counts > 0
+    mean = counts.sum(0) / held.sum(0).clamp(min=1)
+    factors = torch.where(held, mean / counts.clamp(min=1e-6), torch.ones_like(counts)).clamp(0.25, 4)
+    factors[:, 0] = 1
+    return labels * factors[:, :, None, None]
+
+
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, focal: float = 0.0) -> Tensor:
     """Cross-entropy of logits [B, K, h, w] against soft labels [B, K, h, w], weighted mean over pixels.
 

@@ -39,6 +39,11 @@ class PartMaps:
     palette: tuple[tuple[int, int, int], ...]
 
     @property
+    def confidence(self) -> Tensor:
+        """float32 [B, P]: peak probability of every part in every image; 0 for parts that were decided to be absent."""
+        return self.probabilities[:, 1:].amax((2, 3))
+
+    @property
     def label_map(self) -> Tensor:
         """int64 [B, H, W]: the most probable class of every pixel."""
         return self.probabilities.argmax(1)
@@ -85,12 +90,22 @@ def segment(
         for part, found in _look(denoiser, images, items, settings):
             pictures = images[part].to(denoiser.device)
             for index, maps in zip(indices, found, strict=True):
-                full = _finish(denoiser, pictures, maps, several[index], settings)
+                full = drop_absent(_finish(denoiser, pictures, maps, several[index], settings), settings.min_confidence)
                 results[index].append(full.float().cpu())
             done += len(pictures) * len(indices)
             if on_batch is not None:
                 on_batch(done, len(images) * len(several))
     return [PartMaps(torch.cat(maps), item.names, item.palette) for maps, item in zip(results, several, strict=True)]
+
+
+def drop_absent(maps: Tensor, min_confidence: float) -> Tensor:
+    """Probabilities [B, K, H, W] where parts whose peak is below ``min_confidence`` have given theirs to the rest."""
+    if min_confidence <= 0:
+        return maps
+    kept = maps.amax((2, 3), keepdim=True) >= min_confidence
+    kept[:, 0] = True
+    maps = maps * kept
+    return maps / maps.sum(1, keepdim=True).clamp(min=1e-6)
 
 
 def _finish(

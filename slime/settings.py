@@ -27,6 +27,7 @@ class TrainSettings:
             cross-attention layer ("instant").
         background_rows: rows learned for the background beside the frozen one ("instant"); the surest counts.
         class_weights: exponent of the paper's class weights (1: foreground pixels / pixels of the part; 0: none).
+        balance: every view with a part counts alike for it, however small the part is there ("instant").
         was_weight, guard_weight, guidance: alpha and beta of the paper's loss, and the guidance in its "SD loss".
         dice, focal: weight of a Dice loss beside the cross-entropy, gamma of a focal one ("thorough", "paper").
         schedule: of the learning rate, "constant" or "cosine".
@@ -56,6 +57,7 @@ class TrainSettings:
     row_groups: str = "resolution"
     background_rows: int = 0
     class_weights: float = 1.0
+    balance: bool = False
     was_weight: float = 1.0
     guard_weight: float = 0.005
     guidance: float = 100.0
@@ -147,6 +149,7 @@ class SegmentSettings:
         draws: noise draws averaged; each costs another UNet pass.
         zoom: objects to look for more closely, 0 for none: 5 further passes an object, for objects smaller in the image
             than in the examples (:mod:`slime.zoom`).
+        min_confidence: parts that stay below this peak probability count as absent from the image.
         refine: "off", "fast" or "best", see :func:`slime.refine.refine_maps`.
         batch_size: images and crops of one UNet pass.
     """
@@ -157,11 +160,18 @@ class SegmentSettings:
     flip: bool = False
     draws: int = 1
     zoom: int = 0
+    min_confidence: float = 0.0
     refine: str = "fast"
     batch_size: int = 4
 
     def __post_init__(self) -> None:
-        if self.crops < 1 or not 0 <= self.overlap < 1 or min(self.batch_size, self.draws) < 1 or self.zoom < 0:
+        if (
+            self.crops < 1
+            or not 0 <= self.overlap < 1
+            or min(self.batch_size, self.draws) < 1
+            or self.zoom < 0
+            or not 0 <= self.min_confidence <= 1
+        ):
             raise SlimeError(f"Segmentation setting out of range: {self}.")
         if self.refine not in ("off", "fast", "best"):
             raise SlimeError(f'Unknown refinement "{self.refine}"; choose off, fast or best.')

@@ -53,6 +53,12 @@ def train(
                 "instant, thorough and paper continue each other. Leave start empty, or choose the other preset."
             )
         start = start.with_context(denoiser)
+    examples = [example.taught() for example in examples]
+    if not any((example.labels == 0).any() for example in examples):
+        raise SlimeError(
+            "No pixel teaches the background: every example ignores what is not labelled. Label all parts in one "
+            'example, or set its unlabelled pixels to "background".'
+        )
     on_step = on_step or (lambda report: None)
     if settings.preset == "instant":
         return train_instant(denoiser, examples, settings, start, on_step)

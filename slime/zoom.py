@@ -19,6 +19,7 @@ from .refine import refine_maps
 
 FACTORS = (0.75, 0.56, 0.42, 0.33, 0.25)  # sides of the windows relative to the image's
 SECOND = 0.85  # a further object must be at least this sure, relative to the surest
+SPARE = 1  # more spots are looked at than objects are wanted: the first look errs on small ones
 BORDER = 0.5  # weight of parts that touch the window's border, in the sureness
 
 
@@ -90,7 +91,9 @@ def zoom_in(look: Callable[[Tensor], Tensor], image: Tensor, coarse: Tensor, obj
         refine: see :func:`slime.refine.refine_maps`.
     """
     height, width = image.shape[:2]
-    candidates = windows(1 - coarse[0], (height, width), objects)
+    candidates = windows(1 - coarse[0], (height, width), objects + SPARE)
+    if not candidates:
+        return refine_maps(coarse[None], image[None], refine)[0]
     crops = torch.cat([resize_image(window.cut(image)[None], (height, width)) for window in candidates])
     maps = look(crops)
     sure = sureness(maps).tolist()

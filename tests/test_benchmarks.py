@@ -62,10 +62,11 @@ def test_tasks_are_seeded_and_the_ceiling_is_high() -> None:
 def test_rows_hold_what_the_tables_need(capsys) -> None:
     task = scene_task("horse", 1, 0, 2, "validation", ["plain", "small", OTHER])
     learn = make_methods(MODEL, Variant("instant"))["colour neighbours"]
-    rows, shown = measure(task, "colour neighbours", learn, 1, 0)
+    assert [row["set"] for row in measure(task, "colour neighbours", learn, 1, 0)[0]] == ["plain"]
+    rows, shown = measure(task, "default", learn, 1, 0)
     assert [row["set"] for row in rows] == ["plain", "small", OTHER] and len(shown) == 1
     assert 0 <= rows[0]["part_miou"] <= 1 and rows[2]["part_miou"] is None and 0 <= rows[2]["false_area"] <= 1
     json.dumps(rows)
     summarise(rows)
-    assert "| colour neighbours |" in capsys.readouterr().out
+    assert "| default |" in capsys.readouterr().out
     assert measure(task, CEILING, None, 1, 0)[0][0]["part_miou"] > 0.7

@@ -1,0 +1,193 @@
+"""What goes beyond the paper: zoom, layer probe, background rows, partial labels, absent parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from slime import SegmentSettings, preset, segment, train
+from slime.attention import resize_maps
+from slime.augment import window
+from slime.denoiser import Context
+from slime.errors import SlimeError
+from slime.examples import IGNORE, Example, merge_examples
+from slime.gradient import official_iou, schedule
+from slime.losses import balance_views, dice_loss, weighted_cross_entropy
+from slime.probe import probe_layers
+from slime.read import join_background
+from slime.segment import drop_absent
+from slime.zoom import Window, spots, sureness, windows, zoom_in
+
+from .test_learning import picture, score
+from .toy import LAYERS, ToyDenoiser
+
+
+def blob(size: int, top: int, left: int, side: int) -> torch.Tensor:
+    maps = torch.full((2, size, size), 0.05)
+    maps[0] = 0.95
+    maps[1, top : top + side, left : left + side] = 0.9
+    maps[0, top : top + side, left : left + side] = 0.1
+    return maps
+
+
+def test_windows_lie_on_the_densest_spots() -> None:
+    maps = blob(32, 4, 20, 6)
+    maps[1, 24:27, 3:6] = 0.9
+    (y, x), (y2, x2) = spots(maps[1], 0.25, 2)
+    assert 4 / 32 <= y <= 10 / 32 and 20 / 32 <= x <= 26 / 32 and y2 > 0.6 and x2 < 0.4
+    for box in windows(maps[1], (200, 300), 3):
+        assert box.top >= 0 and box.left >= 0 and box.top + box.height <= 200 and box.left + box.width <= 300
+    assert Window(0, 0, 10, 10).overlap(Window(5, 5, 10, 10)) == 0.25
+    assert spots(torch.zeros(8, 8), 0.5, 2) == []
+
+
+def test_zoom_takes_the_surer_window_and_else_the_first_look() -> None:
+    image = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(0))
+    coarse = 0.6 * blob(32, 4, 20, 6) + 0.4 * torch.tensor([0.9, 0.1])[:, None, None]
+    seen = []
+
+    def sure(crops: torch.Tensor) -> torch.Tensor:
+        seen.append(crops)
+        return torch.stack([blob(16, 4, 4, 8)] * len(crops))
+
+    found = zoom_in(sure, image, coarse, 1, "off")
+    assert found.shape == (2, 64, 64) and torch.allclose(found.sum(0), torch.ones(64, 64), atol=1e-5)
+    where = torch.nonzero(found.argmax(0))
+    assert 0 < len(where) < 64 * 64 / 4 and where[:, 0].max() < 40 and where[:, 1].min() > 20
+
+    def unsure(crops: torch.Tensor) -> torch.Tensor:
+        return torch.full((len(crops), 2, 16, 16), 0.5)
+
+    kept = zoom_in(unsure, image, coarse, 1, "off")
+    assert torch.equal(kept, resize_maps(coarse[None], (64, 64))[0])
+    assert all(crop.shape[1:] == (64, 64, 3) for crop in seen)
+    assert sureness(blob(16, 4, 4, 8)[None]) > sureness(blob(16, 0, 0, 8)[None]), "parts at the border count less"
+
+
+def test_zoom_never_fails_where_nothing_is_found() -> None:
+    flat = torch.zeros(2, 8, 8)
+    flat[0] = 1
+    image = torch.rand(32, 48, 3)
+    found = zoom_in(lambda crops: flat.expand(len(crops), -1, -1, -1), image, flat, 3, "fast")
+    assert found.shape == (2, 32, 48) and not found.argmax(0).any()
+
+
+def test_zoom_of_several_objects_in_the_whole_pipeline() -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=4))
+    images = torch.stack([picture(5).image, picture(6).image])
+    plain, zoomed = (segment(toy, images, embeddings, SegmentSettings(zoom=n))[0] for n in (0, 2))
+    assert zoomed.probabilities.shape == plain.probabilities.shape
+    assert torch.allclose(zoomed.probabilities.sum(1), torch.ones(2, *images.shape[1:3]), atol=1e-4)
+
+
+def test_probe_prefers_layers_that_know_the_parts() -> None:
+    class Blind(ToyDenoiser):
+        """The coarsest layer's queries are noise, and its self-attention too."""
+
+        def predict_noise(self, noisy, timestep, context, capture, image_size):
+            kept = self.w_q[LAYERS[0].key]
+            self.w_q[LAYERS[0].key] = torch.zeros_like(kept)
+            try:
+                return super().predict_noise(noisy, timestep, context, capture, image_size)
+            finally:
+                self.w_q[LAYERS[0].key] = kept
+
+    toy = Blind()
+    context = Context(toy.encode_prompt("").rows)
+    found = probe_layers(toy, [picture(0)], preset("instant", views=4), context, 100)
+    assert LAYERS[0].key not in found.choice.cross and found.choice.cross and found.choice.self_
+    assert found.cross[LAYERS[0].key] == max(found.cross.values())
+    embeddings = train(toy, [picture(0)], preset("instant", views=4, cross_layers="auto", self_layers="auto"))
+    assert embeddings.layers == found.choice and score(embeddings, toy) > 0.8
+    half = train(toy, [picture(0)], preset("instant", views=4, self_layers="auto"))
+    assert half.layers.self_ == found.choice.self_
+
+
+def test_background_is_the_log_sum_exp_of_its_rows(tmp_path) -> None:
+    scores = torch.tensor([[0.0, 1.0, -1.0, 2.0]])[..., None, None]
+    joined = join_background(scores, 2).flatten()
+    np.testing.assert_allclose(joined, [np.log(1 + np.e**2), 1.0, -1.0], rtol=1e-6)
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=4, background_rows=2))
+    assert embeddings.rows.shape[1] == 4 and len(embeddings.names) == 2 and score(embeddings, toy) > 0.85
+    loaded = type(embeddings).load(embeddings.save(tmp_path / "a.safetensors"))
+    assert torch.equal(loaded.rows, embeddings.rows) and score(loaded, toy) == score(embeddings, toy)
+    again = train(toy, [picture(0)], preset("instant", views=4, background_rows=1), start=loaded)
+    assert again.rows.shape[1] == 3
+
+
+def test_parts_that_an_example_does_not_label_are_unknown_there() -> None:
+    first, second = picture(0), picture(1)
+    alone = Example.from_masks(second.image, {second.names[1]: second.labels == 2})
+    merged = merge_examples([first], alone)
+    assert merged[1].names == first.names and not merged[1].taught().labels.eq(0).any()
+    assert merged[0].taught() is merged[0]
+    assert (merged[1].taught().labels == IGNORE).sum() == (merged[1].labels == 0).sum()
+    same = merge_examples([Example.from_masks(first.image, {"a": first.labels == 1})],
+                          Example.from_masks(first.image, {"b": first.labels == 2}))  # fmt: skip
+    assert len(same) == 1 and same[0].taught().labels.eq(0).any(), "both calls labelled one image: nothing is unknown"
+    assert replace(merged[1], unlabelled="background").taught().labels.eq(0).any()
+    assert not replace(first, unlabelled="ignore").taught().labels.eq(0).any()
+    toy = ToyDenoiser()
+    assert score(train(toy, merged, preset("instant", views=6)), toy) > 0.8
+    with pytest.raises(SlimeError, match="No pixel teaches the background"):
+        train(toy, [replace(first, unlabelled="ignore")], preset("instant", views=2))
+
+
+def test_absent_parts_give_their_pixels_to_the_rest() -> None:
+    maps = torch.tensor([[0.3, 0.4, 0.3], [0.2, 0.0, 0.8]]).T[None, :, None]
+    assert torch.equal(drop_absent(maps, 0.0), maps)
+    kept = drop_absent(maps, 0.5)
+    np.testing.assert_allclose(kept[0, :, 0, 0], [0.5, 0.0, 0.5], rtol=1e-5)
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=4))
+    image = picture(3).image[None]
+    found = segment(toy, image, embeddings)[0]
+    assert found.confidence.shape == (1, 2) and (found.confidence > 0.5).all()
+    none = segment(toy, image, embeddings, SegmentSettings(min_confidence=1.0))[0]
+    assert not none.label_map.any() and not none.confidence.any()
+
+
+def test_windows_beyond_the_image_mirror_it() -> None:
+    import random
+
+    assert window(4, 1.0, random.Random(0)).tolist() == [0, 1, 2, 3]
+    for seed in range(20):
+        index = window(10, 2.5, random.Random(seed))
+        assert len(index) == 25 and index.min() == 0 and index.max() == 9 and set(index.diff().tolist()) <= {-1, 0, 1}
+
+
+def test_losses_of_the_ablation() -> None:
+    labels = torch.nn.functional.one_hot(torch.tensor([[0, 1], [1, 2]]), 3).movedim(-1, 0)[None].float()
+    right, wrong = 20 * labels, -20 * labels
+    assert dice_loss(right, labels) < 1e-5 < 0.9 < dice_loss(wrong, labels)
+    weights = torch.ones(3)
+    plain = weighted_cross_entropy(labels, labels, weights)
+    probability = torch.tensor(np.e / (np.e + 2))
+    focal = weighted_cross_entropy(labels, labels, weights, focal=2.0)
+    np.testing.assert_allclose(focal, plain * (1 - probability) ** 2, rtol=1e-5)
+    views = torch.zeros(2, 2, 1, 4)
+    views[0, 1, 0, :1], views[1, 1, 0, :3] = 1, 1
+    sums = balance_views(views)[:, 1].sum((1, 2))
+    assert sums[0] == sums[1] == 2
+    assert schedule("constant", 5, 10) == 1 and schedule("cosine", 1, 10) == 1 and schedule("cosine", 10, 10) < 0.05
+
+
+def test_training_iou_is_that_of_the_official_read_out() -> None:
+    toy = ToyDenoiser()
+    settings = preset("paper", steps=30, views=3, keep="iou", ema=0.5, schedule="cosine", short_context=True, l2=1e-3)
+    embeddings = train(toy, [picture(0)], settings)
+    assert embeddings.context is not None and len(embeddings.context) == 3 and torch.isfinite(embeddings.rows).all()
+    from slime.denoiser import Capture
+    from slime.layers import LayerChoice
+
+    keys = tuple(layer.key for layer in LAYERS)
+    capture = Capture(LayerChoice(keys[:2], keys[2:]))
+    toy.predict_noise(torch.randn(1, 4, 16, 16), 10, toy.encode_prompt(""), capture, (128, 128))
+    labels = torch.zeros(1, 3, 16, 16)
+    labels[:, 0] = 1
+    assert 0 <= float(official_iou(capture, labels)) <= 1
