@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from comfy_api.latest import io, ui
 
 from ..slime.embeddings import default_palette
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
-from .common import Examples, as_images, as_masks, named_errors, overlays, schema, split_names, to_core
+from .common import EXPERT, Examples, as_images, as_masks, named_errors, overlays, schema, split_names, to_core
 
 
 class SLiMeExample(io.ComfyNode):
@@ -30,6 +32,15 @@ class SLiMeExample(io.ComfyNode):
                     optional=True,
                     tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
                 ),
+                io.Combo.Input(
+                    "unlabelled",
+                    options=["auto", "background", "ignore"],
+                    default="auto",
+                    optional=True,
+                    **EXPERT,
+                    tooltip="What is without a mask. background: no part is there. ignore: nobody knows. auto: ignored "
+                    "where other examples label parts that this image does not, else background.",
+                ),
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
@@ -38,9 +49,10 @@ class SLiMeExample(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, mask, names, previous=None) -> io.NodeOutput:
+    def execute(cls, image, mask, names, previous=None, unlabelled="auto") -> io.NodeOutput:
         with named_errors("SLiMe Example"):
-            examples = merge_examples(previous or (), _example(image, mask, names))
+            example = replace(_example(image, mask, names), unlabelled=unlabelled)
+            examples = merge_examples(previous or (), example)
         newest = examples[-1]
         preview = overlays(newest.image[None], newest.labels[None], default_palette(len(newest.names)), newest.names)
         return io.NodeOutput(examples, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))

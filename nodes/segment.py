@@ -41,13 +41,32 @@ class SLiMeSegment(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Needed only for embeddings in the compact text form."),
                 io.Int.Input(
+                    "zoom",
+                    default=0,
+                    min=0,
+                    max=4,
+                    optional=True,
+                    tooltip="How many objects to look at again more closely, 0 for none: for objects that are smaller "
+                    "in the image than in the examples. Ten passes more for one object.",
+                ),
+                io.Float.Input(
+                    "min_confidence",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="Parts whose highest probability stays below this count as absent; 0 keeps all.",
+                ),
+                io.Int.Input(
                     "crops",
                     default=1,
                     min=1,
                     max=4,
                     optional=True,
                     **EXPERT,
-                    tooltip="2 looks at 2 x 2 overlapping crops: finer parts, four times the work.",
+                    tooltip="2 looks at 2 x 2 overlapping crops, four times the work: for images where objects fill "
+                    "more than in the examples, as the paper does for faces.",
                 ),
                 io.Boolean.Input(
                     "average_flip",
@@ -55,6 +74,15 @@ class SLiMeSegment(io.ComfyNode):
                     optional=True,
                     **EXPERT,
                     tooltip="Also look at the mirrored image: a little steadier, twice the work.",
+                ),
+                io.Int.Input(
+                    "noise_draws",
+                    default=1,
+                    min=1,
+                    max=16,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Looks with other noise, averaged: a little steadier, one more pass each.",
                 ),
                 io.Int.Input(
                     "batch_size",
@@ -74,10 +102,20 @@ class SLiMeSegment(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vae, embeddings, image, refine="fast", seed=0, clip=None, crops=1, average_flip=False, batch_size=4
+        cls,
+        model,
+        vae,
+        embeddings,
+        image,
+        refine="fast",
+        seed=0,
+        clip=None,
+        average_flip=False,
+        noise_draws=1,
+        **more,
     ) -> io.NodeOutput:
         images = as_images(image)
-        settings = SegmentSettings(seed=seed, crops=crops, flip=average_flip, refine=refine, batch_size=batch_size)
+        settings = SegmentSettings(seed=seed, refine=refine, flip=average_flip, draws=noise_draws, **more)
         with named_errors("SLiMe Segment"):
             bar = comfy.utils.ProgressBar(1)
 

@@ -139,8 +139,15 @@ def _expert_inputs() -> list[Any]:
             tooltip="Thorough and paper: needs less memory and more time.",
             **EXPERT,
         ),
-        text("cross_layers", "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table."),
-        text("self_layers", "Self-attention layers to read, for example output.9-11. Empty: the model's table."),
+        text(
+            "cross_layers",
+            "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table. auto: a probe on the "
+            "examples chooses, for about the time of an instant training.",
+        ),
+        text(
+            "self_layers",
+            "Self-attention layers to read, as output.9-11. Empty: the model's table. auto: chosen by the probe.",
+        ),
     ]
 
 

@@ -60,8 +60,6 @@ def train_through_unet(
     base = template.base_context().rows.to(device)
     empty = denoiser.encode_prompt("")
     pool = _make_pool(denoiser, examples, settings, template)
-    pixels = torch.cat([entry.labels.flatten(2)[:, :, None] for entry in pool], 3)
-    weights = class_weights(pixels, settings.class_weights)
     initial = base[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing):
         initial = initial.detach().clone()
@@ -90,7 +88,7 @@ def train_through_unet(
             predicted = denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size)
 
             scores = mean_scores(capture, parts + 1, entry.labels)
-            losses = loss_terms(scores, capture, entry.labels, weights, settings)
+            losses = loss_terms(scores, capture, entry.labels, settings)
             if settings.guard_weight and predicted is not None and entry.unconditional is not None:
                 guard = guard_loss(predicted, entry.unconditional, entry.noise, settings.guidance)
                 losses["guard"] = settings.guard_weight * guard
@@ -120,16 +118,18 @@ def mean_scores(capture: Capture, classes: int, labels: Tensor) -> Tensor:
     return torch.stack([resize_maps(cross_scores(a, classes), grid) for a in capture.cross.values()]).mean(0)
 
 
-def loss_terms(
-    scores: Tensor, capture: Capture, labels: Tensor, weights: Tensor, settings: TrainSettings
-) -> dict[str, Tensor]:
-    """Terms that compare maps with labels: cross-entropy, MSE of the WAS maps (paper eq. 4), Dice where asked for."""
+def loss_terms(scores: Tensor, capture: Capture, labels: Tensor, settings: TrainSettings) -> dict[str, Tensor]:
+    """Terms that compare maps with labels: cross-entropy, MSE of the WAS maps (paper eq. 4), Dice where asked for.
+
+    As in the official code (src/slime.py) the class weights are those of the view, and the MSE is summed over classes.
+    """
+    weights = class_weights(labels, settings.class_weights)
     losses = {"ce": weighted_cross_entropy(scores, labels, weights, settings.focal)}
     if settings.dice:
         losses["dice"] = settings.dice * dice_loss(scores, labels)
     if settings.was_weight:
         was = was_maps(list(capture.self_.values()), F.softmax(scores, 1))
-        losses["was"] = settings.was_weight * F.mse_loss(was, labels)
+        losses["was"] = settings.was_weight * labels.shape[1] * F.mse_loss(was, labels)
     return losses
 
 
