@@ -13,12 +13,13 @@ from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from torch import Tensor
 
-from ..slime.denoiser import Attention, Capture, CaptureComplete, Context
+from ..slime.denoiser import Attention, Capture, CaptureComplete, Context, batch_for
 from ..slime.errors import SlimeError
 from ..slime.layers import AttentionLayer, Family, LayerKey, family_for
 from .autograd import trainable
 
 TIMESTEPS = 1000
+CPU_BATCH = 4
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
 
 
@@ -103,6 +104,12 @@ class ComfyDenoiser:
         except CaptureComplete:
             return None
         return (x - denoised) / sigma
+
+    def fitting_batch(self, latent_size: tuple[int, int]) -> int:
+        if self.device.type == "cpu":
+            return CPU_BATCH
+        free = comfy.model_management.get_free_memory(self.device)
+        return batch_for(float(free), float(self.model.memory_required([1, 4, *latent_size])))
 
     def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
         return self._lend(checkpointing)

@@ -93,10 +93,10 @@ def overlays(
     return torch.from_numpy(np.stack(pictures)).float() / 255
 
 
-def live_preview(image: Tensor, labels: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
-    """A view [h, w, 3] tinted by a coarser label map, for the progress preview."""
-    grown = torch.nn.functional.interpolate(labels[None, None].float(), size=image.shape[:2], mode="nearest")[0, 0]
-    return Image.fromarray(overlay(_bytes(image), grown.long().numpy(), palette))
+def live_preview(image: Tensor, maps: Tensor, palette: Sequence[tuple[int, int, int]]) -> Image.Image:
+    """A view [h, w, 3] tinted by its part maps [K, h', w'], for the progress preview."""
+    grown = torch.nn.functional.interpolate(maps[None].float(), size=image.shape[:2], mode="bilinear")[0]
+    return Image.fromarray(overlay(_bytes(image), grown.argmax(0).numpy(), palette))
 
 
 def _bytes(image: Tensor) -> np.ndarray:

@@ -86,12 +86,12 @@ class SLiMeSegment(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "batch_size",
-                    default=4,
-                    min=1,
+                    default=0,
+                    min=0,
                     max=64,
                     optional=True,
                     **EXPERT,
-                    tooltip="Images in one pass; lower it when memory is short.",
+                    tooltip="Images in one pass; 0 chooses from the free memory.",
                 ),
             ],
             outputs=[

@@ -9,10 +9,12 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
+import torch
 from comfy_api.latest import io, ui
 
 from ..slime.embeddings import PartEmbeddings
 from ..slime.examples import Example
+from ..slime.refine import refine_maps
 from ..slime.segment import segment
 from ..slime.settings import PRESET_NAMES, TrainSettings
 from ..slime.settings import preset as make_preset
@@ -89,8 +91,9 @@ class SLiMeTrain(io.ComfyNode):
                 **expert
             )
             settings = make_preset(preset, denoiser.family, **{k: v for k, v in changes.items() if v is not None})
-            embeddings = _train_with_autosave(denoiser, examples, settings, start)
-            preview = _preview(denoiser, examples[0], embeddings)
+            progress = _Progress()
+            embeddings = _train_with_autosave(denoiser, examples, settings, start, progress)
+            preview = _preview(denoiser, examples[0], embeddings, progress.last)
         losses = {"loss": list(embeddings.losses)}
         return io.NodeOutput(embeddings, losses, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
 
@@ -166,10 +169,13 @@ def _changes(
 
 
 def _train_with_autosave(
-    denoiser: ComfyDenoiser, examples: tuple[Example, ...], settings: TrainSettings, start: PartEmbeddings | None
+    denoiser: ComfyDenoiser,
+    examples: tuple[Example, ...],
+    settings: TrainSettings,
+    start: PartEmbeddings | None,
+    progress: _Progress,
 ) -> PartEmbeddings:
     """Train; on cancel or error write the best rows so far to models/slime/autosave, then let the exception pass."""
-    progress = _Progress()
     try:
         return train(denoiser, examples, settings, start=start, on_step=progress)
     except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
@@ -200,15 +206,22 @@ class _Progress:
         preview = None
         now = time.monotonic()
         if report.preview is not None and now - self._shown >= PREVIEW_SECONDS:
-            image, labels = report.preview
+            image, maps = report.preview
             embeddings = report.embeddings()
             palette = embeddings.palette if embeddings is not None else ()
-            preview = ("JPEG", live_preview(image, labels, palette), PREVIEW_SIDE)
+            preview = ("JPEG", live_preview(image, maps, palette), PREVIEW_SIDE)
             self._shown = now
         self._bar.update_absolute(report.step, report.steps, preview)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
 
-def _preview(denoiser: ComfyDenoiser, example: Example, embeddings: PartEmbeddings):
-    maps = segment(denoiser, example.image[None], embeddings)[0]
-    return overlays(example.image[None], maps.label_map, embeddings.palette, embeddings.names)
+def _preview(
+    denoiser: ComfyDenoiser, example: Example, embeddings: PartEmbeddings, last: StepReport | None
+) -> torch.Tensor:
+    """The first example with its parts found; an instant fit brings the maps, other presets need a pass."""
+    images = example.image[None]
+    if last is not None and last.stage == "done" and last.preview is not None:
+        maps = refine_maps(last.preview[1][None], images, "fast")
+    else:
+        maps = segment(denoiser, images, embeddings)[0].probabilities
+    return overlays(images, maps.argmax(1), embeddings.palette, embeddings.names)

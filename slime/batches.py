@@ -10,7 +10,7 @@ import torch
 from .errors import SlimeError
 
 T = TypeVar("T")
-_OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
+OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
 def in_batches(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]:
@@ -25,15 +25,20 @@ def in_batches(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]
     while start < count:
         try:
             result = work(slice(start, min(start + size, count)))
-        except _OUT_OF_MEMORY as error:
+        except OUT_OF_MEMORY as error:
             if size == 1:
                 raise SlimeError(
                     "The GPU's memory does not suffice for one image. Close other programs, start ComfyUI with "
                     "--lowvram, or use a smaller model."
                 ) from error
             size //= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_memory()
             continue
         start += size
         yield result
+
+
+def free_memory() -> None:
+    """Give cached blocks back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

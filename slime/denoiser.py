@@ -97,9 +97,21 @@ class Denoiser(Protocol):
         """
         ...
 
+    def fitting_batch(self, latent_size: tuple[int, int]) -> int:
+        """How many latents of this height and width one UNet pass should take, from the free memory; at least 1."""
+        ...
+
     def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
         """Lend the weights to autograd (frozen): gradients flow through ``predict_noise`` to the context."""
         ...
+
+
+LARGEST_BATCH = 16  # larger ones are no faster
+
+
+def batch_for(free: float, one: float) -> int:
+    """Sub-batch for ``free`` bytes when an image needs ``one``; half of the memory is left for the maps."""
+    return int(min(max(0.5 * free / max(one, 1.0), 1), LARGEST_BATCH))
 
 
 def add_noise(denoiser: Denoiser, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:

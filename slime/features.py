@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ class FeaturePlan:
         context: text context the UNet runs on.
         timestep: noise level, 0..999.
         per_layer: keep score features of every layer apart, instead of summing layers of equal resolution.
-        keep_cross: keep the captured cross-attention layers too, for the official read-out.
+        keep_cross: keep the captured cross-attention layers instead of score features, for the official read-out.
     """
 
     layers: LayerChoice
@@ -51,6 +51,11 @@ class Features:
     self_attention: tuple[Attention, ...]
     grid: tuple[int, int]
     cross_attention: tuple[Attention, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        tensors = [*self.scores, *(attention.query for attention in self.cross_attention)]
+        return tensors[0].device
 
 
 @torch.no_grad()
@@ -79,33 +84,33 @@ def extract_features(
 ) -> Features:
     """Add ``noise`` to latents, both [B, C, h, w], run the UNet once and keep what the read-out needs.
 
-    ``projections`` saves :func:`key_projections` when many batches are run.
-
-    Raises:
-        SlimeError: the UNet gave NaN or infinite values (half precision that overflows).
+    ``projections`` saves :func:`key_projections` when many batches are run. Values are not checked here, which would
+    make the host wait: see :func:`check_finite`.
     """
-    if projections is None:
+    if projections is None and not plan.keep_cross:
         projections = key_projections(denoiser, plan.layers, plan.context.pooled)
     capture = Capture(plan.layers, stop_early=True)
     noisy = add_noise(denoiser, latents, noise, plan.timestep)
     denoiser.predict_noise(noisy, plan.timestep, plan.context, capture, image_size)
-    features = collect_features(capture, projections, plan.per_layer)
-    cross = tuple(capture.cross[key] for key in plan.layers.cross) if plan.keep_cross else ()
-    return replace(features, cross_attention=cross)
+    return collect_features(capture, projections or {}, plan)
 
 
-def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor], per_layer: bool = False) -> Features:
-    """Turn a finished capture into features; layers of equal resolution are summed unless ``per_layer``."""
-    groups: dict[tuple[int, ...], Tensor] = {}
-    count = len(capture.choice.cross)
-    for index, key in enumerate(capture.choice.cross):
-        attention = capture.cross[key]
-        size = (attention.height, attention.width, index if per_layer else 0)
-        features = score_features(attention, projections[key]) / count
-        groups[size] = groups[size] + features if size in groups else features
+def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor], plan: FeaturePlan) -> Features:
+    """Turn a finished capture into features; layers of equal resolution are summed unless kept apart."""
     self_attention = tuple(capture.self_[key] for key in capture.choice.self_)
-    sizes = [size[:2] for size in groups] + [(a.height, a.width) for a in self_attention]
-    if not all(bool(torch.isfinite(features).all()) for features in groups.values()):
+    cross_attention = tuple(capture.cross[key] for key in capture.choice.cross)
+    grid = max((attention.height, attention.width) for attention in (*self_attention, *cross_attention))
+    if plan.keep_cross:
+        return Features((), self_attention, grid, cross_attention)
+    groups: dict[tuple[int, ...], Tensor] = {}
+    for index, (key, attention) in enumerate(zip(capture.choice.cross, cross_attention, strict=True)):
+        size = (attention.height, attention.width, index if plan.per_layer else 0)
+        features = score_features(attention, projections[key]) / len(cross_attention)
+        groups[size] = groups[size] + features if size in groups else features
+    return Features(tuple(groups[size] for size in sorted(groups)), self_attention, grid)
+
+
+def check_finite(tensors: Iterable[Tensor]) -> None:
+    """Raises SlimeError where a UNet gave NaN or infinite values (half precision that overflows)."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
         raise SlimeError("The UNet returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")
-    height, width = max(sizes)
-    return Features(tuple(groups[size] for size in sorted(groups)), self_attention, (height, width))

@@ -107,7 +107,7 @@ def train_through_unet(
             preview = None
             if step % REPORTED_STEPS == 1 or step == settings.steps:
                 terms = {"loss": float(history[-1])} | {name: float(value.detach()) for name, value in losses.items()}
-                preview = (entry.image, scores.detach()[0].argmax(0).cpu())
+                preview = (entry.image, scores.detach()[0].softmax(0).cpu())
             on_step(StepReport("train", step, settings.steps, terms, embeddings, preview))
     return embeddings()
 

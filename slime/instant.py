@@ -17,10 +17,11 @@ from .batches import in_batches
 from .denoiser import Denoiser, seeded_noise
 from .embeddings import PartEmbeddings
 from .examples import Example
-from .features import FeaturePlan, Features, extract_features, key_projections
+from .features import FeaturePlan, Features, check_finite, extract_features, key_projections
 from .fit import fit_rows
 from .layers import LayerKey
 from .losses import balance_views
+from .read import read
 from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
 from .views import make_view, resize_labels, seeded_views
@@ -48,7 +49,9 @@ def train_instant(
         first_image = image if first_image is None else first_image
     scores: list[list[Tensor]] = []
     labels: list[Tensor] = []
+    first: Features | None = None
     for features in _view_features(denoiser, views, plan, settings.seed):
+        first = features if first is None else first
         # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
         like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else features.scores)]
         grid = (labels[0].shape[-2], labels[0].shape[-1]) if labels else features.grid
@@ -57,9 +60,10 @@ def train_instant(
         labels += [resize_labels(view.labels, grid) for view in seen]
         on_step(StepReport("features", len(labels), len(views), {}, lambda: None))
     stacked = [torch.cat(group) for group in zip(*scores, strict=True)]
+    check_finite(stacked)
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
-        preview = (first_image, logits.argmax(0).cpu()) if step % 5 == 1 and first_image is not None else None
+        preview = (first_image, logits.softmax(0).cpu()) if step % 5 == 1 and first_image is not None else None
         on_step(
             StepReport(
                 "fit",
@@ -84,7 +88,12 @@ def train_instant(
         start=_starting_rows(start, settings.row_groups, len(stacked)),
         on_step=report,
     )
-    return replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
+    embeddings = replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
+    if first is not None and first_image is not None:
+        maps = read(first, result.rows, template.background, len(template.names), template.read_out)[0].cpu()
+        losses = {"loss": result.losses[-1]}
+        on_step(StepReport("done", settings.steps, settings.steps, losses, lambda: embeddings, (first_image, maps)))
+    return embeddings
 
 
 class _EncodedView(NamedTuple):

@@ -48,7 +48,7 @@ def official_maps(
             its mean.
         rescale: every WAS map is stretched to the range of its own attention map.
     """
-    result = torch.zeros_like(maps)
+    result = 0 * maps  # zeros, but NaN stays NaN, to be noticed later
     for index, image_maps in enumerate(maps):
         low, high = image_maps.amin((1, 2), keepdim=True), image_maps.amax((1, 2), keepdim=True)
         passed = torch.nonzero(high.flatten() >= gate).flatten()

@@ -25,11 +25,12 @@ class StepReport:
     """Progress of training.
 
     Attributes:
-        stage: "features" (UNet passes before an instant fit), "fit" or "train".
+        stage: "features" (UNet passes before an instant fit), "fit" or "train", and "done" after an instant fit.
         step, steps: 1-based.
         losses: terms by name; empty for "features".
         embeddings: gives the best embeddings so far, or None when there are none.
-        preview: image [h, w, 3] and label map [h', w'] of the current segmentation, every few steps, else None.
+        preview: image [h, w, 3] and part maps [K, h', w'] of the current segmentation, every few steps, else None;
+            at "done" the first example and its maps as segmentation would give them.
     """
 
     stage: str

@@ -17,7 +17,7 @@ from .denoiser import Denoiser, seeded_noise
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import MIN_SIDE
-from .features import Features, extract_features, key_projections
+from .features import Features, check_finite, extract_features, key_projections
 from .read import read
 from .refine import refine_maps
 from .settings import SegmentSettings
@@ -88,6 +88,7 @@ def segment(
     for indices in groups.values():
         items = [several[index] for index in indices]
         for part, found in _look(denoiser, images, items, settings):
+            check_finite(found)
             pictures = images[part].to(denoiser.device)
             for index, maps in zip(indices, found, strict=True):
                 full = drop_absent(_finish(denoiser, pictures, maps, several[index], settings), settings.min_confidence)
@@ -129,11 +130,12 @@ def _look(
     plan, side = items[0].plan(), items[0].working_side
     views = _views(images.shape[1], images.shape[2], settings, side)
     # All encoding comes first: on a small card VAE and UNet take turns in memory.
+    size = views[0].size
+    batch = settings.batch_size or denoiser.fitting_batch((size[0] // 8, size[1] // 8))
     latents = [
-        torch.cat(list(in_batches(len(images), settings.batch_size, partial(_encode, denoiser, images, view))))
-        for view in views
+        torch.cat(list(in_batches(len(images), batch, partial(_encode, denoiser, images, view)))) for view in views
     ]
-    projections = key_projections(denoiser, plan.layers, plan.context.pooled)
+    projections = {} if plan.keep_cross else key_projections(denoiser, plan.layers, plan.context.pooled)
 
     def find(part: slice) -> tuple[slice, list[Tensor]]:
         merged: list[Tensor] = []
@@ -145,7 +147,7 @@ def _look(
                 merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
         return part, [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
 
-    yield from in_batches(len(images), settings.batch_size, find)
+    yield from in_batches(len(images), batch, find)
 
 
 class _View(NamedTuple):
@@ -170,7 +172,7 @@ def _encode(denoiser: Denoiser, images: Tensor, view: _View, part: slice) -> Ten
 
 
 def _read(features: Features, item: PartEmbeddings) -> Tensor:
-    rows = item.rows.to(features.scores[0].device)
+    rows = item.rows.to(features.device)
     return read(features, rows, item.background, len(item.names), item.read_out)
 
 

@@ -151,7 +151,7 @@ class SegmentSettings:
             than in the examples (:mod:`slime.zoom`).
         min_confidence: parts that stay below this peak probability count as absent from the image.
         refine: "off", "fast" or "best", see :func:`slime.refine.refine_maps`.
-        batch_size: images and crops of one UNet pass.
+        batch_size: images of one UNet pass; 0 asks the denoiser how many fit the free memory.
     """
 
     seed: int = 0
@@ -162,16 +162,19 @@ class SegmentSettings:
     zoom: int = 0
     min_confidence: float = 0.0
     refine: str = "fast"
-    batch_size: int = 4
+    batch_size: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.crops < 1
-            or not 0 <= self.overlap < 1
-            or min(self.batch_size, self.draws) < 1
-            or self.zoom < 0
-            or not 0 <= self.min_confidence <= 1
-        ):
-            raise SlimeError(f"Segmentation setting out of range: {self}.")
+        checks = {
+            "crops": self.crops >= 1,
+            "overlap": 0 <= self.overlap < 1,
+            "draws": self.draws >= 1,
+            "zoom": self.zoom >= 0,
+            "min_confidence": 0 <= self.min_confidence <= 1,
+            "batch_size": self.batch_size >= 0,
+        }
+        wrong = [f"{name} = {getattr(self, name)!r}" for name, valid in checks.items() if not valid]
+        if wrong:
+            raise SlimeError(f"Segmentation setting out of range: {', '.join(wrong)}.")
         if self.refine not in ("off", "fast", "best"):
             raise SlimeError(f'Unknown refinement "{self.refine}"; choose off, fast or best.')

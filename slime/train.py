@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
+from .batches import OUT_OF_MEMORY, free_memory
 from .denoiser import Denoiser
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
@@ -14,6 +17,14 @@ from .recipe import OnStep, StepReport
 from .settings import TrainSettings, preset
 
 __all__ = ["OnStep", "StepReport", "train"]
+
+
+logger = logging.getLogger(__name__)
+
+_NO_MEMORY = (
+    "The GPU's memory does not suffice to train through the model, even with checkpointing. Take the preset instant, "
+    "which needs no gradients, close other programs, or use a smaller model."
+)
 
 
 def train(
@@ -34,7 +45,8 @@ def train(
         on_step: progress; what it raises ends the training.
 
     Raises:
-        SlimeError: no examples, differing names, or ``start`` of other parts or another model.
+        SlimeError: no examples, differing names, ``start`` of other parts or another model, or no memory for gradients
+            even after a second try with checkpointing.
     """
     settings = settings or preset("instant", denoiser.family)
     if not examples:
@@ -62,4 +74,15 @@ def train(
     on_step = on_step or (lambda report: None)
     if settings.preset == "instant":
         return train_instant(denoiser, examples, settings, start, on_step)
-    return train_through_unet(denoiser, examples, settings, start, on_step)
+    try:
+        return train_through_unet(denoiser, examples, settings, start, on_step)
+    except OUT_OF_MEMORY:
+        if settings.checkpointing:
+            raise SlimeError(_NO_MEMORY) from None
+    # Outside the handler, whose traceback would keep the tensors of the failed step alive.
+    logger.warning("SLiMe: out of memory; training starts again with checkpointing, which needs less and takes longer.")
+    free_memory()
+    try:
+        return train_through_unet(denoiser, examples, replace(settings, checkpointing=True), start, on_step)
+    except OUT_OF_MEMORY as error:
+        raise SlimeError(_NO_MEMORY) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -249,3 +251,65 @@ def test_recoloured_views_keep_their_shapes_and_forget_colours() -> None:
         assert inside.std(0).max() < 1e-5
     assert (changed - example.image).abs().max() > 0.1
     assert torch.equal(recolor(example.image, example.labels, 0.0, random.Random(0)), example.image)
+
+
+def test_training_that_does_not_fit_is_tried_again_with_checkpointing(caplog) -> None:
+    class Small(ToyDenoiser):
+        """Gradients fit only with checkpointing; ``never`` not even then."""
+
+        never = False
+
+        @contextmanager
+        def differentiable(self, checkpointing: bool):
+            with super().differentiable(checkpointing):
+                if self.never or not checkpointing:
+                    raise torch.OutOfMemoryError("no memory")
+                yield
+
+    toy = Small()
+    embeddings = train(toy, [picture(0)], preset("thorough", steps=3, views=2))
+    assert torch.isfinite(embeddings.rows).all() and "starts again with checkpointing" in caplog.text
+    toy.never = True
+    for checkpointing in (False, True):
+        with pytest.raises(SlimeError, match="Take the preset instant"):
+            train(toy, [picture(0)], preset("thorough", steps=3, views=2, checkpointing=checkpointing))
+
+
+def test_overflow_is_reported_and_not_returned_as_a_mask() -> None:
+    class Overflow(ToyDenoiser):
+        broken = False
+
+        def predict_noise(self, noisy, timestep, context, capture, image_size):
+            if self.broken:
+                noisy = noisy * torch.nan
+            return super().predict_noise(noisy, timestep, context, capture, image_size)
+
+    toy = Overflow()
+    learned = [train(toy, [picture(0)], preset(name, steps=3, views=2)) for name in ("instant", "paper")]
+    toy.broken = True
+    for embeddings in learned:
+        with pytest.raises(SlimeError, match="NaN or infinite"):
+            segment(toy, picture(1).image[None], embeddings)
+    with pytest.raises(SlimeError, match="NaN or infinite"):
+        train(toy, [picture(0)], preset("instant", views=2))
+
+
+def test_an_instant_fit_ends_with_its_own_preview() -> None:
+    """The maps of the first example come from features at hand: no further encoding, no further pass."""
+    toy, reports = ToyDenoiser(), []
+    embeddings = train(toy, [picture(0)], preset("instant", views=3), on_step=reports.append)
+    passes, encoded = toy.passes, toy.encoded
+    last = reports[-1]
+    assert last.stage == "done" and last.embeddings() == embeddings and last.preview is not None
+    maps = segment(toy, picture(0).image[None], embeddings, SegmentSettings(refine="off"))[0]
+    assert toy.passes > passes and toy.encoded > encoded
+    shown = torch.nn.functional.interpolate(last.preview[1][None], size=maps.label_map.shape[1:], mode="bilinear")
+    assert (shown.argmax(1) == maps.label_map).float().mean() > 0.97
+
+
+def test_official_files_need_no_score_features() -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("paper", steps=2, views=1))
+    toy.passes = 0
+    segment(toy, picture(1).image[None], embeddings)
+    assert toy.passes == 1, "no pass for key projections"

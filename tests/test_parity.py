@@ -86,7 +86,7 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
     """The features of both hosts agree, and phi . e is the score that the layers themselves give for e."""
     from slime.attention import cross_scores
     from slime.denoiser import Capture, Context
-    from slime.features import collect_features, key_projections
+    from slime.features import FeaturePlan, collect_features, key_projections
     from slime.layers import choose_layers
 
     layout, *denoisers = pair
@@ -99,7 +99,7 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
             projections = key_projections(denoiser, choice, pooled)
             capture = Capture(choice, stop_early=True)
             assert denoiser.predict_noise(noisy, 60, context, capture, (128, 128)) is None
-        features = collect_features(capture, projections)
+        features = collect_features(capture, projections, FeaturePlan(choice, context, 60))
         found.append(features.scores)
         for size_group in features.scores:
             direct = sum(

@@ -58,6 +58,9 @@ class ToyDenoiser:
             return None
         return noisy * 0.5 + (rows.mean(1) @ self.w_out)[:, :, None, None]
 
+    def fitting_batch(self, latent_size: tuple[int, int]) -> int:
+        return 4
+
     @contextmanager
     def differentiable(self, checkpointing: bool):
         with torch.inference_mode(False), torch.enable_grad():

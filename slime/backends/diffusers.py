@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..denoiser import Attention, Capture, CaptureComplete, Context
+from ..denoiser import Attention, Capture, CaptureComplete, Context, batch_for
 from ..errors import SlimeError
 from ..layers import AttentionLayer, Family, LayerKey, family_for
 
@@ -106,6 +106,14 @@ class DiffusersDenoiser:
             return result
         abar = self.alphas_cumprod[timestep].float().to(self.device)
         return abar.sqrt() * output + (1 - abar).sqrt() * noisy.to(self.device)
+
+    def fitting_batch(self, latent_size: tuple[int, int]) -> int:
+        if self.device.type != "cuda":
+            return 4
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # Activations of a UNet without gradients, about 1 KB a latent position and base channel (SD1.5 at 512: 1.3 GB).
+        one = latent_size[0] * latent_size[1] * self.unet.config.block_out_channels[0] * 1024
+        return batch_for(float(free), float(one))
 
     @contextmanager
     def differentiable(self, checkpointing: bool) -> Iterator[None]:
