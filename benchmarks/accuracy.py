@@ -33,7 +33,7 @@ from slime.metrics import boundary_f, evaluate, false_area
 from slime.visualize import color_labels
 
 from .methods import Learn, Variant, assignments, make_methods
-from .sources import OFFICIAL_PARTS, OTHER, Task, TestSet, folder_task, scene_task
+from .sources import OFFICIAL_PARTS, OTHER, LabelledImages, Task, folder_task, scene_task
 
 STRESS = tuple(name for name in scenes.VARIATIONS if name != "plain")
 CEILING = "grid ceiling"  # needs the truth
@@ -52,7 +52,7 @@ GRID_PICTURES = 4
 PLAIN_ONLY = ("feature neighbours", "untrained", "colour neighbours", "mean mask", "all background")
 
 
-def grid_ceiling(test: TestSet, classes: int) -> list[np.ndarray]:
+def grid_ceiling(test: LabelledImages, classes: int) -> list[np.ndarray]:
     """The truth averaged to the latent's grid and brought back bilinearly: what no read-out of that grid can exceed."""
     found = []
     for truth in test.truths:

@@ -21,7 +21,7 @@ OFFICIAL_SIDE = 512
 
 
 @dataclass(frozen=True)
-class TestSet:
+class LabelledImages:
     """Labelled test images of one size."""
 
     images: np.ndarray  # uint8 [B, H, W, 3]
@@ -34,7 +34,7 @@ class Task:
 
     domain: str
     examples: tuple[Example, ...]
-    tests: Mapping[str, TestSet]
+    tests: Mapping[str, LabelledImages]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -56,7 +56,7 @@ def scene_task(domain: str, shots: int, seed: int, count: int, split: str, sets:
 
 
 @functools.cache
-def scene_set(domain: str, name: str, count: int, split: str) -> TestSet:
+def scene_set(domain: str, name: str, count: int, split: str) -> LabelledImages:
     first = splits.VALIDATION if split == "validation" else splits.TEST
     count = count if name == "plain" else max(1, count // 2)
     if name == OTHER:
@@ -66,7 +66,7 @@ def scene_set(domain: str, name: str, count: int, split: str) -> TestSet:
     else:
         rendered = [scenes.render(domain, first + i, scenes.VARIATIONS[name]) for i in range(count)]
         truths = tuple(scene.labels for scene in rendered)
-    return TestSet(np.stack([scene.image for scene in rendered]), truths)
+    return LabelledImages(np.stack([scene.image for scene in rendered]), truths)
 
 
 def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> Task:
@@ -89,7 +89,7 @@ def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> T
         for i in order
     )
     tests = read_folder(root / domain / ("val" if split == "validation" else "test"))
-    found = TestSet(np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
+    found = LabelledImages(np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
     return Task(domain, examples, {"plain": found})
 
 

@@ -132,9 +132,8 @@ class PartEmbeddings:
 
     def plan(self) -> FeaturePlan:
         """The UNet pass these embeddings are read from."""
-        return FeaturePlan(
-            self.layers, self.base_context(), self.timestep, self.row_groups == "layer", self.read_out.official
-        )
+        tokens = self.read_out.official and self.read_out.all_tokens
+        return FeaturePlan(self.layers, self.base_context(), self.timestep, self.row_groups == "layer", tokens)
 
     @property
     def background(self) -> Tensor:

@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from benchmarks import ablation, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import Variant, make_methods
-from benchmarks.sources import OTHER, folder_task, read_folder, scene_task
+from benchmarks.reference import Reference
+from benchmarks.sources import OTHER, LabelledImages, Task, folder_task, read_folder, scene_task
+from benchmarks.speed import Bench
 from demo import scenes
 from demo.server import MODEL
+from slime import preset
+from slime.augment import resize_image, soft_labels
+from slime.denoiser import Capture, Context, add_noise
 from slime.errors import SlimeError
+from slime.gradient import loss_terms, mean_scores
+from slime.losses import guard_loss
 from slime.metrics import evaluate
+from slime.official import official_maps, token_maps
+
+from .test_learning import picture
+from .toy import ToyDenoiser
 
 
 @pytest.fixture
@@ -70,3 +84,86 @@ def test_rows_hold_what_the_tables_need(capsys) -> None:
     summarise(rows)
     assert "| default |" in capsys.readouterr().out
     assert measure(task, CEILING, None, 1, 0)[0][0]["part_miou"] > 0.7
+
+
+def test_the_reference_procedure_has_our_losses_and_maps() -> None:
+    """Dense official maps and losses equal ours on the same view, noise and timestep; the rows move."""
+    toy, example = ToyDenoiser(), picture(0)
+    reference = Reference(toy, 2, side=128)
+    image, rows = example.image[None], reference.rows.detach().clone()
+    labels = soft_labels(example.labels, 3, (16, 16)).argmax(0)
+    found = reference.step(image, labels)
+    generator = torch.Generator().manual_seed(0)
+    timestep = int(torch.randint(5, 101, [1], generator=generator))
+    latents = toy.encode_images(resize_image(image, (128, 128)))
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = add_noise(toy, latents, noise, timestep)
+    capture = Capture(reference.layers)
+    context = Context(torch.cat([reference.base[:1], rows, reference.base[3:]]))
+    conditional = toy.predict_noise(noisy, timestep, context, capture, (128, 128))
+    unconditional = toy.predict_noise(noisy, timestep, toy.encode_prompt(""), None, (128, 128))
+    one_hot = torch.nn.functional.one_hot(labels, 3).movedim(-1, 0)[None].float()
+    settings = preset("paper", steps=1)
+    ours = loss_terms(mean_scores(capture, 3, one_hot), capture, one_hot, settings)
+    ours["guard"] = settings.guard_weight * guard_loss(conditional, unconditional, noise)
+    for name, value in ours.items():
+        np.testing.assert_allclose(float(found.losses[name]), float(value.detach()), rtol=1e-3, err_msg=name)
+    assert not torch.equal(reference.rows.detach(), rows) and found.labels.shape == (16, 16)
+
+
+@pytest.mark.parametrize("crops", [1, 2])
+def test_the_reference_inference_is_our_official_read_out(crops: int) -> None:
+    toy = ToyDenoiser()
+    reference = Reference(toy, 2, crops, side=128)
+    with torch.no_grad():
+        reference.rows[0] += 2
+    found = reference.infer(picture(0).image[None])
+    assert found.shape == (16, 16) and found.unique().tolist() != [0]
+    if crops == 1:
+        capture = Capture(reference.layers)
+        generator = torch.Generator().manual_seed(0)
+        latents = toy.encode_images(resize_image(picture(0).image[None], (128, 128)))
+        noise = torch.randn(latents.shape, generator=generator)
+        toy.predict_noise(add_noise(toy, latents, noise, 100), 100, reference.contexts()[1], capture, (128, 128))
+        maps = token_maps(list(capture.cross.values()), 3, (16, 16))
+        ours = official_maps(maps, list(capture.self_.values()))[0].argmax(0)
+        assert (ours == found).float().mean() > 0.98
+
+
+def test_every_row_of_the_ablation_runs(capsys) -> None:
+    """Each change is a valid setting; those of segmentation give label maps."""
+    toy, task = ToyDenoiser(), toy_task()
+    for table, variants in ablation.TABLES.items():
+        for change, variant in variants.items():
+            layers = {key: "" for key in ("cross_layers", "self_layers") if "auto" != variant.train.get(key, "auto")}
+            short = replace(variant, train={**variant.train, "views": 1, "steps": 2, **layers})
+            labels = short.find(toy, short.fit(toy, task.examples, 0), task.tests["plain"].images, 0)
+            assert labels[0].shape == (96, 96), (table, change)
+    for name, method in ablation.REFINEMENTS.items():
+        maps = torch.rand(1, 3, 12, 12).softmax(1)
+        assert method(maps, torch.rand(1, 96, 96, 3)).shape == (1, 3, 96, 96), name
+    ablation.summarise([{"table": "default", "change": "x", "domain": "car", "shots": 1, "seed": 0, "part_miou": 0.5,
+                         "boundary_f": 0.5, "learning_s": 1.0, "image_s": 0.1}], ["default"])  # fmt: skip
+    assert "| x | 0.500 |" in capsys.readouterr().out
+
+
+def toy_task() -> Task:
+    example = picture(0, 96, 96)
+    images = (example.image.numpy() * 255).astype(np.uint8)[None]
+    return Task("car", (example,), {"plain": LabelledImages(images, (example.labels.numpy(),))})
+
+
+def test_speed_rows_and_memory() -> None:
+    rows = []
+    bench = Bench("toy", ToyDenoiser(), 1, rows.append)
+    with speed.memory(training=True) as used:
+        x = torch.ones(1000, requires_grad=True)
+        (x * x).sum().backward()
+    assert 4000 <= used.bytes < 10_000
+    bench.images = torch.rand(64, 32, 32, 3)
+    for task in ("step", "segment", "files", "batch"):
+        getattr(bench, task)()
+    tasks = [row["task"] for row in rows]
+    assert "segment 64" in tasks and "training step, reference with 2 x 2 crops" in tasks
+    assert all(row["ours_s"] > 0 and row["bound_s"] > 0 for row in rows if "ours_s" in row)
+    speed.summarise("here", rows)

@@ -1,0 +1,148 @@
+"""The official procedure, step by step, on the same UNet as ours: what the speed benchmark measures against.
+
+Source: src/slime.py and src/stable_difusion.py of the official repository. What it does in a training step is done here
+in float32: VAE encoding, the unconditional prediction (with its graph, as both halves share one batch there), dense
+attention probabilities of the hooked layers, and a full inference for the training IoU, by 1 or 2 x 2 crops. It is
+kinder than the original where the other attention layers run fused, and leaves the validation of every epoch out.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from slime.denoiser import Attention, Capture, Context, add_noise
+from slime.layers import LayerChoice, select_layers
+from slime.losses import class_weights
+from slime.segment import crop_boxes
+
+PAPER_CROSS, PAPER_SELF = "output.3-5, output.6-7", "output.9-11"
+TEST_TIMESTEP, TRAIN_TIMESTEPS = 100, (5, 100)
+CROP = 400 / 512  # side of a crop, relative to the image's
+
+
+class Step(NamedTuple):
+    """Loss terms of one step, and the segmentation that its inference gave."""
+
+    losses: dict[str, Tensor]
+    labels: Tensor
+
+
+class Reference:
+    """The official training of rows for one image, ``crops`` x ``crops`` crops at inference."""
+
+    def __init__(self, denoiser: Any, parts: int, crops: int = 1, side: int | None = None) -> None:
+        self.denoiser, self.parts, self.crops = denoiser, parts, crops
+        self.side = side or denoiser.family.working_side
+        self.output = self.side // 8  # side of the maps, the finest self-attention's: 64 at 512 pixels
+        self.layers = LayerChoice(
+            select_layers(PAPER_CROSS, denoiser.layers), select_layers(PAPER_SELF, denoiser.layers)
+        )
+        context = denoiser.encode_prompt(" ".join(["part"] * (parts + 1)))
+        self.pooled = context.pooled
+        self.base = context.rows.to(denoiser.device).clone()
+        self.empty = denoiser.encode_prompt("").rows.to(denoiser.device).clone()
+        self.rows = self.base[1 : parts + 1].clone().requires_grad_(True)
+        self.optimizer = torch.optim.Adam([self.rows], lr=0.1)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def contexts(self) -> tuple[Context, Context]:
+        learned = torch.cat([self.base[:1], self.rows, self.base[self.parts + 1 :]])
+        return Context(self.empty.clone().requires_grad_(True), self.pooled), Context(learned, self.pooled)
+
+    def step(self, image: Tensor, labels: Tensor) -> Step:
+        """One training step on an image [1, H, W, 3] with a label map [h, w] of the official maps' size."""
+        low, high = TRAIN_TIMESTEPS
+        timestep = int(torch.randint(low, high + 1, [1], generator=self.generator))
+        prediction, noise, cross, self_ = self._pass(image, timestep, probabilities=False)
+        one_hot = F.one_hot(labels, self.parts + 1).movedim(-1, 0)[None].float()
+        weights = class_weights(one_hot)
+        maps = cross.softmax(0)
+        was = (self_[None] * maps.flatten(1)[..., None, None]).sum(1)
+        losses = {
+            "ce": F.cross_entropy(cross[None], labels[None], weight=weights),
+            "was": (self.parts + 1) * F.mse_loss(was, one_hot[0]),
+            "guard": 0.005 * F.mse_loss(prediction, noise),
+        }
+        found = self.infer(image)
+        for part in labels.unique():  # the logged IoU of every class
+            inter, union = ((found == part) & (labels == part)).sum(), ((found == part) | (labels == part)).sum()
+            float(inter / union)
+        self.optimizer.zero_grad()
+        torch.stack(list(losses.values())).sum().backward()
+        self.optimizer.step()
+        return Step({name: value.detach() for name, value in losses.items()}, found)
+
+    @torch.no_grad()
+    def infer(self, image: Tensor) -> Tensor:
+        """Label map [side / 8, side / 8] by the official read-out."""
+        height, width = image.shape[1:3]
+        output = self.output
+        total = torch.zeros(self.parts + 1, output, output, device=self.denoiser.device)
+        seen = torch.full_like(total, 1e-7)
+        overlap = 2 - 1 / CROP
+        for top, left, h, w in crop_boxes(height, width, self.crops, overlap):
+            _, _, cross, self_ = self._pass(image[:, top : top + h, left : left + w], TEST_TIMESTEP, probabilities=True)
+            flat = cross.flatten(1)
+            high, low = flat.max(1).values, flat.min(1).values
+            passed = torch.where(high >= 0.2)[0]
+            y0, y1 = round(top * output / height), round((top + h) * output / height)
+            x0, x1 = round(left * output / width), round((left + w) * output / width)
+            kept = flat[passed]
+            if len(kept):
+                kept[0] = torch.where(kept[0] > kept[0].mean(), kept[0], 0)
+            for index, part in enumerate(passed):
+                was = (kept[index][:, None, None] * self_).sum(0)
+                was = F.interpolate(was[None, None], (y1 - y0, x1 - x0), mode="bilinear")[0, 0]
+                stretch = (was.max() - was.min()) / (high[part] - low[part])
+                total[part, y0:y1, x0:x1] += (was - was.min()) / stretch + low[part]
+                seen[part, y0:y1, x0:x1] += 1
+        return (total / seen).argmax(0)
+
+    def _pass(self, image: Tensor, timestep: int, probabilities: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Guided prediction, noise, class maps [K, h, w] and dense self-attention [N, h, w]."""
+        denoiser, size = self.denoiser, (self.side, self.side)
+        pixels = F.interpolate(image.movedim(-1, 1), size=size, mode="bilinear").movedim(1, -1)
+        latents = denoiser.encode_images(pixels).clone()
+        noise = torch.randn(latents.shape, generator=self.generator).to(latents)
+        noisy = add_noise(denoiser, latents, noise, timestep)
+        predictions, captures = [], []
+        for context in self.contexts():
+            capture = Capture(self.layers)
+            predictions.append(denoiser.predict_noise(noisy, timestep, context, capture, size))
+            captures.append(capture)
+        # The official hooks make dense maps of both halves of the cross-attention, and of one of the self-attention.
+        both = [
+            torch.stack(
+                [_dense_cross(a, self.parts + 1, probabilities, self.output) for a in capture.cross.values()]
+            ).mean(0)
+            for capture in captures
+        ]
+        dense = torch.stack([_dense_self(a, self.output) for a in captures[1].self_.values()]).mean(0)
+        guided = predictions[0] + 100 * (predictions[1] - predictions[0])
+        return guided, noise, both[1], dense
+
+
+def _heads(attention: Attention) -> tuple[Tensor, Tensor]:
+    query, key = (t.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)[0] for t in attention[:2])
+    return query, key
+
+
+def _dense_cross(attention: Attention, classes: int, probabilities: bool, side: int) -> Tensor:
+    """[K, side, side]: scores, or probabilities over all tokens, mean over heads."""
+    query, key = _heads(attention)
+    scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    maps = (scores.softmax(-1) if probabilities else scores)[..., :classes]
+    maps = maps.movedim(-1, 1).unflatten(2, (attention.height, attention.width))
+    return F.interpolate(maps, size=side, mode="bilinear").mean(0)
+
+
+def _dense_self(attention: Attention, side: int) -> Tensor:
+    """[N, side, side]: how much every position looks at each of the N keys, mean over heads."""
+    query, key = _heads(attention)
+    matrix = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
+    maps = matrix.movedim(-1, 1).unflatten(2, (attention.height, attention.width))
+    return F.interpolate(maps, size=side, mode="bilinear").mean(0)
