@@ -53,10 +53,11 @@ class SLiMeSegment(io.ComfyNode):
                     "min_confidence",
                     default=0.0,
                     min=0.0,
-                    max=1.0,
+                    max=2.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Parts whose highest probability stays below this count as absent; 0 keeps all.",
+                    tooltip="Images where the parts are less sure than this count as without the object. 1 is as sure as "
+                    "on the examples, 0.8 is a good start, 0 never decides so.",
                 ),
                 io.Int.Input(
                     "crops",

@@ -81,6 +81,8 @@ class PartEmbeddings:
         timestep, working_side: noise level and image size of the features.
         read_out: how maps are made.
         palette: one RGB colour a part.
+        sureness: mean peak of the part maps on the examples themselves, 0 where unknown: what a found object is
+            compared with, see :attr:`slime.segment.PartMaps.confidence`.
         settings, losses: of the training, for information.
     """
 
@@ -98,6 +100,7 @@ class PartEmbeddings:
     row_groups: str = "resolution"
     read_out: ReadOut = ReadOut()
     palette: tuple[tuple[int, int, int], ...] = ()
+    sureness: float = 0.0
     settings: dict[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
 
@@ -243,6 +246,7 @@ class PartEmbeddings:
             "working_side": self.working_side,
             "read_out": asdict(self.read_out),
             "palette": self.palette,
+            "sureness": self.sureness,
         }
         if not brief:
             body |= {"settings": self.settings, "losses": list(self.losses)}
@@ -272,6 +276,7 @@ class PartEmbeddings:
                 working_side=int(body["working_side"]),
                 read_out=ReadOut(**body["read_out"]),
                 palette=tuple((int(r), int(g), int(b)) for r, g, b in body["palette"]),
+                sureness=float(body.get("sureness", 0.0)),
                 settings=dict(body.get("settings", {})),
                 losses=tuple(float(loss) for loss in body.get("losses", ())),
             )

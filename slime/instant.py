@@ -88,11 +88,19 @@ def train_instant(
         start=_starting_rows(start, settings.row_groups, len(stacked)),
         on_step=report,
     )
-    embeddings = replace(template, rows=result.rows.cpu(), losses=tuple(result.losses))
-    if first is not None and first_image is not None:
-        maps = read(first, result.rows, template.background, len(template.names), template.read_out)[0].cpu()
-        losses = {"loss": result.losses[-1]}
-        on_step(StepReport("done", settings.steps, settings.steps, losses, lambda: embeddings, (first_image, maps)))
+    if first is None or first_image is None:
+        raise ValueError("no views")
+    # The first views are examples as they are; the first batch holds up to VIEW_BATCH of them.
+    maps = read(first, result.rows, template.background, len(template.names), template.read_out)[: len(examples)]
+    embeddings = replace(
+        template,
+        rows=result.rows.cpu(),
+        losses=tuple(result.losses),
+        sureness=float(maps[:, 1:].amax((2, 3)).mean()),
+    )
+    losses = {"loss": result.losses[-1]}
+    preview = (first_image, maps[0].cpu())
+    on_step(StepReport("done", settings.steps, settings.steps, losses, lambda: embeddings, preview))
     return embeddings
 
 

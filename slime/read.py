@@ -20,6 +20,7 @@ class ReadOut:
     Attributes:
         order: times the maps are propagated by self-attention (1 as in the paper, 2 as in GoCA, 0 not at all).
         mix: share of the propagated (WAS) map in the result; the rest is the plain cross-attention map.
+        sharpen: exponent that calibrates the final probabilities; it moves no border.
         official: read as the official code does (see :mod:`slime.official`); ``mix`` does not count then.
         all_tokens, gate, subtract_mean, rescale: steps of the official read-out, see :func:`official_maps`; without
             ``all_tokens`` the softmax goes over the parts alone.
@@ -27,6 +28,7 @@ class ReadOut:
 
     order: int = 1
     mix: float = 0.5
+    sharpen: float = 1.0
     official: bool = False
     all_tokens: bool = True
     gate: float = 0.2
@@ -80,6 +82,14 @@ def _official(features: Features, maps: Tensor, read_out: ReadOut) -> Tensor:
         subtract_mean=read_out.subtract_mean,
         rescale=read_out.rescale,
     )
+
+
+def calibrate(maps: Tensor, read_out: ReadOut) -> Tensor:
+    """Probabilities [B, K, H, W] raised to ``sharpen`` and normalised."""
+    if read_out.official or read_out.sharpen == 1:
+        return maps
+    sharp = maps.clamp(min=0) ** read_out.sharpen
+    return sharp / sharp.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 def propagate_maps(features: Features, maps: Tensor, read_out: ReadOut) -> Tensor:

@@ -18,7 +18,7 @@ from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import MIN_SIDE
 from .features import Features, check_finite, extract_features, key_projections
-from .read import read
+from .read import calibrate, read
 from .refine import refine_maps
 from .settings import SegmentSettings
 from .zoom import zoom_in
@@ -32,16 +32,20 @@ class PartMaps:
         probabilities: float32 [B, K, H, W] at the images' size, CPU, summing to 1 over K; class 0 is the background.
         names: part names, class k is ``names[k - 1]``.
         palette: one RGB colour a part.
+        peaks: float32 [B, P], highest value of every part's map in every image, before refinement.
+        sureness: what ``peaks`` average to on the examples, 0 where unknown.
     """
 
     probabilities: Tensor
     names: tuple[str, ...]
     palette: tuple[tuple[int, int, int], ...]
+    peaks: Tensor
+    sureness: float = 0.0
 
     @property
     def confidence(self) -> Tensor:
-        """float32 [B, P]: peak probability of every part in every image; 0 for parts that were decided to be absent."""
-        return self.probabilities[:, 1:].amax((2, 3))
+        """float32 [B]: how sure the parts are on average, relative to the examples (1: as sure as there)."""
+        return self.peaks.mean(1) / (self.sureness or 1.0)
 
     @property
     def label_map(self) -> Tensor:
@@ -83,7 +87,7 @@ def segment(
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, item in enumerate(several):
         groups.setdefault(_pass_key(item), []).append(index)
-    results: list[list[Tensor]] = [[] for _ in several]
+    results: list[list[_Finished]] = [[] for _ in several]
     done = 0
     for indices in groups.values():
         items = [several[index] for index in indices]
@@ -91,36 +95,49 @@ def segment(
             check_finite(found)
             pictures = images[part].to(denoiser.device)
             for index, maps in zip(indices, found, strict=True):
-                full = drop_absent(_finish(denoiser, pictures, maps, several[index], settings), settings.min_confidence)
-                results[index].append(full.float().cpu())
+                full, peaks = _finish(denoiser, pictures, maps, several[index], settings)
+                results[index].append(_Finished(full.float().cpu(), peaks.float().cpu()))
             done += len(pictures) * len(indices)
             if on_batch is not None:
                 on_batch(done, len(images) * len(several))
-    return [PartMaps(torch.cat(maps), item.names, item.palette) for maps, item in zip(results, several, strict=True)]
+    joined = []
+    for batches, item in zip(results, several, strict=True):
+        full, peaks = (torch.cat(kind) for kind in zip(*batches, strict=True))
+        joined.append(PartMaps(full, item.names, item.palette, peaks, item.sureness))
+    return joined
 
 
-def drop_absent(maps: Tensor, min_confidence: float) -> Tensor:
-    """Probabilities [B, K, H, W] where parts whose peak is below ``min_confidence`` have given theirs to the rest."""
-    if min_confidence <= 0:
-        return maps
-    kept = maps.amax((2, 3), keepdim=True) >= min_confidence
-    kept[:, 0] = True
-    maps = maps * kept
-    return maps / maps.sum(1, keepdim=True).clamp(min=1e-6)
+class _Finished(NamedTuple):
+    """Probabilities at full size [B, K, H, W] and the peaks of the parts [B, P]."""
+
+    probabilities: Tensor
+    peaks: Tensor
 
 
 def _finish(
     denoiser: Denoiser, pictures: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
-) -> Tensor:
-    """Probabilities at the pictures' size [B, K, H, W] from maps on the grid [B, K, h, w]."""
-    if not settings.zoom or item.read_out.official:
-        return refine_maps(maps, pictures, settings.refine)
+) -> _Finished:
+    """From part maps on the grid [B, K, h, w] to probabilities at the pictures' size."""
+    peaks = maps[:, 1:].amax((2, 3))
+    if settings.zoom and not item.read_out.official:
 
-    def look(crops: Tensor) -> Tensor:
-        return torch.cat([found for _, (found,) in _look(denoiser, crops, [item], settings)])
+        def look(crops: Tensor) -> Tensor:
+            return torch.cat([found for _, (found,) in _look(denoiser, crops, [item], settings)])
 
-    images = zip(pictures, maps, strict=True)
-    return torch.stack([zoom_in(look, image, coarse, settings.zoom, settings.refine) for image, coarse in images])
+        images = zip(pictures, maps, strict=True)
+        found = [zoom_in(look, image, coarse, settings.zoom, settings.refine) for image, coarse in images]
+        full, peaks = torch.stack([one.maps for one in found]), torch.stack([one.peaks for one in found])
+    else:
+        full = refine_maps(maps, pictures, settings.refine)
+    present = peaks.mean(1) >= settings.min_confidence * item.sureness
+    return _Finished(only_background(calibrate(full, item.read_out), ~present), peaks)
+
+
+def only_background(maps: Tensor, where: Tensor) -> Tensor:
+    """Probabilities [B, K, H, W] that are all background in the images where ``where`` [B] is true."""
+    empty = torch.zeros_like(maps)
+    empty[:, 0] = 1
+    return torch.where(where[:, None, None, None], empty, maps)
 
 
 def _look(

@@ -147,9 +147,10 @@ class SegmentSettings:
         overlap: share of a crop's side that neighbours share.
         flip: also segment the mirrored image and average (twice the time).
         draws: noise draws averaged; each costs another UNet pass.
-        zoom: objects to look for more closely, 0 for none: 5 further passes an object, for objects smaller in the image
-            than in the examples (:mod:`slime.zoom`).
-        min_confidence: parts that stay below this peak probability count as absent from the image.
+        zoom: objects to look for more closely, 0 for none, for objects smaller in the image than in the examples: up to
+            5 further passes an object and 5 to spare (:mod:`slime.zoom`).
+        min_confidence: images of a lower :attr:`slime.segment.PartMaps.confidence` hold no part at all; no effect
+            where the examples' sureness is unknown.
         refine: "off", "fast" or "best", see :func:`slime.refine.refine_maps`.
         batch_size: images of one UNet pass; 0 asks the denoiser how many fit the free memory.
     """
@@ -170,7 +171,7 @@ class SegmentSettings:
             "overlap": 0 <= self.overlap < 1,
             "draws": self.draws >= 1,
             "zoom": self.zoom >= 0,
-            "min_confidence": 0 <= self.min_confidence <= 1,
+            "min_confidence": 0 <= self.min_confidence <= 2,
             "batch_size": self.batch_size >= 0,
         }
         wrong = [f"{name} = {getattr(self, name)!r}" for name, valid in checks.items() if not valid]

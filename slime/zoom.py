@@ -80,8 +80,15 @@ def windows(foreground: Tensor, size: tuple[int, int], count: int) -> list[Windo
     return list(dict.fromkeys(found))
 
 
-def zoom_in(look: Callable[[Tensor], Tensor], image: Tensor, coarse: Tensor, objects: int, refine: str) -> Tensor:
-    """Probabilities [K, H, W] of an image from its first look and closer ones.
+class Zoomed(NamedTuple):
+    """Probabilities [K, H, W] and the peaks of the part maps [P] they come from."""
+
+    maps: Tensor
+    peaks: Tensor
+
+
+def zoom_in(look: Callable[[Tensor], Tensor], image: Tensor, coarse: Tensor, objects: int, refine: str) -> Zoomed:
+    """Part probabilities of an image from its first look and closer ones.
 
     Args:
         look: part maps [B, K, h, w] of images [B, H, W, 3].
@@ -93,13 +100,13 @@ def zoom_in(look: Callable[[Tensor], Tensor], image: Tensor, coarse: Tensor, obj
     height, width = image.shape[:2]
     candidates = windows(1 - coarse[0], (height, width), objects + SPARE)
     if not candidates:
-        return refine_maps(coarse[None], image[None], refine)[0]
+        return _as_seen(image, coarse, refine)
     crops = torch.cat([resize_image(window.cut(image)[None], (height, width)) for window in candidates])
     maps = look(crops)
     sure = sureness(maps).tolist()
     first = float(sureness(coarse[None]))
     if max(sure) <= first:
-        return refine_maps(coarse[None], image[None], refine)[0]
+        return _as_seen(image, coarse, refine)
     chosen: list[int] = []
     for index in sorted(range(len(candidates)), key=lambda i: -sure[i]):
         apart = all(candidates[index].overlap(candidates[other]) < 0.2 for other in chosen)
@@ -111,4 +118,8 @@ def zoom_in(look: Callable[[Tensor], Tensor], image: Tensor, coarse: Tensor, obj
         window = candidates[index]
         part = refine_maps(maps[index][None], window.cut(image)[None], refine)[0]
         canvas[:, window.top : window.top + window.height, window.left : window.left + window.width] = part
-    return canvas
+    return Zoomed(canvas, maps[chosen, 1:].amax((0, 2, 3)))
+
+
+def _as_seen(image: Tensor, coarse: Tensor, refine: str) -> Zoomed:
+    return Zoomed(refine_maps(coarse[None], image[None], refine)[0], coarse[1:].amax((1, 2)))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from slime import SegmentSettings, preset, segment, train
+from slime import PartEmbeddings, SegmentSettings, preset, segment, train
 from slime.attention import resize_maps
 from slime.augment import window
 from slime.denoiser import Context
@@ -17,8 +17,7 @@ from slime.examples import IGNORE, Example, merge_examples
 from slime.gradient import official_iou, schedule
 from slime.losses import balance_views, dice_loss, weighted_cross_entropy
 from slime.probe import probe_layers
-from slime.read import join_background
-from slime.segment import drop_absent
+from slime.read import ReadOut, calibrate, join_background
 from slime.zoom import Window, spots, sureness, windows, zoom_in
 
 from .test_learning import picture, score
@@ -53,7 +52,8 @@ def test_zoom_takes_the_surer_window_and_else_the_first_look() -> None:
         seen.append(crops)
         return torch.stack([blob(16, 4, 4, 8)] * len(crops))
 
-    found = zoom_in(sure, image, coarse, 1, "off")
+    found, peaks = zoom_in(sure, image, coarse, 1, "off")
+    assert peaks.tolist() == pytest.approx([0.9])
     assert found.shape == (2, 64, 64) and torch.allclose(found.sum(0), torch.ones(64, 64), atol=1e-5)
     where = torch.nonzero(found.argmax(0))
     assert 0 < len(where) < 64 * 64 / 4 and where[:, 0].max() < 40 and where[:, 1].min() > 20
@@ -61,7 +61,7 @@ def test_zoom_takes_the_surer_window_and_else_the_first_look() -> None:
     def unsure(crops: torch.Tensor) -> torch.Tensor:
         return torch.full((len(crops), 2, 16, 16), 0.5)
 
-    kept = zoom_in(unsure, image, coarse, 1, "off")
+    kept, _ = zoom_in(unsure, image, coarse, 1, "off")
     assert torch.equal(kept, resize_maps(coarse[None], (64, 64))[0])
     assert all(crop.shape[1:] == (64, 64, 3) for crop in seen)
     assert sureness(blob(16, 4, 4, 8)[None]) > sureness(blob(16, 0, 0, 8)[None]), "parts at the border count less"
@@ -71,7 +71,7 @@ def test_zoom_never_fails_where_nothing_is_found() -> None:
     flat = torch.zeros(2, 8, 8)
     flat[0] = 1
     image = torch.rand(32, 48, 3)
-    found = zoom_in(lambda crops: flat.expand(len(crops), -1, -1, -1), image, flat, 3, "fast")
+    found = zoom_in(lambda crops: flat.expand(len(crops), -1, -1, -1), image, flat, 3, "fast").maps
     assert found.shape == (2, 32, 48) and not found.argmax(0).any()
 
 
@@ -138,18 +138,28 @@ def test_parts_that_an_example_does_not_label_are_unknown_there() -> None:
         train(toy, [replace(first, unlabelled="ignore")], preset("instant", views=2))
 
 
-def test_absent_parts_give_their_pixels_to_the_rest() -> None:
-    maps = torch.tensor([[0.3, 0.4, 0.3], [0.2, 0.0, 0.8]]).T[None, :, None]
-    assert torch.equal(drop_absent(maps, 0.0), maps)
-    kept = drop_absent(maps, 0.5)
-    np.testing.assert_allclose(kept[0, :, 0, 0], [0.5, 0.0, 0.5], rtol=1e-5)
+def test_images_without_the_object_can_be_left_empty(tmp_path) -> None:
     toy = ToyDenoiser()
     embeddings = train(toy, [picture(0)], preset("instant", views=4))
-    image = picture(3).image[None]
-    found = segment(toy, image, embeddings)[0]
-    assert found.confidence.shape == (1, 2) and (found.confidence > 0.5).all()
-    none = segment(toy, image, embeddings, SegmentSettings(min_confidence=1.0))[0]
-    assert not none.label_map.any() and not none.confidence.any()
+    assert 0.5 < embeddings.sureness <= 1
+    assert PartEmbeddings.load(embeddings.save(tmp_path / "a.safetensors")).sureness == embeddings.sureness
+    flat = torch.full_like(picture(0).image, 0.5)
+    images = torch.stack([picture(0).image, flat])
+    found = segment(toy, images, embeddings)[0]
+    assert found.peaks.shape == (2, 2) and abs(float(found.confidence[0]) - 1) < 0.05 and found.confidence[1] < 0.9
+    between = float(found.confidence.mean())
+    decided = segment(toy, images, embeddings, SegmentSettings(min_confidence=between))[0]
+    assert torch.equal(decided.label_map[0], found.label_map[0]) and not decided.label_map[1].any()
+    assert torch.allclose(decided.probabilities.sum(1), torch.ones(2, *images.shape[1:3]), atol=1e-4)
+    zoomed = segment(toy, images, embeddings, SegmentSettings(zoom=1))[0]
+    assert zoomed.peaks.shape == (2, 2)
+
+
+def test_calibration_moves_no_border() -> None:
+    maps = torch.rand(2, 3, 8, 8).softmax(1)
+    sharp = calibrate(maps, ReadOut(sharpen=2.0))
+    assert torch.equal(sharp.argmax(1), maps.argmax(1)) and (sharp.amax(1) >= maps.amax(1)).all()
+    assert torch.allclose(sharp.sum(1), torch.ones(2, 8, 8)) and calibrate(maps, ReadOut()) is maps
 
 
 def test_windows_beyond_the_image_mirror_it() -> None:

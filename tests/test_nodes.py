@@ -31,7 +31,8 @@ def parts(labels: torch.Tensor, count: int = 2):
 
     one_hot = torch.nn.functional.one_hot(labels, count + 1).movedim(-1, 1).float()
     names = ("wheel", "window", "door")[:count]
-    maps = PartMaps(one_hot * 0.8 + 0.2 / (count + 1), names, default_palette(count))
+    probabilities = one_hot * 0.8 + 0.2 / (count + 1)
+    maps = PartMaps(probabilities, names, default_palette(count), probabilities[:, 1:].amax((2, 3)))
     return Parts(maps, torch.rand(*labels.shape, 3))
 
 
