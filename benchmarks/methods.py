@@ -101,6 +101,7 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
     return {
         "default": learned(ours, variant("instant")),
         "default + zoom": learned(ours, variant("instant", zoom=1)),
+        "default + absence": learned(ours, variant("instant", min_confidence=0.8)),
         "default + best": learned(ours, variant("instant", flip=True, draws=2, refine="best")),
         "thorough": learned(ours, variant("thorough")),
         "paper": learned(ours, variant("paper")),

@@ -56,8 +56,8 @@ class SLiMeSegment(io.ComfyNode):
                     max=2.0,
                     step=0.01,
                     optional=True,
-                    tooltip="Images where the parts are less sure than this count as without the object. 1 is as sure as "
-                    "on the examples, 0.8 is a good start, 0 never decides so.",
+                    tooltip="Images where the parts are less sure than this count as without the object. 1 is as sure "
+                    "as on the examples, 0.8 is a good start, 0 never decides so.",
                 ),
                 io.Int.Input(
                     "crops",
