@@ -17,7 +17,7 @@ from torch import Tensor
 from slime.denoiser import Attention, Capture, Context, add_noise
 from slime.layers import LayerChoice, select_layers
 from slime.losses import class_weights
-from slime.segment import crop_boxes
+from slime.passes import crop_boxes
 
 PAPER_CROSS, PAPER_SELF = "output.3-5, output.6-7", "output.9-11"
 TEST_TIMESTEP, TRAIN_TIMESTEPS = 100, (5, 100)

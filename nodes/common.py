@@ -23,6 +23,7 @@ CATEGORY = "SLiMe"
 Examples = io.Custom("SLIME_EXAMPLES")
 Embeddings = io.Custom("SLIME_EMBEDDINGS")
 PartsSocket = io.Custom("SLIME_PARTS")
+Looks = io.Custom("SLIME_LOOK")
 
 _SCHEMA_FIELDS = set(inspect.signature(io.Schema).parameters)
 _KNOWS_ADVANCED = "advanced" in inspect.signature(io.Int.Input.__init__).parameters

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import torch
@@ -53,9 +54,72 @@ class SLiMeExample(io.ComfyNode):
         with named_errors("SLiMe Example"):
             example = replace(_example(image, mask, names), unlabelled=unlabelled)
             examples = merge_examples(previous or (), example)
-        newest = examples[-1]
-        preview = overlays(newest.image[None], newest.labels[None], default_palette(len(newest.names)), newest.names)
-        return io.NodeOutput(examples, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
+        return _shown(cls, examples)
+
+
+class SLiMeExampleFromLabelMap(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeExampleFromLabelMap",
+            display_name="SLiMe Example from Label Map",
+            description="One image with a picture that paints each part in its own colour.",
+            search_aliases=["label map", "segmentation map", "color mask", "few shot"],
+            inputs=[
+                io.Image.Input("image", tooltip="The image to learn from; one image, not a batch."),
+                io.Image.Input("label_map", tooltip="Of the same size; every part in one colour, the rest in others."),
+                io.String.Input(
+                    "colors",
+                    default="wheel = #e6194b\nwindow = #3cb44b",
+                    multiline=True,
+                    tooltip="One part a line: its name, an equals sign, its colour.",
+                ),
+                Examples.Input(
+                    "previous",
+                    optional=True,
+                    tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
+                ),
+            ],
+            outputs=[
+                Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
+                io.Image.Output(display_name="preview", tooltip="The image with its parts tinted."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, image, label_map, colors, previous=None) -> io.NodeOutput:
+        with named_errors("SLiMe Example from Label Map"):
+            images, maps = as_images(image), as_images(label_map)
+            if len(images) != 1 or len(maps) != 1:
+                raise SlimeError(f"got {len(images)} images and {len(maps)} label maps; connect one of each.")
+            if images.shape != maps.shape:
+                raise SlimeError(
+                    f"the label map is {maps.shape[2]}x{maps.shape[1]} but the image is "
+                    f"{images.shape[2]}x{images.shape[1]}; they must have the same size."
+                )
+            examples = merge_examples(previous or (), Example.from_colors(images[0], maps[0], parse_colors(colors)))
+        return _shown(cls, examples)
+
+
+def parse_colors(text: str) -> dict[str, tuple[int, int, int]]:
+    """ "wheel = #e6194b" lines as names and RGB colours."""
+    found: dict[str, tuple[int, int, int]] = {}
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        name, _, color = (piece.strip() for piece in line.rpartition("="))
+        if not name or not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
+            raise SlimeError(f'"{line}" is not a part and its colour; write for example: wheel = #e6194b')
+        if name in found:
+            raise SlimeError(f'"{name}" is given twice.')
+        red, green, blue = bytes.fromhex(color[1:])
+        found[name] = (red, green, blue)
+    return found
+
+
+def _shown(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> io.NodeOutput:
+    """Examples with a picture of the newest one."""
+    newest = examples[-1]
+    preview = overlays(newest.image[None], newest.labels[None], default_palette(len(newest.names)), newest.names)
+    return io.NodeOutput(examples, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
 
 
 def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:

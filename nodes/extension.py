@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
-from .example import SLiMeExample
+from .embedding_tools import (
+    SLiMeEmbeddingsFromText,
+    SLiMeEmbeddingsInfo,
+    SLiMeEmbeddingsMerge,
+    SLiMeEmbeddingsToText,
+)
+from .evaluate import SLiMeEvaluate
+from .example import SLiMeExample, SLiMeExampleFromLabelMap
 from .files import SLiMeLoadEmbeddings, SLiMeSaveEmbeddings
+from .look import SLiMeLook, SLiMeReadParts
 from .overlay import SLiMeOverlay
 from .part_mask import SLiMePartMask
+from .part_outputs import SLiMePartBoxes, SLiMePartList, SLiMePartSegs
 from .segment import SLiMeSegment
 from .train import SLiMeTrain
 
@@ -16,10 +25,21 @@ class SlimeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             SLiMeExample,
+            SLiMeExampleFromLabelMap,
             SLiMeTrain,
             SLiMeSegment,
+            SLiMeLook,
+            SLiMeReadParts,
             SLiMePartMask,
             SLiMeOverlay,
+            SLiMePartList,
+            SLiMePartBoxes,
+            SLiMePartSegs,
+            SLiMeEvaluate,
             SLiMeSaveEmbeddings,
             SLiMeLoadEmbeddings,
+            SLiMeEmbeddingsInfo,
+            SLiMeEmbeddingsMerge,
+            SLiMeEmbeddingsToText,
+            SLiMeEmbeddingsFromText,
         ]

@@ -57,6 +57,15 @@ class Features:
         tensors = [*self.scores, *(attention.query for attention in self.cross_attention)]
         return tensors[0].device
 
+    def to(self, device: torch.device | str) -> Features:
+        """The same on another device."""
+
+        def moved(attentions: tuple[Attention, ...]) -> tuple[Attention, ...]:
+            return tuple(a._replace(query=a.query.to(device), key=a.key.to(device)) for a in attentions)
+
+        scores = tuple(maps.to(device) for maps in self.scores)
+        return Features(scores, moved(self.self_attention), self.grid, moved(self.cross_attention))
+
 
 @torch.no_grad()
 def key_projections(denoiser: Denoiser, choice: LayerChoice, pooled: Tensor | None = None) -> dict[LayerKey, Tensor]:

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .attention import resize_maps
-from .augment import resize_image, working_size
-from .batches import in_batches
-from .denoiser import Denoiser, seeded_noise
+from .denoiser import Denoiser
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import MIN_SIDE
-from .features import Features, check_finite, extract_features, key_projections
-from .read import calibrate, read
+from .features import check_finite
+from .passes import Look, keep, look_at, pass_key, read_maps
+from .read import calibrate
 from .refine import refine_maps
 from .settings import SegmentSettings
 from .zoom import zoom_in
@@ -86,25 +83,82 @@ def segment(
     several = [item.with_context(denoiser) for item in several]
     groups: dict[tuple[object, ...], list[int]] = {}
     for index, item in enumerate(several):
-        groups.setdefault(_pass_key(item), []).append(index)
+        groups.setdefault(pass_key(item), []).append(index)
     results: list[list[_Finished]] = [[] for _ in several]
     done = 0
     for indices in groups.values():
         items = [several[index] for index in indices]
-        for part, found in _look(denoiser, images, items, settings):
-            check_finite(found)
+        for part, found in _part_maps(denoiser, images, items, settings):
             pictures = images[part].to(denoiser.device)
             for index, maps in zip(indices, found, strict=True):
-                full, peaks = _finish(denoiser, pictures, maps, several[index], settings)
-                results[index].append(_Finished(full.float().cpu(), peaks.float().cpu()))
+                results[index].append(_finish(pictures, maps, several[index], settings, denoiser))
             done += len(pictures) * len(indices)
             if on_batch is not None:
                 on_batch(done, len(images) * len(several))
-    joined = []
-    for batches, item in zip(results, several, strict=True):
-        full, peaks = (torch.cat(kind) for kind in zip(*batches, strict=True))
-        joined.append(PartMaps(full, item.names, item.palette, peaks, item.sureness))
-    return joined
+    return [_join(batches, item) for batches, item in zip(results, several, strict=True)]
+
+
+def look(
+    denoiser: Denoiser, images: Tensor, embeddings: PartEmbeddings, settings: SegmentSettings | None = None
+) -> Look:
+    """The part of :func:`segment` that needs the UNet; :func:`read_look` does the rest, for any like embeddings.
+
+    ``refine``, ``min_confidence`` and ``zoom`` of the settings do not count here.
+
+    Raises:
+        SlimeError: as :func:`segment`.
+    """
+    images = _check_images(images)
+    embeddings.check_model(denoiser.family)
+    item = embeddings.with_context(denoiser)
+    batches = tuple(look_at(denoiser, images, item, settings or SegmentSettings(), keep))
+    return Look(images, pass_key(item), batches)
+
+
+def read_look(
+    seen: Look, embeddings: PartEmbeddings, settings: SegmentSettings | None = None, device: torch.device | None = None
+) -> PartMaps:
+    """Parts from features at hand: no encoding, no UNet.
+
+    Args:
+        seen: from :func:`look`.
+        embeddings: of the same kind: same context, layers, timestep and size.
+        settings: ``refine`` and ``min_confidence`` count; ``zoom`` would need the UNet.
+        device: where to compute; the CPU by default.
+
+    Raises:
+        SlimeError: embeddings of another kind than those the look was made for, or in the compact form.
+    """
+    if pass_key(embeddings) != seen.key:
+        raise SlimeError(
+            "These embeddings need another look at the image (another text, layers, timestep or model family than "
+            "those it was made with). Make a look with them, or use SLiMe Segment."
+        )
+    settings = replace(settings or SegmentSettings(), zoom=0)
+    size, device = (seen.images.shape[1], seen.images.shape[2]), device or torch.device("cpu")
+    results = []
+    for part, features in seen.batches:
+        (maps,) = read_maps(((view, one.to(device)) for view, one in features), [embeddings], size)
+        check_finite([maps])
+        results.append(_finish(seen.images[part].to(device), maps, embeddings, settings))
+    return _join(results, embeddings)
+
+
+def _join(batches: Sequence[_Finished], item: PartEmbeddings) -> PartMaps:
+    full, peaks = (torch.cat(kind) for kind in zip(*batches, strict=True))
+    return PartMaps(full, item.names, item.palette, peaks, item.sureness)
+
+
+def _part_maps(
+    denoiser: Denoiser, images: Tensor, items: Sequence[PartEmbeddings], settings: SegmentSettings
+) -> Iterator[tuple[slice, list[Tensor]]]:
+    """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every UNet pass."""
+    size = (images.shape[1], images.shape[2])
+    for part, found in look_at(
+        denoiser, images, items[0], settings, lambda part, seen: (part, read_maps(seen, items, size))
+    ):
+        check_finite(found)
+        yield part, found
 
 
 class _Finished(NamedTuple):
@@ -115,22 +169,27 @@ class _Finished(NamedTuple):
 
 
 def _finish(
-    denoiser: Denoiser, pictures: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
+    pictures: Tensor,
+    maps: Tensor,
+    item: PartEmbeddings,
+    settings: SegmentSettings,
+    denoiser: Denoiser | None = None,
 ) -> _Finished:
-    """From part maps on the grid [B, K, h, w] to probabilities at the pictures' size."""
+    """From part maps on the grid [B, K, h, w] to probabilities at the pictures' size, on the CPU."""
     peaks = maps[:, 1:].amax((2, 3))
-    if settings.zoom and not item.read_out.official:
+    if settings.zoom and denoiser is not None and not item.read_out.official:
 
-        def look(crops: Tensor) -> Tensor:
-            return torch.cat([found for _, (found,) in _look(denoiser, crops, [item], settings)])
+        def closer(crops: Tensor) -> Tensor:
+            return torch.cat([found for _, (found,) in _part_maps(denoiser, crops, [item], settings)])
 
         images = zip(pictures, maps, strict=True)
-        found = [zoom_in(look, image, coarse, settings.zoom, settings.refine) for image, coarse in images]
+        found = [zoom_in(closer, image, coarse, settings.zoom, settings.refine) for image, coarse in images]
         full, peaks = torch.stack([one.maps for one in found]), torch.stack([one.peaks for one in found])
     else:
         full = refine_maps(maps, pictures, settings.refine)
     present = peaks.mean(1) >= settings.min_confidence * item.sureness
-    return _Finished(only_background(calibrate(full, item.read_out), ~present), peaks)
+    full = only_background(calibrate(full, item.read_out), ~present)
+    return _Finished(full.float().cpu(), peaks.float().cpu())
 
 
 def only_background(maps: Tensor, where: Tensor) -> Tensor:
@@ -138,94 +197,6 @@ def only_background(maps: Tensor, where: Tensor) -> Tensor:
     empty = torch.zeros_like(maps)
     empty[:, 0] = 1
     return torch.where(where[:, None, None, None], empty, maps)
-
-
-def _look(
-    denoiser: Denoiser, images: Tensor, items: Sequence[PartEmbeddings], settings: SegmentSettings
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every UNet pass."""
-    plan, side = items[0].plan(), items[0].working_side
-    views = _views(images.shape[1], images.shape[2], settings, side)
-    # All encoding comes first: on a small card VAE and UNet take turns in memory.
-    size = views[0].size
-    batch = settings.batch_size or denoiser.fitting_batch((size[0] // 8, size[1] // 8))
-    latents = [
-        torch.cat(list(in_batches(len(images), batch, partial(_encode, denoiser, images, view)))) for view in views
-    ]
-    projections = {} if plan.keep_cross else key_projections(denoiser, plan.layers, plan.context.pooled)
-
-    def find(part: slice) -> tuple[slice, list[Tensor]]:
-        merged: list[Tensor] = []
-        for view, encoded in zip(views, latents, strict=True):
-            for draw in range(settings.draws):
-                noise = seeded_noise(encoded[part].shape, settings.seed + draw, encoded.device)
-                features = extract_features(denoiser, encoded[part], plan, noise, view.size, projections)
-                maps = [_place(_read(features, item), view, images) for item in items]
-                merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
-        return part, [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
-
-    yield from in_batches(len(images), batch, find)
-
-
-class _View(NamedTuple):
-    """A crop of every image: its box, the size it is encoded at, and whether it is mirrored."""
-
-    box: tuple[int, int, int, int]
-    size: tuple[int, int]
-    flipped: bool
-
-
-def _views(height: int, width: int, settings: SegmentSettings, side: int) -> list[_View]:
-    boxes = crop_boxes(height, width, settings.crops, settings.overlap)
-    mirrored = (False, True) if settings.flip else (False,)
-    return [_View(box, working_size(box[2], box[3], side), flipped) for box in boxes for flipped in mirrored]
-
-
-def _encode(denoiser: Denoiser, images: Tensor, view: _View, part: slice) -> Tensor:
-    """Latents of one view of a slice of the images."""
-    top, left, height, width = view.box
-    crop = resize_image(images[part, top : top + height, left : left + width], view.size).to(denoiser.device)
-    return denoiser.encode_images(crop.flip(2) if view.flipped else crop)
-
-
-def _read(features: Features, item: PartEmbeddings) -> Tensor:
-    rows = item.rows.to(features.device)
-    return read(features, rows, item.background, len(item.names), item.read_out)
-
-
-def _place(maps: Tensor, view: _View, images: Tensor) -> Tensor:
-    """Maps of a crop on the whole image's canvas, zero outside; a crop that is the whole image stays small."""
-    maps = maps.flip(-1) if view.flipped else maps
-    top, left, height, width = view.box
-    if (height, width) == tuple(images.shape[1:3]):
-        return maps
-    canvas = torch.zeros(*maps.shape[:2], *images.shape[1:3], device=maps.device)
-    canvas[:, :, top : top + height, left : left + width] = resize_maps(maps, (height, width))
-    return canvas
-
-
-def _pass_key(item: PartEmbeddings) -> tuple[object, ...]:
-    plan = item.plan()
-    return (
-        plan.context.rows.numpy().tobytes(),
-        plan.layers,
-        plan.timestep,
-        plan.per_layer,
-        plan.keep_cross,
-        item.working_side,
-    )
-
-
-def crop_boxes(height: int, width: int, count: int, overlap: float) -> list[tuple[int, int, int, int]]:
-    """``count`` x ``count`` boxes (top, left, height, width) that cover the image, neighbours sharing ``overlap``."""
-
-    def spans(length: int) -> list[tuple[int, int]]:
-        if count == 1:
-            return [(0, length)]
-        side = min(length, round(length / (count - (count - 1) * overlap)))
-        return [(round(i * (length - side) / (count - 1)), side) for i in range(count)]
-
-    return [(top, left, h, w) for top, h in spans(height) for left, w in spans(width)]
 
 
 def _check_images(images: Tensor) -> Tensor:

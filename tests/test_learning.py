@@ -13,7 +13,8 @@ from slime import Example, PartEmbeddings, SegmentSettings, SlimeError, preset, 
 from slime.fit import fit_rows
 from slime.losses import class_weights, guard_loss, weighted_cross_entropy
 from slime.metrics import evaluate
-from slime.segment import crop_boxes
+from slime.passes import crop_boxes
+from slime.segment import look, read_look
 from tests.toy import ToyDenoiser
 
 COLORS = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.1, 0.2], [0.1, 0.8, 0.9]])
@@ -313,3 +314,22 @@ def test_official_files_need_no_score_features() -> None:
     toy.passes = 0
     segment(toy, picture(1).image[None], embeddings)
     assert toy.passes == 1, "no pass for key projections"
+
+
+def test_one_look_serves_every_file_and_every_widget() -> None:
+    """Reading costs no encoding and no pass, and gives what segmenting gives."""
+    toy = ToyDenoiser()
+    several = [train(toy, [picture(0)], preset("instant", views=2, seed=seed)) for seed in range(3)]
+    images = torch.stack([picture(i).image for i in range(5)])
+    seen = look(toy, images, several[0], SegmentSettings(flip=True, draws=2))
+    toy.passes = toy.encoded = 0
+    for item in several:
+        for refine in ("off", "fast"):
+            found = read_look(seen, item, SegmentSettings(refine=refine))
+            assert toy.passes == toy.encoded == 0
+            direct = segment(toy, images, item, SegmentSettings(flip=True, draws=2, refine=refine))[0]
+            torch.testing.assert_close(found.probabilities, direct.probabilities)
+            toy.passes = toy.encoded = 0
+    other = train(toy, [picture(0)], preset("instant", views=2, timestep=60))
+    with pytest.raises(SlimeError, match="need another look"):
+        read_look(seen, other)

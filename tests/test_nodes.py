@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
+
+from slime import preset, segment, train
+
+from .test_learning import picture
+from .toy import ToyDenoiser
 
 
 @pytest.fixture(scope="module")
@@ -17,10 +24,10 @@ def nodes(extension):
 @pytest.fixture(autouse=True)
 def silent_previews(nodes, monkeypatch):
     """Previews write files into a running server's folders; here there is none."""
-    for name in ("example", "segment", "part_mask", "overlay"):
-        owner = __import__(f"slime_extension.nodes.{name}", fromlist=["ui"])
-        monkeypatch.setattr(owner.ui, "PreviewImage", lambda *a, **k: None)
-        monkeypatch.setattr(owner.ui, "PreviewMask", lambda *a, **k: None)
+    from comfy_api.latest import ui
+
+    for kind in ("PreviewImage", "PreviewMask"):
+        monkeypatch.setattr(ui, kind, lambda *a, **k: None)
 
 
 def parts(labels: torch.Tensor, count: int = 2):
@@ -195,3 +202,114 @@ def test_import_is_light(extension, comfy_path) -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_part_list_gives_every_part_with_its_name(nodes) -> None:
+    item = parts(square(), 3)
+    masks, names, batch = nodes.SLiMePartList.execute(item).args
+    assert names == ["wheel", "window", "door"] and [m.shape for m in masks] == [(2, 32, 32)] * 3
+    assert masks[0].sum() == 144 and masks[1].sum() == 16 and not masks[2].any()
+    assert batch.shape == (6, 32, 32) and set(batch.unique().tolist()) == {0.0, 1.0}
+    assert nodes.SLiMePartList.execute(item, skip_empty=True).args[1] == ["wheel", "window"]
+    soft = nodes.SLiMePartList.execute(item, mode="soft").args[0][0]
+    assert 0 < float(soft.min()) < 0.1 < 0.8 < float(soft.max()) < 1
+    nothing = nodes.SLiMePartList.execute(parts(torch.zeros(1, 8, 8, dtype=torch.int64)), skip_empty=True).args
+    assert nothing[1] == [""] and nothing[0][0].shape == (1, 8, 8) and not nothing[0][0].any()
+
+
+def test_boxes_have_cores_form(nodes) -> None:
+    labels = square()
+    labels[0, 0:3, 28:31] = 1
+    boxes, text = nodes.SLiMePartBoxes.execute(parts(labels), True, 4).args
+    assert boxes[1] == [] and [b["label"] for b in boxes[0]] == ["wheel", "wheel", "window"]
+    wheels = [(b["x"], b["y"], b["width"], b["height"]) for b in boxes[0][:2]]
+    assert sorted(wheels) == [(8, 8, 12, 12), (28, 0, 3, 3)]
+    assert all(0.8 < box["score"] <= 1 for box in boxes[0]) and json.loads(text) == boxes
+    together = nodes.SLiMePartBoxes.execute(parts(labels), False, 4).args[0][0]
+    assert [(b["x"], b["y"], b["width"], b["height"]) for b in together][0] == (8, 0, 23, 20)
+    assert len(nodes.SLiMePartBoxes.execute(parts(labels), True, 100).args[0][0]) == 1
+
+
+def test_segs_have_the_impact_packs_form(nodes) -> None:
+    """((H, W), [SEG]) with the fields of its namedtuple; the mask lies inside the crop where the part is."""
+    item = parts(square())
+    (size, segs) = nodes.SLiMePartSegs.execute(item, True, 4, 2.0).args[0]
+    assert size == (32, 32) and [seg.label for seg in segs] == ["wheel", "window"]
+    fields = ("cropped_image", "cropped_mask", "confidence", "crop_region", "bbox", "label", "control_net_wrapper")
+    assert type(segs[0])._fields == fields
+    for seg, label in zip(segs, (1, 2), strict=True):
+        x1, y1, x2, y2 = seg.crop_region
+        assert 0 <= x1 < x2 <= 32 and 0 <= y1 < y2 <= 32 and seg.control_net_wrapper is None
+        assert seg.cropped_mask.dtype == np.float32 and seg.cropped_mask.shape == (y2 - y1, x2 - x1)
+        assert np.array_equal(seg.cropped_mask > 0, (square()[0] == label).numpy()[y1:y2, x1:x2])
+        assert torch.equal(seg.cropped_image, item.images[:1, y1:y2, x1:x2]) and 0.8 < seg.confidence <= 1
+    assert segs[0].bbox == (8, 8, 20, 20) and segs[0].crop_region == (2, 2, 26, 26)
+    assert nodes.SLiMePartSegs.execute(parts(torch.zeros(1, 8, 8, dtype=torch.int64))).args[0] == ((8, 8), [])
+
+
+def test_evaluate_scores_named_parts(nodes) -> None:
+    item, truth = parts(square()), (square() == 1).float()
+    mean, table, picture = nodes.SLiMeEvaluate.execute(item, truth, "wheel").args
+    assert mean == 1.0 and "| wheel | 1.000 | 1.000 |" in table and picture.shape[-1] == 3
+    half = truth.clone()
+    half[0, 8:14] = 0
+    both = torch.cat([half, torch.zeros(2, 32, 32)])
+    mean, table, _ = nodes.SLiMeEvaluate.execute(item, both, "wheel, window").args
+    assert mean == pytest.approx(0.5) and "| window | absent | absent |" in table
+    with pytest.raises(ValueError, match="SLiMe Evaluate: 4 true masks of 32x32 are needed.*got 2 of 32x32"):
+        nodes.SLiMeEvaluate.execute(item, truth, "wheel, window")
+    with pytest.raises(ValueError, match="there is no part door"):
+        nodes.SLiMeEvaluate.execute(item, truth, "door")
+
+
+def test_label_maps_teach(nodes) -> None:
+    image = torch.rand(1, 20, 24, 3)
+    colored = torch.zeros(1, 20, 24, 3)
+    colored[0, 2:8, 2:8] = torch.tensor([230, 25, 75]) / 255
+    colored[0, 10:14, 10:20] = torch.tensor([60, 180, 75]) / 255
+    text = "wheel = #e6194b\n\nwindow=#3CB44B"
+    examples, preview = nodes.SLiMeExampleFromLabelMap.execute(image, colored, text).args
+    assert examples[0].names == ("wheel", "window") and preview.shape == (1, 20, 24, 3)
+    assert (examples[0].labels == 1).sum() == 36 and (examples[0].labels == 2).sum() == 40
+    for bad, message in (("wheel = red", "not a part and its colour"), ("wheel = #000001\nwheel = #ffffff", "twice"),
+                         ("door = #0000ff", "No pixel has the colour of: door")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"SLiMe Example from Label Map: .*{message}"):
+            nodes.SLiMeExampleFromLabelMap.execute(image, colored, bad)
+    with pytest.raises(ValueError, match="24x10 but the image is 24x20"):
+        nodes.SLiMeExampleFromLabelMap.execute(image, colored[:, :10], text)
+
+
+def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
+    toy = ToyDenoiser()
+    first = train(toy, [picture(0)], preset("instant", views=2))
+    renamed = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = tyre\nblue = #010203").args[0]
+    assert renamed.names == ("tyre", "blue") and renamed.palette[1] == (1, 2, 3)
+    only = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = drop").args[0]
+    assert only.names == ("blue",) and torch.equal(only.rows, first.rows[:, 1:])
+    left = nodes.SLiMeEmbeddingsMerge.execute(first, None, "blue = drop").args[0]
+    merged, names = nodes.SLiMeEmbeddingsMerge.execute(left, only).args
+    assert names == "red, blue" and torch.equal(merged.rows, first.rows) and len(set(merged.palette)) == 2
+    image = picture(4).image[None]
+    expected = segment(toy, image, first)[0].probabilities
+    torch.testing.assert_close(segment(toy, image, merged)[0].probabilities, expected)
+    text = nodes.SLiMeEmbeddingsToText.execute(merged).args[0]
+    again, names = nodes.SLiMeEmbeddingsFromText.execute(f"  {text}\n").args
+    same = segment(toy, image, again)[0].label_map == expected.argmax(1)
+    assert names == "red, blue" and same.float().mean() > 0.99
+    info = nodes.SLiMeEmbeddingsInfo.execute(first).args[0]
+    assert "parts (2): red, blue" in info and "instant" in info and "loss:" in info
+    paper = train(toy, [picture(0)], preset("paper", steps=1, views=1))
+    for call, message in (
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, first), "more than once: blue, red"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, paper), "presets thorough and paper"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "stand in one text together"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), 'no part "c"'),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "red tyre"), "is not a change"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(only, None, "blue = drop"), "No part would be left"),
+        (lambda: nodes.SLiMeEmbeddingsFromText.execute(text[:-20]), "cut off or changed"),
+    ):
+        with pytest.raises(ValueError, match=f"^SLiMe Embeddings .*{message}"):
+            call()
+    other = train(toy, [picture(0)], preset("instant", views=2, timestep=50))
+    with pytest.raises(ValueError, match="other settings"):
+        nodes.SLiMeEmbeddingsMerge.execute(only, nodes.SLiMeEmbeddingsMerge.execute(other, None, "blue = c").args[0])

@@ -111,6 +111,8 @@ def test_nodes_are_there_with_ids_and_names(server) -> None:
         "SLiMeExample": "SLiMe Example",
         "SLiMeTrain": "SLiMe Train",
         "SLiMeSegment": "SLiMe Segment",
+        "SLiMeLook": "SLiMe Look",
+        "SLiMeReadParts": "SLiMe Read Parts",
         "SLiMePartMask": "SLiMe Part Mask",
         "SLiMeOverlay": "SLiMe Overlay",
         "SLiMeSaveEmbeddings": "Save Learned Embeddings",
@@ -164,6 +166,27 @@ def test_changing_the_mask_widgets_runs_no_segmentation(server, learned, tests_s
         entry = server.wait(server.queue(builder.prompt))
         cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
     assert segment in cached
+
+
+def test_one_look_serves_files_and_widgets(server, learned) -> None:
+    """A changed file or widget of SLiMe Read Parts comes from the cached look, and gives what SLiMe Segment gives."""
+    prompt = learned[0]
+    segment = prompt[find(prompt, "SLiMeSegment")]["inputs"]
+    found = []
+    for refine in ("off", "fast"):
+        builder = PromptBuilder({k: v for k, v in prompt.items() if v["class_type"] != "PreviewImage"})
+        seen = builder.add(
+            "SLiMeLook", seed=segment["seed"], **{k: segment[k] for k in ("model", "vae", "embeddings", "image")}
+        )
+        parts = builder.add("SLiMeReadParts", look=[seen, 0], embeddings=segment["embeddings"], refine=refine)
+        overlay = builder.add("SLiMeOverlay", parts=[parts, 0], opacity=1.0, legend=False)
+        shown = builder.add("PreviewImage", images=[overlay, 1])
+        entry = server.wait(server.queue(builder.prompt))
+        cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+        picture = entry["outputs"][shown]["images"][0]
+        found.append(read_labels(server.output_image(picture), default_palette(len(NAMES))))
+    assert seen in cached and parts not in cached
+    assert np.array_equal(found[1], learned[3][0]) and not np.array_equal(found[0], found[1])
 
 
 def test_same_seed_gives_the_same_masks(server, learned) -> None:

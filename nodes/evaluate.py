@@ -1,0 +1,102 @@
+"""SLiMe Evaluate: how well found parts agree with true masks."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from PIL import Image, ImageDraw, ImageFont
+
+from ..slime.errors import SlimeError
+from ..slime.examples import check_names
+from ..slime.metrics import boundary_f, evaluate
+from .common import Parts, PartsSocket, as_masks, named_errors, schema, split_names, to_core
+
+ROW, MARGIN, WIDTH = 26, 12, 460
+
+
+class SLiMeEvaluate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeEvaluate",
+            display_name="SLiMe Evaluate",
+            description="How well found parts agree with true masks, part by part: intersection over union.",
+            search_aliases=["iou", "mask accuracy", "compare masks", "test segmentation"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
+                io.Mask.Input(
+                    "truth", tooltip="True masks of one part: one for each image, or one for all named parts in order."
+                ),
+                io.String.Input("names", default="", tooltip="Which parts the true masks are, separated by commas."),
+            ],
+            outputs=[
+                io.Float.Output(display_name="mean_iou", tooltip="Mean over the named parts that the truth holds."),
+                io.String.Output(display_name="table", tooltip="Markdown: each part's IoU and boundary F."),
+                io.Image.Output(display_name="picture", tooltip="The same as bars."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, parts, truth, names="") -> io.NodeOutput:
+        with named_errors("SLiMe Evaluate"):
+            rows = score_parts(parts, as_masks(truth), names)
+        known = [iou for _, iou, _ in rows if iou == iou]
+        mean = float(np.mean(known)) if known else 0.0
+        table = as_table(rows, mean)
+        picture = torch.from_numpy(np.array(draw_bars(rows, mean))).float()[None] / 255
+        return io.NodeOutput(mean, table, to_core(picture), ui=ui.PreviewImage(picture, cls=cls))
+
+
+def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str, float, float]]:
+    """Name, IoU and boundary F of every named part; NaN where the truth does not hold it.
+
+    Raises:
+        SlimeError: unknown names, or masks that do not fit the images in number or size.
+    """
+    names = list(check_names(split_names(text) or list(parts.maps.names)))
+    unknown = [name for name in names if name not in parts.maps.names]
+    if unknown:
+        raise SlimeError(f"there is no part {', '.join(unknown)}; these were learned: {', '.join(parts.maps.names)}.")
+    labels = parts.maps.label_map.numpy()
+    wanted = len(labels) * len(names)
+    if len(truth) != wanted or truth.shape[1:] != labels.shape[1:]:
+        raise SlimeError(
+            f"{wanted} true masks of {labels.shape[2]}x{labels.shape[1]} are needed, for {len(names)} parts "
+            f"({', '.join(names)}) in {len(labels)} images, part after part; got {len(truth)} of "
+            f"{truth.shape[2]}x{truth.shape[1]}."
+        )
+    rows = []
+    for index, name in enumerate(names):
+        real = (truth[index * len(labels) : (index + 1) * len(labels)] > 0.5).numpy().astype(int)
+        found = (labels == parts.maps.names.index(name) + 1).astype(int)
+        iou = float(evaluate(list(found), list(real), 2).per_class[1])
+        edges = [boundary_f(a, b, 2) for a, b in zip(found, real, strict=True) if b.any()]
+        rows.append((name, iou, float(np.mean(edges)) if edges else float("nan")))
+    return rows
+
+
+def as_table(rows: list[tuple[str, float, float]], mean: float) -> str:
+    lines = ["| part | IoU | boundary F |", "|---|---|---|"]
+    lines += [f"| {name} | {_number(iou)} | {_number(edge)} |" for name, iou, edge in rows]
+    return "\n".join([*lines, f"| mean | {mean:.3f} | |"])
+
+
+def draw_bars(rows: list[tuple[str, float, float]], mean: float) -> Image.Image:
+    """IoU of every part as a bar."""
+    image = Image.new("RGB", (WIDTH, 2 * MARGIN + ROW * (len(rows) + 1)), (30, 30, 34))
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    bars = [*((name, iou) for name, iou, _ in rows), ("mean", mean)]
+    for index, (name, iou) in enumerate(bars):
+        y = MARGIN + index * ROW
+        draw.text((MARGIN, y + 3), name[:22], fill=(230, 230, 230), font=font)
+        left, right = 190, WIDTH - 70
+        draw.rectangle((left, y + 4, right, y + ROW - 6), fill=(60, 60, 66))
+        if iou == iou and iou > 0:
+            draw.rectangle((left, y + 4, left + (right - left) * iou, y + ROW - 6), fill=(60, 180, 75))
+        draw.text((right + 10, y + 3), _number(iou), fill=(230, 230, 230), font=font)
+    return image
+
+
+def _number(value: float) -> str:
+    return "absent" if value != value else f"{value:.3f}"

@@ -1,0 +1,174 @@
+"""Parts in the forms other nodes take: a mask a part, bounding boxes, Impact Pack's SEGS."""
+
+from __future__ import annotations
+
+import json
+from collections import namedtuple
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+
+from ..slime.regions import Region, part_regions
+from .common import Parts, PartsSocket, schema, to_core
+
+# Impact Pack's form of one segment (modules/impact/core.py); any tuple with these fields serves its nodes.
+SEG = namedtuple(  # noqa: PYI024  it is theirs
+    "SEG", ["cropped_image", "cropped_mask", "confidence", "crop_region", "bbox", "label", "control_net_wrapper"]
+)
+# Core's type where there is one (0.15.0 and later); the values are plain dictionaries in either case.
+BoundingBox = getattr(io, "BoundingBox", None) or io.Custom("BOUNDING_BOX")
+
+
+def _region_inputs() -> list[Any]:
+    return [
+        PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
+        io.Boolean.Input(
+            "separate", default=True, tooltip="On: every connected piece is one. Off: all pieces of a part together."
+        ),
+        io.Int.Input("minimum_area", default=16, min=1, max=1_000_000, tooltip="Leave out pieces with fewer pixels."),
+    ]
+
+
+def _regions(parts: Parts, separate: bool, minimum_area: int) -> list[list[Region]]:
+    """Regions of every image."""
+    labels = parts.maps.label_map.numpy()
+    return [list(part_regions(label, len(parts.maps.names), separate, minimum_area)) for label in labels]
+
+
+def _score(parts: Parts, image: int, region: Region) -> float:
+    """Mean probability of the part inside the region."""
+    rows, columns = slice(region.top, region.top + region.height), slice(region.left, region.left + region.width)
+    inside = torch.from_numpy(region.mask)
+    return float(parts.maps.probabilities[image, region.label, rows, columns][inside].mean())
+
+
+class SLiMePartList(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMePartList",
+            display_name="SLiMe Part List",
+            description="One mask for each part, as a list, with the parts' names in the same order.",
+            search_aliases=["split masks", "mask list", "masks by name", "separate masks"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
+                io.Combo.Input(
+                    "mode",
+                    options=["argmax", "soft"],
+                    default="argmax",
+                    tooltip="argmax: exactly 0 or 1. soft: the probability of the part.",
+                ),
+                io.Boolean.Input(
+                    "skip_empty", default=False, tooltip="Leave out parts that are in none of the images."
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(
+                    display_name="masks", is_output_list=True, tooltip="One for each part: all images of the batch."
+                ),
+                io.String.Output(display_name="names", is_output_list=True, tooltip="The parts' names, in that order."),
+                io.Mask.Output(
+                    display_name="mask_batch", tooltip="The same as one batch: part after part, each with all images."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, parts, mode="argmax", skip_empty=False) -> io.NodeOutput:
+        labels, found = parts.maps.label_map, []
+        for index, name in enumerate(parts.maps.names, start=1):
+            binary = (labels == index).float()
+            if skip_empty and not binary.any():
+                continue
+            mask = binary if mode == "argmax" else parts.maps.probabilities[:, index].clamp(0, 1)
+            found.append((name, to_core(mask)))
+        if not found:
+            found = [("", to_core(torch.zeros(labels.shape)))]  # a list node with nothing to do stops the workflow
+        masks = [mask for _, mask in found]
+        batch = torch.cat(masks)
+        return io.NodeOutput(masks, [name for name, _ in found], batch, ui=ui.PreviewMask(batch, cls=cls))
+
+
+class SLiMePartBoxes(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMePartBoxes",
+            display_name="SLiMe Part Boxes",
+            description="Bounding boxes of the parts, with names and scores.",
+            search_aliases=["bounding box", "bbox", "detect parts"],
+            inputs=_region_inputs(),
+            outputs=[
+                BoundingBox.Output(display_name="bboxes", tooltip="For each image a list of x, y, width, height."),
+                io.String.Output(display_name="json", tooltip="The same as text."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, parts, separate=True, minimum_area=16) -> io.NodeOutput:
+        boxes = [
+            [
+                {
+                    "x": region.left,
+                    "y": region.top,
+                    "width": region.width,
+                    "height": region.height,
+                    "label": parts.maps.names[region.label - 1],
+                    "score": round(_score(parts, image, region), 4),
+                }
+                for region in found
+            ]
+            for image, found in enumerate(_regions(parts, separate, minimum_area))
+        ]
+        text = json.dumps(boxes)
+        return io.NodeOutput(boxes, text, ui=ui.PreviewText(text))
+
+
+class SLiMePartSegs(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        inputs = _region_inputs()
+        inputs.append(
+            io.Float.Input(
+                "crop_factor",
+                default=2.0,
+                min=1.0,
+                max=10.0,
+                step=0.1,
+                tooltip="Size of the crop around a piece, for detailers, relative to the piece.",
+            )
+        )
+        return schema(
+            node_id="SLiMePartSegs",
+            display_name="SLiMe Part SEGS",
+            description="Parts as SEGS with the parts' names as labels, for the Impact Pack. First image of a batch.",
+            search_aliases=["segs", "impact pack", "detailer", "mask to segs"],
+            inputs=inputs,
+            outputs=[io.SEGS.Output(display_name="segs", tooltip="For Impact Pack's detailers and SEGS filters.")],
+        )
+
+    @classmethod
+    def execute(cls, parts, separate=True, minimum_area=16, crop_factor=2.0) -> io.NodeOutput:
+        height, width = parts.images.shape[1:3]
+        segs = []
+        for region in _regions(parts, separate, minimum_area)[0]:
+            box = (region.left, region.top, region.left + region.width, region.top + region.height)
+            crop = crop_region(box, crop_factor, width, height)
+            x1, y1, x2, y2 = crop
+            mask = np.zeros((y2 - y1, x2 - x1), np.float32)
+            mask[box[1] - y1 : box[3] - y1, box[0] - x1 : box[2] - x1] = region.mask
+            image = parts.images[:1, y1:y2, x1:x2]
+            name = parts.maps.names[region.label - 1]
+            segs.append(SEG(image, mask, np.array(_score(parts, 0, region), np.float32), crop, box, name, None))
+        return io.NodeOutput(((height, width), segs))
+
+
+def crop_region(box: tuple[int, int, int, int], factor: float, width: int, height: int) -> tuple[int, int, int, int]:
+    """A box (x1, y1, x2, y2) widened about its centre by ``factor`` and shifted into the image."""
+    x1, y1, x2, y2 = box
+    wide, high = min(round((x2 - x1) * factor), width), min(round((y2 - y1) * factor), height)
+    left = min(max((x1 + x2 - wide) // 2, 0), width - wide)
+    top = min(max((y1 + y2 - high) // 2, 0), height - high)
+    return left, top, left + wide, top + high

@@ -1,0 +1,107 @@
+"""Change learned embeddings: merge, rename, drop, recolour, describe."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+
+from .embeddings import PALETTE, PartEmbeddings
+from .errors import SlimeError
+from .examples import check_names
+from .passes import pass_key
+
+DROP = "drop"
+_COLOR = re.compile(r"^#([0-9a-fA-F]{6})$")
+
+
+def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbeddings:
+    """Parts of both in one softmax; further background rows of both count. Colours of the second that the first has too
+    are changed.
+
+    Raises:
+        SlimeError: different families, contexts, layers, timesteps or row groups; rows that stand in a context (the
+            presets thorough and paper); or names that occur in both.
+    """
+    if first.family != second.family:
+        raise SlimeError(
+            f'One was learned on a "{first.family}" model, the other on "{second.family}": they cannot merge.'
+        )
+    if "context" in (first.mode, second.mode):
+        raise SlimeError(
+            "Rows of the presets thorough and paper were learned together in one text and do not work apart. Merge "
+            "embeddings of the preset instant, or segment with each."
+        )
+    same = first.row_groups == second.row_groups and len(first.rows) == len(second.rows)
+    complete = first.context is not None and second.context is not None
+    if not complete and first.context is not second.context:
+        raise SlimeError("One of them came as text, without its context; save and load it with a CLIP first.")
+    agree = pass_key(first) == pass_key(second) if complete else _plan(first) == _plan(second)
+    if not same or not agree:
+        raise SlimeError("They were learned with other settings (text, layers, timestep or size) and cannot merge.")
+    names = check_names([*first.names, *second.names])
+    a, b = len(first.names), len(second.names)
+    rows = torch.cat([first.rows[:, :a], second.rows[:, :b], first.rows[:, a:], second.rows[:, b:]], 1)
+    taken = set(first.palette)
+    spare = [color for color in PALETTE if color not in taken and color not in second.palette]
+    palette = list(first.palette)
+    for color in second.palette:
+        palette.append(spare.pop(0) if color in taken and spare else color)
+    sure = (a * first.sureness + b * second.sureness) / (a + b)
+    settings = {"merged": [first.settings, second.settings]}
+    return replace(first, names=names, rows=rows, palette=tuple(palette), sureness=sure, settings=settings, losses=())
+
+
+def _plan(item: PartEmbeddings) -> tuple[object, ...]:
+    return item.prompt, item.layers, item.timestep, item.working_side
+
+
+def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
+    """Apply lines such as ``wheel = tyre`` (rename), ``wheel = drop`` (remove) and ``wheel = #ff8800`` (recolour).
+
+    Raises:
+        SlimeError: a line that is none of these, an unknown part, or a result without parts or with double names.
+    """
+    names, colors = list(embeddings.names), list(embeddings.palette)
+    dropped: set[int] = set()
+    for line in filter(None, (line.strip() for line in text.splitlines())):
+        name, equals, value = (piece.strip() for piece in line.partition("="))
+        if not equals or not value:
+            raise SlimeError(f'"{line}" is not a change; write for example: wheel = tyre')
+        if name not in embeddings.names:
+            raise SlimeError(f'There is no part "{name}"; these were learned: {", ".join(embeddings.names)}.')
+        index, color = embeddings.names.index(name), _COLOR.match(value)
+        if color:
+            colors[index] = tuple(bytes.fromhex(color[1]))  # type: ignore[assignment]
+        elif value == DROP:
+            dropped.add(index)
+        else:
+            names[index] = value
+    parts = [index for index in range(len(names)) if index not in dropped]
+    if dropped and embeddings.mode == "context":
+        raise SlimeError("Parts of the presets thorough and paper stand in one text together: none can be dropped.")
+    if not parts:
+        raise SlimeError("No part would be left.")
+    rows = embeddings.rows[:, [*parts, *range(len(names), embeddings.rows.shape[1])]]
+    kept = check_names([names[index] for index in parts])
+    return replace(embeddings, names=kept, palette=tuple(colors[index] for index in parts), rows=rows)
+
+
+def describe(embeddings: PartEmbeddings) -> str:
+    """A readable text: parts, kind of model, how it was learned."""
+    groups, _, width = embeddings.rows.shape
+    place, text = ("extra keys" if embeddings.mode == "keys" else "in the text"), embeddings.prompt or "(empty)"
+    lines = [
+        f"parts ({len(embeddings.names)}): {', '.join(embeddings.names)}",
+        f"model family: {embeddings.family}, {embeddings.prediction} prediction, text rows {width} wide",
+        f"rows: {groups} a part ({embeddings.row_groups}), {place}",
+        f"features: timestep {embeddings.timestep}, {embeddings.working_side} pixels, text: {text}",
+    ]
+    settings = embeddings.settings
+    if "preset" in settings:
+        known = [f"{key} {settings[key]}" for key in ("steps", "views", "seed") if key in settings]
+        lines.append(f"learned with: {settings['preset']}" + "".join(f", {item}" for item in known))
+    if embeddings.losses:
+        lines.append(f"loss: {embeddings.losses[0]:.4f} at first, {embeddings.losses[-1]:.4f} at last")
+    return "\n".join(lines)

@@ -1,0 +1,143 @@
+"""Look at images: encode them, run the UNet, keep the features. One look serves any number of embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from .attention import resize_maps
+from .augment import resize_image, working_size
+from .batches import in_batches
+from .denoiser import Denoiser, seeded_noise
+from .embeddings import PartEmbeddings
+from .features import Features, extract_features, key_projections
+from .read import read
+from .settings import SegmentSettings
+
+T = TypeVar("T")
+
+
+class View(NamedTuple):
+    """A crop of every image: its box, the size it is encoded at, and whether it is mirrored."""
+
+    box: tuple[int, int, int, int]
+    size: tuple[int, int]
+    flipped: bool
+
+
+Seen = Iterator[tuple[View, Features]]
+
+
+@dataclass(frozen=True)
+class Look:
+    """Features of a batch of images, on the CPU.
+
+    Attributes:
+        images: [B, H, W, 3] in [0, 1], CPU.
+        key: what embeddings must agree on to be read from it, see :func:`pass_key`.
+        batches: slices of the batch with the features of every view and noise draw.
+    """
+
+    images: Tensor
+    key: tuple[object, ...]
+    batches: tuple[tuple[slice, tuple[tuple[View, Features], ...]], ...]
+
+
+def look_at(
+    denoiser: Denoiser,
+    images: Tensor,
+    item: PartEmbeddings,
+    settings: SegmentSettings,
+    use: Callable[[slice, Seen], T],
+) -> Iterator[T]:
+    """Results of ``use`` on the features of sub-batches of images [B, H, W, 3], under the plan of some embeddings."""
+    plan = item.plan()
+    views = _views(images.shape[1], images.shape[2], settings, item.working_side)
+    size = views[0].size
+    batch = settings.batch_size or denoiser.fitting_batch((size[0] // 8, size[1] // 8))
+    # All encoding comes first: on a small card VAE and UNet take turns in memory.
+    latents = [
+        torch.cat(list(in_batches(len(images), batch, partial(_encode, denoiser, images, view)))) for view in views
+    ]
+    projections = {} if plan.keep_cross else key_projections(denoiser, plan.layers, plan.context.pooled)
+
+    def passes(part: slice) -> Seen:
+        for view, encoded in zip(views, latents, strict=True):
+            for draw in range(settings.draws):
+                noise = seeded_noise(encoded[part].shape, settings.seed + draw, encoded.device)
+                yield view, extract_features(denoiser, encoded[part], plan, noise, view.size, projections)
+
+    yield from in_batches(len(images), batch, lambda part: use(part, passes(part)))
+
+
+def read_maps(seen: Seen, items: Sequence[PartEmbeddings], size: tuple[int, int]) -> list[Tensor]:
+    """Part maps [b, K, h, w] of images of ``size``, one for each of the embeddings: the mean over views and draws."""
+    merged: list[Tensor] = []
+    for view, features in seen:
+        maps = [_place(_read(features, item), view, size) for item in items]
+        merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
+    return [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
+
+
+def keep(part: slice, seen: Seen) -> tuple[slice, tuple[tuple[View, Features], ...]]:
+    """For :class:`Look`: the features of a sub-batch, moved to the CPU."""
+    return part, tuple((view, features.to("cpu")) for view, features in seen)
+
+
+def _read(features: Features, item: PartEmbeddings) -> Tensor:
+    rows = item.rows.to(features.device)
+    return read(features, rows, item.background, len(item.names), item.read_out)
+
+
+def _views(height: int, width: int, settings: SegmentSettings, side: int) -> list[View]:
+    boxes = crop_boxes(height, width, settings.crops, settings.overlap)
+    mirrored = (False, True) if settings.flip else (False,)
+    return [View(box, working_size(box[2], box[3], side), flipped) for box in boxes for flipped in mirrored]
+
+
+def _encode(denoiser: Denoiser, images: Tensor, view: View, part: slice) -> Tensor:
+    """Latents of one view of a slice of the images."""
+    top, left, height, width = view.box
+    crop = resize_image(images[part, top : top + height, left : left + width], view.size).to(denoiser.device)
+    return denoiser.encode_images(crop.flip(2) if view.flipped else crop)
+
+
+def _place(maps: Tensor, view: View, size: tuple[int, int]) -> Tensor:
+    """Maps of a crop on the whole image's canvas, zero outside; a crop that is the whole image stays small."""
+    maps = maps.flip(-1) if view.flipped else maps
+    top, left, height, width = view.box
+    if (height, width) == size:
+        return maps
+    canvas = torch.zeros(*maps.shape[:2], *size, device=maps.device)
+    canvas[:, :, top : top + height, left : left + width] = resize_maps(maps, (height, width))
+    return canvas
+
+
+def pass_key(item: PartEmbeddings) -> tuple[object, ...]:
+    """What the features depend on: embeddings of equal keys are read from the same UNet pass."""
+    plan = item.plan()
+    return (
+        plan.context.rows.numpy().tobytes(),
+        plan.layers,
+        plan.timestep,
+        plan.per_layer,
+        plan.keep_cross,
+        item.working_side,
+    )
+
+
+def crop_boxes(height: int, width: int, count: int, overlap: float) -> list[tuple[int, int, int, int]]:
+    """``count`` x ``count`` boxes (top, left, height, width) that cover the image, neighbours sharing ``overlap``."""
+
+    def spans(length: int) -> list[tuple[int, int]]:
+        if count == 1:
+            return [(0, length)]
+        side = min(length, round(length / (count - (count - 1) * overlap)))
+        return [(round(i * (length - side) / (count - 1)), side) for i in range(count)]
+
+    return [(top, left, h, w) for top, h in spans(height) for left, w in spans(width)]

@@ -1,0 +1,52 @@
+"""Schemas and help pages say the same."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BREAKS_TRANSLATION = re.compile(r"[@{}|%]")
+
+
+@pytest.fixture(scope="module")
+def schemas(extension):
+    import slime_extension.nodes.extension as module
+    from slime_extension.nodes.files import register_folder
+
+    register_folder()
+    nodes = asyncio.run(module.SlimeExtension().get_node_list())
+    return {node.define_schema().node_id: node.define_schema() for node in nodes}
+
+
+def test_every_node_has_a_help_page_and_no_page_is_stale(schemas) -> None:
+    pages = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert pages == set(schemas)
+
+
+def test_help_pages_name_every_input_and_output(schemas) -> None:
+    for name, schema in schemas.items():
+        text = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {schema.display_name}\n"), name
+        for section in ("## Overview", "## Inputs", "## Outputs", "## Troubleshooting"):
+            assert section in text or (section == "## Troubleshooting" and len(schema.inputs) < 4), (name, section)
+        rows = re.findall(r"^\| ([a-z_, 0-9]+) \|", text, re.MULTILINE)
+        listed = {item.strip() for row in rows for item in row.split(",")}
+        inputs = {item.id for item in schema.inputs}
+        assert inputs <= listed, (name, inputs - listed)
+        assert listed <= inputs, (name, listed - inputs)
+
+
+def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:
+    for name, schema in schemas.items():
+        texts = [schema.display_name, schema.description]
+        for socket in (*schema.inputs, *schema.outputs):
+            texts += [socket.display_name, socket.tooltip]
+        for item in schema.inputs:
+            assert item.tooltip and item.tooltip.strip(), (name, item.id, "no tooltip")
+        for text in filter(None, texts):
+            assert not BREAKS_TRANSLATION.search(text), (name, text)
+            assert text.isascii(), (name, text)
