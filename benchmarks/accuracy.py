@@ -33,7 +33,7 @@ from slime.metrics import boundary_f, evaluate, false_area
 from slime.visualize import color_labels
 
 from .methods import Learn, Variant, assignments, make_methods
-from .sources import OFFICIAL_PARTS, OTHER, LabelledImages, Task, folder_task, scene_task
+from .sources import OFFICIAL_PARTS, OTHER, LabelledImages, Task, folder_task, scene_set, scene_task
 
 STRESS = tuple(name for name in scenes.VARIATIONS if name != "plain")
 CEILING = "grid ceiling"  # needs the truth
@@ -127,6 +127,8 @@ def main() -> None:
     if options.picture and pictures:
         Image.fromarray(np.vstack(pictures)).save(options.picture)
     summarise(rows)
+    if not options.data and len(options.domains) == len(scenes.DOMAINS) and "plain" in options.sets:
+        smallest_parts(rows)
 
 
 def measure(
@@ -212,6 +214,28 @@ def summarise(rows: Sequence[dict[str, Any]]) -> None:
         names = list(dict.fromkeys(row["set"] for row in others if row["part_miou"] is not None))
         head = [*names, "false area"]
         table(f"every set, {shots}-shot: part mIoU", head, others, lambda mine: set_cells(mine, names))  # noqa: B023
+
+
+def smallest_parts(rows: Sequence[dict[str, Any]], count: int = 5) -> None:
+    """IoU of the parts that are smallest in the plain scenes, beside their mean share of the image."""
+    areas = {}
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        truths = scene_set(domain, "plain", 30, "test").truths
+        for label, part in enumerate(scenes.PARTS[domain], start=1):
+            areas[domain, part] = float(
+                np.mean([(truth == label).mean() for truth in truths if (truth == label).any()])
+            )
+    smallest = sorted(areas, key=lambda key: areas[key])[:count]
+    head = [f"{domain} {part} ({100 * areas[domain, part]:.1f} %)" for domain, part in smallest]
+    for shots in sorted({row["shots"] for row in rows}):
+        chosen = [row for row in rows if row["shots"] == shots and row["set"] == "plain"]
+
+        def cells(mine: Sequence[dict[str, Any]]) -> list[str]:
+            values = [[row["per_part"][part] for row in mine if row["domain"] == domain] for domain, part in smallest]
+            means = [float(np.mean(found)) for found in values]
+            return [*(f"{mean:.3f}" for mean in means), f"{np.mean(means):.3f}"]
+
+        table(f"the {count} smallest parts, {shots}-shot: IoU", [*head, "mean"], chosen, cells)
 
 
 def table(title: str, head: Sequence[str], rows: Sequence[dict[str, Any]], cells: Any) -> None:

@@ -2,12 +2,15 @@
 
 Source: src/slime.py and src/stable_difusion.py of the official repository. What it does in a training step is done here
 in float32: VAE encoding, the unconditional prediction (with its graph, as both halves share one batch there), dense
-attention probabilities of the hooked layers, and a full inference for the training IoU, by 1 or 2 x 2 crops. It is
-kinder than the original where the other attention layers run fused, and leaves the validation of every epoch out.
+attention everywhere, maps of the hooked layers, and a full inference for the training IoU, by 1 or 2 x 2 crops. The
+validation of every epoch is left out.
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +25,23 @@ from slime.passes import crop_boxes
 PAPER_CROSS, PAPER_SELF = "output.3-5, output.6-7", "output.9-11"
 TEST_TIMESTEP, TRAIN_TIMESTEPS = 100, (5, 100)
 CROP = 400 / 512  # side of a crop, relative to the image's
+
+
+@contextmanager
+def dense_attention(denoiser: Any) -> Iterator[None]:
+    """Let ComfyUI's UNet form its attention matrices, as the official processors do."""
+    module = sys.modules[type(denoiser).__module__]
+    fused = getattr(module, "attention_pytorch", None)
+    if fused is None:  # another host than ComfyUI
+        yield
+        return
+    from comfy.ldm.modules.attention import attention_basic
+
+    module.attention_pytorch = attention_basic
+    try:
+        yield
+    finally:
+        module.attention_pytorch = fused
 
 
 class Step(NamedTuple):
@@ -110,10 +130,11 @@ class Reference:
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
         noisy = add_noise(denoiser, latents, noise, timestep)
         predictions, captures = [], []
-        for context in self.contexts():
-            capture = Capture(self.layers)
-            predictions.append(denoiser.predict_noise(noisy, timestep, context, capture, size))
-            captures.append(capture)
+        with dense_attention(denoiser):
+            for context in self.contexts():
+                capture = Capture(self.layers)
+                predictions.append(denoiser.predict_noise(noisy, timestep, context, capture, size))
+                captures.append(capture)
         # The official hooks make dense maps of both halves of the cross-attention, and of one of the self-attention.
         both = [
             torch.stack(

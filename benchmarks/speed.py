@@ -33,7 +33,7 @@ from demo.server import MODEL
 from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
 from slime.denoiser import Context
 
-from .reference import Reference
+from .reference import Reference, dense_attention
 from .sources import as_tensor, scene_set
 
 TASKS = ("step", "training", "segment", "parts", "examples", "side", "batch", "files", "import")
@@ -117,7 +117,17 @@ class Bench:
                 image = self.example.image[None].clone()
                 references[crops] = self.measure(lambda: reference.step(image, labels), training=True)  # noqa: B023
         ours = self.steps("paper")
+        with self.denoiser.differentiable(False), torch.no_grad(), dense_attention(self.denoiser):
+            dense = self.forward()
         for crops, measured in references.items():
+            self.report(
+                {
+                    "model": self.name,
+                    "task": f"reference step with {crops} x {crops} crops, in its own dense UNet forwards",
+                    "preset": "reference",
+                    "forwards": measured.seconds / dense,
+                }
+            )
             self.row(f"training step, reference with {crops} x {crops} crops", "paper", ours, measured, bound.seconds)
         self.row("training step, checkpointing", "paper", self.steps("paper", checkpointing=True), None, bound.seconds)
         self.row("bare forward and backward", "-", bound, None, bound.seconds)
