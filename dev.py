@@ -164,7 +164,8 @@ def main(arguments: list[str]) -> int:
     if command not in modules:
         fail(f"Unknown command '{command}'. Commands: {', '.join(modules)}.")
     if command == "benchmark":
-        names = sorted(path.stem for path in (ROOT / "benchmarks").glob("[a-z]*.py"))
+        files = sorted((ROOT / "benchmarks").glob("[a-z]*.py"))
+        names = [path.stem for path in files if "def main(" in path.read_text(encoding="utf-8")]
         if not rest or rest[0] not in names:
             fail(f"Name a benchmark: {', '.join(names)}.")
     python, comfyui = ensure_environment()

@@ -64,7 +64,7 @@ def grid_ceiling(test: LabelledImages, classes: int) -> list[np.ndarray]:
 
 def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--checkpoint", type=Path, default=MODEL, help="a checkpoint file, or a diffusers folder")
     parser.add_argument("--data", type=Path, help="folder in the official layout; default is rendered scenes")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), help=", ".join([*methods, CEILING]))
     parser.add_argument("--domains", nargs="+", choices=list(OFFICIAL_PARTS), default=list(scenes.DOMAINS))
@@ -78,13 +78,13 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")
     parser.add_argument("--read-out", nargs="+", default=[], metavar="NAME=VALUE", help="read-out settings: order, mix")
     parser.add_argument("--segment", nargs="+", default=[], metavar="NAME=VALUE", help="refine, crops, flip, zoom ...")
-    parser.add_argument("--quick", action="store_true", help="one seed, 1 and 10 shots, 20 plain scenes")
+    parser.add_argument("--quick", action="store_true", help="one seed, 1 shot, 20 plain scenes: about 5 minutes")
     parser.add_argument("--determinism", action="store_true", help="run one configuration twice and compare")
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
     options = parser.parse_args()
     if options.quick:
-        options.seeds, options.scenes, options.shots, options.sets = 1, 20, [1, 10], ["plain"]
+        options.seeds, options.scenes, options.shots, options.sets = 1, 20, [1], ["plain"]
     unknown = sorted(set(options.methods) - {*methods, CEILING})
     if unknown:
         parser.error(f"unknown methods {unknown}; there are: {', '.join([*methods, CEILING])}")

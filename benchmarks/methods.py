@@ -73,8 +73,18 @@ class EncodeOnce:
 
 @functools.cache
 def trained(checkpoint: Path) -> Any:
-    """The checkpoint through ComfyUI's loader."""
-    return EncodeOnce(load_denoiser(checkpoint))
+    """A checkpoint file through ComfyUI's loader, or a folder through diffusers."""
+    return EncodeOnce(load_pipeline(checkpoint) if checkpoint.is_dir() else load_denoiser(checkpoint))
+
+
+def load_pipeline(folder: Path) -> Any:
+    """A diffusers pipeline's folder, on the GPU where there is one."""
+    from diffusers import DiffusionPipeline
+
+    from slime.backends.diffusers import DiffusersDenoiser
+
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    return DiffusersDenoiser.from_pipeline(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from .overlay import SLiMeOverlay
 from .part_mask import SLiMePartMask
 from .part_outputs import SLiMePartBoxes, SLiMePartList, SLiMePartSegs
 from .segment import SLiMeSegment
+from .steady import SLiMeSteadyParts
 from .train import SLiMeTrain
 
 
@@ -30,6 +31,7 @@ class SlimeExtension(ComfyExtension):
             SLiMeSegment,
             SLiMeLook,
             SLiMeReadParts,
+            SLiMeSteadyParts,
             SLiMePartMask,
             SLiMeOverlay,
             SLiMePartList,

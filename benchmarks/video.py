@@ -1,0 +1,98 @@
+"""Flicker and IoU on rendered moving scenes: each frame by itself, and steadied.
+
+    python dev.py benchmark video [--clips 4] [--frames 12] [--strengths 0.5 0.7 0.9]
+
+A clip is a scene seen by a moving camera, with sensor noise. Flicker is the share of pixels whose label changes from
+one frame to the next though the true label does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from demo import scenes, splits
+from demo.server import MODEL
+from slime import SegmentSettings, segment
+from slime.metrics import evaluate
+from slime.temporal import steady_parts
+
+from .methods import Variant, trained
+
+SENSOR_NOISE = 0.02
+
+
+def clip(domain: str, seed: int, frames: int, split: int = splits.TEST) -> tuple[Tensor, np.ndarray]:
+    """Frames [T, H, W, 3] and label maps [T, H, W]: a slow pan that stops for a third of the time."""
+    scene = scenes.render(domain, split + seed)
+    image = torch.from_numpy(scene.image).float().movedim(-1, 0)[None] / 255
+    labels = torch.from_numpy(scene.labels).float()[None, None]
+    generator = torch.Generator().manual_seed(seed)
+    pictures, truths = [], []
+    for frame in range(frames):
+        phase = min(frame, 2 * frames // 3) / max(frames - 1, 1)
+        zoom, shift = 0.85 + 0.1 * phase, 0.1 * math.sin(2 * phase + seed)
+        theta = torch.tensor([[[zoom, 0.0, shift], [0.0, zoom, 0.3 * shift]]])
+        where = F.affine_grid(theta, [1, 1, *image.shape[-2:]], align_corners=False)
+        moved = F.grid_sample(image, where, padding_mode="reflection", align_corners=False)[0].movedim(0, -1)
+        noise = SENSOR_NOISE * torch.randn(moved.shape, generator=generator)
+        pictures.append((moved + noise).clamp(0, 1))
+        turned = F.grid_sample(labels, where, mode="nearest", padding_mode="reflection", align_corners=False)
+        truths.append(turned[0, 0].byte().numpy())
+    return torch.stack(pictures), np.stack(truths)
+
+
+def flicker(found: np.ndarray, truth: np.ndarray) -> float:
+    """Share of changed labels [T, H, W] among the pixels whose true label stays."""
+    still = truth[1:] == truth[:-1]
+    return float((found[1:] != found[:-1])[still].mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--clips", type=int, default=4, help="of every domain")
+    parser.add_argument("--frames", type=int, default=12)
+    parser.add_argument("--shots", type=int, default=10)
+    parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    options = parser.parse_args()
+    denoiser = trained(options.checkpoint)
+    rows: dict[str, list[tuple[float, float]]] = {}
+
+    def note(name: str, found: Sequence[np.ndarray], truth: np.ndarray, classes: int) -> None:
+        iou = evaluate(list(found), list(truth), classes).part_miou
+        rows.setdefault(name, []).append((flicker(np.stack(list(found)), truth), iou))
+
+    for domain in scenes.DOMAINS:
+        examples = [splits.example(domain, splits.TEACH + i) for i in range(options.shots)]
+        embeddings = Variant("instant").fit(denoiser, examples, 0)
+        classes = len(scenes.PARTS[domain]) + 1
+        for seed in range(options.clips):
+            frames, truth = clip(domain, seed, options.frames)
+            with torch.inference_mode():
+                alone = [
+                    segment(denoiser, frame[None], embeddings, SegmentSettings(seed=i))[0].label_map[0].numpy()
+                    for i, frame in enumerate(frames)
+                ]
+                together = segment(denoiser, frames, embeddings)[0]
+            note("each frame with noise of its own", alone, truth, classes)
+            note("one noise for all frames", list(together.label_map.numpy()), truth, classes)
+            for strength in options.strengths:
+                steadied = steady_parts(together, frames, strength)
+                note(f"one noise, steadied by {strength}", list(steadied.label_map.numpy()), truth, classes)
+    sys.stdout.write("| method | flicker, % of still pixels | part mIoU |\n|---|---|---|\n")
+    for name, values in rows.items():
+        shaky, iou = np.mean(values, 0)
+        sys.stdout.write(f"| {name} | {100 * shaky:.2f} | {iou:.3f} |\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""SLiMe Steady Parts: less flicker on video."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from ..slime.temporal import steady_parts
+from .common import Parts, PartsSocket, overlays, schema, to_core
+
+
+class SLiMeSteadyParts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeSteadyParts",
+            display_name="SLiMe Steady Parts",
+            description="Less flicker on video: parts of neighbouring frames support each other where nothing moves.",
+            search_aliases=["video mask", "temporal smoothing", "flicker", "video segmentation"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment, the frames of a video as one batch."),
+                io.Float.Input(
+                    "strength",
+                    default=0.7,
+                    min=0.0,
+                    max=0.95,
+                    step=0.05,
+                    tooltip="How much neighbouring frames count where the picture stands still.",
+                ),
+            ],
+            outputs=[
+                PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
+                io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, parts, strength=0.7) -> io.NodeOutput:
+        maps = steady_parts(parts.maps, parts.images, strength)
+        labels = maps.label_map
+        preview = overlays(parts.images, labels, maps.palette, maps.names)
+        mask = to_core((labels > 0).float())
+        return io.NodeOutput(Parts(maps, parts.images), mask, ui=ui.PreviewImage(preview, cls=cls))
