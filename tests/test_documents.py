@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+INTERFACE = Path(__file__).with_name("interface.json")
 BREAKS_TRANSLATION = re.compile(r"[@{}|%]")
 
 
@@ -50,3 +52,17 @@ def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:
         for text in filter(None, texts):
             assert not BREAKS_TRANSLATION.search(text), (name, text)
             assert text.isascii(), (name, text)
+
+
+def test_the_public_interface_is_as_recorded(schemas) -> None:
+    """Node ids, inputs and outputs are in people's workflows. Changed on purpose: delete the file, run, commit it."""
+    found = {
+        name: {
+            "inputs": [[item.id, item.io_type, bool(item.optional)] for item in schema.inputs],
+            "outputs": [[item.display_name, item.io_type] for item in schema.outputs],
+        }
+        for name, schema in schemas.items()
+    }
+    if not INTERFACE.is_file():
+        INTERFACE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert found == json.loads(INTERFACE.read_text(encoding="utf-8"))
