@@ -91,14 +91,14 @@ class ComfyDenoiser:
         abar = self.alphas_cumprod[timestep].float()
         # ComfyUI's x is z + sigma * eps (variance exploding).
         x = noisy.to(self.device) / abar.sqrt().to(self.device)
-        rows = context.rows.to(self.device)
+        rows = context.all_rows().to(self.device)
         arguments = self._extra_arguments(context, x, image_size)
         try:
             denoised = self.model.model.apply_model(
                 x,
                 sigma.expand(batch),
                 c_crossattn=rows[None].expand(batch, -1, -1),
-                transformer_options=self._options(capture),
+                transformer_options=self._options(capture, len(context.rows)),
                 **arguments,
             )
         except CaptureComplete:
@@ -151,13 +151,16 @@ class ComfyDenoiser:
         }
         return {name: value.clone() for name, value in made.items()} if self._lent else made
 
-    def _options(self, capture: Capture | None) -> dict[str, Any]:
-        """Fresh transformer options: captures, and in training an attention function that autograd knows."""
+    def _options(self, capture: Capture | None, tokens: int) -> dict[str, Any]:
+        """Fresh transformer options: captures, and in training an attention function that autograd knows.
+
+        Every cross-attention layer is replaced where some must see only the first ``tokens`` of the context.
+        """
         options: dict[str, Any] = {}
         if self._lent:
             options["optimized_attention_override"] = _differentiable_attention
         if capture is not None:
-            cross = {tuple(key): _recorder(capture, "cross", key) for key in capture.choice.cross}
+            cross = {tuple(layer.key): _recorder(capture, "cross", layer.key, tokens) for layer in self.layers}
             self_ = {tuple(key): _recorder(capture, "self", key) for key in capture.choice.self_}
             options["patches_replace"] = {"attn2": cross, "attn1": self_}
         return options
@@ -167,11 +170,14 @@ def _differentiable_attention(_function: Callable[..., Tensor], *args: Any, **kw
     return attention_pytorch(*args, **kwargs)
 
 
-def _recorder(capture: Capture, kind: str, key: LayerKey) -> Callable[..., Tensor]:
+def _recorder(capture: Capture, kind: str, key: LayerKey, tokens: int | None = None) -> Callable[..., Tensor]:
+    wanted = key in (capture.choice.cross if kind == "cross" else capture.choice.self_)
+
     def replacement(query: Tensor, keys: Tensor, values: Tensor, extra: dict[str, Any]) -> Tensor:
-        height, width = extra["activations_shape"][2:4]
-        capture.record(kind, key, Attention(query, keys, extra["n_heads"], int(height), int(width)))
-        return attention_pytorch(query, keys, values, extra["n_heads"])
+        if wanted:
+            height, width = extra["activations_shape"][2:4]
+            capture.record(kind, key, Attention(query, keys, extra["n_heads"], int(height), int(width)))
+        return attention_pytorch(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])
 
     return replacement
 

@@ -16,12 +16,12 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def cross_scores(attention: Attention, count: int) -> Tensor:
-    """Scores Q K^T / sqrt(d) of the first ``count`` tokens, mean over heads: [B, count, h, w] (paper eq. 1).
+def cross_scores(attention: Attention, count: int, first: int = 0) -> Tensor:
+    """Scores Q K^T / sqrt(d) of ``count`` tokens from ``first`` on, mean over heads: [B, count, h, w] (paper eq. 1).
 
     The mean over heads of per-head products is the product over all channels divided by the number of heads.
     """
-    query, key = attention.query.float(), attention.key[:, :count].float()
+    query, key = attention.query.float(), attention.key[:, first : first + count].float()
     scores = query @ key.transpose(1, 2) * _score_factor(attention)
     return scores.transpose(1, 2).unflatten(2, (attention.height, attention.width))
 

@@ -15,14 +15,25 @@ from .layers import AttentionLayer, Family, LayerChoice, LayerKey
 
 @dataclass(frozen=True)
 class Context:
-    """Text conditioning: ``rows`` [T, D] and, for SDXL, ``pooled`` [P]."""
+    """Text conditioning: ``rows`` [T, D] and, for SDXL, ``pooled`` [P].
+
+    ``extra`` [E, D] are further rows whose keys are recorded, behind those of ``rows``, but which nothing attends to.
+    """
 
     rows: Tensor
     pooled: Tensor | None = None
+    extra: Tensor | None = None
+
+    def all_rows(self) -> Tensor:
+        """[T + E, D]."""
+        return self.rows if self.extra is None else torch.cat([self.rows, self.extra.to(self.rows)])
 
 
 class Attention(NamedTuple):
-    """Inputs of one attention layer: ``query`` [B, N, heads*d], ``key`` [B, T, heads*d], N = height*width."""
+    """Inputs of one attention layer: ``query`` [B, N, heads*d], ``key`` [B, T, heads*d], N = height*width.
+
+    In cross-attention T counts a context's extra rows too, in self-attention it is N.
+    """
 
     query: Tensor
     key: Tensor

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import score_features
+from .attention import cross_scores, resize_maps, score_features
 from .denoiser import Attention, Capture, Context, Denoiser, add_noise
 from .errors import SlimeError
 from .layers import LayerChoice, LayerKey
@@ -45,16 +46,18 @@ class Features:
         self_attention: captured self-attention layers.
         cross_attention: captured cross-attention layers, where the plan keeps them.
         grid: height and width of the part maps read from these features: the finest captured layer's.
+        logits: instead of score features, scores [B, 1 + R, *grid] of the rows that were asked for, one for each set.
     """
 
     scores: tuple[Tensor, ...]
     self_attention: tuple[Attention, ...]
     grid: tuple[int, int]
     cross_attention: tuple[Attention, ...] = ()
+    logits: tuple[Tensor, ...] = ()
 
     @property
     def device(self) -> torch.device:
-        tensors = [*self.scores, *(attention.query for attention in self.cross_attention)]
+        tensors = [*self.scores, *self.logits, *(attention.query for attention in self.cross_attention)]
         return tensors[0].device
 
     def to(self, device: torch.device | str) -> Features:
@@ -117,6 +120,46 @@ def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor], p
         features = score_features(attention, projections[key]) / len(cross_attention)
         groups[size] = groups[size] + features if size in groups else features
     return Features(tuple(groups[size] for size in sorted(groups)), self_attention, grid)
+
+
+@torch.no_grad()
+def extract_scores(
+    denoiser: Denoiser,
+    latents: Tensor,
+    plan: FeaturePlan,
+    noise: Tensor,
+    image_size: tuple[int, int],
+    offsets: Sequence[Tensor],
+) -> Features:
+    """As :func:`extract_features`, for rows known beforehand: their scores in place of score features.
+
+    The rows go through the pass behind the context's own (:attr:`slime.denoiser.Context.extra`), so that the layers
+    make their keys themselves and no other pass is needed.
+
+    Args:
+        offsets: sets of rows, as offsets from the background row, [1 or G, R, D] each. A key projection has no bias,
+            so the key of an offset scores the row against the background, whose score is 0.
+    """
+    extra = torch.cat([rows.flatten(0, 1) for rows in offsets])
+    context = replace(plan.context, extra=extra)
+    capture = Capture(plan.layers, stop_early=True)
+    noisy = add_noise(denoiser, latents, noise, plan.timestep)
+    denoiser.predict_noise(noisy, plan.timestep, context, capture, image_size)
+    layers = [capture.cross[key] for key in plan.layers.cross]
+    self_attention = tuple(capture.self_[key] for key in plan.layers.self_)
+    grid = max((attention.height, attention.width) for attention in (*self_attention, *layers))
+    sizes = [(a.height, a.width, index if plan.per_layer else 0) for index, a in enumerate(layers)]
+    groups = {size: group for group, size in enumerate(sorted(set(sizes)))}
+    logits, first = [], len(plan.context.rows)
+    for rows in offsets:
+        sets, count = rows.shape[:2]
+        total = torch.zeros(len(latents), count, *grid, device=latents.device)
+        for attention, size in zip(layers, sizes, strict=True):
+            start = first + count * min(groups[size], sets - 1)
+            total = total + resize_maps(cross_scores(attention, count, start), grid)
+        logits.append(F.pad(total / len(layers), (0, 0, 0, 0, 1, 0)))
+        first += sets * count
+    return Features((), self_attention, grid, (), tuple(logits))
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:

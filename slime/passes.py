@@ -15,8 +15,8 @@ from .augment import resize_image, working_size
 from .batches import in_batches
 from .denoiser import Denoiser, seeded_noise
 from .embeddings import PartEmbeddings
-from .features import Features, extract_features, key_projections
-from .read import read
+from .features import Features, extract_features, extract_scores, key_projections
+from .read import join_background, read, read_logits
 from .settings import SegmentSettings
 
 T = TypeVar("T")
@@ -51,11 +51,17 @@ class Look:
 def look_at(
     denoiser: Denoiser,
     images: Tensor,
-    item: PartEmbeddings,
+    items: Sequence[PartEmbeddings],
     settings: SegmentSettings,
     use: Callable[[slice, Seen], T],
+    any_rows: bool = False,
 ) -> Iterator[T]:
-    """Results of ``use`` on the features of sub-batches of images [B, H, W, 3], under the plan of some embeddings."""
+    """Results of ``use`` on the features of sub-batches of images [B, H, W, 3], for embeddings of one kind.
+
+    The features hold the scores of these embeddings, or with ``any_rows`` what the scores of any others take too, for
+    one more pass over a tiny latent.
+    """
+    item = items[0]
     plan = item.plan()
     views = _views(images.shape[1], images.shape[2], settings, item.working_side)
     size = views[0].size
@@ -64,13 +70,21 @@ def look_at(
     latents = [
         torch.cat(list(in_batches(len(images), batch, partial(_encode, denoiser, images, view)))) for view in views
     ]
-    projections = {} if plan.keep_cross else key_projections(denoiser, plan.layers, plan.context.pooled)
+    general = any_rows or plan.keep_cross
+    projections = (
+        key_projections(denoiser, plan.layers, plan.context.pooled) if any_rows and not plan.keep_cross else {}
+    )
+    offsets = [one.rows - one.background for one in items]
 
     def passes(part: slice) -> Seen:
         for view, encoded in zip(views, latents, strict=True):
             for draw in range(settings.draws):
                 noise = seeded_noise(encoded[part].shape, settings.seed + draw, encoded.device)
-                yield view, extract_features(denoiser, encoded[part], plan, noise, view.size, projections)
+                latent, size = encoded[part], view.size
+                if general:
+                    yield view, extract_features(denoiser, latent, plan, noise, size, projections)
+                else:
+                    yield view, extract_scores(denoiser, latent, plan, noise, size, offsets)
 
     yield from in_batches(len(images), batch, lambda part: use(part, passes(part)))
 
@@ -79,7 +93,7 @@ def read_maps(seen: Seen, items: Sequence[PartEmbeddings], size: tuple[int, int]
     """Part maps [b, K, h, w] of images of ``size``, one for each of the embeddings: the mean over views and draws."""
     merged: list[Tensor] = []
     for view, features in seen:
-        maps = [_place(_read(features, item), view, size) for item in items]
+        maps = [_place(_read(features, item, index), view, size) for index, item in enumerate(items)]
         merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
     return [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
 
@@ -89,7 +103,9 @@ def keep(part: slice, seen: Seen) -> tuple[slice, tuple[tuple[View, Features], .
     return part, tuple((view, features.to("cpu")) for view, features in seen)
 
 
-def _read(features: Features, item: PartEmbeddings) -> Tensor:
+def _read(features: Features, item: PartEmbeddings, index: int) -> Tensor:
+    if features.logits:
+        return read_logits(features, join_background(features.logits[index], len(item.names)), item.read_out)
     rows = item.rows.to(features.device)
     return read(features, rows, item.background, len(item.names), item.read_out)
 

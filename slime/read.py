@@ -68,8 +68,13 @@ def read(features: Features, rows: Tensor, background: Tensor, parts: int, read_
     """Part probabilities [B, K, h, w], summing to 1 over K (class maps for the argmax with the official read-out)."""
     if read_out.official and read_out.all_tokens:
         maps = token_maps(features.cross_attention, parts + 1, features.grid)
-    else:
-        maps = F.softmax(part_logits(features, rows, background, parts), 1)
+        return _official(features, maps, read_out)
+    return read_logits(features, part_logits(features, rows, background, parts), read_out)
+
+
+def read_logits(features: Features, logits: Tensor, read_out: ReadOut) -> Tensor:
+    """The same from scores [B, K, h, w] of the background and of every part."""
+    maps = F.softmax(logits, 1)
     return _official(features, maps, read_out) if read_out.official else propagate_maps(features, maps, read_out)
 
 

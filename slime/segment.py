@@ -111,7 +111,7 @@ def look(
     images = _check_images(images)
     embeddings.check_model(denoiser.family)
     item = embeddings.with_context(denoiser)
-    batches = tuple(look_at(denoiser, images, item, settings or SegmentSettings(), keep))
+    batches = tuple(look_at(denoiser, images, [item], settings or SegmentSettings(), keep, any_rows=True))
     return Look(images, pass_key(item), batches)
 
 
@@ -155,7 +155,7 @@ def _part_maps(
     """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every UNet pass."""
     size = (images.shape[1], images.shape[2])
     for part, found in look_at(
-        denoiser, images, items[0], settings, lambda part, seen: (part, read_maps(seen, items, size))
+        denoiser, images, items, settings, lambda part, seen: (part, read_maps(seen, items, size))
     ):
         check_finite(found)
         yield part, found

@@ -118,7 +118,7 @@ def test_one_pass_serves_every_file() -> None:
     image = picture(5).image[None]
     toy.passes = toy.encoded = 0
     results = segment(toy, image, several)
-    assert toy.passes == 1 + 1 and toy.encoded == 1
+    assert toy.passes == 1 and toy.encoded == 1
     for item, maps in zip(several, results, strict=True):
         torch.testing.assert_close(maps.probabilities, segment(toy, image, item)[0].probabilities)
 

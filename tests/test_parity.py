@@ -112,6 +112,39 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
         assert close(a, b)
 
 
+def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
+    """Rows behind the context get keys from every host's own layers, and change no prediction."""
+    from slime.denoiser import Capture, Context
+    from slime.features import FeaturePlan, extract_features, extract_scores
+    from slime.layers import choose_layers
+    from slime.read import join_background, part_logits
+
+    layout, *denoisers = pair
+    noisy, rows, pooled = inputs(layout)
+    found = []
+    for denoiser in denoisers:
+        choice = choose_layers(denoiser.family, denoiser.layers)
+        plain, extra = Context(rows, pooled), Context(rows, pooled, rows[5:9] * 3)
+        with torch.no_grad():
+            captures = [Capture(choice) for _ in range(2)]
+            first, second = (
+                denoiser.predict_noise(noisy, 60, context, capture, (128, 128))
+                for context, capture in zip((plain, extra), captures, strict=True)
+            )
+            assert close(first, second)
+            for key in choice.cross:
+                assert captures[1].cross[key].key.shape[1] == len(rows) + 4
+        plan = FeaturePlan(choice, plain, 60)
+        noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
+        learned = torch.stack([rows[1:4], rows[4:7]])
+        (logits,) = extract_scores(denoiser, noisy, plan, noise, (128, 128), [learned - rows[0]]).logits
+        features = extract_features(denoiser, noisy, plan, noise, (128, 128))
+        by_features = part_logits(features, learned, rows[0], 3)
+        assert close(join_background(logits, 3), by_features - by_features[:, :1])
+        found.append(logits)
+    assert close(*found)
+
+
 def test_checkpointing_gives_the_same_gradient(pair) -> None:
     from slime.attention import cross_scores
     from slime.denoiser import Capture, Context

@@ -87,14 +87,14 @@ class DiffusersDenoiser:
         self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None, image_size: tuple[int, int]
     ) -> Tensor | None:
         batch, dtype = noisy.shape[0], next(self.unet.parameters()).dtype
-        rows = context.rows.to(self.device, dtype)[None].expand(batch, -1, -1)
+        rows = context.all_rows().to(self.device, dtype)[None].expand(batch, -1, -1)
         added = None
         if context.pooled is not None:
             height, width = image_size
             sizes = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=dtype)
             pooled = context.pooled.to(self.device, dtype)[None]
             added = {"text_embeds": pooled.expand(batch, -1), "time_ids": sizes.expand(batch, -1)}
-        with self._recording(capture, (noisy.shape[2], noisy.shape[3])):
+        with self._recording(capture, (noisy.shape[2], noisy.shape[3]), len(context.rows)):
             try:
                 output = self.unet(
                     noisy.to(self.device, dtype), timestep, encoder_hidden_states=rows, added_cond_kwargs=added
@@ -133,17 +133,21 @@ class DiffusersDenoiser:
                 parameter.requires_grad_(True)
 
     @contextmanager
-    def _recording(self, capture: Capture | None, latent_size: tuple[int, int]) -> Iterator[None]:
-        """Put recording processors on the wanted attention modules, and the old ones back."""
+    def _recording(self, capture: Capture | None, latent_size: tuple[int, int], tokens: int) -> Iterator[None]:
+        """Put recording processors on the wanted self-attention modules and on every cross-attention module, which sees
+        only the first ``tokens`` of the context; and the old ones back."""
+        if capture is None:
+            yield
+            return
         undo = []
+        wanted = [("cross", key) for key in self._blocks] + [("self", key) for key in capture.choice.self_]
         try:
-            for kind, keys in (("cross", capture.choice.cross), ("self", capture.choice.self_)) if capture else ():
-                for key in keys:
-                    layer, block = self._blocks[key]
-                    module = block.attn2 if kind == "cross" else block.attn1
-                    undo.append((module, module.processor))
-                    size = (-(-latent_size[0] // layer.scale), -(-latent_size[1] // layer.scale))
-                    module.processor = _RecordingProcessor(capture, kind, key, size)
+            for kind, key in wanted:
+                layer, block = self._blocks[key]
+                module = block.attn2 if kind == "cross" else block.attn1
+                undo.append((module, module.processor))
+                size = (-(-latent_size[0] // layer.scale), -(-latent_size[1] // layer.scale))
+                module.processor = _RecordingProcessor(capture, kind, key, size, tokens)
             yield
         finally:
             for module, processor in reversed(undo):
@@ -153,16 +157,19 @@ class DiffusersDenoiser:
 class _RecordingProcessor:
     """diffusers' AttnProcessor2_0 for Stable Diffusion's layers, which records queries and keys."""
 
-    def __init__(self, capture: Capture | None, kind: str, key: LayerKey, size: tuple[int, int]) -> None:
+    def __init__(self, capture: Capture, kind: str, key: LayerKey, size: tuple[int, int], tokens: int) -> None:
         self.capture, self.kind, self.key, self.size = capture, kind, key, size
+        self.tokens = tokens if kind == "cross" else None
+        self.wanted = key in (capture.choice.cross if kind == "cross" else capture.choice.self_)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
     ) -> Tensor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
-        if self.capture is not None:
+        if self.wanted:
             self.capture.record(self.kind, self.key, Attention(query, key, attn.heads, *self.size))
+        key, value = key[:, : self.tokens], value[:, : self.tokens]
         query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
         out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
         result: Tensor = attn.to_out[1](attn.to_out[0](out))
