@@ -77,6 +77,7 @@ class Reference:
         """One training step on an image [1, H, W, 3] with a label map [h, w] of the official maps' size."""
         low, high = TRAIN_TIMESTEPS
         timestep = int(torch.randint(low, high + 1, [1], generator=self.generator))
+        labels = labels.to(self.denoiser.device)
         prediction, noise, cross, self_ = self._pass(image, timestep, probabilities=False)
         one_hot = F.one_hot(labels, self.parts + 1).movedim(-1, 0)[None].float()
         weights = class_weights(one_hot)

@@ -54,13 +54,14 @@ def feature_neighbours(
         maps = descriptors(denoiser, example.image[None], timestep, seed)[0]
         known.append(maps.flatten(1).T)
         labels.append(soft_labels(example.labels, classes, (maps.shape[1], maps.shape[2])).flatten(1).T)
-    bank, votes = torch.cat(known), torch.cat(labels)
+    bank = torch.cat(known)
+    votes = torch.cat(labels).to(bank.device)
     found = []
     for image in images:
         maps = descriptors(denoiser, image[None], timestep, seed)[0]
         nearest = (maps.flatten(1).T @ bank.T).topk(NEIGHBOURS, dim=1).indices
         probability = votes[nearest].mean(1).T.unflatten(1, (maps.shape[1], maps.shape[2]))
-        found.append(resize_maps(probability[None], (image.shape[0], image.shape[1]))[0].argmax(0).numpy())
+        found.append(resize_maps(probability[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
     return found
 
 

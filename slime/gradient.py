@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from random import Random
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -57,17 +58,22 @@ def train_through_unet(
     """
     template = make_template(denoiser, examples, settings, "context")
     device, parts = denoiser.device, len(template.names)
-    base = template.base_context().rows.to(device)
+    if template.context is None:
+        raise ValueError("a template for training has its context")
+    # Rows start as the prompt's own words, "part" each (official src/slime.py).
+    base = template.context.float().to(device)
     empty = denoiser.encode_prompt("")
     pool = _make_pool(denoiser, examples, settings, template)
+    judged = _make_judged(denoiser, examples, settings, template) if settings.keep == "iou" else []
     initial = base[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing):
         initial = initial.detach().clone()
         rows = initial.clone().requires_grad_(True)
         base, frozen = base.clone(), Context(empty.rows.to(device).clone(), empty.pooled)
         pool = [entry.outside_inference_mode() for entry in pool]
+        judged = [entry.outside_inference_mode() for entry in judged]
         optimizer = torch.optim.Adam([rows], lr=settings.learning_rate)
-        best = _Best(rows, settings, len(examples))
+        best = _Best(rows, settings)
         history: list[Tensor] = []
         terms: dict[str, float] = {}
 
@@ -75,18 +81,21 @@ def train_through_unet(
             losses = torch.stack(history).tolist() if history else []
             return replace(template, rows=best.rows[None].cpu(), losses=tuple(losses))
 
+        def look(entry: _PoolEntry) -> tuple[Tensor | None, Capture]:
+            noisy = add_noise(denoiser, entry.latents, entry.noise, entry.timestep)
+            context = Context(torch.cat([base[:1], rows, base[parts + 1 :]]), template.pooled)
+            capture = Capture(template.layers)
+            return denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size), capture
+
         for step in range(1, settings.steps + 1):
             entry = pool[(step - 1) % len(pool)]
-            noisy = add_noise(denoiser, entry.latents, entry.noise, entry.timestep)
             if entry.unconditional is None and settings.guard_weight:
+                noisy = add_noise(denoiser, entry.latents, entry.noise, entry.timestep)
                 with torch.no_grad():
                     prediction = denoiser.predict_noise(noisy, entry.timestep, frozen, None, entry.size)
                 entry.unconditional = prediction
 
-            context = Context(torch.cat([base[:1], rows, base[parts + 1 :]]), template.pooled)
-            capture = Capture(template.layers)
-            predicted = denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size)
-
+            predicted, capture = look(entry)
             scores = mean_scores(capture, parts + 1, entry.labels)
             losses = loss_terms(scores, capture, entry.labels, settings)
             if settings.guard_weight and predicted is not None and entry.unconditional is not None:
@@ -96,7 +105,12 @@ def train_through_unet(
                 losses["l2"] = settings.l2 * (rows - initial).square().sum(-1).mean()
             loss = torch.stack(list(losses.values())).sum()
             history.append(loss.detach())
-            best.judge(rows, loss.detach(), capture, entry.labels)
+            if judged and (step % JUDGED_STEPS == 0 or step == settings.steps):
+                with torch.no_grad():
+                    iou = torch.stack([official_iou(look(plain)[1], plain.labels) for plain in judged]).mean()
+            else:
+                iou = None
+            best.judge(rows, loss.detach(), iou)
 
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(settings.schedule, step, settings.steps)
@@ -129,7 +143,8 @@ def loss_terms(scores: Tensor, capture: Capture, labels: Tensor, settings: Train
         losses["dice"] = settings.dice * dice_loss(scores, labels)
     if settings.was_weight:
         was = was_maps(list(capture.self_.values()), F.softmax(scores, 1))
-        losses["was"] = settings.was_weight * labels.shape[1] * F.mse_loss(was, labels)
+        error = (was * labels.sum(1, keepdim=True) - labels).square()  # ignored pixels have no label at all
+        losses["was"] = settings.was_weight * labels.shape[1] * error.mean()
     return losses
 
 
@@ -139,43 +154,58 @@ def schedule(name: str, step: int, steps: int) -> float:
 
 
 class _Best:
-    """The best rows so far: by the mean loss of the last steps, by the IoU on the last views (official code), or the
-    last. Nothing here waits for the device."""
+    """The best rows so far: by the mean loss of the last steps, by the IoU on the examples (official), or the last.
 
-    def __init__(self, rows: Tensor, settings: TrainSettings, shots: int) -> None:
+    Nothing here waits for the device.
+    """
+
+    def __init__(self, rows: Tensor, settings: TrainSettings) -> None:
         self.keep, self.ema = settings.keep, settings.ema
         self.rows = rows.detach().clone()
         self._average = self.rows
-        self._span = shots if self.keep == "iou" else JUDGED_STEPS
-        self._seen: list[Tensor] = []
+        self._losses: list[Tensor] = []
         self._value = torch.full((), float("-inf"), device=rows.device)
 
     @torch.no_grad()
-    def judge(self, rows: Tensor, loss: Tensor, capture: Capture, labels: Tensor) -> None:
-        """Look at the rows that gave this loss and capture, before the optimiser changes them."""
+    def judge(self, rows: Tensor, loss: Tensor, iou: Tensor | None) -> None:
+        """Look at the rows that gave this loss, and every few steps this IoU, before the optimiser changes them."""
         self._average = self.ema * self._average + (1 - self.ema) * rows.detach()
-        if self.keep == "last":
+        self._losses = [*self._losses[1 - JUDGED_STEPS :], loss]
+        if self.keep == "last" or (self.keep == "loss" and len(self._losses) < JUDGED_STEPS):
             self.rows = self._average
             return
-        self._seen.append(official_iou(capture, labels) if self.keep == "iou" else -loss)
-        value = torch.stack(self._seen[-self._span :]).mean()
-        better = (value >= self._value) | torch.tensor(len(self._seen) < self._span, device=value.device)
+        value = iou if self.keep == "iou" else -torch.stack(self._losses).mean()
+        if value is None:
+            return
+        better = value >= self._value
         self.rows = torch.where(better, self._average, self.rows)
         self._value = torch.where(better, value, self._value)
 
 
 def official_iou(capture: Capture, labels: Tensor) -> Tensor:
-    """Mean IoU over the classes present, of the official read-out on one training view.
-
-    The official code runs a further inference for it; the maps of the training pass are as good.
-    """
+    """Mean IoU over the classes present, of the official read-out on one labelled image, without ignored pixels."""
     classes, grid = labels.shape[1], (labels.shape[-2], labels.shape[-1])
     maps = official_maps(token_maps(list(capture.cross.values()), classes, grid), list(capture.self_.values()))
-    found = F.one_hot(maps[0].argmax(0), classes).movedim(-1, 0).bool()
+    found = F.one_hot(maps[0].argmax(0), classes).movedim(-1, 0).bool() & (labels[0].sum(0) > 0.5)
     real = labels[0] > 0.5
     inter, union = (found & real).sum((1, 2)), (found | real).sum((1, 2))
     present = real.any(2).any(1)
     return (inter / union.clamp(min=1) * present).sum() / present.sum().clamp(min=1)
+
+
+def _make_judged(
+    denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, template: PartEmbeddings
+) -> list[_PoolEntry]:
+    """The examples as they are, with the noise and timestep of inference."""
+    judged = []
+    for example in examples:
+        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
+        image, labels = make_view(example, settings, Random(0), size, (size[0] // 8, size[1] // 8), plain=True)  # noqa: S311
+        latents = denoiser.encode_images(image[None].to(denoiser.device))
+        noise = seeded_noise(latents.shape, settings.seed, denoiser.device)
+        labels = labels[None].to(denoiser.device)
+        judged.append(_PoolEntry(latents, noise, template.timestep, labels, image, size))
+    return judged
 
 
 def _make_pool(

@@ -43,7 +43,7 @@ def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, foca
 
 def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """1 - soft Dice coefficient of the softmax of logits [B, K, h, w], mean over the classes present."""
-    probabilities = F.softmax(logits, 1)
+    probabilities = F.softmax(logits, 1) * labels.sum(1, keepdim=True)  # ignored pixels have no label at all
     inter = (probabilities * labels).sum((0, 2, 3))
     total = probabilities.sum((0, 2, 3)) + labels.sum((0, 2, 3))
     present = (labels.sum((0, 2, 3)) > 0).float()

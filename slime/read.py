@@ -48,7 +48,7 @@ def part_logits(features: Features, rows: Tensor, background: Tensor, parts: int
     total: Tensor | None = None
     groups = rows.expand(len(features.scores), -1, -1)
     for maps, group in zip(features.scores, groups, strict=True):
-        classes = torch.cat([background[None], group]).to(maps)
+        classes = torch.cat([background[None].to(maps), group.to(maps)])
         scores = resize_maps(torch.einsum("bdhw,kd->bkhw", maps, classes), features.grid)
         total = scores if total is None else total + scores
     if total is None:

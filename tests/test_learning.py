@@ -10,12 +10,16 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 
 from slime import Example, PartEmbeddings, SegmentSettings, SlimeError, preset, segment, train
+from slime.attention import was_maps
+from slime.denoiser import Capture
 from slime.fit import fit_rows
+from slime.gradient import loss_terms
+from slime.layers import LayerChoice
 from slime.losses import class_weights, guard_loss, weighted_cross_entropy
 from slime.metrics import evaluate
 from slime.passes import crop_boxes
 from slime.segment import look, read_look
-from tests.toy import ToyDenoiser
+from tests.toy import LAYERS, ToyDenoiser
 
 COLORS = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.1, 0.2], [0.1, 0.8, 0.9]])
 
@@ -102,11 +106,14 @@ def test_training_through_the_unet_lowers_the_loss_and_finds_the_parts(name: str
 
 
 def test_passes_are_what_the_design_promises() -> None:
-    """No encoding and no inference inside the loop; the unconditional half runs once for each view."""
+    """No encoding inside the loop; the unconditional half runs once for each view."""
     toy = ToyDenoiser()
     train(toy, [picture(0)], preset("paper", steps=20, views=5))
-    assert toy.encoded == 5
-    assert toy.passes == 20 + 5
+    assert toy.encoded == 5 + 1
+    assert toy.passes == 20 + 5 + 2, "20 steps, 5 unconditional, and the example itself judged every tenth step"
+    toy = ToyDenoiser()
+    train(toy, [picture(0)], preset("thorough", steps=20, views=5))
+    assert toy.encoded == 5 and toy.passes == 20 + 5
     toy = ToyDenoiser()
     train(toy, [picture(0)], preset("instant", views=7))
     assert toy.encoded == 7 and toy.passes == 2 + 1, "seven views in batches of four, and the key projections"
@@ -333,3 +340,34 @@ def test_one_look_serves_every_file_and_every_widget() -> None:
     other = train(toy, [picture(0)], preset("instant", views=2, timestep=60))
     with pytest.raises(SlimeError, match="need another look"):
         read_look(seen, other)
+
+
+def test_paper_starts_from_the_words_of_its_prompt() -> None:
+    toy, seen = ToyDenoiser(), []
+
+    def watch(report) -> None:
+        seen.append(report.embeddings())
+
+    train(toy, [picture(0)], preset("paper", steps=1, views=1, keep="last", learning_rate=1e-6), on_step=watch)
+    words = toy.encode_prompt("part part part").rows[1:3]
+    torch.testing.assert_close(seen[0].rows[0], words, rtol=1e-2, atol=1e-3)
+
+
+def test_ignored_pixels_teach_nothing_in_any_term() -> None:
+    """Changing the prediction where nothing is labelled changes no loss term and no IoU."""
+    toy = ToyDenoiser()
+    capture = Capture(LayerChoice((LAYERS[0].key, LAYERS[1].key), (LAYERS[2].key,)))
+    toy.predict_noise(torch.randn(1, 4, 16, 16), 10, toy.encode_prompt(""), capture, (128, 128))
+    labels = torch.zeros(1, 3, 16, 16)
+    labels[:, 1, :4], labels[:, 0, 4:8] = 1, 1  # the lower half is unknown
+    scores = torch.randn(1, 3, 16, 16)
+    changed = scores.clone()
+    changed[:, :, 8:] += 5 * torch.randn(1, 3, 8, 16)
+    settings = preset("paper", dice=1.0, was_weight=0.0)
+    first, second = (loss_terms(s, capture, labels, settings) for s in (scores, changed))
+    for name in first:
+        torch.testing.assert_close(first[name], second[name])
+    was = loss_terms(scores.requires_grad_(True), capture, labels, preset("paper"))["was"]
+    half = labels.sum(1, keepdim=True)
+    spread = was_maps(list(capture.self_.values()), scores.softmax(1))
+    torch.testing.assert_close(was, 3 * ((spread - labels) * half).square().mean())

@@ -124,7 +124,7 @@ class DiffusersDenoiser:
         try:
             if checkpointing:
                 self.unet.enable_gradient_checkpointing()
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 yield
         finally:
             if checkpointing and not before:
