@@ -193,6 +193,8 @@ def variant_rows(task: Task, table: str, seed: int, done: set[str], options: arg
     """One row for every change; equal trainings are done once."""
     denoiser = trained(options.checkpoint)
     learned: dict[str, tuple[Any, float]] = {}
+    if hasattr(denoiser, "remember"):
+        denoiser.remember(as_tensor(task.tests["plain"].images))
     for index, (change, variant) in enumerate(TABLES[table].items()):
         if change in done or (options.only and index and change not in options.only):
             continue

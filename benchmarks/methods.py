@@ -19,11 +19,22 @@ from demo.baselines import color_neighbours, mean_mask
 from demo.inprocess import load_denoiser
 from demo.untrained import write_untrained
 from slime import PartEmbeddings, SegmentSettings, preset, segment, train
+from slime.augment import resize_image, working_size
 from slime.examples import Example
 
 from .rivals import feature_neighbours
 from .sources import as_tensor
 
+LEARNED = (
+    "default",
+    "default + zoom",
+    "default + absence",
+    "default + best",
+    "thorough",
+    "paper",
+    "untrained",
+    "feature neighbours",
+)
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
 Learn = Callable[[Sequence[Example], int], Predict]
 
@@ -52,11 +63,13 @@ class Variant:
 
 
 class EncodeOnce:
-    """A denoiser that keeps the latents of images it has seen: the test images serve every method and every seed."""
+    """A denoiser that keeps the latents of the test images, which serve every method and every seed.
 
-    def __init__(self, denoiser: Any) -> None:
-        self._denoiser = denoiser
-        self._latents: dict[bytes, torch.Tensor] = {}
+    Nothing else is kept, so that learning is timed with its encoding and segmentation without.
+    """
+
+    def __init__(self, denoiser: Any, latents: dict[bytes, torch.Tensor]) -> None:
+        self._denoiser, self._latents = denoiser, latents
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._denoiser, name)
@@ -66,15 +79,31 @@ class EncodeOnce:
         for image in images:
             key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
             if key not in self._latents:
-                self._latents[key] = self._denoiser.encode_images(image[None])
-            found.append(self._latents[key])
+                found.append(self._denoiser.encode_images(image[None]))
+            else:
+                found.append(self._latents[key])
         return torch.cat(found)
+
+    def remember(self, images: torch.Tensor) -> None:
+        """Encode images [B, H, W, 3] as segmentation will, and keep their latents."""
+        size = working_size(images.shape[1], images.shape[2], self._denoiser.family.working_side)
+        for image in resize_image(images, size):
+            key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
+            if key not in self._latents:
+                self._latents[key] = self._denoiser.encode_images(image[None])
+
+
+@functools.cache
+def latents_of(checkpoint: Path) -> dict[bytes, torch.Tensor]:
+    """Remembered latents: the untrained UNet has the same VAE."""
+    return {}
 
 
 @functools.cache
 def trained(checkpoint: Path) -> Any:
     """A checkpoint file through ComfyUI's loader, or a folder through diffusers."""
-    return EncodeOnce(load_pipeline(checkpoint) if checkpoint.is_dir() else load_denoiser(checkpoint))
+    denoiser = load_pipeline(checkpoint) if checkpoint.is_dir() else load_denoiser(checkpoint)
+    return EncodeOnce(denoiser, latents_of(checkpoint))
 
 
 def load_pipeline(folder: Path) -> Any:
@@ -90,7 +119,8 @@ def load_pipeline(folder: Path) -> Any:
 @functools.cache
 def untrained(checkpoint: Path) -> Any:
     """The same with a UNet as it was before training."""
-    return EncodeOnce(load_denoiser(write_untrained(checkpoint, Path(tempfile.mkdtemp()) / "untrained.safetensors")))
+    raw = write_untrained(checkpoint, Path(tempfile.mkdtemp()) / "untrained.safetensors")
+    return EncodeOnce(load_denoiser(raw), latents_of(checkpoint))
 
 
 def learned(get_denoiser: Callable[[], Any], variant: Variant) -> Learn:

@@ -1,9 +1,9 @@
 """The official procedure, step by step, on the same UNet as ours: what the speed benchmark measures against.
 
 Source: src/slime.py and src/stable_difusion.py of the official repository. What it does in a training step is done here
-in float32: VAE encoding, the unconditional prediction (with its graph, as both halves share one batch there), dense
-attention everywhere, maps of the hooked layers, and a full inference for the training IoU, by 1 or 2 x 2 crops. The
-validation of every epoch is left out.
+in the UNet's precision: VAE encoding, unconditional and conditional half as one batch, dense attention everywhere, maps
+of the hooked layers, and a full inference for the training IoU, by 1 or 2 x 2 crops. The validation of every epoch is
+left out; the scores of the hooked layers are computed a second time for their maps.
 """
 
 from __future__ import annotations
@@ -69,9 +69,10 @@ class Reference:
         self.optimizer = torch.optim.Adam([self.rows], lr=0.1)
         self.generator = torch.Generator().manual_seed(0)
 
-    def contexts(self) -> tuple[Context, Context]:
+    def context(self) -> Context:
+        """Unconditional and conditional rows as one batch."""
         learned = torch.cat([self.base[:1], self.rows, self.base[self.parts + 1 :]])
-        return Context(self.empty.clone().requires_grad_(True), self.pooled), Context(learned, self.pooled)
+        return Context(torch.stack([self.empty, learned]), self.pooled)
 
     def step(self, image: Tensor, labels: Tensor) -> Step:
         """One training step on an image [1, H, W, 3] with a label map [h, w] of the official maps' size."""
@@ -127,44 +128,35 @@ class Reference:
         """Guided prediction, noise, class maps [K, h, w] and dense self-attention [N, h, w]."""
         denoiser, size = self.denoiser, (self.side, self.side)
         pixels = F.interpolate(image.movedim(-1, 1), size=size, mode="bilinear").movedim(1, -1)
-        latents = denoiser.encode_images(pixels).clone()
+        with torch.inference_mode():
+            encoded = denoiser.encode_images(pixels)
+        latents = encoded.clone()
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
         noisy = add_noise(denoiser, latents, noise, timestep)
-        predictions, captures = [], []
+        capture = Capture(self.layers)
         with dense_attention(denoiser):
-            for context in self.contexts():
-                capture = Capture(self.layers)
-                predictions.append(denoiser.predict_noise(noisy, timestep, context, capture, size))
-                captures.append(capture)
+            both = denoiser.predict_noise(noisy.repeat(2, 1, 1, 1), timestep, self.context(), capture, size)
         # The official hooks make dense maps of both halves of the cross-attention, and of one of the self-attention.
-        both = [
-            torch.stack(
-                [_dense_cross(a, self.parts + 1, probabilities, self.output) for a in capture.cross.values()]
-            ).mean(0)
-            for capture in captures
-        ]
-        dense = torch.stack([_dense_self(a, self.output) for a in captures[1].self_.values()]).mean(0)
-        guided = predictions[0] + 100 * (predictions[1] - predictions[0])
-        return guided, noise, both[1], dense
-
-
-def _heads(attention: Attention) -> tuple[Tensor, Tensor]:
-    query, key = (t.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2)[0] for t in attention[:2])
-    return query, key
+        cross = [_dense_cross(a, self.parts + 1, probabilities, self.output) for a in capture.cross.values()]
+        dense = torch.stack([_dense_self(a, self.output) for a in capture.self_.values()]).mean(0)
+        unconditional, conditional = both.chunk(2)
+        guided = unconditional + 100 * (conditional - unconditional)
+        return guided, noise, torch.stack(cross).mean(0)[1], dense
 
 
 def _dense_cross(attention: Attention, classes: int, probabilities: bool, side: int) -> Tensor:
-    """[K, side, side]: scores, or probabilities over all tokens, mean over heads."""
-    query, key = _heads(attention)
-    scores = query @ key.transpose(1, 2) * query.shape[-1] ** -0.5
+    """[2, K, side, side]: scores, or probabilities over all tokens, mean over heads."""
+    query, key = (t.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in attention[:2])
+    scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     maps = (scores.softmax(-1) if probabilities else scores)[..., :classes]
-    maps = maps.movedim(-1, 1).unflatten(2, (attention.height, attention.width))
-    return F.interpolate(maps, size=side, mode="bilinear").mean(0)
+    maps = maps.movedim(-1, 2).unflatten(3, (attention.height, attention.width)).flatten(0, 1)
+    resized = F.interpolate(maps, size=side, mode="bilinear")
+    return resized.unflatten(0, (2, attention.heads)).mean(1)
 
 
 def _dense_self(attention: Attention, side: int) -> Tensor:
-    """[N, side, side]: how much every position looks at each of the N keys, mean over heads."""
-    query, key = _heads(attention)
+    """[N, side, side]: how much every position looks at each of the N keys, mean over heads; conditional half."""
+    query, key = (t[1].float().unflatten(-1, (attention.heads, -1)).transpose(0, 1) for t in attention[:2])
     matrix = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
     maps = matrix.movedim(-1, 1).unflatten(2, (attention.height, attention.width))
     return F.interpolate(maps, size=side, mode="bilinear").mean(0)

@@ -87,18 +87,18 @@ class ComfyDenoiser:
             memory = self.model.memory_required([noisy.shape[0], *noisy.shape[1:]])
             comfy.model_management.load_models_gpu([self.model], memory_required=memory)
         batch = noisy.shape[0]
-        sigma = self.sampling.sigma(torch.tensor([float(timestep)])).to(self.device)
-        abar = self.alphas_cumprod[timestep].float()
+        abar = float(self.alphas_cumprod[timestep])
+        sigma = ((1 - abar) / abar) ** 0.5
         # ComfyUI's x is z + sigma * eps (variance exploding).
-        x = noisy.to(self.device) / abar.sqrt().to(self.device)
-        rows = context.all_rows().to(self.device)
+        x = noisy.to(self.device) / abar**0.5
+        rows = context.for_batch(batch).to(self.device)
         arguments = self._extra_arguments(context, x, image_size)
         try:
             denoised = self.model.model.apply_model(
                 x,
-                sigma.expand(batch),
-                c_crossattn=rows[None].expand(batch, -1, -1),
-                transformer_options=self._options(capture, len(context.rows)),
+                torch.full((batch,), sigma, device=self.device),
+                c_crossattn=rows,
+                transformer_options=self._options(capture, context.tokens),
                 **arguments,
             )
         except CaptureComplete:
@@ -132,7 +132,7 @@ class ComfyDenoiser:
             return {}
         height, width = image_size
         conds = self.model.model.extra_conds(
-            cross_attn=context.rows[None].detach(),
+            cross_attn=context.for_batch(1).detach(),
             pooled_output=context.pooled[None].to(self.device),
             width=width,
             height=height,

@@ -15,7 +15,7 @@ from .layers import AttentionLayer, Family, LayerChoice, LayerKey
 
 @dataclass(frozen=True)
 class Context:
-    """Text conditioning: ``rows`` [T, D] and, for SDXL, ``pooled`` [P].
+    """Text conditioning: ``rows`` [T, D] for a whole batch, or [B, T, D], and, for SDXL, ``pooled`` [P].
 
     ``extra`` [E, D] are further rows whose keys are recorded, behind those of ``rows``, but which nothing attends to.
     """
@@ -24,9 +24,17 @@ class Context:
     pooled: Tensor | None = None
     extra: Tensor | None = None
 
-    def all_rows(self) -> Tensor:
-        """[T + E, D]."""
-        return self.rows if self.extra is None else torch.cat([self.rows, self.extra.to(self.rows)])
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.rows.shape[-2]
+
+    def for_batch(self, batch: int) -> Tensor:
+        """[batch, T + E, D]."""
+        rows = self.rows if self.rows.ndim == 3 else self.rows[None].expand(batch, -1, -1)
+        if self.extra is None:
+            return rows
+        return torch.cat([rows, self.extra.to(rows)[None].expand(batch, -1, -1)], 1)
 
 
 class Attention(NamedTuple):
@@ -127,8 +135,8 @@ def batch_for(free: float, one: float) -> int:
 
 def add_noise(denoiser: Denoiser, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
     """sqrt(abar_t) z + sqrt(1 - abar_t) eps (DDPM's forward process)."""
-    abar = denoiser.alphas_cumprod[timestep].to(latents)
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise
+    abar = float(denoiser.alphas_cumprod[timestep])  # it lies on the CPU: nothing waits
+    return abar**0.5 * latents + (1 - abar) ** 0.5 * noise
 
 
 def seeded_noise(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:

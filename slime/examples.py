@@ -162,7 +162,7 @@ class Example:
 def merge_examples(previous: Sequence[Example], new: Example) -> tuple[Example, ...]:
     """Chain examples: the same image again adds parts to it, another image is a further shot.
 
-    All examples get the union of the names, in order of first appearance.
+    All examples get the union of the names, in order of first appearance. The one added or changed is the last.
     """
     names = list(dict.fromkeys([*(name for example in previous for name in example.names), *new.names]))
     check_names(names)
@@ -170,12 +170,15 @@ def merge_examples(previous: Sequence[Example], new: Example) -> tuple[Example, 
     new = _rename(new, names)
     for index, example in enumerate(merged):
         if example.image.shape == new.image.shape and torch.equal(example.image, new.image):
-            overlap = int(((new.labels > 0) & (example.labels > 0)).sum())
+            painted = (new.labels > 0) & (new.labels != IGNORE)
+            overlap = int((painted & (example.labels > 0) & (example.labels != IGNORE)).sum())
             if overlap:
                 logger.warning("SLiMe: %d pixels were labelled before; the later example keeps them.", overlap)
-            labels = torch.where(new.labels > 0, new.labels, example.labels)
-            merged[index] = replace(new, labels=labels, labelled=_labelled(example) | _labelled(new))
-            return tuple(merged)
+            labels = torch.where(painted | (example.labels == 0), new.labels, example.labels)
+            choices = {example.unlabelled, new.unlabelled}
+            unlabelled = next(choice for choice in ("ignore", "background", "auto") if choice in choices)
+            joined = replace(new, labels=labels, unlabelled=unlabelled, labelled=_labelled(example) | _labelled(new))
+            return (*merged[:index], *merged[index + 1 :], joined)
     return (*merged, new)
 
 

@@ -23,6 +23,7 @@ from .settings import TrainSettings
 from .views import make_view, seeded_views
 
 JUDGED_STEPS = 10  # timesteps make single losses noisy: rows are judged by the mean over so many
+GRADIENT_SCALE = 1024.0  # keeps small gradients of half-precision UNets from vanishing
 REPORTED_STEPS = 10  # the host waits for the device only so often
 
 
@@ -115,7 +116,9 @@ def train_through_unet(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(settings.schedule, step, settings.steps)
             optimizer.zero_grad()
-            loss.backward()
+            (loss * GRADIENT_SCALE).backward()
+            if rows.grad is not None:
+                rows.grad /= GRADIENT_SCALE
             optimizer.step()
 
             preview = None

@@ -60,6 +60,7 @@ def train_instant(
         labels += [resize_labels(view.labels, grid) for view in seen]
         on_step(StepReport("features", len(labels), len(views), {}, lambda: None))
     stacked = [torch.cat(group) for group in zip(*scores, strict=True)]
+    del scores
     check_finite(stacked)
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:

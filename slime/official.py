@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .attention import resize_maps, was_maps
@@ -48,20 +49,14 @@ def official_maps(
             its mean.
         rescale: every WAS map is stretched to the range of its own attention map.
     """
-    result = 0 * maps  # zeros, but NaN stays NaN, to be noticed later
-    for index, image_maps in enumerate(maps):
-        low, high = image_maps.amin((1, 2), keepdim=True), image_maps.amax((1, 2), keepdim=True)
-        passed = torch.nonzero(high.flatten() >= gate).flatten()
-        if len(passed) == 0:
-            continue
-        kept = image_maps[passed].clone()
-        if subtract_mean:
-            kept[0] = torch.where(kept[0] > kept[0].mean(), kept[0], 0.0)
-        one = [a._replace(query=a.query[index : index + 1], key=a.key[index : index + 1]) for a in self_attention]
-        was = was_maps(one, kept[None], order)[0]
-        if rescale:
-            was_low, was_high = was.amin((1, 2), keepdim=True), was.amax((1, 2), keepdim=True)
-            stretch = (high[passed] - low[passed]) / (was_high - was_low).clamp(min=1e-12)
-            was = (was - was_low) * stretch + low[passed]
-        result[index, passed] = was
-    return result
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    passed = high >= gate
+    kept = torch.where(passed, maps, 0.0)
+    if subtract_mean:
+        first = F.one_hot(passed.flatten(1).int().argmax(1), maps.shape[1]).bool()[..., None, None]
+        kept = torch.where(first & (maps <= maps.mean((2, 3), keepdim=True)), 0.0, kept)
+    was = was_maps(self_attention, kept, order)
+    if rescale:
+        was_low, was_high = was.amin((2, 3), keepdim=True), was.amax((2, 3), keepdim=True)
+        was = (was - was_low) * ((high - low) / (was_high - was_low).clamp(min=1e-12)) + low
+    return torch.where(passed, was, 0 * maps)  # zeros, but NaN stays NaN, to be noticed later

@@ -8,6 +8,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .attention import resize_maps
@@ -92,10 +93,29 @@ def look_at(
 def read_maps(seen: Seen, items: Sequence[PartEmbeddings], size: tuple[int, int]) -> list[Tensor]:
     """Part maps [b, K, h, w] of images of ``size``, one for each of the embeddings: the mean over views and draws."""
     merged: list[Tensor] = []
+    counts: list[Tensor] = []
     for view, features in seen:
-        maps = [_place(_read(features, item, index), view, size) for index, item in enumerate(items)]
-        merged = [old + new for old, new in zip(merged, maps, strict=True)] if merged else maps
-    return [maps / maps.sum(1, keepdim=True).clamp(min=1e-6) for maps in merged]
+        maps = [_read(features, item, index) for index, item in enumerate(items)]
+        found = [_counted(one, item) for one, item in zip(maps, items, strict=True)]
+        placed = [_place(one, view, size) for one in maps]
+        weights = [_place(one, view, size) for one in found]
+        merged = [a + b for a, b in zip(merged, placed, strict=True)] if merged else placed
+        counts = [a + b for a, b in zip(counts, weights, strict=True)] if counts else weights
+    return [_normal(one / count.clamp(min=1e-6)) for one, count in zip(merged, counts, strict=True)]
+
+
+def _counted(maps: Tensor, item: PartEmbeddings) -> Tensor:
+    """1 where a view counts; the official code divides every class by the crops in which it passed the gate."""
+    if not item.read_out.official:
+        return torch.ones_like(maps[:, :1])
+    return (maps.amax((2, 3), keepdim=True) > 0).to(maps).expand_as(maps)
+
+
+def _normal(maps: Tensor) -> Tensor:
+    """Sum 1 over the classes; where no class has anything it is background."""
+    total = maps.sum(1, keepdim=True)
+    empty = F.pad((total < 1e-6).to(maps), (0, 0, 0, 0, 0, maps.shape[1] - 1))
+    return maps / total.clamp(min=1e-6) + empty
 
 
 def keep(part: slice, seen: Seen) -> tuple[slice, tuple[tuple[View, Features], ...]]:

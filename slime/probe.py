@@ -24,7 +24,8 @@ from .losses import class_weights, weighted_cross_entropy
 from .settings import TrainSettings
 from .views import make_view, seeded_views
 
-VIEWS = 24  # every second one is held out
+VIEWS = 24  # half of them are held out
+SELF_VIEWS = 4  # of these, for judging self-attention, whose queries and keys take memory
 GRID = 32  # finer score features are pooled: SDXL has 70 layers
 FIT_STEPS = 25
 L2 = 0.05  # of every layer
@@ -54,52 +55,62 @@ def probe_layers(
     plan = FeaturePlan(LayerChoice(every, every), context, timestep, per_layer=True)
     projections = key_projections(denoiser, plan.layers, context.pooled)
     scores: list[list[Tensor]] = []
-    attentions: list[tuple[Attention, ...]] = []
-    labels = []
+    held: list[int] = []
+    attentions: dict[int, tuple[Attention, ...]] = {}
+    labels: list[Tensor] = []
+    order: list[int] = []
     for index, (example, rng) in enumerate(seeded_views(examples, replace(settings, views=VIEWS))[:VIEWS]):
         size = working_size(example.labels.shape[0], example.labels.shape[1], denoiser.family.working_side)
         image, label = make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), plain=False)
         latents = denoiser.encode_images(image[None].to(denoiser.device))
         noise = seeded_noise(latents.shape, settings.seed + index, denoiser.device)
         features = extract_features(denoiser, latents, plan, noise, size, projections)
-        scores.append([_pool(maps).half() for maps in features.scores])
-        attentions.append(features.self_attention)
+        if not order:
+            sizes = [(a.height, a.width) for a in features.self_attention]
+            order = sorted(range(len(every)), key=lambda i: (*sizes[i], i))  # as collect_features sorts single layers
+        # Examples of another aspect come to the first one's sizes.
+        like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else map(_pool, features.scores))]
+        pooled = zip(features.scores, like, strict=True)
+        scores.append([F.adaptive_avg_pool2d(maps, size).half() for maps, size in pooled])
+        # Every example is fitted and held out in turn, unless there are too many.
+        turn = index // len(examples) if 2 * len(examples) <= VIEWS else index
+        if turn % 2:
+            if len(held) < SELF_VIEWS:
+                attentions[index] = features.self_attention
+            held.append(index)
         labels.append(F.adaptive_avg_pool2d(label, GRID))
-    order = sorted(range(len(every)), key=lambda i: _size_key(attentions[0][i], i))
-    by_layer = {every[i]: [view[place].float() for view in scores] for place, i in enumerate(order)}
+    by_layer = {every[i]: [view[place] for view in scores] for place, i in enumerate(order)}
     truth = torch.stack(labels).to(denoiser.device)
-    cross = {key: _held_out([maps], truth, settings)[0] for key, maps in by_layer.items()}
+    cross = {key: _held_out([maps], truth, held)[0] for key, maps in by_layer.items()}
     best_first = sorted(cross, key=lambda key: cross[key])
     trials = {}
     for count in (n for n in SIZES if n <= len(best_first)):
-        trials[count] = _held_out([by_layer[key] for key in best_first[:count]], truth, settings)
+        trials[count] = _held_out([by_layer[key] for key in best_first[:count]], truth, held)
     enough = PATIENCE * min(loss for loss, _ in trials.values())
     chosen = min(count for count, (loss, _) in trials.items() if loss <= enough)
     kept = set(best_first[:chosen])
-    self_scores, self_choice = _choose_self(attentions[1::2], every, trials[chosen][1], truth[1::2])
+    looked = [held.index(index) for index in attentions]
+    maps, real = trials[chosen][1][looked], truth[held][looked]
+    self_scores, self_choice = _choose_self(list(attentions.values()), every, maps, real)
     choice = LayerChoice(tuple(key for key in every if key in kept), self_choice)
     return ProbeResult(choice, cross, self_scores)
-
-
-def _size_key(attention: Attention, index: int) -> tuple[int, int, int]:
-    """Features of single layers come sorted by resolution, then by place (:func:`slime.features.collect_features`)."""
-    return attention.height, attention.width, index
 
 
 def _pool(maps: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(maps, GRID) if maps.shape[-2] > GRID or maps.shape[-1] > GRID else maps
 
 
-def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, settings: TrainSettings) -> tuple[float, Tensor]:
-    """Fit rows to even views, a row a layer; cross-entropy and maps [V / 2, K, h, w] of the odd ones."""
-    fitted = [torch.cat(list(maps[::2])) for maps in groups]
+def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[int]) -> tuple[float, Tensor]:
+    """Fit rows to the views that are not held out, a row a layer; cross-entropy and maps [len(held), K, h, w]."""
+    fit = [index for index in range(len(truth)) if index not in held]
+    fitted = [torch.cat([maps[index] for index in fit]).float() for maps in groups]
     zero = torch.zeros(fitted[0].shape[1], device=truth.device)
-    rows = fit_rows(fitted, truth[::2], zero, steps=FIT_STEPS, l2=L2 * len(groups)).rows
+    rows = fit_rows(fitted, truth[fit], zero, steps=FIT_STEPS, l2=L2 * len(groups)).rows
     size = (truth.shape[-2], truth.shape[-1])
-    held = [resize_maps(torch.einsum("bdhw,kd->bkhw", torch.cat(list(maps[1::2])), row), size)
-            for maps, row in zip(groups, rows, strict=True)]  # fmt: skip
-    logits = F.pad(torch.stack(held).sum(0), (0, 0, 0, 0, 1, 0))
-    loss = weighted_cross_entropy(logits, truth[1::2], class_weights(truth[::2]))
+    looks = [torch.cat([maps[index] for index in held]).float() for maps in groups]
+    seen = [resize_maps(torch.einsum("bdhw,kd->bkhw", m, row), size) for m, row in zip(looks, rows, strict=True)]
+    logits = F.pad(torch.stack(seen).sum(0), (0, 0, 0, 0, 1, 0))
+    loss = weighted_cross_entropy(logits, truth[list(held)], class_weights(truth[fit]))
     return float(loss), logits.softmax(1)
 
 
@@ -124,8 +135,8 @@ def _choose_self(
 
 
 def _iou(maps: Tensor, truth: Tensor) -> float:
-    """Mean soft IoU of the parts."""
-    found = F.one_hot(maps.argmax(1), maps.shape[1]).movedim(-1, 1).float()[:, 1:]
+    """Mean soft IoU of the parts; ignored pixels have no label at all and do not count."""
+    found = F.one_hot(maps.argmax(1), maps.shape[1]).movedim(-1, 1).float()[:, 1:] * truth.sum(1, keepdim=True)
     real = truth[:, 1:]
     inter, union = torch.minimum(found, real).sum((0, 2, 3)), torch.maximum(found, real).sum((0, 2, 3))
     return float((inter / union.clamp(min=1e-6)).mean())

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .batches import in_batches
 from .denoiser import Denoiser
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
@@ -19,6 +20,8 @@ from .read import calibrate
 from .refine import refine_maps
 from .settings import SegmentSettings
 from .zoom import zoom_in
+
+FULL_SIZE_VALUES = 2**25  # of probabilities refined at once: 128 MB, of which the filter takes a multiple
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ def segment(
         for part, found in _part_maps(denoiser, images, items, settings):
             pictures = images[part].to(denoiser.device)
             for index, maps in zip(indices, found, strict=True):
-                results[index].append(_finish(pictures, maps, several[index], settings, denoiser))
+                results[index] += _finish_all(pictures, maps, several[index], settings, denoiser)
             done += len(pictures) * len(indices)
             if on_batch is not None:
                 on_batch(done, len(images) * len(several))
@@ -136,11 +139,11 @@ def read_look(
         )
     settings = replace(settings or SegmentSettings(), zoom=0)
     size, device = (seen.images.shape[1], seen.images.shape[2]), device or torch.device("cpu")
-    results = []
+    results: list[_Finished] = []
     for part, features in seen.batches:
         (maps,) = read_maps(((view, one.to(device)) for view, one in features), [embeddings], size)
         check_finite([maps])
-        results.append(_finish(seen.images[part].to(device), maps, embeddings, settings))
+        results += _finish_all(seen.images[part].to(device), maps, embeddings, settings)
     return _join(results, embeddings)
 
 
@@ -166,6 +169,21 @@ class _Finished(NamedTuple):
 
     probabilities: Tensor
     peaks: Tensor
+
+
+def _finish_all(
+    pictures: Tensor,
+    maps: Tensor,
+    item: PartEmbeddings,
+    settings: SegmentSettings,
+    denoiser: Denoiser | None = None,
+) -> Iterator[_Finished]:
+    """:func:`_finish` for as many pictures at once as their size at full resolution allows."""
+    values = maps.shape[1] * pictures.shape[1] * pictures.shape[2]
+    size = min(max(1, FULL_SIZE_VALUES // values), len(pictures))
+    yield from in_batches(
+        len(pictures), size, lambda part: _finish(pictures[part], maps[part], item, settings, denoiser)
+    )
 
 
 def _finish(

@@ -201,3 +201,34 @@ def test_training_iou_is_that_of_the_official_read_out() -> None:
     labels = torch.zeros(1, 3, 16, 16)
     labels[:, 0] = 1
     assert 0 <= float(official_iou(capture, labels)) <= 1
+
+
+@pytest.mark.parametrize("count", [3, 30])
+def test_probe_takes_examples_of_any_shape_and_number(count: int) -> None:
+    toy = ToyDenoiser()
+    shapes = [(128, 128), (96, 192), (192, 96)]
+    examples = [picture(i, *shapes[i % 3]) for i in range(count)]
+    context = Context(toy.encode_prompt("").rows)
+    found = probe_layers(toy, examples, preset("instant"), context, 100)
+    assert found.choice.cross and found.choice.self_
+
+
+def test_adding_parts_keeps_what_was_decided_before() -> None:
+    first = picture(0)
+    red = Example.from_masks(first.image, {"red": first.labels == 1})
+    blue = Example.from_masks(first.image, {"blue": first.labels == 2})
+    chain = merge_examples([replace(red, unlabelled="ignore"), picture(1)], blue)
+    assert len(chain) == 2 and torch.equal(chain[-1].image, first.image), "the changed example is the last"
+    assert chain[-1].unlabelled == "ignore" and torch.equal(chain[-1].labels, first.labels)
+    ignored = replace(blue, labels=torch.where(blue.labels > 0, blue.labels, IGNORE))
+    kept = merge_examples([red], ignored)[0].labels
+    assert torch.equal(kept == 1, first.labels == 1) and torch.equal(kept == 2, first.labels == 2)
+
+
+def test_official_maps_are_background_where_no_class_counts() -> None:
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("paper", steps=2, views=1))
+    strict = replace(embeddings, read_out=replace(embeddings.read_out, gate=2.0))
+    for crops in (1, 2):
+        found = segment(toy, picture(1).image[None], strict, SegmentSettings(crops=crops))[0]
+        assert not found.label_map.any() and torch.allclose(found.probabilities[:, 0], torch.ones(1, 128, 128))

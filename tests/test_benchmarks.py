@@ -120,11 +120,11 @@ def test_the_reference_inference_is_our_official_read_out(crops: int) -> None:
     found = reference.infer(picture(0).image[None])
     assert found.shape == (16, 16) and found.unique().tolist() != [0]
     if crops == 1:
-        capture = Capture(reference.layers)
+        capture, conditional = Capture(reference.layers), Context(reference.context().rows[1].detach())
         generator = torch.Generator().manual_seed(0)
         latents = toy.encode_images(resize_image(picture(0).image[None], (128, 128)))
         noise = torch.randn(latents.shape, generator=generator)
-        toy.predict_noise(add_noise(toy, latents, noise, 100), 100, reference.contexts()[1], capture, (128, 128))
+        toy.predict_noise(add_noise(toy, latents, noise, 100), 100, conditional, capture, (128, 128))
         maps = token_maps(list(capture.cross.values()), 3, (16, 16))
         ours = official_maps(maps, list(capture.self_.values()))[0].argmax(0)
         assert (ours == found).float().mean() > 0.98

@@ -44,7 +44,7 @@ class ToyDenoiser:
 
     def predict_noise(self, noisy, timestep, context, capture: Capture | None, image_size):
         self.passes += 1
-        rows = context.all_rows()[None].expand(len(noisy), -1, -1)
+        rows = context.for_batch(len(noisy))
         try:
             for layer in LAYERS:
                 size = (max(1, noisy.shape[2] // layer.scale), max(1, noisy.shape[3] // layer.scale))
@@ -56,7 +56,7 @@ class ToyDenoiser:
                     capture.record("self", layer.key, Attention(4 * q, q, HEADS, *size))
         except CaptureComplete:
             return None
-        attended = rows[:, : len(context.rows)]
+        attended = rows[:, : context.tokens]
         return noisy * 0.5 + (attended.mean(1) @ self.w_out)[:, :, None, None]
 
     def fitting_batch(self, latent_size: tuple[int, int]) -> int:

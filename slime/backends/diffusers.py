@@ -87,14 +87,14 @@ class DiffusersDenoiser:
         self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None, image_size: tuple[int, int]
     ) -> Tensor | None:
         batch, dtype = noisy.shape[0], next(self.unet.parameters()).dtype
-        rows = context.all_rows().to(self.device, dtype)[None].expand(batch, -1, -1)
+        rows = context.for_batch(batch).to(self.device, dtype)
         added = None
         if context.pooled is not None:
             height, width = image_size
             sizes = torch.tensor([[height, width, 0, 0, height, width]], device=self.device, dtype=dtype)
             pooled = context.pooled.to(self.device, dtype)[None]
             added = {"text_embeds": pooled.expand(batch, -1), "time_ids": sizes.expand(batch, -1)}
-        with self._recording(capture, (noisy.shape[2], noisy.shape[3]), len(context.rows)):
+        with self._recording(capture, (noisy.shape[2], noisy.shape[3]), context.tokens):
             try:
                 output = self.unet(
                     noisy.to(self.device, dtype), timestep, encoder_hidden_states=rows, added_cond_kwargs=added
