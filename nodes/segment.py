@@ -41,6 +41,33 @@ class SLiMeSegment(io.ComfyNode):
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="Needed only for embeddings in the compact text form."),
                 io.Int.Input(
+                    "crops",
+                    default=1,
+                    min=1,
+                    max=4,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="2 looks at 2 x 2 overlapping crops, four times the work: for images where objects fill "
+                    "more than in the examples, as the paper does for faces.",
+                ),
+                io.Boolean.Input(
+                    "average_flip",
+                    default=False,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Also look at the mirrored image: a little steadier, twice the work.",
+                ),
+                io.Int.Input(
+                    "batch_size",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
+                    **EXPERT,
+                    tooltip="Images in one pass; 0 chooses from the free memory.",
+                ),
+                # Newer inputs stand last: saved workflows hold widget values by position.
+                io.Int.Input(
                     "zoom",
                     default=0,
                     min=0,
@@ -60,23 +87,6 @@ class SLiMeSegment(io.ComfyNode):
                     "as on the examples, 0.8 is a good start, 0 never decides so.",
                 ),
                 io.Int.Input(
-                    "crops",
-                    default=1,
-                    min=1,
-                    max=4,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="2 looks at 2 x 2 overlapping crops, four times the work: for images where objects fill "
-                    "more than in the examples, as the paper does for faces.",
-                ),
-                io.Boolean.Input(
-                    "average_flip",
-                    default=False,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Also look at the mirrored image: a little steadier, twice the work.",
-                ),
-                io.Int.Input(
                     "noise_draws",
                     default=1,
                     min=1,
@@ -84,15 +94,6 @@ class SLiMeSegment(io.ComfyNode):
                     optional=True,
                     **EXPERT,
                     tooltip="Looks with other noise, averaged: a little steadier, one more pass each.",
-                ),
-                io.Int.Input(
-                    "batch_size",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Images in one pass; 0 chooses from the free memory.",
                 ),
             ],
             outputs=[
