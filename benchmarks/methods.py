@@ -84,6 +84,7 @@ class EncodeOnce:
                 found.append(self._latents[key])
         return torch.cat(found)
 
+    @torch.inference_mode()
     def remember(self, images: torch.Tensor) -> None:
         """Encode images [B, H, W, 3] as segmentation will, and keep their latents."""
         size = working_size(images.shape[1], images.shape[2], self._denoiser.family.working_side)

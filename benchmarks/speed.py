@@ -1,6 +1,6 @@
 """Time and memory beside the official procedure and beside the bare UNet, on the same weights in one process.
 
-    python dev.py benchmark speed [--quick] [--json FILE] [--models tiny sd15] [--tasks ...]
+    python dev.py benchmark speed [--quick] [--json FILE] [--models tiny FILE] [--tasks ...]
 
 Every figure is also a ratio to a bound timed in the same run: a training step to the bare UNet's forward and backward
 of the same size, the instant preset to the VAE encodes and UNet forwards of its views, a segmentation to one VAE encode
@@ -318,16 +318,12 @@ def memory(training: bool) -> Iterator[Measured]:
 
 
 def make_denoiser(name: str) -> Any:
-    if name == "tiny":
-        return load_denoiser(MODEL)
-    from .random_weights import write_random
-
-    return load_denoiser(write_random(name))
+    return load_denoiser(MODEL if name == "tiny" else Path(name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["tiny"], help="tiny, sd15")
+    parser.add_argument("--models", nargs="+", default=["tiny"], help="tiny, or checkpoint files")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="the tiny model, fewer repeats, no growth tables")
