@@ -38,7 +38,7 @@ class SLiMeLook(io.ComfyNode):
                     default=False,
                     optional=True,
                     **EXPERT,
-                    tooltip="Also look at the mirrored image: a little steadier, twice the work.",
+                    tooltip="Also look at the mirrored image and average: twice the work, no gain on the demo scenes.",
                 ),
                 io.Int.Input(
                     "noise_draws",
@@ -47,7 +47,7 @@ class SLiMeLook(io.ComfyNode):
                     max=16,
                     optional=True,
                     **EXPERT,
-                    tooltip="Looks with other noise, averaged: a little steadier, one more pass each.",
+                    tooltip="Looks with other noise, averaged: one more pass each, no clear gain on the demo scenes.",
                 ),
             ],
             outputs=[Looks.Output(display_name="look", tooltip="For SLiMe Read Parts.")],

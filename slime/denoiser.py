@@ -125,7 +125,7 @@ class Denoiser(Protocol):
         ...
 
 
-LARGEST_BATCH = 16  # larger ones are no faster
+LARGEST_BATCH = 16
 
 
 def batch_for(free: float, one: float) -> int:

@@ -111,7 +111,7 @@ class DiffusersDenoiser:
         if self.device.type != "cuda":
             return 4
         free, _ = torch.cuda.mem_get_info(self.device)
-        # Activations of a UNet without gradients, about 1 KB a latent position and base channel (SD1.5 at 512: 1.3 GB).
+        # A cautious guess at a UNet's activations: 1 KB a latent position and base channel. What is too much is halved.
         one = latent_size[0] * latent_size[1] * self.unet.config.block_out_channels[0] * 1024
         return batch_for(float(free), float(one))
 
