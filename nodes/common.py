@@ -11,7 +11,7 @@ from typing import Any
 import comfy.model_management
 import numpy as np
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from PIL import Image
 from torch import Tensor
 
@@ -43,6 +43,79 @@ class Parts:
 def schema(**fields: Any) -> io.Schema:
     """A node schema without the fields that the running core does not know (search_aliases came with 0.11.0)."""
     return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
+
+
+def seed_input() -> Any:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=0xFFFFFFFF,
+        control_after_generate=False,
+        tooltip="Of the noise; the same seed gives the same masks.",
+    )
+
+
+def clip_input() -> Any:
+    return io.Clip.Input("clip", optional=True, tooltip="Needed only for embeddings in the compact text form.")
+
+
+def flip_input() -> Any:
+    return io.Boolean.Input(
+        "average_flip",
+        default=False,
+        optional=True,
+        **EXPERT,
+        tooltip="Also look at the mirrored image and average: twice the work, no gain on the demo scenes.",
+    )
+
+
+def draws_input() -> Any:
+    return io.Int.Input(
+        "noise_draws",
+        default=1,
+        min=1,
+        max=16,
+        optional=True,
+        **EXPERT,
+        tooltip="Looks with other noise, averaged: one more pass each, no clear gain on the demo scenes.",
+    )
+
+
+def refine_input() -> Any:
+    return io.Combo.Input(
+        "refine",
+        options=["off", "fast", "best"],
+        default="fast",
+        tooltip="Pull mask borders to the edges of the image.",
+    )
+
+
+def confidence_input() -> Any:
+    return io.Float.Input(
+        "min_confidence",
+        default=0.0,
+        min=0.0,
+        max=2.0,
+        step=0.01,
+        optional=True,
+        tooltip="Images where the parts are less sure than this count as without the object. 1 is as sure as on the "
+        "examples, 0 never decides so.",
+    )
+
+
+def parts_outputs() -> list[Any]:
+    return [
+        PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
+        io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
+    ]
+
+
+def parts_result(cls: type[io.ComfyNode], maps: PartMaps, images: Tensor) -> io.NodeOutput:
+    """What goes with :func:`parts_outputs`, and a picture of it."""
+    labels = maps.label_map
+    preview = overlays(images, labels, maps.palette, maps.names)
+    return io.NodeOutput(Parts(maps, images), to_core((labels > 0).float()), ui=ui.PreviewImage(preview, cls=cls))
 
 
 @contextmanager

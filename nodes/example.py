@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
@@ -12,6 +13,14 @@ from ..slime.embeddings import default_palette
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
 from .common import EXPERT, Examples, as_images, as_masks, named_errors, overlays, schema, split_names, to_core
+
+
+def _previous() -> Any:
+    return Examples.Input(
+        "previous",
+        optional=True,
+        tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
+    )
 
 
 class SLiMeExample(io.ComfyNode):
@@ -28,11 +37,7 @@ class SLiMeExample(io.ComfyNode):
                 io.String.Input(
                     "names", default="part", tooltip="Name of each part, separated by commas: wheel, window"
                 ),
-                Examples.Input(
-                    "previous",
-                    optional=True,
-                    tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
-                ),
+                _previous(),
                 io.Combo.Input(
                     "unlabelled",
                     options=["auto", "background", "ignore"],
@@ -74,11 +79,7 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
                     multiline=True,
                     tooltip="One part a line: its name, an equals sign, its colour.",
                 ),
-                Examples.Input(
-                    "previous",
-                    optional=True,
-                    tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
-                ),
+                _previous(),
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),

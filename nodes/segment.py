@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import comfy.model_management
 import comfy.utils
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..slime.segment import segment
 from ..slime.settings import SegmentSettings
 from .comfy_denoiser import ComfyDenoiser
-from .common import EXPERT, Embeddings, Parts, PartsSocket, as_images, named_errors, overlays, schema, to_core
+from .common import (
+    EXPERT,
+    Embeddings,
+    as_images,
+    clip_input,
+    confidence_input,
+    draws_input,
+    flip_input,
+    named_errors,
+    parts_outputs,
+    parts_result,
+    refine_input,
+    schema,
+    seed_input,
+)
 
 
 class SLiMeSegment(io.ComfyNode):
@@ -25,21 +39,9 @@ class SLiMeSegment(io.ComfyNode):
                 io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
                 Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load Learned Embeddings."),
                 io.Image.Input("image", tooltip="Images of any size; a batch gives a batch of masks."),
-                io.Combo.Input(
-                    "refine",
-                    options=["off", "fast", "best"],
-                    default="fast",
-                    tooltip="Pull mask borders to the edges of the image.",
-                ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Of the noise; the same seed gives the same masks.",
-                ),
-                io.Clip.Input("clip", optional=True, tooltip="Needed only for embeddings in the compact text form."),
+                refine_input(),
+                seed_input(),
+                clip_input(),
                 io.Int.Input(
                     "crops",
                     default=1,
@@ -50,13 +52,7 @@ class SLiMeSegment(io.ComfyNode):
                     tooltip="2 looks at 2 x 2 overlapping crops, as the paper does for faces: four times the work, and "
                     "much worse on the demo scenes.",
                 ),
-                io.Boolean.Input(
-                    "average_flip",
-                    default=False,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Also look at the mirrored image and average: twice the work, no gain on the demo scenes.",
-                ),
+                flip_input(),
                 io.Int.Input(
                     "batch_size",
                     default=0,
@@ -76,30 +72,10 @@ class SLiMeSegment(io.ComfyNode):
                     tooltip="How many objects to look at again more closely, 0 for none: for objects that are smaller "
                     "in the image than in the examples. Up to ten passes more for one object.",
                 ),
-                io.Float.Input(
-                    "min_confidence",
-                    default=0.0,
-                    min=0.0,
-                    max=2.0,
-                    step=0.01,
-                    optional=True,
-                    tooltip="Images where the parts are less sure than this count as without the object. 1 is as sure "
-                    "as on the examples, 0.8 is a good start, 0 never decides so.",
-                ),
-                io.Int.Input(
-                    "noise_draws",
-                    default=1,
-                    min=1,
-                    max=16,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Looks with other noise, averaged: one more pass each, no clear gain on the demo scenes.",
-                ),
+                confidence_input(),
+                draws_input(),
             ],
-            outputs=[
-                PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
-                io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
-            ],
+            outputs=parts_outputs(),
         )
 
     @classmethod
@@ -126,7 +102,4 @@ class SLiMeSegment(io.ComfyNode):
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
             maps = segment(ComfyDenoiser(model, vae, clip), images, embeddings, settings, on_batch=on_batch)[0]
-        labels = maps.label_map
-        preview = overlays(images, labels, maps.palette, maps.names)
-        mask = to_core((labels > 0).float())
-        return io.NodeOutput(Parts(maps, images), mask, ui=ui.PreviewImage(preview, cls=cls))
+        return parts_result(cls, maps, images)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..slime.temporal import steady_parts
-from .common import Parts, PartsSocket, overlays, schema, to_core
+from .common import PartsSocket, parts_outputs, parts_result, schema
 
 
 class SLiMeSteadyParts(io.ComfyNode):
@@ -27,16 +27,9 @@ class SLiMeSteadyParts(io.ComfyNode):
                     tooltip="How much neighbouring frames count where the picture stands still.",
                 ),
             ],
-            outputs=[
-                PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
-                io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
-            ],
+            outputs=parts_outputs(),
         )
 
     @classmethod
     def execute(cls, parts, strength=0.7) -> io.NodeOutput:
-        maps = steady_parts(parts.maps, parts.images, strength)
-        labels = maps.label_map
-        preview = overlays(parts.images, labels, maps.palette, maps.names)
-        mask = to_core((labels > 0).float())
-        return io.NodeOutput(Parts(maps, parts.images), mask, ui=ui.PreviewImage(preview, cls=cls))
+        return parts_result(cls, steady_parts(parts.maps, parts.images, strength), parts.images)
