@@ -14,10 +14,11 @@ from slime.augment import window
 from slime.denoiser import Context
 from slime.errors import SlimeError
 from slime.examples import IGNORE, Example, merge_examples
+from slime.features import Features
 from slime.gradient import official_iou, schedule
 from slime.losses import balance_views, dice_loss, weighted_cross_entropy
 from slime.probe import probe_layers
-from slime.read import ReadOut, calibrate, join_background
+from slime.read import ReadOut, calibrate, join_background, part_logits
 from slime.zoom import Window, spots, sureness, windows, zoom_in
 
 from .test_learning import picture, score
@@ -232,3 +233,11 @@ def test_official_maps_are_background_where_no_class_counts() -> None:
     for crops in (1, 2):
         found = segment(toy, picture(1).image[None], strict, SegmentSettings(crops=crops))[0]
         assert not found.label_map.any() and torch.allclose(found.probabilities[:, 0], torch.ones(1, 128, 128))
+
+
+def test_rows_go_to_the_device_of_the_features() -> None:
+    """The context, and with it the background row, stays on the CPU; "meta" stands in for a GPU."""
+    features = Features((torch.zeros(2, 6, 4, 4, device="meta"),), (), (4, 4))
+    for rows in (torch.zeros(1, 3, 6), torch.zeros(1, 3, 6, device="meta")):
+        logits = part_logits(features, rows, torch.zeros(6), 2)
+        assert logits.device.type == "meta" and logits.shape == (2, 3, 4, 4)
