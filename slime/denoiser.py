@@ -29,6 +29,11 @@ class Context:
         """T."""
         return self.rows.shape[-2]
 
+    def to(self, device: torch.device) -> Context:
+        """The same on a device, so that no pass has to send it there again."""
+        pooled, extra = (None if tensor is None else tensor.to(device) for tensor in (self.pooled, self.extra))
+        return Context(self.rows.to(device), pooled, extra)
+
     def for_batch(self, batch: int) -> Tensor:
         """[batch, T + E, D]."""
         rows = self.rows if self.rows.ndim == 3 else self.rows[None].expand(batch, -1, -1)

@@ -35,6 +35,10 @@ class FeaturePlan:
     per_layer: bool = False
     keep_cross: bool = False
 
+    def to(self, device: torch.device) -> FeaturePlan:
+        """The same with its context on a device."""
+        return replace(self, context=self.context.to(device))
+
 
 @dataclass(frozen=True)
 class Features:

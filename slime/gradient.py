@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from random import Random
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .attention import cross_scores, resize_maps, was_maps
-from .augment import working_size
 from .denoiser import Capture, Context, Denoiser, add_noise, seeded_noise
 from .embeddings import PartEmbeddings
 from .examples import Example
@@ -20,7 +18,7 @@ from .losses import class_weights, dice_loss, guard_loss, weighted_cross_entropy
 from .official import official_maps, token_maps
 from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
-from .views import make_view, seeded_views
+from .views import EncodedView, encode_views, view_count
 
 JUDGED_STEPS = 10  # timesteps make single losses noisy: rows are judged by the mean over so many
 GRADIENT_SCALE = 1024.0  # keeps small gradients of half-precision UNets from vanishing
@@ -35,7 +33,7 @@ class _PoolEntry:
     noise: Tensor
     timestep: int
     labels: Tensor
-    image: Tensor
+    picture: Callable[[], Tensor]
     size: tuple[int, int]
     unconditional: Tensor | None = None
 
@@ -124,7 +122,7 @@ def train_through_unet(
             preview = None
             if step % REPORTED_STEPS == 1 or step == settings.steps:
                 terms = {"loss": float(history[-1])} | {name: float(value.detach()) for name, value in losses.items()}
-                preview = (entry.image, scores.detach()[0].softmax(0).cpu())
+                preview = (entry.picture(), scores.detach()[0].softmax(0).cpu())
             on_step(StepReport("train", step, settings.steps, terms, embeddings, preview))
     return embeddings()
 
@@ -200,28 +198,24 @@ def _make_judged(
     denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, template: PartEmbeddings
 ) -> list[_PoolEntry]:
     """The examples as they are, with the noise and timestep of inference."""
-    judged = []
-    for example in examples:
-        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
-        image, labels = make_view(example, settings, Random(0), size, (size[0] // 8, size[1] // 8), plain=True)  # noqa: S311
-        latents = denoiser.encode_images(image[None].to(denoiser.device))
-        noise = seeded_noise(latents.shape, settings.seed, denoiser.device)
-        labels = labels[None].to(denoiser.device)
-        judged.append(_PoolEntry(latents, noise, template.timestep, labels, image, size))
-    return judged
+    count = len(examples)
+    views = encode_views(denoiser, examples, settings, template.working_side, count, plain=count)
+    return [_entry(denoiser, view, settings.seed, template.timestep) for view in views]
 
 
 def _make_pool(
     denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, template: PartEmbeddings
 ) -> list[_PoolEntry]:
     """Views with their latents, noise and timesteps, all drawn up front."""
-    pool = []
     low, high = settings.noise_range
-    for index, (example, rng) in enumerate(seeded_views(examples, settings)[: settings.steps]):
-        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
-        grid = (size[0] // 8, size[1] // 8)
-        image, labels = make_view(example, settings, rng, size, grid, plain=False)
-        latents = denoiser.encode_images(image[None].to(denoiser.device))
-        noise = seeded_noise(latents.shape, settings.seed + index, denoiser.device)
-        pool.append(_PoolEntry(latents, noise, rng.randint(low, high), labels[None].to(denoiser.device), image, size))
-    return pool
+    count = min(view_count(examples, settings), settings.steps)
+    views = encode_views(denoiser, examples, settings, template.working_side, count)
+    return [
+        _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high)) for index, view in enumerate(views)
+    ]
+
+
+def _entry(denoiser: Denoiser, view: EncodedView, seed: int, timestep: int) -> _PoolEntry:
+    noise = seeded_noise(view.latents.shape, seed, denoiser.device)
+    labels = view.labels[None].to(denoiser.device)
+    return _PoolEntry(view.latents, noise, timestep, labels, view.picture, view.size)

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import groupby
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .attention import resize_maps
-from .augment import working_size
 from .batches import in_batches
 from .denoiser import Denoiser, seeded_noise
 from .embeddings import PartEmbeddings
@@ -24,9 +22,7 @@ from .losses import balance_views
 from .read import read
 from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
-from .views import make_view, resize_labels, seeded_views
-
-VIEW_BATCH = 4
+from .views import VIEW_BATCH, EncodedView, encode_views, resize_labels, view_count
 
 
 def train_instant(
@@ -38,15 +34,11 @@ def train_instant(
 ) -> PartEmbeddings:
     """Rows from cached features: one UNet pass a view on the base prompt, then :func:`slime.fit.fit_rows`."""
     template = make_template(denoiser, examples, settings, "keys")
-    plan = template.plan()
-    first_image: Tensor | None = None
+    plan = template.plan().to(denoiser.device)
     # All encoding comes first: on a small card VAE and UNet take turns in memory.
-    views = []
-    for index, (example, rng) in enumerate(seeded_views(examples, settings)):
-        size = working_size(example.labels.shape[0], example.labels.shape[1], template.working_side)
-        image, label = make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), index < len(examples))
-        views.append(_EncodedView(denoiser.encode_images(image[None].to(denoiser.device)), label, size))
-        first_image = image if first_image is None else first_image
+    count = view_count(examples, settings)
+    views = list(encode_views(denoiser, examples, settings, template.working_side, count, plain=len(examples)))
+    first_image = views[0].picture()
     scores: list[list[Tensor]] = []
     labels: list[Tensor] = []
     first: Features | None = None
@@ -64,7 +56,7 @@ def train_instant(
     check_finite(stacked)
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
-        preview = (first_image, logits.softmax(0).cpu()) if step % 5 == 1 and first_image is not None else None
+        preview = (first_image, logits.softmax(0).cpu()) if step % 5 == 1 else None
         on_step(
             StepReport(
                 "fit",
@@ -89,7 +81,7 @@ def train_instant(
         start=_starting_rows(start, settings.row_groups, len(stacked)),
         on_step=report,
     )
-    if first is None or first_image is None:
+    if first is None:
         raise ValueError("no views")
     # The first views are examples as they are; the first batch holds up to VIEW_BATCH of them.
     maps = read(first, result.rows, template.background, len(template.names), template.read_out)[: len(examples)]
@@ -105,16 +97,8 @@ def train_instant(
     return embeddings
 
 
-class _EncodedView(NamedTuple):
-    """One augmented view: latents [1, C, h, w], label maps [K, h, w] and its size in pixels."""
-
-    latents: Tensor
-    labels: Tensor
-    size: tuple[int, int]
-
-
 def _view_features(
-    denoiser: Denoiser, views: Sequence[_EncodedView], plan: FeaturePlan, seed: int
+    denoiser: Denoiser, views: Sequence[EncodedView], plan: FeaturePlan, seed: int
 ) -> Iterator[Features]:
     """Features of the views in order, in batches of neighbours of one size; every view has noise of its own."""
     projections = key_projections(denoiser, plan.layers, plan.context.pooled)

@@ -63,7 +63,7 @@ def look_at(
     one more pass over a tiny latent.
     """
     item = items[0]
-    plan = item.plan()
+    plan = item.plan().to(denoiser.device)
     views = _views(images.shape[1], images.shape[2], settings, item.working_side)
     size = views[0].size
     batch = settings.batch_size or denoiser.fitting_batch((size[0] // 8, size[1] // 8))

@@ -7,14 +7,13 @@ together. GoCA (CVPR 2026) and a first trial with a small model found the paper'
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from .attention import propagate, resize_maps
-from .augment import working_size
 from .denoiser import Attention, Context, Denoiser, seeded_noise
 from .examples import Example
 from .features import FeaturePlan, extract_features, key_projections
@@ -22,7 +21,7 @@ from .fit import fit_rows
 from .layers import LayerChoice, LayerKey
 from .losses import class_weights, weighted_cross_entropy
 from .settings import TrainSettings
-from .views import make_view, seeded_views
+from .views import encode_views
 
 VIEWS = 24  # half of them are held out
 SELF_VIEWS = 4  # of these, for judging self-attention, whose queries and keys take memory
@@ -59,10 +58,8 @@ def probe_layers(
     attentions: dict[int, tuple[Attention, ...]] = {}
     labels: list[Tensor] = []
     order: list[int] = []
-    for index, (example, rng) in enumerate(seeded_views(examples, replace(settings, views=VIEWS))[:VIEWS]):
-        size = working_size(example.labels.shape[0], example.labels.shape[1], denoiser.family.working_side)
-        image, label = make_view(example, settings, rng, size, (size[0] // 8, size[1] // 8), plain=False)
-        latents = denoiser.encode_images(image[None].to(denoiser.device))
+    views = encode_views(denoiser, examples, settings, denoiser.family.working_side, VIEWS)
+    for index, (latents, label, size, *_) in enumerate(views):
         noise = seeded_noise(latents.shape, settings.seed + index, denoiser.device)
         features = extract_features(denoiser, latents, plan, noise, size, projections)
         if not order:

@@ -3,34 +3,82 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import groupby
+from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .augment import augmented_view, resize_image, soft_labels
+from .augment import augmented_view, resize_image, soft_labels, working_size
+from .batches import in_batches
+from .denoiser import Denoiser
 from .examples import Example
 from .settings import TrainSettings
 
-
-def seeded_views(examples: Sequence[Example], settings: TrainSettings) -> list[tuple[Example, random.Random]]:
-    """Examples in turn, each view with a generator of its own; at least one view an example."""
-    count = max(settings.views, len(examples))
-    return [(examples[i % len(examples)], random.Random(f"{settings.seed}/{i}")) for i in range(count)]  # noqa: S311
+VIEW_BATCH = 4
 
 
-def make_view(
-    example: Example,
-    settings: TrainSettings,
-    rng: random.Random,
-    size: tuple[int, int],
-    grid: tuple[int, int],
-    plain: bool,
-) -> tuple[Tensor, Tensor]:
-    """An augmented view, or the example as it is; image [h, w, 3] and label maps [K, *grid]."""
-    if not plain:
-        return augmented_view(example, settings, rng, size, grid)
-    return resize_image(example.image[None], size)[0], soft_labels(example.labels, len(example.names) + 1, grid)
+def view_count(examples: Sequence[Example], settings: TrainSettings) -> int:
+    """At least one view an example."""
+    return max(settings.views, len(examples))
+
+
+class View(NamedTuple):
+    """One view of an example: image [h, w, 3], label maps [K, h/8, w/8], and its generator after the augmentation."""
+
+    image: Tensor
+    labels: Tensor
+    rng: random.Random
+
+
+def make_view(examples: Sequence[Example], settings: TrainSettings, side: int, plain: int, index: int) -> View:
+    """The view of this index, always the same: examples in turn, the first ``plain`` views as they are."""
+    example = examples[index % len(examples)]
+    rng = random.Random(f"{settings.seed}/{index}")  # noqa: S311
+    size = working_size(example.labels.shape[0], example.labels.shape[1], side)
+    grid = (size[0] // 8, size[1] // 8)
+    if index >= plain:
+        return View(*augmented_view(example, settings, rng, size, grid), rng)
+    labels = soft_labels(example.labels, len(example.names) + 1, grid)
+    return View(resize_image(example.image[None], size)[0], labels, rng)
+
+
+class EncodedView(NamedTuple):
+    """Latents [1, C, h, w] of a view, its label maps [K, h, w] on the CPU, its size in pixels, and how to see it."""
+
+    latents: Tensor
+    labels: Tensor
+    size: tuple[int, int]
+    rng: random.Random
+    picture: Callable[[], Tensor]
+
+
+def encode_views(
+    denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, side: int, count: int, plain: int = 0
+) -> Iterator[EncodedView]:
+    """The first ``count`` views, encoded in batches of neighbours of one size; their pixels are not kept."""
+    make = partial(make_view, examples, settings, side, plain)
+    sizes = [working_size(e.labels.shape[0], e.labels.shape[1], side) for e in examples]
+    first = 0
+    for size, neighbours in groupby(range(count), key=lambda index: sizes[index % len(sizes)]):
+        indices = list(neighbours)
+
+        def encode(part: slice, indices: list[int] = indices) -> tuple[list[View], Tensor]:
+            views = [make(index) for index in indices[part]]
+            return views, denoiser.encode_images(torch.stack([view.image for view in views]).to(denoiser.device))
+
+        for views, latents in in_batches(len(indices), VIEW_BATCH, encode):
+            for view, latent in zip(views, latents, strict=True):
+                picture = partial(_picture, make, first)
+                yield EncodedView(latent[None], view.labels, size, view.rng, picture)
+                first += 1
+
+
+def _picture(make: Callable[[int], View], index: int) -> Tensor:
+    return make(index).image
 
 
 def resize_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
