@@ -1,11 +1,12 @@
 """Time and memory beside the official procedure and beside the bare UNet, on the same weights in one process.
 
-    python dev.py benchmark speed [--quick] [--json FILE] [--models tiny FILE] [--tasks ...]
+    python dev.py benchmark speed [--quick] [--json FILE] [--models tiny sd1 sd2 sdxl FILE] [--tasks ...]
 
 Every figure is also a ratio to a bound timed in the same run: a training step to the bare UNet's forward and backward
 of the same size, the instant preset to the VAE encodes and UNet forwards of its views, a segmentation to one VAE encode
-and one UNet forward an image. Bytes: on CUDA the allocator's peak beyond what was held before; on the CPU, for
-training, the tensors that autograd saves, and otherwise the growth of the resident set.
+and one UNet forward an image. sd1, sd2 and sdxl are full-size models with random weights. Bytes: the most that is held
+at once beyond the weights; on CUDA the allocator's, on the CPU the sum of the living tensors, counted operation by
+operation in a run of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,13 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 
@@ -32,12 +32,17 @@ from demo.inprocess import load_denoiser
 from demo.server import MODEL
 from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
 from slime.denoiser import Context
+from slime.metrics import evaluate
 
+from .live_bytes import LiveBytes
+from .random_models import LAYOUTS, random_denoiser
 from .reference import Reference, dense_attention
 from .sources import as_tensor, scene_set
 
-TASKS = ("step", "training", "segment", "parts", "examples", "side", "batch", "files", "import")
+TASKS = ("step", "memory", "iou", "training", "segment", "parts", "examples", "side", "batch", "files", "import")
 PAPER_STEPS = 200
+IOU_STEPS = 100  # a trainer that has not reached the training IoU by then is stopped
+TRAINING_IOU = 0.5
 IMPORT = """
 import time, torch, demo.inprocess as inprocess
 inprocess.import_comfyui()
@@ -51,8 +56,10 @@ print(time.perf_counter() - start, torch.cuda.is_initialized())
 class Bench:
     """One model, its denoiser, and the rows measured on it."""
 
-    def __init__(self, name: str, denoiser: Any, repeats: int, report: Callable[[dict[str, Any]], None]) -> None:
-        self.name, self.denoiser, self.repeats, self.report = name, denoiser, repeats, report
+    def __init__(
+        self, name: str, denoiser: Any, repeats: int, report: Callable[[dict[str, Any]], None], crops: int = 2
+    ) -> None:
+        self.name, self.denoiser, self.repeats, self.report, self.crops = name, denoiser, repeats, report, crops
         self.side = denoiser.family.working_side
         self.example = splits.example("car", splits.TEACH)
         self.images = as_tensor(scene_set("car", "plain", 64, "test").images)
@@ -98,7 +105,12 @@ class Bench:
                     latents, 50, context, None, (self.side, self.side)
                 ).square().mean().backward()
 
-            return self.measure(step, training=True)
+            return self.measure(step)
+
+    def grid_labels(self) -> Tensor:
+        """The example's label map on the latent grid, as the official code takes it."""
+        labels = self.example.labels[None, None].float()
+        return torch.nn.functional.interpolate(labels, (self.side // 8, self.side // 8))[0, 0].long()
 
     def latents(self, count: int, side: int | None = None) -> Tensor:
         cells = (side or self.side) // 8
@@ -107,20 +119,14 @@ class Bench:
     # ----------------------------------------------------------------------------------------------------- tasks
 
     def step(self) -> None:
-        """Seconds a training step at paper-equivalent settings, and memory beyond the weights."""
+        """Seconds a training step at paper-equivalent settings."""
         bound = self.forward_backward()
-        references = {}
-        for crops in (1, 2):
-            labels = torch.nn.functional.interpolate(
-                self.example.labels[None, None].float(), (self.side // 8, self.side // 8)
-            )[0, 0].long()
-            with self.denoiser.differentiable(False):
-                reference = Reference(self.denoiser, len(self.example.names), crops)
-                image = self.example.image[None].clone()
-                references[crops] = self.measure(lambda: reference.step(image, labels), training=True)  # noqa: B023
-        ours = self.steps("paper")
+        references = {crops: self.reference(crops) for crops in range(1, self.crops + 1)}
         with self.denoiser.differentiable(False), torch.no_grad(), dense_attention(self.denoiser):
             dense = self.forward()
+        prepare, loop = self.steps("paper")
+        every = Measured(prepare.seconds + loop.seconds)
+        reused = Measured(prepare.seconds / 5 + loop.seconds)
         for crops, measured in references.items():
             self.report(
                 {
@@ -130,36 +136,103 @@ class Bench:
                     "forwards": measured.seconds / dense,
                 }
             )
-            self.row(f"training step, reference with {crops} x {crops} crops", "paper", ours, measured, bound.seconds)
-        self.row("training step, checkpointing", "paper", self.steps("paper", checkpointing=True), None, bound.seconds)
-        self.row("bare forward and backward", "-", bound, None, bound.seconds)
+            beside = f"reference with {crops} x {crops} crops"
+            self.row(f"training step, {beside}", "paper", loop, measured, bound.seconds)
+            self.row(f"and its view every 5 steps, {beside}", "paper", reused, measured, bound.seconds)
+            self.row(f"and its view every step, {beside}", "paper", every, measured, bound.seconds)
+        self.row("prepare a view", "paper", prepare, None, self.encode() + self.forward())
+        checkpointed = self.steps("paper", checkpointing=True)[1]
+        self.row("training step, checkpointing", "paper", checkpointed, None, bound.seconds)
 
-    def steps(self, name: str, **changes: Any) -> Measured:
-        """One step of ours: a whole training, with everything it encodes and predicts, over its steps. As in the
-        preset, every step has a view of its own."""
-        steps = 10 * self.repeats
-        settings = preset(name, self.denoiser.family, views=steps, steps=steps, **changes)
-        with torch.inference_mode(), memory(training=True) as used:
-            synchronize()
-            start = time.perf_counter()
-            train(self.denoiser, [self.example], settings, on_step=lambda report: used.next_step())
-            synchronize()
-            seconds = (time.perf_counter() - start) / steps
-        return Measured(seconds, used.bytes)
+    def reference(self, crops: int) -> Measured:
+        """A step of the official procedure."""
+        labels = self.grid_labels()
+        with self.denoiser.differentiable(False):
+            reference = Reference(self.denoiser, len(self.example.names), crops)
+            image = self.example.image[None].clone()
+            return self.measure(lambda: reference.step(image, labels))
 
-    def training(self) -> None:
-        """Whole trainings. The reference's is its measured step times the paper's 200."""
-        labels = torch.zeros(self.side // 8, self.side // 8, dtype=torch.long)
-        labels[4:12, 4:12] = 1
+    def steps(self, name: str, **changes: Any) -> tuple[Measured, Measured]:
+        """Preparing a view, and a step of ours with all that a training does, in a training whose every step has a view
+        of its own."""
+        count = max(10 * self.repeats, 2)
+        settings = preset(name, self.denoiser.family, views=count, steps=count, **changes)
+        times: dict[str, list[float]] = {"features": [], "train": []}
+
+        def clock(report: Any) -> None:
+            synchronize()
+            times[report.stage].append(time.perf_counter())
+
+        start = time.perf_counter()
+        with torch.inference_mode():
+            train(self.denoiser, [self.example], settings, on_step=clock)
+        prepared, first, last = times["features"][-1], times["train"][0], times["train"][-1]
+        return Measured((prepared - start) / count), Measured((last - first) / (count - 1))
+
+    def memory(self) -> None:
+        """Peak bytes of a training step beyond the weights."""
+        one = {"views": 1, "steps": 1}
+        reference = self.reference_bytes()
+        for name, changes in (("", {}), (", checkpointing", {"checkpointing": True})):
+            settings = preset("paper", self.denoiser.family, **one, **changes)
+            with memory() as used:
+                self.learn(settings)
+            held = {"ours_bytes": used.bytes, "reference_bytes": reference, "weights_bytes": self.weights()}
+            place = {"model": self.name, "task": f"memory of a training step{name}", "preset": "paper"}
+            self.report(place | held)
+
+    def reference_bytes(self) -> int | None:
+        if not self.crops:
+            return None
+        with self.denoiser.differentiable(False):
+            reference = Reference(self.denoiser, len(self.example.names))
+            with memory() as used:
+                reference.step(self.example.image[None].clone(), self.grid_labels())
+        return used.bytes
+
+    def weights(self) -> int:
+        """Bytes of the UNet's weights, as ComfyUI counts them."""
+        patcher = getattr(self.denoiser, "model", None)
+        return int(patcher.model_size()) if patcher is not None else 0
+
+    def iou(self) -> None:
+        """Seconds until the example itself is segmented with a mean IoU of TRAINING_IOU."""
+        classes, truth = len(self.example.names) + 1, self.example.labels.numpy()
+        for name in ("instant", "thorough", "paper"):
+            clock = _IouClock(self.denoiser, self.example)
+            settings = preset(name, self.denoiser.family)
+            if name != "instant":
+                settings = preset(name, self.denoiser.family, steps=IOU_STEPS, views=IOU_STEPS)
+            with torch.inference_mode(), suppress(_Reached):
+                clock.start()
+                train(self.denoiser, [self.example], settings, on_step=clock)
+            self.report({"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": name} | clock.result())
+        grid = torch.nn.functional.interpolate(
+            self.example.labels[None, None].float(), (self.side // 8, self.side // 8)
+        )
+        labels, best, start = grid[0, 0].long(), 0.0, time.perf_counter()
+        seconds = None
         with self.denoiser.differentiable(False):
             reference = Reference(self.denoiser, len(self.example.names))
             image = self.example.image[None].clone()
-            step = self.measure(lambda: reference.step(image, labels), training=True)
-        whole = Measured(step.seconds * PAPER_STEPS, step.bytes)
+            for _ in range(IOU_STEPS):
+                found = reference.step(image, labels).labels[None, None].float()
+                full = torch.nn.functional.interpolate(found, truth.shape)[0, 0].byte().numpy()
+                best = max(best, evaluate([full], [truth], classes).miou)
+                if best >= TRAINING_IOU:
+                    seconds = time.perf_counter() - start
+                    break
+        self.report(
+            {"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": "reference"}
+            | {"ours_s": seconds, "best_iou": best}
+        )
+
+    def training(self) -> None:
+        """Whole trainings. The reference's is its measured step times the paper's 200."""
+        whole = Measured(self.reference(1).seconds * PAPER_STEPS) if self.crops else None
         for name, changes in (("instant", {}), ("instant, 16 views", {"views": 16})):
             settings = preset("instant", self.denoiser.family, **changes)
             ours = self.measure(lambda: self.learn(settings), once=True)  # noqa: B023
-            whole.bytes = 0  # another measure than ours, which holds no graph
             bound = settings.views * (self.encode() + self.forward())
             self.row("training", name, ours, whole, bound)
 
@@ -177,7 +250,7 @@ class Bench:
             reference = Reference(self.denoiser, len(self.example.names))
             one = self.measure(lambda: reference.infer(self.images[:1].clone()))
         for count in (1, 8, 64):
-            ours = self.measure(lambda: self.find(embeddings, self.images[:count]), once=count > 8)  # noqa: B023
+            ours = self.measure(partial(self.find, embeddings, self.images[:count]), once=count > 8, count=count == 1)
             bound = count * (self.encode() + self.forward())
             self.row(f"segment {count}", "default", ours, Measured(one.seconds * count, one.bytes), bound)
         shares = {"VAE": self.encode(), "UNet": self.forward()}
@@ -204,17 +277,17 @@ class Bench:
             stripes = torch.arange(256).div(256 / (count + 1), rounding_mode="floor").expand(256, 256)
             example = Example.from_label_map(self.example.image, stripes, [f"part {i}" for i in range(count)])
             settings = preset("instant", self.denoiser.family, views=4, steps=20)
-            ours = self.measure(lambda: self.learn(settings, [example]), once=True)  # noqa: B023
+            ours = self.measure(partial(self.learn, settings, [example]), once=True, count=True)
             self.row(f"learn {count} parts, 4 views", "instant", ours, None, 4 * (self.encode() + self.forward()))
             embeddings = self.quick_embeddings([example])
-            ours = self.measure(lambda: self.find(embeddings, self.images[:1]))  # noqa: B023
+            ours = self.measure(lambda: self.find(embeddings, self.images[:1]), count=True)  # noqa: B023
             self.row(f"segment 1, {count} parts", "default", ours, None, self.encode() + self.forward())
 
     def examples(self) -> None:
         for count in (1, 5, 10):
             examples = [splits.example("car", splits.TEACH + i) for i in range(count)]
             settings = preset("instant", self.denoiser.family, views=20, steps=20)
-            ours = self.measure(lambda: self.learn(settings, examples), once=True)  # noqa: B023
+            ours = self.measure(partial(self.learn, settings, examples), once=True, count=True)
             self.row(
                 f"learn from {count} examples, 20 views", "instant", ours, None, 20 * (self.encode() + self.forward())
             )
@@ -223,13 +296,14 @@ class Bench:
         embeddings = self.quick_embeddings()
         for side in (256, 512, 1024, 2048):
             image = torch.nn.functional.interpolate(self.images[:1].movedim(-1, 1), (side, side)).movedim(1, -1)
-            ours = self.measure(lambda: self.find(embeddings, image))  # noqa: B023
+            ours = self.measure(lambda: self.find(embeddings, image), count=True)  # noqa: B023
             self.row(f"segment 1 of {side} x {side}", "default", ours, None, self.encode() + self.forward())
 
     def batch(self) -> None:
         embeddings = self.quick_embeddings()
         for size in (1, 2, 4, 8, 16):
-            ours = self.measure(lambda: self.find(embeddings, self.images[:16], batch_size=size), once=True)  # noqa: B023
+            work = partial(self.find, embeddings, self.images[:16], batch_size=size)
+            ours = self.measure(work, once=True, count=True)
             self.row(f"segment 16, {size} at once", "default", ours, None, 16 * (self.encode() + self.forward()))
 
     def import_(self) -> None:
@@ -244,35 +318,62 @@ class Bench:
     def time(self, work: Callable[[], Any]) -> float:
         return self.measure(work).seconds
 
-    def measure(self, work: Callable[[], Any], training: bool = False, once: bool = False) -> Measured:
-        """Median seconds of some runs after a first one, and the first one's bytes."""
-        with memory(training) as used, torch.inference_mode(torch.is_inference_mode_enabled()):
+    def measure(self, work: Callable[[], Any], once: bool = False, count: bool = False) -> Measured:
+        """Median seconds of some runs after a first one, or of one alone; with ``count`` the bytes of one more, which
+        is not timed."""
+
+        def seconds() -> float:
             synchronize()
             start = time.perf_counter()
             work()
             synchronize()
-            first = time.perf_counter() - start
-        if once:
-            return Measured(first, used.bytes)
-        seconds = []
-        for _ in range(self.repeats):
-            start = time.perf_counter()
+            return time.perf_counter() - start
+
+        first = seconds()
+        times = [first] if once or not self.repeats else [seconds() for _ in range(self.repeats)]
+        if not count:
+            return Measured(statistics.median(times))
+        with memory() as used:
             work()
-            synchronize()
-            seconds.append(time.perf_counter() - start)
-        return Measured(statistics.median(seconds), used.bytes)
+        return Measured(statistics.median(times), used.bytes)
 
 
 class Measured:
-    """Seconds and peak bytes; saved tensors are counted step by step."""
+    """Seconds and, where they were counted, peak bytes."""
 
-    def __init__(self, seconds: float = 0.0, bytes: int = 0) -> None:
+    def __init__(self, seconds: float = 0.0, bytes: int | None = None) -> None:
         self.seconds, self.bytes = seconds, bytes
-        self.step: dict[int, int] = {}  # storage -> bytes, of the present step
 
-    def next_step(self) -> None:
-        self.bytes = max(self.bytes, sum(self.step.values()))
-        self.step = {}
+
+class _Reached(Exception):  # noqa: N818  a signal
+    pass
+
+
+class _IouClock:
+    """Stops a training when its example is segmented well; its own looking does not count as time."""
+
+    def __init__(self, denoiser: Any, example: Example) -> None:
+        self.denoiser, self.example, self.best, self.seconds = denoiser, example, 0.0, None
+
+    def start(self) -> None:
+        self.spent, self.since = 0.0, time.perf_counter()
+
+    def __call__(self, report: Any) -> None:
+        if report.stage != "done" and (report.stage != "train" or report.step % 10):
+            return
+        synchronize()
+        self.spent += time.perf_counter() - self.since
+        with torch.inference_mode(), torch.no_grad():
+            found = segment(self.denoiser, self.example.image[None], report.embeddings(), SegmentSettings())[0].labels
+        truth = self.example.labels.numpy()
+        self.best = max(self.best, evaluate([found[0].numpy()], [truth], len(self.example.names) + 1).miou)
+        if self.best >= TRAINING_IOU:
+            self.seconds = self.spent
+            raise _Reached
+        self.since = time.perf_counter()
+
+    def result(self) -> dict[str, float | None]:
+        return {"ours_s": self.seconds, "best_iou": self.best}
 
 
 def synchronize() -> None:
@@ -281,7 +382,7 @@ def synchronize() -> None:
 
 
 @contextmanager
-def memory(training: bool) -> Iterator[Measured]:
+def memory() -> Iterator[Measured]:
     """Bytes beyond those held before, see the module's text."""
     used = Measured()
     if torch.cuda.is_available():
@@ -289,48 +390,38 @@ def memory(training: bool) -> Iterator[Measured]:
         before = torch.cuda.memory_allocated()
         yield used
         used.bytes = torch.cuda.max_memory_allocated() - before
-    elif training:
-
-        def pack(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, torch.nn.Parameter):
-                storage = tensor.untyped_storage()
-                used.step[storage.data_ptr()] = storage.nbytes()
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            yield used
-        used.next_step()
     else:
-        process, done = psutil.Process(), threading.Event()
-        before = process.memory_info().rss
-
-        def watch() -> None:
-            while not done.wait(0.005):
-                used.bytes = max(used.bytes, process.memory_info().rss - before)
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        try:
+        with LiveBytes() as living:
             yield used
-        finally:
-            done.set()
-            watcher.join()
+        used.bytes = living.peak
 
 
-def make_denoiser(name: str) -> Any:
+def make_denoiser(name: str, dtype: torch.dtype) -> Any:
+    if name in LAYOUTS:
+        return random_denoiser(name, dtype=dtype)
     return load_denoiser(MODEL if name == "tiny" else Path(name))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["tiny"], help="tiny, or checkpoint files")
+    parser.add_argument(
+        "--models", nargs="+", default=["tiny"], help=f"tiny, {', '.join(LAYOUTS)}, or checkpoint files"
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of random models"
+    )
+    parser.add_argument("--crops", type=int, default=2, help="crops of the reference a side, at most; 0 leaves it out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="timed runs after a first one; 0 times the first")
     parser.add_argument("--quick", action="store_true", help="the tiny model, fewer repeats, no growth tables")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.quick:
-        options.models, options.repeats, options.tasks = ["tiny"], 2, ["step", "training", "segment", "files", "import"]
+        options.models, options.repeats, options.tasks = (
+            ["tiny"],
+            2,
+            ["step", "memory", "iou", "training", "segment", "files", "import"],
+        )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}"
     rows: list[dict[str, Any]] = []
 
@@ -342,7 +433,8 @@ def main() -> None:
             options.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1), encoding="utf-8")
 
     for name in options.models:
-        bench = Bench(name, make_denoiser(name), options.repeats, report)
+        denoiser = make_denoiser(name, getattr(torch, options.dtype))
+        bench = Bench(name, denoiser, options.repeats, report, options.crops)
         for task in options.tasks:
             getattr(bench, {"side": "side_", "import": "import_"}.get(task, task))()
     summarise(device, rows)
@@ -355,14 +447,20 @@ def summarise(device: str, rows: Sequence[dict[str, Any]]) -> None:
         f"|{'---|' * 9}\n"
     )
     for row in rows:
-        if "bound_s" not in row:
-            continue
-        ours, reference, bound = row["ours_s"], row["reference_s"], row["bound_s"]
-        cells = [row["model"], row["task"], row["preset"], f"{ours:.3f}"]
-        cells += [f"{reference:.3f}", f"{reference / ours:.1f}"] if reference else ["", ""]
-        cells.append(f"{ours / bound:.2f}")
-        cells += [f"{row[key] / 1e6:.0f}" if row[key] else "" for key in ("ours_bytes", "reference_bytes")]
-        sys.stdout.write(f"| {' | '.join(cells)} |\n")
+        ours, reference, bound = (row.get(key) for key in ("ours_s", "reference_s", "bound_s"))
+        cells = [row["model"], row["task"], row["preset"], _number(ours, 3), _number(reference, 3)]
+        cells += [_ratio(reference, ours, 1), _ratio(ours, bound, 2)]
+        cells += [_ratio(row.get(key), 1e6, 0) for key in ("ours_bytes", "reference_bytes")]
+        if any(cells[3:]):
+            sys.stdout.write(f"| {' | '.join(cells)} |\n")
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _ratio(value: float | None, unit: float | None, digits: int) -> str:
+    return "" if value is None or not unit else f"{value / unit:.{digits}f}"
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ REPORTED_STEPS = 10  # the host waits for the device only so often
 
 @dataclass
 class _PoolEntry:
-    """One augmented view, encoded once, with its noise, its timestep and, once needed, its unconditional prediction."""
+    """One augmented view, encoded once, with its noise, its timestep and, for the guard, unconditional prediction."""
 
     latents: Tensor
     noise: Tensor
@@ -39,7 +39,9 @@ class _PoolEntry:
 
     def outside_inference_mode(self) -> _PoolEntry:
         """Copies that autograd may save; inference tensors it refuses."""
-        return replace(self, latents=self.latents.clone(), noise=self.noise.clone(), labels=self.labels.clone())
+        unconditional = None if self.unconditional is None else self.unconditional.clone()
+        latents, noise, labels = self.latents.clone(), self.noise.clone(), self.labels.clone()
+        return replace(self, latents=latents, noise=noise, labels=labels, unconditional=unconditional)
 
 
 def train_through_unet(
@@ -62,13 +64,13 @@ def train_through_unet(
     # Rows start as the prompt's own words, "part" each (official src/slime.py).
     base = template.context.float().to(device)
     empty = denoiser.encode_prompt("")
-    pool = _make_pool(denoiser, examples, settings, template)
+    pool = _make_pool(denoiser, examples, settings, template, empty, on_step)
     judged = _make_judged(denoiser, examples, settings, template) if settings.keep == "iou" else []
     initial = base[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing):
         initial = initial.detach().clone()
         rows = initial.clone().requires_grad_(True)
-        base, frozen = base.clone(), Context(empty.rows.to(device).clone(), empty.pooled)
+        base = base.clone()
         pool = [entry.outside_inference_mode() for entry in pool]
         judged = [entry.outside_inference_mode() for entry in judged]
         optimizer = torch.optim.Adam([rows], lr=settings.learning_rate)
@@ -88,12 +90,6 @@ def train_through_unet(
 
         for step in range(1, settings.steps + 1):
             entry = pool[(step - 1) % len(pool)]
-            if entry.unconditional is None and settings.guard_weight:
-                noisy = add_noise(denoiser, entry.latents, entry.noise, entry.timestep)
-                with torch.no_grad():
-                    prediction = denoiser.predict_noise(noisy, entry.timestep, frozen, None, entry.size)
-                entry.unconditional = prediction
-
             predicted, capture = look(entry)
             scores = mean_scores(capture, parts + 1, entry.labels)
             losses = loss_terms(scores, capture, entry.labels, settings)
@@ -204,15 +200,30 @@ def _make_judged(
 
 
 def _make_pool(
-    denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, template: PartEmbeddings
+    denoiser: Denoiser,
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    template: PartEmbeddings,
+    empty: Context,
+    on_step: OnStep,
 ) -> list[_PoolEntry]:
-    """Views with their latents, noise and timesteps, all drawn up front."""
+    """Views with their latents, noise, timesteps and unconditional predictions."""
     low, high = settings.noise_range
     count = min(view_count(examples, settings), settings.steps)
-    views = encode_views(denoiser, examples, settings, template.working_side, count)
-    return [
-        _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high)) for index, view in enumerate(views)
-    ]
+    # All encoding comes first: on a small card VAE and UNet take turns in memory.
+    views = list(encode_views(denoiser, examples, settings, template.working_side, count))
+    frozen = empty.to(denoiser.device)
+    pool = []
+    for index, view in enumerate(views):
+        entry = _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high))
+        if settings.guard_weight:
+            noisy = add_noise(denoiser, entry.latents, entry.noise, entry.timestep)
+            with torch.no_grad():
+                prediction = denoiser.predict_noise(noisy, entry.timestep, frozen, None, entry.size)
+            entry.unconditional = prediction
+        pool.append(entry)
+        on_step(StepReport("features", index + 1, count, {}, lambda: None))
+    return pool
 
 
 def _entry(denoiser: Denoiser, view: EncodedView, seed: int, timestep: int) -> _PoolEntry:

@@ -25,7 +25,8 @@ class StepReport:
     """Progress of training.
 
     Attributes:
-        stage: "features" (UNet passes before an instant fit), "fit" or "train", and "done" after an instant fit.
+        stage: "features" (passes over the views before the first step), "fit" or "train", and "done" after an instant
+            fit.
         step, steps: 1-based.
         losses: terms by name; empty for "features".
         embeddings: gives the best embeddings so far, or None when there are none.

@@ -156,14 +156,19 @@ def toy_task() -> Task:
 def test_speed_rows_and_memory() -> None:
     rows = []
     bench = Bench("toy", ToyDenoiser(), 1, rows.append)
-    with speed.memory(training=True) as used:
-        x = torch.ones(1000, requires_grad=True)
-        (x * x).sum().backward()
-    assert 4000 <= used.bytes < 10_000
+    x = torch.ones(1000, requires_grad=True)
+    with speed.memory() as used:
+        y = x.exp().exp()  # both results are saved for the backward pass
+        del y
+        kept = x.exp().exp()
+        kept.sum().backward()
+    assert used.bytes is not None and 8000 <= used.bytes < 20_000
     bench.images = torch.rand(64, 32, 32, 3)
-    for task in ("step", "segment", "files", "batch"):
+    for task in ("step", "memory", "iou", "segment", "files", "batch"):
         getattr(bench, task)()
     tasks = [row["task"] for row in rows]
     assert "segment 64" in tasks and "training step, reference with 2 x 2 crops" in tasks
-    assert all(row["ours_s"] > 0 and row["bound_s"] > 0 for row in rows if "ours_s" in row)
+    assert all(row["ours_s"] > 0 and row["bound_s"] > 0 for row in rows if row.get("bound_s"))
+    held = {row["task"]: row["ours_bytes"] for row in rows if row["task"].startswith("memory")}
+    assert 0 < held["memory of a training step, checkpointing"] <= held["memory of a training step"]
     speed.summarise("here", rows)

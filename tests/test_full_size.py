@@ -10,6 +10,7 @@ import importlib
 import pytest
 import torch
 
+from benchmarks.random_models import VAE, random_weight, unet_config
 from demo import splits
 from slime import PartEmbeddings, preset, segment, train
 from tests.models import comfy_patcher
@@ -39,38 +40,11 @@ def random_sd15_state() -> dict[str, torch.Tensor]:
     from comfy.ldm.models.autoencoder import AutoencoderKL
     from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-    config = {
-        "image_size": 32,
-        "in_channels": 4,
-        "out_channels": 4,
-        "model_channels": 320,
-        "num_res_blocks": [2, 2, 2, 2],
-        "channel_mult": [1, 2, 4, 4],
-        "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-        "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-        "transformer_depth_middle": 1,
-        "num_heads": 8,
-        "use_spatial_transformer": True,
-        "context_dim": 768,
-        "legacy": False,
-    }
-    double = {
-        "double_z": True,
-        "z_channels": 4,
-        "resolution": 256,
-        "in_channels": 3,
-        "out_ch": 3,
-        "ch": 128,
-        "ch_mult": [1, 2, 4, 4],
-        "num_res_blocks": 2,
-        "attn_resolutions": [],
-        "dropout": 0.0,
-    }
     parts = {
         "model.diffusion_model.": UNetModel(
-            **config, device="meta", dtype=torch.float16, operations=comfy.ops.disable_weight_init
+            **unet_config("sd1"), device="meta", dtype=torch.float16, operations=comfy.ops.disable_weight_init
         ),
-        "first_stage_model.": AutoencoderKL(embed_dim=4, ddconfig=double),
+        "first_stage_model.": AutoencoderKL(embed_dim=4, ddconfig=VAE),
         "cond_stage_model.": sd1_clip.SDClipModel(device="cpu", dtype=torch.float16),
     }
     generator = torch.Generator().manual_seed(0)
@@ -79,11 +53,7 @@ def random_sd15_state() -> dict[str, torch.Tensor]:
         for name, tensor in module.state_dict().items():
             if name.startswith(("logit_scale", "text_projection", "transformer.text_projection")):
                 continue
-            if tensor.ndim >= 2:
-                bound = tensor[0].numel() ** -0.5
-                value = (torch.rand(tensor.shape, generator=generator) * 2 - 1) * 1.7 * bound
-            else:
-                value = torch.ones(tensor.shape) if name.endswith("weight") else torch.zeros(tensor.shape)
+            value = random_weight(name, tensor, generator)
             state[prefix + name] = value.half().contiguous()
     return state
 

@@ -1,0 +1,140 @@
+"""Models with random weights in the shapes of SD1.5, SD2.1 and SDXL, full or narrow, made of ComfyUI's own classes.
+
+For shapes, memory and speed: random weights segment nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FULL_WIDTH = 320
+COMMON = {
+    "image_size": 32,
+    "in_channels": 4,
+    "out_channels": 4,
+    "use_spatial_transformer": True,
+    "legacy": False,
+    "use_temporal_attention": False,
+}
+FOUR_LEVELS = {
+    "num_res_blocks": [2, 2, 2, 2],
+    "channel_mult": [1, 2, 4, 4],
+    "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
+    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
+    "transformer_depth_middle": 1,
+    "adm_in_channels": None,
+}
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "sd1": FOUR_LEVELS
+    | {"num_heads": 8, "num_head_channels": -1, "use_linear_in_transformer": False, "context_dim": 768},
+    "sd2": FOUR_LEVELS
+    | {"num_heads": -1, "num_head_channels": 64, "use_linear_in_transformer": True, "context_dim": 1024},
+    "sdxl": {
+        "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4],
+        "transformer_depth": [0, 0, 2, 2, 10, 10],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10],
+        "transformer_depth_middle": 10,
+        "num_heads": -1,
+        "num_head_channels": 64,
+        "use_linear_in_transformer": True,
+        "context_dim": 2048,
+        "num_classes": "sequential",
+    },
+}
+POOLED = {FULL_WIDTH: 1280}  # width of SDXL's pooled text; narrow models take 32
+VAE = {
+    "double_z": True,
+    "z_channels": 4,
+    "resolution": 256,
+    "in_channels": 3,
+    "out_ch": 3,
+    "ch": 128,
+    "ch_mult": [1, 2, 4, 4],
+    "num_res_blocks": 2,
+    "attn_resolutions": [],
+    "dropout": 0.0,
+}
+
+
+def unet_config(layout: str, width: int = FULL_WIDTH) -> dict[str, Any]:
+    """ComfyUI's configuration of a UNet whose first level has ``width`` channels (320 in the real ones)."""
+    config = COMMON | LAYOUTS[layout] | {"model_channels": width}
+    if config["num_head_channels"] > 0:
+        config["num_head_channels"] = 64 if width == FULL_WIDTH else width // 2
+    if layout == "sdxl":
+        config["adm_in_channels"] = POOLED.get(width, 32) + 6 * 256
+    return config
+
+
+def randomise(model: nn.Module, seed: int = 0) -> None:
+    """Weights that keep activations of order one; ComfyUI's layers come uninitialised."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.named_parameters():
+        with torch.no_grad():
+            tensor.copy_(random_weight(name, tensor, generator))
+
+
+def random_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform by the fan-in where there is one, else 1 for weights and 0 for biases."""
+    if like.ndim >= 2:
+        bound = like[0].numel() ** -0.5
+        return (torch.rand(like.shape, generator=generator) * 2 - 1) * 1.7 * bound
+    return torch.ones(like.shape) if name.endswith("weight") else torch.zeros(like.shape)
+
+
+def comfy_patcher(
+    layout: str, prediction: str = "eps", seed: int = 0, width: int = 32, dtype: torch.dtype = torch.float32
+) -> Any:
+    """ComfyUI's ModelPatcher of a random UNet."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config = unet_config(layout, width)
+    classes = {
+        "sd1": comfy.supported_models.SD15,
+        "sd2": comfy.supported_models.SD20,
+        "sdxl": comfy.supported_models.SDXL,
+    }
+    model_config = classes[layout](dict(config))
+    # The class's own extras describe full-size models.
+    model_config.unet_config = config | {"dtype": dtype}
+    kind = comfy.model_base.ModelType.V_PREDICTION if prediction == "v" else comfy.model_base.ModelType.EPS
+    base = comfy.model_base.SDXL if layout == "sdxl" else comfy.model_base.BaseModel
+    device = comfy.model_management.get_torch_device()
+    with torch.inference_mode():  # as ComfyUI loads models: every weight is an inference tensor
+        model = base(model_config, kind, device="cpu")
+        randomise(model.diffusion_model, seed)
+        return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def random_denoiser(layout: str, width: int = FULL_WIDTH, dtype: torch.dtype = torch.float32) -> Any:
+    """A full-size random UNet and VAE behind the extension's adapter; the text encoder gives random rows."""
+    from demo.inprocess import NAME, import_comfyui, load_extension
+
+    import_comfyui()
+    load_extension()
+    import comfy.sd
+    from comfy.ldm.models.autoencoder import AutoencoderKL
+
+    patcher = comfy_patcher(layout, "v" if layout == "sd2" else "eps", width=width, dtype=dtype)
+    generator = torch.Generator().manual_seed(1)
+    with torch.inference_mode():
+        shapes = AutoencoderKL(embed_dim=4, ddconfig=VAE | {"ch": VAE["ch"] * width // FULL_WIDTH // 32 * 32 or 32})
+        vae = comfy.sd.VAE(
+            sd={name: random_weight(name, tensor, generator) for name, tensor in shapes.state_dict().items()},
+            dtype=dtype,
+        )
+    config = patcher.model.model_config.unet_config
+    rows = torch.randn(1, 77, config["context_dim"], generator=generator) * 0.3
+    pooled = torch.randn(1, POOLED.get(width, 32), generator=generator)
+    clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda tokens, return_pooled: (rows, pooled))
+    adapter = importlib.import_module(f"{NAME}.nodes.comfy_denoiser")
+    return adapter.ComfyDenoiser(patcher, vae, clip)
