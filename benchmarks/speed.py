@@ -364,9 +364,11 @@ class _IouClock:
         synchronize()
         self.spent += time.perf_counter() - self.since
         with torch.inference_mode(), torch.no_grad():
-            found = segment(self.denoiser, self.example.image[None], report.embeddings(), SegmentSettings())[0].labels
+            maps = segment(self.denoiser, self.example.image[None], report.embeddings(), SegmentSettings())[0]
         truth = self.example.labels.numpy()
-        self.best = max(self.best, evaluate([found[0].numpy()], [truth], len(self.example.names) + 1).miou)
+        self.best = max(
+            self.best, evaluate([maps.probabilities[0].argmax(0).numpy()], [truth], len(self.example.names) + 1).miou
+        )
         if self.best >= TRAINING_IOU:
             self.seconds = self.spent
             raise _Reached
