@@ -230,7 +230,7 @@ class Bench:
     def training(self) -> None:
         """Whole trainings. The reference's is its measured step times the paper's 200."""
         whole = Measured(self.reference(1).seconds * PAPER_STEPS) if self.crops else None
-        for name, changes in (("instant", {}), ("instant, 16 views", {"views": 16})):
+        for name, changes in (("instant", {}), ("instant, 16 views", {"views": 16}))[0 if self.repeats else 1 :]:
             settings = preset("instant", self.denoiser.family, **changes)
             ours = self.measure(lambda: self.learn(settings), once=True)  # noqa: B023
             bound = settings.views * (self.encode() + self.forward())
@@ -249,7 +249,7 @@ class Bench:
         with self.denoiser.differentiable(False):
             reference = Reference(self.denoiser, len(self.example.names))
             one = self.measure(lambda: reference.infer(self.images[:1].clone()))
-        for count in (1, 8, 64):
+        for count in (1, 8, 64)[: 3 if self.repeats else 2]:
             ours = self.measure(partial(self.find, embeddings, self.images[:count]), once=count > 8, count=count == 1)
             bound = count * (self.encode() + self.forward())
             self.row(f"segment {count}", "default", ours, Measured(one.seconds * count, one.bytes), bound)
@@ -414,7 +414,9 @@ def main() -> None:
     )
     parser.add_argument("--crops", type=int, default=2, help="crops of the reference a side, at most; 0 leaves it out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
-    parser.add_argument("--repeats", type=int, default=3, help="timed runs after a first one; 0 times the first")
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="timed runs after a first one; 0: the first, no long tasks"
+    )
     parser.add_argument("--quick", action="store_true", help="the tiny model, fewer repeats, no growth tables")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
