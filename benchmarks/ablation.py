@@ -73,6 +73,8 @@ PAPER_TRAINING = {
     "soft labels": Variant("paper", {"soft_labels": True}, **_READ),
     "no augmentation": Variant("paper", {"crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),
     "recoloured views": Variant("paper", {"recolor": 1.0}, **_READ),
+    "20 views": Variant("paper", {"views": 20}, **_READ),
+    "40 views": Variant("paper", {"views": 40}, **_READ),
     "needed tokens only": Variant("paper", {"short_context": True}, **_READ),
     "our layers": Variant("paper", {"cross_layers": "output.3-11", "self_layers": "output.9-10"}, **_READ),
     "the paper's layers": Variant("paper", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}, **_READ),
