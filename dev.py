@@ -6,6 +6,7 @@
     python dev.py serve [options]           a ComfyUI server with this extension and the demo model
     python dev.py train-tiny STAGE          train the demo model from nothing (hours without a GPU)
     python dev.py workflows                 rewrite example_workflows/
+    python dev.py locales                   rewrite locales/en, and say what other languages lack
     python dev.py setup                     only the set-up
 
 Environment variables: SLIME_VENV (virtual environment, default .venv), COMFYUI_DIR (a ComfyUI to use), SLIME_CACHE
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -145,6 +147,22 @@ def ensure_environment() -> tuple[Path, Path]:
     return python, comfyui
 
 
+def check_web() -> int:
+    """Lint, types and unit tests of web/, where Node.js is at hand; returns npm's exit status."""
+    npm = shutil.which("npm")
+    if npm is None:
+        say("no npm found: web/ is not checked (install Node.js 20 or later)")
+        return 0
+    lock, marker = ROOT / "package-lock.json", ROOT / "node_modules" / "slime-lock.sha256"
+    stamp = hashlib.sha256(lock.read_bytes()).hexdigest()
+    if not marker.is_file() or marker.read_text() != stamp:
+        say("installing the tools that check web/")
+        run([npm, "ci", "--no-audit", "--no-fund"], "Check the network.", cwd=ROOT, stdout=subprocess.DEVNULL)
+        marker.write_text(stamp)
+    say("npm test")
+    return subprocess.run([npm, "test"], cwd=ROOT, check=False).returncode
+
+
 def main(arguments: list[str]) -> int:
     if sys.version_info < (3, 10):  # noqa: UP036  said to whoever runs an older one
         fail("Python 3.10 or later is needed.")
@@ -160,6 +178,7 @@ def main(arguments: list[str]) -> int:
         "setup": "",
         "train-tiny": "demo.train_tiny",
         "workflows": "demo.make_workflows",
+        "locales": "demo.make_locales",
     }
     if command not in modules:
         fail(f"Unknown command '{command}'. Commands: {', '.join(modules)}.")
@@ -183,7 +202,8 @@ def main(arguments: list[str]) -> int:
             code = module(name, *options)
             if code:
                 return code
-        return module("pytest", *rest)
+        code = check_web()
+        return code or module("pytest", *rest)
     if command == "benchmark":
         return module(f"benchmarks.{rest[0]}", *rest[1:])
     if command == "train-tiny":

@@ -15,6 +15,7 @@ from .example import SLiMeExample, SLiMeExampleFromLabelMap
 from .files import SLiMeLoadEmbeddings, SLiMeSaveEmbeddings
 from .look import SLiMeLook, SLiMeReadParts
 from .overlay import SLiMeOverlay
+from .painter import SLiMePartPainter
 from .part_mask import SLiMePartMask
 from .part_outputs import SLiMePartBoxes, SLiMePartList, SLiMePartSegs
 from .segment import SLiMeSegment
@@ -27,6 +28,7 @@ class SlimeExtension(ComfyExtension):
         return [
             SLiMeExample,
             SLiMeExampleFromLabelMap,
+            SLiMePartPainter,
             SLiMeTrain,
             SLiMeSegment,
             SLiMeLook,

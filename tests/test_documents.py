@@ -35,7 +35,8 @@ def test_help_pages_name_every_input_and_output(schemas) -> None:
         assert text.startswith(f"# {schema.display_name}\n"), name
         for section in ("## Overview", "## Inputs", "## Outputs", "## Troubleshooting"):
             assert section in text or (section == "## Troubleshooting" and len(schema.inputs) < 4), (name, section)
-        rows = re.findall(r"^\| ([a-z_, 0-9]+) \|", text, re.MULTILINE)
+        section = text.split("## Inputs")[-1].split("\n## ")[0]
+        rows = re.findall(r"^\| ([a-z_, 0-9]+) \|", section, re.MULTILINE)
         listed = {item.strip() for row in rows for item in row.split(",")}
         inputs = {item.id for item in schema.inputs}
         assert inputs <= listed, (name, inputs - listed)

@@ -1,0 +1,283 @@
+import { beforeEach, describe, expect, it, vi } from "vitest";
+
+import { History } from "../../web/painter/history.js";
+import { LabelMap } from "../../web/painter/label_map.js";
+import { LARGEST_RUNS, Painting } from "../../web/painter/painting.js";
+import { STRINGS, translator } from "../../web/painter/strings.js";
+import { View } from "../../web/painter/view.js";
+
+const count = (map, label) => map.data.filter((value) => value === label).length;
+
+describe("LabelMap", () => {
+  it("keeps an image's aspect and at most 1024 pixels a side", () => {
+    expect(LabelMap.for(3000, 1500)).toMatchObject({ width: 1024, height: 512 });
+    expect(LabelMap.for(300, 200)).toMatchObject({ width: 300, height: 200 });
+    expect(LabelMap.for(5000, 1)).toMatchObject({ width: 1024, height: 1 });
+  });
+
+  it("paints round lines of the right area, also over its borders", () => {
+    const map = new LabelMap(100, 80);
+    expect(map.line(50, 40, 50, 40, 10, 2)).toEqual({ left: 40, top: 30, right: 61, bottom: 51 });
+    expect(count(map, 2)).toBeGreaterThan(Math.PI * 100 * 0.95);
+    expect(count(map, 2)).toBeLessThan(Math.PI * 100 * 1.05);
+    map.line(-20, 5, 120, 5, 3, 1);
+    expect(count(map, 1)).toBe(600);
+    map.line(300, 300, 400, 400, 5, 1);
+    expect(count(map, 1)).toBe(600);
+  });
+
+  it("fills a region up to its outline", () => {
+    const map = new LabelMap(20, 20);
+    for (const [x0, y0, x1, y1] of [[5, 5, 15, 5], [15, 5, 15, 15], [15, 15, 5, 15], [5, 15, 5, 5]]) {
+      map.line(x0, y0, x1, y1, 0.8, 1);
+    }
+    expect(map.fill(10, 10, 3)).toBe(true);
+    const inside = count(map, 3);
+    expect(inside).toBeGreaterThan(60);
+    expect(map.data[0]).toBe(0);
+    expect(map.fill(10, 10, 3)).toBe(false);
+    expect(map.fill(0, 0, 2)).toBe(true);
+    expect(count(map, 2) + count(map, 1) + inside).toBe(400);
+    expect(map.fill(-1, 30, 2)).toBe(false);
+  });
+
+  it("fills like a plain flood fill on random maps", () => {
+    let seed = 7;
+    const random = () => (seed = (seed * 16807) % 2147483647) / 2147483647;
+    for (let round = 0; round < 20; round++) {
+      const map = new LabelMap(13, 9);
+      map.data.forEach((_, i) => (map.data[i] = random() < 0.4 ? 1 : 0));
+      const wanted = map.data.slice();
+      const queue = [[4, 4]];
+      const from = wanted[4 * 13 + 4];
+      while (queue.length) {
+        const [x, y] = queue.pop();
+        if (x < 0 || y < 0 || x > 12 || y > 8 || wanted[y * 13 + x] !== from) continue;
+        wanted[y * 13 + x] = 5;
+        queue.push([x + 1, y], [x - 1, y], [x, y + 1], [x, y - 1]);
+      }
+      map.fill(4, 4, 5);
+      expect(map.data).toEqual(wanted);
+    }
+  });
+
+  it("moves later parts up when one is removed", () => {
+    const map = new LabelMap(4, 1, Uint8Array.from([0, 1, 2, 3]));
+    map.remove(2);
+    expect([...map.data]).toEqual([0, 1, 0, 2]);
+    expect(map.has(3)).toBe(false);
+  });
+
+  it("survives encoding, and refuses what is damaged", () => {
+    const map = new LabelMap(700, 600);
+    map.line(100, 100, 600, 500, 40, 1);
+    map.line(300, 50, 310, 300, 7, 2);
+    const runs = map.encode();
+    expect(runs.length).toBeLessThan(10_000);
+    expect(LabelMap.decode(runs, 700, 600).data).toEqual(map.data);
+    expect(() => LabelMap.decode(runs, 700, 599)).toThrow(RangeError);
+    expect(() => LabelMap.decode(runs, 701, 600)).toThrow(RangeError);
+    expect(() => LabelMap.decode(runs.slice(0, 40), 700, 600)).toThrow(RangeError);
+  });
+});
+
+describe("Painting", () => {
+  it("starts with one part and saves itself", () => {
+    const painting = new Painting();
+    painting.fitTo(64, 48);
+    expect(painting.addPart("wheel")).toBe(2);
+    painting.map.line(10, 10, 20, 20, 4, 2);
+    painting.image = { name: "car.png", subfolder: "slime", type: "input" };
+    const again = Painting.parse(painting.serialise());
+    expect(again).toEqual(painting);
+    expect(Painting.parse("").parts).toHaveLength(1);
+    expect(() => Painting.parse('{"version": 99}')).toThrow(/newer/);
+  });
+
+  it("keeps names apart and free of separators", () => {
+    const painting = new Painting();
+    painting.addPart("wheel");
+    expect(painting.addPart("wheel")).toBe(3);
+    expect(painting.parts[2].name).toBe("wheel 2");
+    expect(painting.renamePart(1, " left, front; light ")).toBe("left front light");
+    expect(painting.renamePart(1, "  ")).toBe("left front light");
+    expect(painting.renamePart(2, "wheel")).toBe("wheel");
+    expect(painting.renamePart(2, "wheel 2")).toBe("wheel 2 2");
+  });
+
+  it("gives every part another colour", () => {
+    const painting = new Painting();
+    while (painting.addPart());
+    expect(painting.parts).toHaveLength(76);
+    for (const { color } of painting.parts) expect(color).toMatch(/^#[0-9a-f]{6}$/);
+    expect(new Set(painting.parts.map((part) => part.color)).size).toBeGreaterThan(70);
+  });
+
+  it("stays small in a workflow, however busy", () => {
+    const painting = new Painting();
+    painting.fitTo(1024, 1024);
+    painting.map.data.forEach((_, i) => (painting.map.data[i] = (i * 2654435761) % 3));
+    const text = painting.serialise();
+    expect(text.length).toBeLessThan(LARGEST_RUNS + 1000);
+    expect(Painting.parse(text).map.width).toBeLessThan(1024);
+    expect(painting.map.width).toBe(1024);
+  });
+
+  it("is stretched to an image of another aspect only", () => {
+    const painting = new Painting();
+    painting.fitTo(100, 100);
+    painting.map.line(50, 50, 50, 50, 20, 1);
+    painting.fitTo(200, 200);
+    expect(painting.map.width).toBe(100);
+    painting.fitTo(200, 100);
+    expect(painting.map).toMatchObject({ width: 200, height: 100 });
+    expect(painting.map.has(1)).toBe(true);
+  });
+});
+
+describe("History", () => {
+  it("goes back and forth and forgets what was overwritten", () => {
+    const history = new History("a", 3);
+    expect(history.undo()).toBeUndefined();
+    for (const state of ["b", "b", "c", "d"]) history.push(state);
+    expect([history.undo(), history.undo(), history.undo()]).toEqual(["c", "b", undefined]);
+    expect(history.redo()).toBe("c");
+    history.push("e");
+    expect(history.redo()).toBeUndefined();
+    expect(history.present).toBe("e");
+  });
+});
+
+describe("View", () => {
+  it("keeps what is under the pointer there while zooming", () => {
+    const view = new View();
+    view.fit(200, 100, 400, 400);
+    expect(view.toPainting(200, 200)).toEqual({ x: 100, y: 50 });
+    const before = view.toPainting(321, 123);
+    view.zoom(321, 123, 1.7);
+    const after = view.toPainting(321, 123);
+    expect(after.x).toBeCloseTo(before.x);
+    expect(after.y).toBeCloseTo(before.y);
+    view.pan(10, 0);
+    expect(view.toPainting(331, 123).x).toBeCloseTo(before.x);
+    view.zoom(0, 0, 1e9);
+    expect(view.scale).toBe(40);
+  });
+});
+
+describe("strings", () => {
+  it("fall back to English and name the same things in every language", () => {
+    expect(translator("xx")("brush")).toBe(STRINGS.en.brush);
+    expect(translator("en-US")("brush")).toBe(STRINGS.en.brush);
+    for (const [language, words] of Object.entries(STRINGS)) {
+      expect(Object.keys(words).sort(), language).toEqual(Object.keys(STRINGS.en).sort());
+    }
+  });
+});
+
+describe("Painter", () => {
+  let Painter;
+  beforeEach(async () => {
+    const drawing = new Proxy({}, { get: (_, name) => (name === "createImageData" ? image : () => {}), set: () => true });
+    const image = (width, height) => ({ data: new Uint8ClampedArray(4 * width * height) });
+    vi.stubGlobal("ResizeObserver", class { observe() {} });
+    HTMLCanvasElement.prototype.getContext = () => drawing;
+    ({ Painter } = await import("../../web/painter/painter.js"));
+  });
+
+  const make = () => {
+    const host = { changed: vi.fn(), upload: vi.fn(), url: (image) => `/view/${image.name}` };
+    const painter = new Painter(host);
+    painter.painting.fitTo(100, 100);
+    painter.picture = new Image();
+    painter.canvas.width = painter.canvas.height = 100;
+    painter.canvas.getBoundingClientRect = () => ({ left: 0, top: 0, width: 50, height: 50 });
+    painter.fit();
+    painter.commit();
+    return { painter, host };
+  };
+  const pointer = (painter, type, clientX, clientY, more = {}) => {
+    const event = new MouseEvent(type, { clientX, clientY, bubbles: true, ...more });
+    painter.canvas.dispatchEvent(Object.assign(event, { pointerId: more.pointerId ?? 1 }));
+  };
+  const press = (painter, key, more = {}) =>
+    painter.canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+
+  it("paints where the pointer is, whatever the graph's zoom, and undoes", () => {
+    const { painter, host } = make();
+    const empty = painter.value;
+    pointer(painter, "pointerdown", 10, 10);
+    pointer(painter, "pointermove", 30, 10);
+    pointer(painter, "pointerup", 30, 10);
+    expect(painter.painting.map.data[20 * 100 + 40]).toBe(1);
+    expect(painter.painting.map.data[60 * 100 + 40]).toBe(0);
+    expect(host.changed).toHaveBeenLastCalledWith(painter.value);
+    const painted = painter.value;
+    press(painter, "z", { ctrlKey: true });
+    expect(painter.value).toBe(empty);
+    press(painter, "y", { ctrlKey: true });
+    expect(painter.value).toBe(painted);
+    expect(painter.painting.map.has(1)).toBe(true);
+  });
+
+  it("erases, fills and chooses by keys, and leaves other keys to ComfyUI", () => {
+    const { painter } = make();
+    const heard = vi.fn();
+    document.body.append(painter.element);
+    document.body.addEventListener("keydown", heard);
+    press(painter, "f");
+    pointer(painter, "pointerdown", 10, 10);
+    pointer(painter, "pointerup", 10, 10);
+    expect(count(painter.painting.map, 1)).toBe(10_000);
+    press(painter, "e");
+    pointer(painter, "pointerdown", 25, 25);
+    pointer(painter, "pointerup", 25, 25);
+    expect(painter.painting.map.data[50 * 100 + 50]).toBe(0);
+    expect(heard).not.toHaveBeenCalled();
+    press(painter, "q");
+    expect(heard).toHaveBeenCalledOnce();
+  });
+
+  it("adds, renames, recolours and deletes parts", () => {
+    const { painter } = make();
+    painter.element.querySelector(".slime-add").click();
+    expect(painter.label).toBe(2);
+    const name = painter.element.querySelectorAll(".slime-name")[1];
+    name.value = "wheel";
+    name.dispatchEvent(new Event("change"));
+    expect(Painting.parse(painter.value).parts[1].name).toBe("wheel");
+    pointer(painter, "pointerdown", 25, 25);
+    pointer(painter, "pointerup", 25, 25);
+    expect(painter.painting.map.has(2)).toBe(true);
+    painter.element.querySelectorAll(".slime-remove")[0].click();
+    expect(painter.painting.parts.map((part) => part.name)).toEqual(["wheel"]);
+    expect(painter.painting.map.has(1)).toBe(true);
+    expect(painter.element.querySelector(".slime-remove").disabled).toBe(true);
+  });
+
+  it("takes its state back, and says what it cannot read", () => {
+    const first = make().painter;
+    pointer(first, "pointerdown", 25, 25);
+    pointer(first, "pointerup", 25, 25);
+    const { painter, host } = make();
+    host.changed.mockClear();
+    painter.value = first.value;
+    expect(painter.painting.map.data).toEqual(first.painting.map.data);
+    expect(host.changed).not.toHaveBeenCalled();
+    painter.value = "{broken";
+    expect(painter.message).toContain("cannot be read");
+  });
+
+  it("uploads a dropped image", async () => {
+    const { painter, host } = make();
+    host.upload.mockResolvedValue({ name: "a.png", subfolder: "slime", type: "input" });
+    await painter.load(new File(["x"], "a.png", { type: "image/png" }));
+    expect(painter.painting.image.name).toBe("a.png");
+    expect(painter.wanted).toBe("/view/a.png");
+    host.upload.mockRejectedValue(new Error("413 too large"));
+    await painter.load(new File(["x"], "b.png", { type: "image/png" }));
+    expect(painter.message).toContain("413");
+    await painter.load(new File(["x"], "b.txt", { type: "text/plain" }));
+    expect(host.upload).toHaveBeenCalledTimes(2);
+  });
+});

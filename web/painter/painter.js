@@ -1,0 +1,542 @@
+// @ts-check
+/** The painter's element: toolbar, list of parts, canvas. It knows nothing of ComfyUI. */
+
+import { History } from "./history.js";
+import { Painting } from "./painting.js";
+import { translator } from "./strings.js";
+import { View } from "./view.js";
+
+/** @typedef {import("./painting.js").ImageFile} ImageFile */
+/** @typedef {"brush" | "eraser" | "fill"} Tool */
+/**
+ * @typedef {object} Host what the painter asks of its surroundings
+ * @property {(value: string) => void} changed the painting to be saved is another now
+ * @property {(file: File) => Promise<ImageFile>} upload
+ * @property {(image: ImageFile) => string} url where an uploaded image is served
+ * @property {string} [language]
+ */
+
+const ICONS = {
+  load: "M4 16v3h16v-3M12 4v11M8 8l4-4 4 4",
+  brush: "M4 20c3 0 5-1 5-4l-2-2c-3 0-3 3-3 6M8 13L18 3l3 3-10 10",
+  eraser: "M8 20h12M4 15L14 5l6 6-9 9H8z",
+  fill: "M5 12l7-7 7 7-7 7zM12 5L9 2M20 15c2 3 2 5 0 5s-2-2 0-5",
+  undo: "M9 14L4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3",
+  redo: "M15 14l5-5-5-5M20 9H10a6 6 0 0 0 0 12h3",
+  fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5",
+  clear: "M5 7h14M9 7V4h6v3M7 7l1 13h8l1-13",
+};
+
+export class Painter {
+  /** @param {Host} host */
+  constructor(host) {
+    this.host = host;
+    this.say = translator(host.language ?? "en");
+    this.painting = new Painting();
+    this.history = new History(this.painting.serialise());
+    this.view = new View();
+    /** @type {Tool} */
+    this.tool = "brush";
+    this.label = 1;
+    this.radius = 12;
+    this.opacity = 0.55;
+    /** @type {HTMLImageElement | null} */
+    this.picture = null;
+    /** An image that arrives by a socket hides the loaded one. @type {string | null} */
+    this.connected = null;
+    this.message = "";
+    /** @type {Map<number, {x: number, y: number}>} pointers that are down, canvas positions */
+    this.pointers = new Map();
+    /** @type {{x: number, y: number} | null} */
+    this.cursor = null;
+    this.painted = false;
+    this.panning = false;
+    /** @type {{x: number, y: number, label: number} | null} the line being painted, and where it has come to */
+    this.stroke = null;
+    /** @type {string | null} address of the picture that is shown or on its way */
+    this.wanted = null;
+    this.tint = document.createElement("canvas");
+    this.element = element("div", "slime-painter");
+    this.canvas = element("canvas", "slime-canvas");
+    this.list = element("div", "slime-parts");
+    this.file = element("input");
+    this.sizes = slider(this.say("size"), 1, 150, this.radius, (value) => (this.radius = value));
+    /** @type {Record<string, HTMLButtonElement>} */
+    this.buttons = {};
+    this.build();
+    this.showParts();
+  }
+
+  // ------------------------------------------------------------------------------------------------------- saving
+
+  get value() {
+    return this.history.present;
+  }
+
+  /** @param {string} text */
+  set value(text) {
+    if (text === this.value) return;
+    try {
+      this.painting = Painting.parse(text);
+      this.message = "";
+    } catch (error) {
+      this.painting = new Painting();
+      this.message = `${this.say("unreadable")}: ${error instanceof Error ? error.message : error}`;
+    }
+    this.label = Math.min(this.label, this.painting.parts.length) || 1;
+    this.history.reset(this.painting.serialise());
+    this.showParts();
+    this.loadPicture();
+  }
+
+  /** Something was changed by hand. */
+  commit() {
+    const state = this.painting.serialise();
+    if (state === this.value) return;
+    this.history.push(state);
+    this.host.changed(state);
+  }
+
+  /** @param {string | undefined} state of the history */
+  restore(state) {
+    if (state === undefined) return;
+    const before = JSON.stringify(this.painting.image);
+    this.painting = Painting.parse(state);
+    this.label = Math.min(this.label, this.painting.parts.length) || 1;
+    this.showParts();
+    if (JSON.stringify(this.painting.image) === before) this.retint();
+    else this.loadPicture();
+    this.host.changed(state);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- images
+
+  /** @param {string | null} url of the image at the socket, null where there is none any more */
+  connect(url) {
+    if (url === this.connected) return;
+    this.connected = url;
+    this.loadPicture();
+  }
+
+  loadPicture() {
+    const { image } = this.painting;
+    const url = this.connected ?? (image && this.host.url(image));
+    this.wanted = url;
+    if (!url) {
+      this.picture = null;
+      this.retint();
+      return;
+    }
+    const picture = new Image();
+    picture.onload = () => {
+      if (this.wanted !== url) return;
+      this.picture = picture;
+      this.painting.fitTo(picture.naturalWidth, picture.naturalHeight);
+      this.fit();
+      this.retint();
+      this.commit();
+    };
+    picture.onerror = () => {
+      if (this.wanted !== url) return;
+      this.picture = null;
+      this.message = this.say("upload_failed");
+      this.retint();
+    };
+    picture.src = url;
+  }
+
+  /** @param {File | undefined} file */
+  async load(file) {
+    if (!file || !file.type.startsWith("image/")) return;
+    try {
+      this.painting.image = await this.host.upload(file);
+      this.message = "";
+      this.loadPicture();
+    } catch (error) {
+      this.message = `${this.say("upload_failed")}: ${error instanceof Error ? error.message : error}`;
+      this.draw();
+    }
+  }
+
+  // ------------------------------------------------------------------------------------------------------- element
+
+  build() {
+    const bar = element("div", "slime-bar");
+    const actions = {
+      load: () => this.file.click(),
+      brush: () => this.choose("brush"),
+      eraser: () => this.choose("eraser"),
+      fill: () => this.choose("fill"),
+      undo: () => this.restore(this.history.undo()),
+      redo: () => this.restore(this.history.redo()),
+      fit: () => (this.fit(), this.draw()),
+      clear: () => this.clear(),
+    };
+    for (const [name, action] of Object.entries(actions)) {
+      const button = element("button", `slime-${name}`);
+      button.type = "button";
+      button.title = this.say(name);
+      button.setAttribute("aria-label", button.title);
+      button.append(icon(ICONS[/** @type {keyof typeof ICONS} */ (name)]));
+      button.onclick = action;
+      this.buttons[name] = button;
+      bar.append(button);
+      if (name === "fill") {
+        bar.append(
+          this.sizes,
+          slider(this.say("opacity"), 0, 100, 100 * this.opacity, (value) => {
+            this.opacity = value / 100;
+            this.draw();
+          }),
+        );
+      }
+    }
+    this.file.type = "file";
+    this.file.accept = "image/*";
+    this.file.hidden = true;
+    this.file.onchange = () => {
+      this.load(this.file.files?.[0]);
+      this.file.value = "";
+    };
+    this.canvas.tabIndex = 0;
+    this.canvas.setAttribute("role", "img");
+    this.canvas.setAttribute("aria-label", this.say("canvas"));
+    // ComfyUI leaves keys alone that go to a text field; with this its undo leaves ours alone.
+    Object.assign(this.canvas, { type: "textarea" });
+    this.element.append(bar, this.list, this.canvas, this.file);
+    this.listen();
+    this.choose("brush");
+    new ResizeObserver(() => this.resize()).observe(this.canvas);
+  }
+
+  showParts() {
+    const rows = this.painting.parts.map((part, index) => {
+      const label = index + 1;
+      const row = element("div", "slime-part");
+      row.classList.toggle("active", label === this.label);
+      const color = element("input");
+      color.type = "color";
+      color.value = part.color;
+      color.title = this.say("recolor");
+      color.oninput = () => {
+        part.color = color.value;
+        this.retint();
+      };
+      color.onchange = () => this.commit();
+      const name = element("input", "slime-name");
+      name.value = part.name;
+      name.title = this.say("rename");
+      name.spellcheck = false;
+      name.onfocus = () => this.select(label);
+      name.onchange = () => {
+        name.value = this.painting.renamePart(label, name.value);
+        this.commit();
+      };
+      const remove = element("button", "slime-remove");
+      remove.type = "button";
+      remove.textContent = "\u00d7";
+      remove.title = this.say("remove");
+      remove.disabled = this.painting.parts.length === 1;
+      remove.onclick = () => {
+        this.painting.removePart(label);
+        this.label = Math.min(this.label, this.painting.parts.length);
+        this.showParts();
+        this.retint();
+        this.commit();
+      };
+      row.onclick = () => this.select(label);
+      row.append(color, name, remove);
+      return row;
+    });
+    const add = element("button", "slime-add");
+    add.type = "button";
+    add.textContent = "+";
+    add.title = this.say("add");
+    add.onclick = () => {
+      this.label = this.painting.addPart() || this.label;
+      this.showParts();
+      this.commit();
+      const names = this.list.querySelectorAll("input.slime-name");
+      /** @type {HTMLInputElement} */ (names[this.label - 1]).select();
+    };
+    this.list.replaceChildren(...rows, add);
+  }
+
+  /** @param {number} label */
+  select(label) {
+    if (label < 1 || label > this.painting.parts.length) return;
+    this.label = label;
+    [...this.list.children].forEach((row, index) => row.classList.toggle("active", index === label - 1));
+  }
+
+  /** @param {Tool} tool */
+  choose(tool) {
+    this.tool = tool;
+    for (const name of ["brush", "eraser", "fill"]) {
+      this.buttons[name].classList.toggle("active", name === tool);
+    }
+  }
+
+  clear() {
+    this.painting.map?.data.fill(0);
+    this.retint();
+    this.commit();
+  }
+
+  // ------------------------------------------------------------------------------------------------------- pointers
+
+  listen() {
+    const { canvas, element: root } = this;
+    canvas.addEventListener("pointerdown", (event) => this.down(event));
+    canvas.addEventListener("pointermove", (event) => this.move(event));
+    for (const name of /** @type {const} */ (["pointerup", "pointercancel"])) {
+      canvas.addEventListener(name, (event) => this.up(event));
+    }
+    canvas.addEventListener("pointerleave", () => {
+      this.cursor = null;
+      this.draw();
+    });
+    canvas.addEventListener("contextmenu", (event) => event.preventDefault());
+    canvas.addEventListener("keydown", (event) => this.key(event));
+    canvas.addEventListener("keyup", (event) => {
+      if (event.code === "Space") this.panning = false;
+    });
+    canvas.addEventListener(
+      "wheel",
+      (event) => {
+        // The wheel belongs to the graph until the painter has been clicked.
+        if (document.activeElement !== canvas) return;
+        event.preventDefault();
+        event.stopPropagation();
+        const { x, y } = this.position(event);
+        this.view.zoom(x, y, Math.exp(-event.deltaY / 400));
+        this.draw();
+      },
+      { passive: false },
+    );
+    root.addEventListener("pointerdown", (event) => event.stopPropagation()); // it would drag the node
+    root.addEventListener("dragover", (event) => event.preventDefault());
+    root.addEventListener("drop", (event) => {
+      event.preventDefault();
+      event.stopPropagation();
+      this.load(event.dataTransfer?.files[0]);
+    });
+  }
+
+  /** Canvas position of an event, whatever the graph's zoom. @param {MouseEvent} event */
+  position(event) {
+    const box = this.canvas.getBoundingClientRect();
+    return {
+      x: ((event.clientX - box.left) * this.canvas.width) / (box.width || 1),
+      y: ((event.clientY - box.top) * this.canvas.height) / (box.height || 1),
+    };
+  }
+
+  /** @param {PointerEvent} event */
+  down(event) {
+    this.canvas.focus({ preventScroll: true });
+    this.canvas.setPointerCapture?.(event.pointerId);
+    const at = this.position(event);
+    this.pointers.set(event.pointerId, at);
+    this.cursor = at;
+    if (this.pointers.size > 1 || event.button === 1 || this.panning || !this.painting.map || !this.picture) {
+      this.stroke = null; // a second finger ends the line
+      return;
+    }
+    const where = this.view.toPainting(at.x, at.y);
+    const label = this.tool === "eraser" || event.button === 2 ? 0 : this.label;
+    if (this.tool === "fill") {
+      if (this.painting.map.fill(where.x, where.y, label)) this.painted = true;
+      this.retint();
+      return;
+    }
+    this.stroke = { label, ...where };
+    this.paint(where);
+  }
+
+  /** @param {PointerEvent} event */
+  move(event) {
+    const at = this.position(event);
+    const before = this.pointers.get(event.pointerId);
+    this.cursor = at;
+    if (before) {
+      const others = [...this.pointers].filter(([id]) => id !== event.pointerId);
+      this.pointers.set(event.pointerId, at);
+      if (this.stroke) {
+        const events = event.getCoalescedEvents?.() ?? [];
+        for (const one of events.length ? events : [event]) {
+          const { x, y } = this.position(one);
+          this.paint(this.view.toPainting(x, y));
+        }
+      } else if (others.length) {
+        const other = others[0][1];
+        const grown = distance(at, other) / (distance(before, other) || 1);
+        this.view.zoom((at.x + other.x) / 2, (at.y + other.y) / 2, grown);
+        this.view.pan((at.x - before.x) / 2, (at.y - before.y) / 2);
+      } else if (!this.painted) {
+        this.view.pan(at.x - before.x, at.y - before.y);
+      }
+    }
+    this.draw();
+  }
+
+  /** @param {PointerEvent} event */
+  up(event) {
+    this.pointers.delete(event.pointerId);
+    this.stroke = null;
+    if (this.painted) this.commit();
+    this.painted = false;
+  }
+
+  /** @param {{x: number, y: number}} to painting position */
+  paint(to) {
+    if (!this.stroke || !this.painting.map) return;
+    const { x, y, label } = this.stroke;
+    const rect = this.painting.map.line(x, y, to.x, to.y, this.radius, label);
+    this.stroke = { label, ...to };
+    this.painted = true;
+    this.retint(rect);
+  }
+
+  /** @param {KeyboardEvent} event */
+  key(event) {
+    const control = event.ctrlKey || event.metaKey;
+    /** @type {Record<string, () => void>} */
+    const keys = control
+      ? {
+          z: () => this.restore(event.shiftKey ? this.history.redo() : this.history.undo()),
+          y: () => this.restore(this.history.redo()),
+        }
+      : {
+          b: () => this.choose("brush"),
+          e: () => this.choose("eraser"),
+          f: () => this.choose("fill"),
+          0: () => this.fit(),
+          "[": () => this.resizeBrush(1 / 1.2),
+          "]": () => this.resizeBrush(1.2),
+          " ": () => (this.panning = true),
+        };
+    const number = control ? 0 : Number(event.key);
+    const action = number > 0 ? () => this.select(number) : keys[event.key.toLowerCase()];
+    if (!action) return;
+    event.preventDefault();
+    event.stopPropagation();
+    action();
+    this.draw();
+  }
+
+  /** @param {number} factor */
+  resizeBrush(factor) {
+    this.radius = Math.min(150, Math.max(1, this.radius * factor));
+    this.sizes.value = String(this.radius);
+  }
+
+  // ------------------------------------------------------------------------------------------------------- drawing
+
+  fit() {
+    const { map } = this.painting;
+    if (map) this.view.fit(map.width, map.height, this.canvas.width, this.canvas.height);
+  }
+
+  resize() {
+    const ratio = window.devicePixelRatio || 1;
+    const width = Math.round(this.canvas.clientWidth * ratio);
+    const height = Math.round(this.canvas.clientHeight * ratio);
+    if (!width || !height || (width === this.canvas.width && height === this.canvas.height)) return;
+    this.canvas.width = width;
+    this.canvas.height = height;
+    this.fit();
+    this.draw();
+  }
+
+  /** Colour the label map anew, or a stretch of it. @param {import("./label_map.js").Rect} [rect] */
+  retint(rect) {
+    const { map, parts } = this.painting;
+    const context = this.tint.getContext("2d");
+    if (!map || !context) return this.draw();
+    if (this.tint.width !== map.width || this.tint.height !== map.height) {
+      this.tint.width = map.width;
+      this.tint.height = map.height;
+      rect = undefined;
+    }
+    const { left, top, right, bottom } = rect ?? { left: 0, top: 0, right: map.width, bottom: map.height };
+    if (right <= left || bottom <= top) return this.draw();
+    const colors = [[0, 0, 0, 0], ...parts.map((part) => [...rgb(part.color), 255])];
+    const pixels = context.createImageData(right - left, bottom - top);
+    for (let y = top, i = 0; y < bottom; y++) {
+      for (let x = left; x < right; x++, i += 4) pixels.data.set(colors[map.data[y * map.width + x]] ?? colors[0], i);
+    }
+    context.putImageData(pixels, left, top);
+    this.draw();
+  }
+
+  draw() {
+    const context = this.canvas.getContext("2d");
+    if (!context) return;
+    const { width, height } = this.canvas;
+    const { map } = this.painting;
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.clearRect(0, 0, width, height);
+    if (!this.picture || !map) {
+      context.fillStyle = "#999";
+      context.font = `${14 * (window.devicePixelRatio || 1)}px sans-serif`;
+      context.textAlign = "center";
+      context.fillText(this.message || this.say("empty"), width / 2, height / 2, width - 20);
+      return;
+    }
+    context.setTransform(this.view.scale, 0, 0, this.view.scale, this.view.x, this.view.y);
+    context.drawImage(this.picture, 0, 0, map.width, map.height);
+    context.imageSmoothingEnabled = false;
+    context.globalAlpha = this.opacity;
+    context.drawImage(this.tint, 0, 0);
+    context.globalAlpha = 1;
+    if (this.cursor && this.tool !== "fill") {
+      const { x, y } = this.view.toPainting(this.cursor.x, this.cursor.y);
+      context.lineWidth = 1.5 / this.view.scale;
+      for (const [style, radius] of /** @type {const} */ ([["#000", this.radius], ["#fff", this.radius * 0.96]])) {
+        context.strokeStyle = style;
+        context.beginPath();
+        context.arc(x, y, radius, 0, 2 * Math.PI);
+        context.stroke();
+      }
+    }
+  }
+}
+
+/**
+ * @template {keyof HTMLElementTagNameMap} K
+ * @param {K} tag @param {string} [name] @returns {HTMLElementTagNameMap[K]}
+ */
+function element(tag, name = "") {
+  const made = document.createElement(tag);
+  made.className = name;
+  return made;
+}
+
+/** @param {string} path */
+function icon(path) {
+  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+  svg.setAttribute("viewBox", "0 0 24 24");
+  const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
+  line.setAttribute("d", path);
+  svg.append(line);
+  return svg;
+}
+
+/** @param {string} title @param {number} low @param {number} high @param {number} value @param {(value: number) => void} set */
+function slider(title, low, high, value, set) {
+  const made = element("input", "slime-slider");
+  Object.assign(made, { type: "range", min: String(low), max: String(high), value: String(value), title });
+  made.oninput = () => set(Number(made.value));
+  return made;
+}
+
+/** @param {string} color "#rrggbb" */
+function rgb(color) {
+  return [1, 3, 5].map((start) => parseInt(color.slice(start, start + 2), 16));
+}
+
+/** @param {{x: number, y: number}} a @param {{x: number, y: number}} b */
+function distance(a, b) {
+  return Math.hypot(a.x - b.x, a.y - b.y);
+}

@@ -1,0 +1,100 @@
+// @ts-check
+/** Registers the painter as the widget of inputs of type SLIME_PAINTING. */
+
+import { app } from "../../scripts/app.js";
+import { api } from "../../scripts/api.js";
+import { Painter } from "./painter/painter.js";
+
+/** @typedef {import("./painter/painting.js").ImageFile} ImageFile */
+
+const SMALLEST = [380, 480];
+
+const style = document.createElement("link");
+style.rel = "stylesheet";
+style.href = new URL("./painter/painter.css", import.meta.url).href;
+document.head.append(style);
+
+/** @param {ImageFile} image */
+function viewUrl(image) {
+  return api.apiURL(`/view?${new URLSearchParams({ filename: image.name, subfolder: image.subfolder, type: image.type })}`);
+}
+
+/** @param {File} file @returns {Promise<ImageFile>} */
+async function upload(file) {
+  const body = new FormData();
+  body.append("image", file);
+  body.append("subfolder", "slime");
+  const response = await api.fetchApi("/upload/image", { method: "POST", body });
+  if (!response.ok) throw new Error(`${response.status} ${response.statusText}`);
+  const { name, subfolder, type } = await response.json();
+  return { name, subfolder, type };
+}
+
+/** The picture that a Load Image node at the socket shows. @param {any} node */
+function upstreamUrl(node) {
+  const slot = node.inputs?.findIndex((/** @type {any} */ input) => input.name === "image") ?? -1;
+  if (slot < 0 || node.inputs[slot].link == null) return null;
+  const source = node.getInputNode?.(slot);
+  const file = source?.widgets?.find((/** @type {any} */ widget) => widget.name === "image")?.value;
+  if (typeof file !== "string" || !source.comfyClass?.startsWith("LoadImage")) return null;
+  const cut = file.replace(/ \[\w+\]$/, "").lastIndexOf("/");
+  const name = file.replace(/ \[\w+\]$/, "").slice(cut + 1);
+  return viewUrl({ name, subfolder: cut > 0 ? file.slice(0, cut) : "", type: /\[output\]$/.test(file) ? "output" : "input" });
+}
+
+app.registerExtension({
+  name: "slime.painter",
+  getCustomWidgets() {
+    return {
+      /** @param {any} node @param {string} name */
+      SLIME_PAINTING(node, name) {
+        const painter = new Painter({
+          language: app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? "en",
+          upload,
+          url: viewUrl,
+          changed: () => node.graph?.setDirtyCanvas?.(true, true),
+        });
+        const widget = node.addDOMWidget(name, "SLIME_PAINTING", painter.element, {
+          hideOnZoom: false,
+          getMinHeight: () => 320,
+          getValue: () => painter.value,
+          setValue: (/** @type {string} */ value) => {
+            painter.value = value;
+          },
+        });
+        widget.painter = painter;
+        const refresh = () => painter.connect(upstreamUrl(node) ?? (connected(node) ? sent : null));
+        /** Address of the image that the last run sent, for sources other than Load Image. @type {string | null} */
+        let sent = null;
+        chain(node, "onExecuted", (/** @type {any} */ output) => {
+          const image = output?.slime_painter?.[0];
+          if (image) sent = `${viewUrl({ name: image.filename, subfolder: image.subfolder, type: image.type })}&run=${Date.now()}`;
+          refresh();
+        });
+        chain(node, "onConnectionsChange", () => queueMicrotask(refresh));
+        chain(node, "onConfigure", () => setTimeout(refresh));
+        return { widget, minWidth: SMALLEST[0], minHeight: SMALLEST[1] };
+      },
+    };
+  },
+  /** @param {any} node */
+  nodeCreated(node) {
+    if (node.comfyClass !== "SLiMePartPainter") return;
+    node.setSize([Math.max(node.size[0], SMALLEST[0]), Math.max(node.size[1], SMALLEST[1])]);
+  },
+});
+
+/** @param {any} node */
+function connected(node) {
+  return node.inputs?.some((/** @type {any} */ input) => input.name === "image" && input.link != null) ?? false;
+}
+
+/** Call something after a node's own handler. @param {any} node @param {string} name @param {(...given: any[]) => void} then */
+function chain(node, name, then) {
+  const before = node[name];
+  node[name] = function (/** @type {any[]} */ ...given) {
+    const result = before?.apply(this, given);
+    then(...given);
+    return result;
+  };
+}
