@@ -70,8 +70,8 @@ class SLiMeSegment(io.ComfyNode):
                     max=4,
                     optional=True,
                     tooltip="How many objects to look at again more closely, 0 for none: for objects that are smaller "
-                    "in the image than in the examples. Up to ten passes more for one object. Demo scenes: objects at a "
-                    "third of their size from IoU 0.04 to 0.34, the others from 0.57 to 0.55.",
+                    "in the image than in the examples. Up to ten passes more for one object. Demo scenes: objects at "
+                    "a third of their size from IoU 0.04 to 0.34, the others from 0.57 to 0.55.",
                 ),
                 confidence_input(),
                 draws_input(),

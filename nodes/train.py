@@ -51,8 +51,8 @@ class SLiMeTrain(io.ComfyNode):
                     "preset",
                     options=list(PRESET_NAMES),
                     default="instant",
-                    tooltip="instant: seconds, no gradient through the model; part IoU 0.54 from one example of the demo "
-                    "scenes. thorough and paper: training through the model, minutes; paper is the recipe of the SLiMe "
+                    tooltip="instant: seconds, no gradient through the model; part IoU 0.54 from one example of the "
+                    "demo scenes. thorough and paper: training through the model, minutes; paper is the recipe of the SLiMe "
                     "paper, 0.08 there.",
                 ),
                 io.Int.Input(
@@ -122,8 +122,8 @@ def _expert_inputs() -> list[Any]:
             0,
             0,
             1000,
-            "Augmented copies of the examples; 0 takes the preset's number. Time grows with them; on the demo scenes IoU is "
-            "0.45 with 24, 0.47 with 96, 0.49 with 192.",
+            "Augmented copies of the examples; 0 takes the preset's number. Time grows with them; on the "
+            "demo scenes IoU is 0.45 with 24, 0.47 with 96, 0.49 with 192.",
         ),
         number(io.Float, "crop", 0.0, 0.0, 1.0, "Smallest random crop, 1 for none; 0 takes the preset's.", step=0.05),
         number(
@@ -139,8 +139,8 @@ def _expert_inputs() -> list[Any]:
         choice(
             "recolor",
             list(RECOLOR),
-            "Copies with other colours in every part, so that colours are not learned. Demo scenes: IoU 0.47 with, 0.19 "
-            "without; auto leaves it off for Stable Diffusion.",
+            "Copies with other colours in every part, so that colours are not learned. Demo scenes: IoU 0.47 with, "
+            "0.19 without; auto leaves it off for Stable Diffusion.",
         ),
         number(
             io.Float,
