@@ -87,8 +87,8 @@ def refine_input() -> Any:
         "refine",
         options=["off", "fast", "best"],
         default="fast",
-        tooltip="Pull mask borders to the edges of the image. On the demo scenes fast takes IoU from 0.39 to 0.45; best "
-        "is no better there and three times slower.",
+        tooltip="Pull mask borders to the edges of the image. On the demo scenes fast takes IoU from 0.39 to 0.45; "
+        "best is no better there and three times slower.",
     )
 
 

@@ -52,8 +52,8 @@ class SLiMeTrain(io.ComfyNode):
                     options=list(PRESET_NAMES),
                     default="instant",
                     tooltip="instant: seconds, no gradient through the model; part IoU 0.54 from one example of the "
-                    "demo scenes. thorough and paper: training through the model, minutes; paper is the recipe of the SLiMe "
-                    "paper, 0.08 there.",
+                    "demo scenes. thorough and paper: training through the model, minutes; paper is the recipe of the "
+                    "SLiMe paper, 0.08 there.",
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."
