@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import json
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-FOLDER = Path(__file__).resolve().parent.parent / "example_workflows"
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "example_workflows"
+SUBGRAPHS = ROOT / "subgraphs"
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "SLIME_PAINTING"}
+INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives the ends of a subgraph
 ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
 
 Prompt = dict[str, dict[str, Any]]
@@ -38,7 +42,7 @@ def _extra_values(name: str, options: dict[str, Any]) -> list[Any]:
     """Values of widgets that the editor adds by itself behind an input."""
     if options.get("control_after_generate", name in ("seed", "noise_seed")):
         return ["fixed"]
-    return ["image"] if options.get("image_upload") else []
+    return ["image"] if options.get("image_upload") or options.get("video_upload") else []
 
 
 def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
@@ -153,6 +157,109 @@ def to_editor(
         "config": {},
         "extra": {},
         "version": 0.4,
+    }
+
+
+Ends = dict[str, list[tuple[str, str]]]
+
+
+def blueprint(
+    name: str,
+    prompt: Prompt,
+    layout: dict[str, tuple[int, int, int, int]],
+    inputs: Ends,
+    outputs: dict[str, tuple[str, int]],
+    widgets: list[tuple[str, str]],
+    object_info: dict[str, Any],
+) -> dict[str, Any]:
+    """A subgraph for ComfyUI's node library, with one node that uses it.
+
+    Args:
+        name: of the subgraph.
+        prompt, layout: the nodes inside, as for :func:`to_editor`.
+        inputs: for every socket of the subgraph the nodes and inputs it feeds.
+        outputs: for every output of the subgraph the node and slot it comes from.
+        widgets: nodes and widgets shown outside.
+        object_info: the server's.
+    """
+
+    def identity(what: str) -> str:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"slime/{name}/{what}"))
+
+    inside = to_editor(prompt, layout, object_info, [], {})
+    nodes = {str(node["id"]): node for node in inside["nodes"]}
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [dict(zip(names, link, strict=True)) for link in inside["links"]]
+    made_inputs, made_outputs = [], []
+    for slot, (label, targets) in enumerate(inputs.items()):
+        first = len(links) + 1
+        for node_id, socket in targets:
+            place = next(i for i, item in enumerate(nodes[node_id]["inputs"]) if item["name"] == socket)
+            found = nodes[node_id]["inputs"][place]
+            found["link"] = len(links) + 1
+            ends = (len(links) + 1, INPUT_NODE, slot, int(node_id), place, found["type"])
+            links.append(dict(zip(names, ends, strict=True)))
+        numbers = list(range(first, len(links) + 1))
+        made_inputs.append(
+            {"id": identity(f"input/{label}"), "name": label, "type": found["type"], "linkIds": numbers, "pos": [0, 0]}
+        )
+    for slot, (label, (node_id, place)) in enumerate(outputs.items()):
+        found = nodes[node_id]["outputs"][place]
+        number = len(links) + 1
+        found["links"] = [*found["links"], number]
+        ends = (number, int(node_id), place, OUTPUT_NODE, slot, found["type"])
+        links.append(dict(zip(names, ends, strict=True)))
+        made_outputs.append(
+            {
+                "id": identity(f"output/{label}"),
+                "name": label,
+                "type": found["type"],
+                "linkIds": [number],
+                "pos": [0, 0],
+            }
+        )
+    right = max(x + width for x, _, width, _ in layout.values())
+    title = name.replace("_", " ")
+    subgraph = {
+        "id": identity("subgraph"),
+        "version": 1,
+        "state": {"lastGroupId": 0, "lastNodeId": len(nodes), "lastLinkId": len(links), "lastRerouteId": 0},
+        "revision": 0,
+        "config": {},
+        "name": title,
+        "inputNode": {"id": INPUT_NODE, "bounding": [-200, 0, 120, 40 + 20 * len(inputs)]},
+        "outputNode": {"id": OUTPUT_NODE, "bounding": [right + 80, 0, 120, 40 + 20 * len(outputs)]},
+        "inputs": made_inputs,
+        "outputs": made_outputs,
+        "widgets": [],
+        "nodes": list(nodes.values()),
+        "groups": [],
+        "links": links,
+        "extra": {},
+    }
+    outside = {
+        "id": len(nodes) + 1,
+        "type": identity("subgraph"),
+        "pos": [0, 0],
+        "size": [300, 60 + 26 * (max(len(inputs), len(outputs)) + len(widgets))],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [{"name": item["name"], "type": item["type"], "link": None} for item in made_inputs],
+        "outputs": [{"name": item["name"], "type": item["type"], "links": []} for item in made_outputs],
+        "properties": {"proxyWidgets": [list(widget) for widget in widgets]},
+        "widgets_values": [],
+        "title": title,
+    }
+    return {
+        "revision": 0,
+        "last_node_id": len(nodes) + 1,
+        "last_link_id": 0,
+        "nodes": [outside],
+        "links": [],
+        "version": 0.4,
+        "definitions": {"subgraphs": [subgraph]},
+        "extra": {},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from demo.run_workflows import encode_runs
 from slime.embeddings import PALETTE
 from slime.errors import SlimeError
 
@@ -25,26 +25,11 @@ def painter(extension, tmp_path, monkeypatch):
     return module
 
 
-def runs(labels: np.ndarray) -> str:
-    """LabelMap.encode of web/painter/label_map.js."""
-    flat = labels.ravel()
-    starts = np.flatnonzero(np.diff(flat, prepend=-1))
-    data = bytearray()
-    for start, end in zip(starts, [*starts[1:], len(flat)], strict=True):
-        count = int(end - start)
-        data.append(int(flat[start]))
-        while count > 127:
-            data.append(count & 127 | 128)
-            count >>= 7
-        data.append(count)
-    return base64.b64encode(bytes(data)).decode()
-
-
 def painting(labels: np.ndarray, names=("wheel", "window"), image=None) -> str:
     parts = [{"name": name, "color": f"#{index + 1:02x}8040"} for index, name in enumerate(names)]
     height, width = labels.shape
     return json.dumps(
-        {"version": 1, "image": image, "parts": parts, "width": width, "height": height, "runs": runs(labels)}
+        {"version": 1, "image": image, "parts": parts, "width": width, "height": height, "runs": encode_runs(labels)}
     )
 
 
@@ -56,8 +41,8 @@ def labels():
 
 
 def test_runs_are_read_as_written(painter, labels) -> None:
-    assert np.array_equal(painter.decode_runs(runs(labels), 60, 40), labels)
-    for broken, width in ((runs(labels), 61), (runs(labels)[:8], 60), ("????", 60)):
+    assert np.array_equal(painter.decode_runs(encode_runs(labels), 60, 40), labels)
+    for broken, width in ((encode_runs(labels), 61), (encode_runs(labels)[:8], 60), ("????", 60)):
         with pytest.raises(ValueError):
             painter.decode_runs(broken, width, 40)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 import time
 
 import numpy as np
@@ -15,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from demo import scenes, splits
 from demo.baselines import color_neighbours, mean_mask
+from demo.make_workflows import BLUEPRINTS, WORKFLOWS
 from demo.run import Shot, build_prompt, put_example, put_image, read_labels
+from demo.run_workflows import EMBEDDINGS, pictures, prepare
 from demo.server import MODEL, ComfyServer, WorkflowFailed
-from demo.workflows import PromptBuilder, find, load_workflow, to_api
+from demo.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api, to_editor
 from slime.embeddings import PartEmbeddings, default_palette
 from slime.metrics import evaluate
 
@@ -300,6 +303,43 @@ def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scen
     changed = np.abs(result - tests_scenes[0][0].image).max(-1)
     inside = mask[..., 0] == 255
     assert changed[~inside].max() <= 1 and changed[inside].mean() > 5
+
+
+@pytest.fixture(scope="module")
+def file_to_load(server, learned):
+    """What the workflows that load embeddings find."""
+    folder = server.base / "models" / "slime"
+    shutil.copyfile(folder / "learned.safetensors", folder / EMBEDDINGS)
+
+
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != "slime_learn_and_segment"])
+def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
+    """From its JSON, with the demo's checkpoint, pictures and names in it; it has notes and shows a picture."""
+    assert any(node["type"] == "MarkdownNote" for node in load_workflow(name)["nodes"])
+    prompt = prepare(server, name)
+    for node in prompt.values():
+        if node["class_type"] == "SLiMeTrain":
+            node["inputs"].update(views=4, steps=10)
+        if node["class_type"] == "SLiMeSaveEmbeddings":
+            node["inputs"]["filename"] = name
+    outputs = server.run(prompt)
+    shown = [picture for output in outputs.values() for picture in pictures(server, output)]
+    assert shown and all(np.asarray(picture).std() > 1 for picture in shown)
+
+
+def test_workflow_files_are_what_the_schemas_give(server) -> None:
+    """python dev.py workflows would change nothing."""
+    info = server.get("/object_info")
+    for name, make in WORKFLOWS.items():
+        page = make()
+        assert to_editor(page.prompt, page.layout, info, page.notes, page.titles) == load_workflow(name), name
+        assert (FOLDER / f"{name}.jpg").stat().st_size < 60_000
+    assert {path.stem for path in FOLDER.glob("*.json")} == set(WORKFLOWS)
+    listed = {entry["name"] for entry in server.get("/global_subgraphs").values()}
+    assert set(BLUEPRINTS) <= listed
+    for name, describe in BLUEPRINTS.items():
+        text = (SUBGRAPHS / f"{name}.json").read_text(encoding="ascii")
+        assert json.loads(text) == blueprint(name, **describe(), object_info=info)
 
 
 def test_batches_of_any_size_keep_their_size(server, learned) -> None:

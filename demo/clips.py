@@ -1,0 +1,34 @@
+"""Moving scenes: a rendered scene seen by a moving camera, with sensor noise."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from . import scenes, splits
+
+SENSOR_NOISE = 0.02
+
+
+def clip(domain: str, seed: int, frames: int, split: int = splits.TEST) -> tuple[Tensor, np.ndarray]:
+    """Frames [T, H, W, 3] and label maps [T, H, W]: a slow pan that stops for a third of the time."""
+    scene = scenes.render(domain, split + seed)
+    image = torch.from_numpy(scene.image).float().movedim(-1, 0)[None] / 255
+    labels = torch.from_numpy(scene.labels).float()[None, None]
+    generator = torch.Generator().manual_seed(seed)
+    pictures, truths = [], []
+    for frame in range(frames):
+        phase = min(frame, 2 * frames // 3) / max(frames - 1, 1)
+        zoom, shift = 0.85 + 0.1 * phase, 0.1 * math.sin(2 * phase + seed)
+        theta = torch.tensor([[[zoom, 0.0, shift], [0.0, zoom, 0.3 * shift]]])
+        where = F.affine_grid(theta, [1, 1, *image.shape[-2:]], align_corners=False)
+        moved = F.grid_sample(image, where, padding_mode="reflection", align_corners=False)[0].movedim(0, -1)
+        noise = SENSOR_NOISE * torch.randn(moved.shape, generator=generator)
+        pictures.append((moved + noise).clamp(0, 1))
+        turned = F.grid_sample(labels, where, mode="nearest", padding_mode="reflection", align_corners=False)
+        truths.append(turned[0, 0].byte().numpy())
+    return torch.stack(pictures), np.stack(truths)
