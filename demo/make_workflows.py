@@ -227,7 +227,7 @@ def edit_two_parts() -> Page:
     page.add("SaveImage", (1730, 460, 380, 420), images=[twice, 0], filename_prefix="slime_two_parts")
     page.note(
         "## Two parts, two prompts\n\nThe image is looked at once; each *SLiMe Part Mask* takes one part of the "
-        "result. Write the parts' names as you gave them when you taught them. *Embeddings Info* lists the names in a file.",
+        "result. Write the parts' names as you gave them when you taught them; *Embeddings Info* lists them.",
         (0, 700, 330, 200),
     )
     return page

@@ -72,10 +72,8 @@ def painting(server: ComfyServer) -> str:
     scene = scenes.render(DOMAIN, splits.TEACH)
     file = put_image(server, "workflow_painting.png", scene.image)
     colors = default_palette(len(scenes.PARTS[DOMAIN]))
-    parts = [
-        {"name": name, "color": "#" + bytes(color).hex()}
-        for name, color in zip(scenes.PARTS[DOMAIN], colors, strict=True)
-    ]
+    named = zip(scenes.PARTS[DOMAIN], colors, strict=True)
+    parts = [{"name": name, "color": "#" + bytes(color).hex()} for name, color in named]
     height, width = scene.labels.shape
     saved = {
         "version": 1,
@@ -121,7 +119,7 @@ def put_video(server: ComfyServer) -> str:
 
 
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
-    """Pictures that the workflows show or save, in the order of their nodes. Learning comes first: others load its file."""
+    """Pictures that the workflows show or save, in the order of their nodes; what others load is learned first."""
     found = {}
     for name in sorted(names, key=lambda name: name != "slime_several_parts"):
         prompt = prepare(server, name, steps=20)

@@ -200,24 +200,14 @@ def blueprint(
             ends = (len(links) + 1, INPUT_NODE, slot, int(node_id), place, found["type"])
             links.append(dict(zip(names, ends, strict=True)))
         numbers = list(range(first, len(links) + 1))
-        made_inputs.append(
-            {"id": identity(f"input/{label}"), "name": label, "type": found["type"], "linkIds": numbers, "pos": [0, 0]}
-        )
+        made_inputs.append(_end(identity(f"input/{label}"), label, found["type"], numbers))
     for slot, (label, (node_id, place)) in enumerate(outputs.items()):
         found = nodes[node_id]["outputs"][place]
         number = len(links) + 1
         found["links"] = [*found["links"], number]
         ends = (number, int(node_id), place, OUTPUT_NODE, slot, found["type"])
         links.append(dict(zip(names, ends, strict=True)))
-        made_outputs.append(
-            {
-                "id": identity(f"output/{label}"),
-                "name": label,
-                "type": found["type"],
-                "linkIds": [number],
-                "pos": [0, 0],
-            }
-        )
+        made_outputs.append(_end(identity(f"output/{label}"), label, found["type"], [number]))
     right = max(x + width for x, _, width, _ in layout.values())
     title = name.replace("_", " ")
     subgraph = {
@@ -261,6 +251,11 @@ def blueprint(
         "definitions": {"subgraphs": [subgraph]},
         "extra": {},
     }
+
+
+def _end(identity: str, name: str, kind: str, links: list[int]) -> dict[str, Any]:
+    """An input or output of a subgraph."""
+    return {"id": identity, "name": name, "type": kind, "linkIds": links, "pos": [0, 0]}
 
 
 def find(prompt: Prompt, class_type: str) -> str:
