@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,8 +151,8 @@ def to_core(tensor: Tensor) -> Tensor:
 
 
 def split_names(text: str) -> list[str]:
-    """ "wheel, window" -> ["wheel", "window"]; commas, semicolons and line breaks separate."""
-    return [name.strip() for name in text.replace(";", ",").replace("\n", ",").split(",") if name.strip()]
+    """ "wheel, window" -> ["wheel", "window"]; commas and semicolons of any script and line breaks separate."""
+    return [name.strip() for name in re.split("[,;\\n\u060c\u061b\u3001\uff0c\uff1b]", text) if name.strip()]
 
 
 def overlays(

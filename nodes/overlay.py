@@ -24,7 +24,7 @@ class SLiMeOverlay(io.ComfyNode):
                 io.Boolean.Input("legend", default=True, tooltip="Names and colours in the corner."),
             ],
             outputs=[
-                io.Image.Output(display_name="overlay"),
+                io.Image.Output(display_name="overlay", tooltip="The images with their parts tinted."),
                 io.Image.Output(display_name="label_map", tooltip="One exact colour for each part, black background."),
             ],
         )

@@ -14,6 +14,14 @@ from torch import Tensor
 from .examples import IGNORE, Example
 from .settings import TrainSettings
 
+# "left" and "right" in the languages of locales/. A false alarm costs mirrored views only.
+SIDED = re.compile(
+    r"\b(left|right|links|rechts|gauche|droite?|izquierd[oa]|derech[oa])\b"
+    r"|\u5de6|\u53f3|\uc67c|\uc624\ub978"  # Chinese and Japanese; Korean
+    r"|\b\u043b\u0435\u0432\w\w|\b\u043f\u0440\u0430\u0432\w\w"  # Russian, with an ending
+    r"|\u064a\u0633\u0627?\u0631|\u064a\u0645\u064a?\u0646",  # Arabic
+    re.IGNORECASE,
+)
 MULTIPLE = 64  # the UNet halves the latent, an eighth of the image, three times
 
 
@@ -42,7 +50,7 @@ def soft_labels(labels: Tensor, count: int, size: tuple[int, int]) -> Tensor:
 def flip_allowed(settings: TrainSettings, names: Sequence[str]) -> bool:
     if settings.flip is not None:
         return settings.flip
-    return not any(re.search(r"\b(left|right)\b", name, re.IGNORECASE) for name in names)
+    return not any(SIDED.search(name) for name in names)
 
 
 def augmented_view(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from demo.make_locales import FOLDER, LANGUAGES, english, leaves, read
+
 ROOT = Path(__file__).resolve().parent.parent
 INTERFACE = Path(__file__).with_name("interface.json")
 BREAKS_TRANSLATION = re.compile(r"[@{}|%]")
@@ -67,3 +69,26 @@ def test_the_public_interface_is_as_recorded(schemas) -> None:
     if not INTERFACE.is_file():
         INTERFACE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     assert found == json.loads(INTERFACE.read_text(encoding="utf-8"))
+
+
+def test_the_english_locale_is_what_the_schemas_say(schemas) -> None:
+    assert read("en") == english(schemas), "run python dev.py locales"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_text_is_missing_stale_or_unsafe(schemas, language) -> None:
+    """Every language has every text of the schemas, and none that breaks the translation layer."""
+    wanted = dict(leaves(english(schemas)))
+    found = dict(leaves(read(language)))
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    assert dict(leaves(read(language, "main"))).keys() == dict(leaves(read("en", "main"))).keys()
+    for path, text in found.items():
+        assert (text or "").strip() or wanted[path] is None, path
+        assert not BREAKS_TRANSLATION.search(text or ""), (path, text)
+    if language != "en":
+        same = [path for path, text in found.items() if path[-1] == "tooltip" and text and text == wanted[path]]
+        assert not same, "left in English"
+
+
+def test_there_is_no_further_language() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == set(LANGUAGES)

@@ -313,3 +313,25 @@ def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
     other = train(toy, [picture(0)], preset("instant", views=2, timestep=50))
     with pytest.raises(ValueError, match="other settings"):
         nodes.SLiMeEmbeddingsMerge.execute(only, nodes.SLiMeEmbeddingsMerge.execute(other, None, "blue = c").args[0])
+
+
+def test_names_are_separated_by_the_commas_of_any_script(extension) -> None:
+    from slime_extension.nodes.common import split_names
+
+    assert split_names("a, b;c\nd") == ["a", "b", "c", "d"]
+    for comma in "\u060c\u061b\u3001\uff0c\uff1b":
+        assert split_names(f"a{comma} b") == ["a", "b"]
+
+
+def test_progress_says_what_is_left(extension) -> None:
+    from slime_extension.nodes.train import STAGES, progress_text
+
+    from slime.recipe import StepReport
+
+    def said(stage: str, step: int, elapsed: float, losses=None) -> str:
+        return progress_text(StepReport(stage, step, 200, losses or {}, lambda: None), elapsed)
+
+    assert said("train", 101, 50.0, {"loss": 0.4321}) == "Training, step 101/200, loss 0.4321, 50 s left"
+    assert said("features", 3, 10.0) == "Looking at view 3/200, 16 min left"
+    assert said("fit", 1, 0.0, {"loss": 2.0}) == "Fitting, step 1/200, loss 2"
+    assert said("done", 200, 9.0) == "Done, step 200/200" and set(STAGES) == {"features", "fit", "train", "done"}

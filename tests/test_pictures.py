@@ -37,6 +37,11 @@ def test_left_and_right_are_not_mirrored() -> None:
     settings = preset("instant")
     assert flip_allowed(settings, ["wheel", "bright light"])
     assert not flip_allowed(settings, ["Left eye", "nose"])
+    assert flip_allowed(settings, ["link", "leftover", "\u043b\u0435\u0432"])  # the last is a lion
+    sided = "oeil gauche, ojo izquierdo, \u5de6\u76ee, \uc67c\ucabd \ub208, \u043b\u0435\u0432\u044b\u0439"
+    sided += ", \u0627\u0644\u0639\u064a\u0646 \u0627\u0644\u064a\u0645\u0646\u0649"
+    for name in sided.split(", "):
+        assert not flip_allowed(settings, [name]), name
     assert flip_allowed(preset("instant", flip=True), ["left eye"])
 
 

@@ -47,7 +47,7 @@ export class Painting {
    * @param {number} label @param {string} name @returns {string} the name it got
    */
   renamePart(label, name) {
-    const clean = name.replace(/[\s,;]+/g, " ").trim();
+    const clean = name.replace(/[\s,;\u060c\u061b\u3001\uff0c\uff1b]+/g, " ").trim();
     const part = this.parts[label - 1];
     if (clean && clean !== part.name) {
       part.name = "";

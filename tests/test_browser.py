@@ -1,0 +1,411 @@
+"""The extension in a real browser: ComfyUI's own front end on the real server, classic canvas and Nodes 2.0.
+
+Needs Chromium and Playwright's Python package. Screenshots go to test_output/.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from demo import scenes, splits
+from demo.make_workflows import BLUEPRINTS, WORKFLOWS
+from demo.run import put_image
+from demo.run_workflows import EMBEDDINGS, prepare
+from demo.server import MODEL
+from slime.embeddings import PartEmbeddings
+
+playwright = pytest.importorskip("playwright.sync_api")
+ROOT = Path(__file__).resolve().parent.parent
+SHOTS = ROOT / "test_output" / "browser"
+CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+HARMLESS = re.compile(
+    r"ERR_(INTERNET_DISCONNECTED|NAME_NOT_RESOLVED|CONNECTION|BLOCKED|FAILED|ADDRESS|TUNNEL)|userdata|404"
+)
+MODES = {"classic": False, "nodes2": True}
+
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; set CHROMIUM to its path"),
+    pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there"),
+]
+
+
+class Canvas:
+    """One page with ComfyUI on it."""
+
+    def __init__(self, page: Any, server: Any, mode: str) -> None:
+        self.page, self.server, self.mode = page, server, mode
+        self.errors: list[str] = []
+        page.on("console", lambda message: self._heard(message.type, message.text, message.location.get("url", "")))
+        page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
+
+    def _heard(self, kind: str, text: str, url: str) -> None:
+        if kind == "error" and not HARMLESS.search(text + url):
+            self.errors.append(f"{text} ({url})")
+
+    def open(self) -> Canvas:
+        self.page.goto(self.server.address)
+        self.page.wait_for_function("window.app?.graph && window.app.extensions?.some(e => e.name === 'slime.painter')")
+        self.page.wait_for_function("window.app.extensionManager?.command && !document.querySelector('.p-blockui')")
+        self.clear()
+        return self
+
+    def clear(self) -> None:
+        self.js("() => app.graph.clear()")
+
+    def js(self, code: str, value: Any = None) -> Any:
+        return self.page.evaluate(code, value)
+
+    def load(self, workflow: dict[str, Any]) -> None:
+        self.js("workflow => app.loadGraphData(workflow)", workflow)
+
+    def shot(self, name: str) -> None:
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        self.page.screenshot(path=SHOTS / f"{self.mode}_{name}.png")
+
+    def add(self, kind: str, x: int = 60, y: int = 120) -> int:
+        """A node put on the canvas, scrolled into view; returns its id."""
+        return self.js(
+            """([kind, x, y]) => {
+                const node = LiteGraph.createNode(kind);
+                node.pos = [x, y];
+                app.graph.add(node);
+                app.canvas.ds.reset();
+                app.canvas.setDirty(true, true);
+                return node.id;
+            }""",
+            [kind, x, y],
+        )
+
+    def types(self) -> list[str]:
+        return self.js("() => app.graph.nodes.map(node => node.type)")
+
+    def run(self, seconds: float = 300) -> dict[str, Any]:
+        """Queue what is on the canvas as the user does; history entry of its end."""
+        before = set(self.server.get("/history"))
+        self.js("() => app.queuePrompt(0)")
+        deadline = seconds * 10
+        for _ in range(int(deadline)):
+            new = set(self.server.get("/history")) - before
+            if new:
+                return self.server.wait(new.pop(), seconds)
+            self.page.wait_for_timeout(100)
+        raise AssertionError("nothing ran")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module", params=MODES)
+def canvas(request, chromium, server) -> Iterator[Canvas]:
+    for name, value in {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.VueNodes.Enabled": MODES[request.param],
+        "Comfy.Workflow.WarnBlueprintOverwrite": False,
+        "Comfy.Validation.Workflows": False,
+    }.items():
+        server.post(f"/settings/{name}", value)
+    page = chromium.new_page(viewport={"width": 1500, "height": 1000})
+    page.set_default_timeout(30_000)
+    yield Canvas(page, server, request.param).open()
+    page.close()
+
+
+@pytest.fixture(autouse=True)
+def fresh(canvas) -> Iterator[None]:
+    canvas.clear()
+    canvas.errors.clear()
+    yield
+    assert not canvas.errors, canvas.errors
+
+
+def test_the_pack_loads_without_an_error(canvas) -> None:
+    canvas.page.reload()
+    canvas.open()
+    canvas.shot("loaded")
+    assert canvas.js("() => app.extensions.filter(e => e.name.startsWith('slime')).length") == 1
+    assert not canvas.errors
+
+
+def test_every_node_is_found_by_search(canvas) -> None:
+    info = {k: v for k, v in canvas.server.get("/object_info").items() if v["category"] == "SLiMe"}
+    assert len(info) >= 19
+    for kind, spec in info.items():
+        canvas.clear()
+        canvas.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+        box = canvas.page.locator(".comfy-vue-node-search-container input").first
+        box.fill(spec["display_name"])
+        canvas.page.locator(".p-autocomplete-option, .option-container").first.wait_for()
+        canvas.page.wait_for_timeout(300)
+        box.press("Enter")
+        canvas.page.wait_for_function("() => app.graph.nodes.length === 1")
+        if canvas.types() != [kind]:
+            raise AssertionError(f"searching {spec['display_name']} gave {canvas.types()}")
+    canvas.shot("search")
+
+
+def painter_on(canvas: Canvas) -> tuple[int, Any]:
+    """A painter with a scene loaded; its node id and canvas element."""
+    scene = scenes.render("car", splits.TEACH)
+    put_image(canvas.server, "browser_scene.png", scene.image)
+    node = canvas.add("SLiMePartPainter")
+    element = canvas.page.locator(".slime-canvas").first
+    element.wait_for()
+    canvas.page.locator(".slime-painter input[type=file]").first.set_input_files(
+        canvas.server.base / "input" / "browser_scene.png"
+    )
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    canvas.page.wait_for_timeout(300)
+    return node, element
+
+
+PAINTER = "(id => app.graph.getNodeById(id).widgets.find(w => w.name === 'painting').painter)"
+
+
+def painted(canvas: Canvas, node: int) -> dict[str, Any]:
+    """What the node would save now."""
+    return json.loads(canvas.js("id => app.graph.getNodeById(id).serialize().widgets_values[0]", node))
+
+
+def stroke(canvas: Canvas, element: Any, *points: tuple[float, float]) -> None:
+    """Draw with the mouse; points are shares of the canvas."""
+    box = element.bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    canvas.page.mouse.move(*places[0])
+    canvas.page.mouse.down()
+    for place in places[1:]:
+        canvas.page.mouse.move(*place, steps=4)
+    canvas.page.mouse.up()
+
+
+def test_two_parts_are_painted_and_kept(canvas) -> None:
+    """Two parts with the mouse; undo; save and load; copy; reload of the page; a subgraph; then they are learned."""
+    node, element = painter_on(canvas)
+    stroke(canvas, element, (0.40, 0.55), (0.45, 0.60))
+    first = painted(canvas, node)
+    canvas.page.locator(".slime-painter .slime-add").first.click()
+    canvas.page.keyboard.type("window")
+    canvas.page.keyboard.press("Enter")
+    stroke(canvas, element, (0.55, 0.40), (0.60, 0.45))
+    both = painted(canvas, node)
+    assert [part["name"] for part in both["parts"]] == ["part", "window"] and both["runs"] != first["runs"]
+    canvas.shot("painter")
+
+    canvas.page.keyboard.press("Control+z")
+    canvas.page.wait_for_timeout(300)
+    assert painted(canvas, node)["runs"] == first["runs"]
+    canvas.page.keyboard.press("Control+y")
+    canvas.page.wait_for_timeout(300)
+    assert painted(canvas, node) == both
+
+    saved = canvas.js("() => app.graph.serialize()")
+    canvas.clear()
+    canvas.load(saved)
+    assert painted(canvas, node) == both
+
+    copies = canvas.js(
+        """id => {
+            app.canvas.selectItems([app.graph.getNodeById(id)]);
+            app.canvas.copyToClipboard();
+            app.canvas.pasteFromClipboard();
+            return app.graph.nodes.map(node => node.id);
+        }""",
+        node,
+    )
+    (copy,) = set(copies) - {node}
+    canvas.page.wait_for_timeout(300)
+    assert painted(canvas, copy) == both
+    canvas.js("id => app.graph.remove(app.graph.getNodeById(id))", copy)
+
+    canvas.page.wait_for_timeout(1500)  # the front end saves a moment after a change
+    canvas.page.reload()
+    canvas.page.wait_for_function("() => window.app?.graph?.nodes?.some(node => node.type === 'SLiMePartPainter')")
+    canvas.page.locator(".slime-canvas").first.wait_for()
+    node = canvas.js("() => app.graph.nodes.find(node => node.type === 'SLiMePartPainter').id")
+    assert painted(canvas, node) == both
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    canvas.shot("painter_after_reload")
+
+    canvas.load(connected_to_training(canvas, node, both))
+    entry = canvas.run()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    file = canvas.server.base / "models" / "slime" / "painted.safetensors"
+    assert PartEmbeddings.load(file).names == ("part", "window")
+    file.unlink()
+
+    canvas.js(
+        """() => {
+            app.canvas.selectItems([app.graph.nodes.find(node => node.type === 'SLiMePartPainter')]);
+            return app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');
+        }"""
+    )
+    canvas.page.wait_for_function("() => !app.graph.nodes.some(node => node.type === 'SLiMePartPainter')")
+    inner = canvas.js(
+        "() => app.graph.nodes.find(node => node.subgraph).subgraph.nodes[0].serialize().widgets_values[0]"
+    )
+    assert json.loads(inner) == both
+    assert "painting" in json.dumps(canvas.js("async () => (await app.graphToPrompt()).output"))
+    canvas.shot("painter_in_a_subgraph")
+
+
+def connected_to_training(canvas: Canvas, node: int, painting: dict[str, Any]) -> dict[str, Any]:
+    """The template with the painter, shortened to learning a little from this painting."""
+    workflow = json.loads((ROOT / "example_workflows" / "slime_several_parts.json").read_text(encoding="utf-8"))
+    for item in workflow["nodes"]:
+        values = item.get("widgets_values", [])
+        if item["type"] == "CheckpointLoaderSimple":
+            values[0] = MODEL.name
+        if item["type"] == "SLiMePartPainter":
+            values[0] = json.dumps(painting)
+        if item["type"] == "SLiMeSaveEmbeddings":
+            values[:2] = ["painted", True]
+        if item["type"] == "LoadImage":
+            values[0] = "browser_scene.png"
+    return workflow
+
+
+def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
+    """An image that no Load Image node gives: the first run brings it, and says that nothing is painted."""
+    canvas.js(
+        """() => {
+            const add = (kind, x) => {
+                const node = LiteGraph.createNode(kind);
+                node.pos = [x, 120];
+                app.graph.add(node);
+                return node;
+            };
+            const [empty, painter, preview] = [add('EmptyImage', 20), add('SLiMePartPainter', 340), add('PreviewImage', 900)];
+            empty.connect(0, painter, painter.inputs.findIndex(input => input.name === 'image'));
+            painter.connect(2, preview, 0);
+        }"""
+    )
+    entry = canvas.run()
+    assert "nothing is painted yet" in json.dumps(entry["status"])
+    node = canvas.js("() => app.graph.nodes.find(node => node.type === 'SLiMePartPainter').id")
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    canvas.page.keyboard.press("Escape")
+    canvas.shot("painter_connected")
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_every_template_opens_and_runs(canvas, name) -> None:
+    wanted = prepare(canvas.server, name)
+    shutil.copyfile(MODEL_FILE(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
+    canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    dialog = canvas.page.get_by_role("dialog").first
+    dialog.wait_for()
+    search = dialog.locator("input").first
+    search.fill(name.replace("_", " "))
+    card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+    card.first.wait_for()
+    canvas.shot(f"template_{name}")
+    card.first.click()
+    canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type.startsWith('SLiMe'))")
+    assert canvas.js("() => app.graph.nodes.filter(node => node.has_errors).length") == 0
+    settings = {"SLiMeTrain": {"views": 4, "steps": 10}, "SLiMeSaveEmbeddings": {"filename": f"browser_{name}"}}
+    values = {node_id: node["inputs"] | settings.get(node["class_type"], {}) for node_id, node in wanted.items()}
+    canvas.js(
+        """values => {
+            for (const node of app.graph.nodes) {
+                for (const widget of node.widgets ?? []) {
+                    const value = values[node.id]?.[widget.name];
+                    if (value !== undefined && !Array.isArray(value)) widget.value = value;
+                }
+            }
+        }""",
+        values,
+    )
+    entry = canvas.run(600)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    canvas.js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
+    canvas.page.wait_for_timeout(500)
+    canvas.shot(name)
+
+
+def MODEL_FILE(canvas: Canvas) -> Path:  # noqa: N802
+    """A learned file for the workflows that load one."""
+    path = canvas.server.base / "models" / "slime" / "browser_learned.safetensors"
+    if not path.exists():
+        prompt = prepare(canvas.server, "slime_several_parts")
+        for node in prompt.values():
+            if node["class_type"] == "SLiMeTrain":
+                node["inputs"].update(views=4, steps=10)
+            if node["class_type"] == "SLiMeSaveEmbeddings":
+                node["inputs"]["filename"] = path.stem
+        canvas.server.run(prompt)
+    return path
+
+
+def test_live_previews_and_progress_arrive(canvas) -> None:
+    prompt = prepare(canvas.server, "slime_several_parts")
+    workflow = json.loads((ROOT / "example_workflows" / "slime_several_parts.json").read_text(encoding="utf-8"))
+    canvas.load(workflow)
+    canvas.js(
+        """values => {
+            window.heard = {previews: 0, texts: []};
+            for (const name of ['b_preview', 'b_preview_with_metadata']) {
+                app.api.addEventListener(name, () => window.heard.previews++);
+            }
+            app.api.addEventListener('progress_text', event => window.heard.texts.push(event.detail.text));
+            for (const node of app.graph.nodes) {
+                for (const widget of node.widgets ?? []) {
+                    const value = values[node.id]?.[widget.name];
+                    if (value !== undefined && !Array.isArray(value)) widget.value = value;
+                }
+            }
+        }""",
+        {
+            node_id: node["inputs"] | ({"views": 8, "seed": 5} if node["class_type"] == "SLiMeTrain" else {})
+            for node_id, node in prompt.items()
+        },
+    )
+    canvas.run(600)
+    heard = canvas.js("() => window.heard")
+    assert heard["previews"] >= 1
+    assert any("loss" in text for text in heard["texts"]) and any("left" in text for text in heard["texts"])
+    canvas.shot("after_training")
+
+
+def test_the_help_panel_shows_our_page(canvas) -> None:
+    node = canvas.add("SLiMeTrain", 300, 200)
+    canvas.js("id => app.canvas.selectItems([app.graph.getNodeById(id)])", node)
+    canvas.page.wait_for_timeout(500)
+    canvas.page.get_by_test_id("info-button").first.click()
+    canvas.page.get_by_text("Parameter notes").first.wait_for()
+    canvas.shot("help")
+
+
+def test_subgraph_blueprints_can_be_added(canvas) -> None:
+    names = {entry["name"] for entry in canvas.server.get("/global_subgraphs").values()}
+    assert set(BLUEPRINTS) <= names
+    for name in BLUEPRINTS:
+        canvas.load(json.loads((ROOT / "subgraphs" / f"{name}.json").read_text(encoding="utf-8")))
+        node = canvas.js(
+            "() => { const node = app.graph.nodes[0];"
+            " return {inner: node.subgraph.nodes.length, widgets: node.widgets.map(w => w.name), inputs: node.inputs.length}; }"
+        )
+        described = BLUEPRINTS[name]()
+        assert node["inner"] == len(described["prompt"]) and node["inputs"] >= len(described["inputs"])
+        assert [widget for _, widget in described["widgets"]] == node["widgets"]
+        canvas.shot(name)
