@@ -295,7 +295,8 @@ def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
                 app.graph.add(node);
                 return node;
             };
-            const [empty, painter, preview] = [add('EmptyImage', 20), add('SLiMePartPainter', 340), add('PreviewImage', 900)];
+            const empty = add('EmptyImage', 20), painter = add('SLiMePartPainter', 340);
+            const preview = add('PreviewImage', 900);
             empty.connect(0, painter, painter.inputs.findIndex(input => input.name === 'image'));
             painter.connect(2, preview, 0);
         }"""
@@ -311,7 +312,7 @@ def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_template_opens_and_runs(canvas, name) -> None:
     wanted = prepare(canvas.server, name)
-    shutil.copyfile(MODEL_FILE(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
+    shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
     canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     dialog = canvas.page.get_by_role("dialog").first
     dialog.wait_for()
@@ -343,7 +344,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     canvas.shot(name)
 
 
-def MODEL_FILE(canvas: Canvas) -> Path:  # noqa: N802
+def learned_file(canvas: Canvas) -> Path:
     """A learned file for the workflows that load one."""
     path = canvas.server.base / "models" / "slime" / "browser_learned.safetensors"
     if not path.exists():
@@ -402,8 +403,8 @@ def test_subgraph_blueprints_can_be_added(canvas) -> None:
     for name in BLUEPRINTS:
         canvas.load(json.loads((ROOT / "subgraphs" / f"{name}.json").read_text(encoding="utf-8")))
         node = canvas.js(
-            "() => { const node = app.graph.nodes[0];"
-            " return {inner: node.subgraph.nodes.length, widgets: node.widgets.map(w => w.name), inputs: node.inputs.length}; }"
+            "() => { const node = app.graph.nodes[0]; return {inner: node.subgraph.nodes.length,"
+            " widgets: node.widgets.map(w => w.name), inputs: node.inputs.length}; }"
         )
         described = BLUEPRINTS[name]()
         assert node["inner"] == len(described["prompt"]) and node["inputs"] >= len(described["inputs"])
