@@ -35,9 +35,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-HARMLESS = re.compile(
-    r"ERR_(INTERNET_DISCONNECTED|NAME_NOT_RESOLVED|CONNECTION|BLOCKED|FAILED|ADDRESS|TUNNEL)|userdata|404"
-)
+# What the front end says by itself, without any extension: files of the user that are not there, no network.
+HARMLESS = re.compile(r"404 \(Not Found\)|Content Security Policy|net::ERR_|reading 'id'\)\s+at onChange")
 MODES = {"classic": False, "nodes2": True}
 
 pytestmark = [
@@ -62,7 +61,7 @@ class Canvas:
     def open(self) -> Canvas:
         self.page.goto(self.server.address)
         self.page.wait_for_function("window.app?.graph && window.app.extensions?.some(e => e.name === 'slime.painter')")
-        self.page.wait_for_function("window.app.extensionManager?.command && !document.querySelector('.p-blockui')")
+        self.page.wait_for_function("window.app.extensionManager?.spinner === false")
         self.clear()
         return self
 
@@ -134,6 +133,8 @@ def canvas(request, chromium, server) -> Iterator[Canvas]:
 
 @pytest.fixture(autouse=True)
 def fresh(canvas) -> Iterator[None]:
+    for _ in range(3):  # dialogs that a failed test left open
+        canvas.page.keyboard.press("Escape")
     canvas.clear()
     canvas.errors.clear()
     yield
@@ -314,10 +315,9 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     wanted = prepare(canvas.server, name)
     shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
     canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    dialog = canvas.page.get_by_role("dialog").first
-    dialog.wait_for()
-    search = dialog.locator("input").first
-    search.fill(name.replace("_", " "))
+    search = canvas.page.locator("input[placeholder='Search...']:visible").last
+    search.wait_for()
+    search.fill(name)
     card = canvas.page.get_by_test_id(f"template-workflow-{name}")
     card.first.wait_for()
     canvas.shot(f"template_{name}")
@@ -408,5 +408,6 @@ def test_subgraph_blueprints_can_be_added(canvas) -> None:
         )
         described = BLUEPRINTS[name]()
         assert node["inner"] == len(described["prompt"]) and node["inputs"] >= len(described["inputs"])
-        assert [widget for _, widget in described["widgets"]] == node["widgets"]
+        # Some versions write the inner node's number before a widget's name.
+        assert [widget for _, widget in described["widgets"]] == [name.split(": ")[-1] for name in node["widgets"]]
         canvas.shot(name)

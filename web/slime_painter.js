@@ -7,7 +7,7 @@ import { Painter } from "./painter/painter.js";
 
 /** @typedef {import("./painter/painting.js").ImageFile} ImageFile */
 
-const SMALLEST = [380, 480];
+const SMALLEST = [380, 560];
 
 const style = document.createElement("link");
 style.rel = "stylesheet";
@@ -56,7 +56,7 @@ app.registerExtension({
         });
         const widget = node.addDOMWidget(name, "SLIME_PAINTING", painter.element, {
           hideOnZoom: false,
-          getMinHeight: () => 320,
+          getMinHeight: () => 400,
           getValue: () => painter.value,
           setValue: (/** @type {string} */ value) => {
             painter.value = value;
