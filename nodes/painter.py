@@ -145,7 +145,7 @@ class SLiMePartPainter(io.ComfyNode):
             shown = None if image is None else {"slime_painter": ui.PreviewImage(pixels, cls=cls).as_dict()["images"]}
             if painted.labels is None or not painted.labels.any():
                 # The image reaches the canvas all the same; what follows says that nothing is painted.
-                return io.NodeOutput(ui=shown, block_execution=NOTHING)
+                return io.NodeOutput(None, None, None, ui=shown, block_execution=NOTHING)
             labels = _stretched(painted.labels, pixels.shape[1], pixels.shape[2])
             example = _example(pixels[0], labels, painted)
             examples = merge_examples(previous or (), example)

@@ -162,7 +162,7 @@ def _expert_inputs() -> list[Any]:
         text(
             "cross_layers",
             "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table. auto: a probe on the "
-            "examples chooses, for about the time of an instant training; IoU 0.47 to 0.50 on the demo scenes.",
+            "examples chooses, for about the time of an instant training; IoU 0.47 to 0.48 on the demo scenes.",
         ),
         text(
             "self_layers",
