@@ -102,15 +102,18 @@ def to_editor(
         inputs, values = [], []
         for name, kind, options in _inputs(info):
             link = next((item for item in links if item[3] == int(node_id) and item[6] == name), None)
-            if not _is_widget(kind, options):
+            widget = _is_widget(kind, options)
+            if link is not None or not widget:
                 if link is not None:
                     link[4] = len(inputs)
                 slot: dict[str, Any] = {"name": name, "type": kind, "link": link[0] if link else None}
+                slot |= {"widget": {"name": name}} if widget else {}
                 inputs.append(slot | ({"shape": 7} if name in info["input"].get("optional", {}) else {}))
-            else:
+            if widget:
                 choices = kind if isinstance(kind, list) else options.get("options")
                 fallback = options.get("default", choices[0] if choices else None)
-                values += [node["inputs"].get(name, fallback), *_extra_values(name, options)]
+                given = fallback if link is not None else node["inputs"].get(name, fallback)
+                values += [given, *_extra_values(name, options)]
         outputs = [
             {"name": label, "type": kind, "links": outgoing.get((node_id, slot), [])}
             for slot, (label, kind) in enumerate(zip(info["output_name"], info["output"], strict=True))
