@@ -259,7 +259,7 @@ def evaluate_and_share() -> Page:
     image = page.image((0, 310, 330, 340), "Load Image: a test image, with its true mask")
     parts = page.segment(model, embeddings, [image, 0], (370, 0, 300, 400))
     table = page.add("SLiMeEvaluate", (710, 0, 300, 200), parts=[parts, 0], truth=[image, 1], names="part")
-    page.add("PreviewImage", (1050, 0, 330, 300), images=[table, 1])
+    page.add("PreviewImage", (1050, 0, 330, 300), images=[table, 2])
     page.add("SLiMeEmbeddingsInfo", (370, 450, 300, 200), embeddings=[embeddings, 0])
     text = page.add("SLiMeEmbeddingsToText", (710, 450, 300, 200), embeddings=[embeddings, 0])
     page.add("PreviewAny", (1050, 450, 330, 200), source=[text, 0])

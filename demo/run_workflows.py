@@ -28,7 +28,8 @@ THUMBNAIL = (480, 320)
 def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
     """A bundled workflow with the demo's checkpoint, pictures and part names, sampling for a few steps."""
     prompt = to_api(load_workflow(name), server.get("/object_info"))
-    pictures = iter(_pictures(server, prompt))
+    # What is evaluated must not be what was taught.
+    pictures = iter(_pictures(server, prompt, splits.TEST if "evaluate" in name else splits.TEACH))
     for node in prompt.values():
         inputs = node["inputs"]
         match node["class_type"]:
@@ -53,17 +54,19 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
     return prompt
 
 
-def _pictures(server: ComfyServer, prompt: Prompt) -> list[str]:
-    """Painted examples for the Load Image nodes whose masks are used, test scenes for the others."""
+def _pictures(server: ComfyServer, prompt: Prompt, painted_seed: int) -> list[str]:
+    """Painted scenes for the Load Image nodes whose masks are used, test scenes for the others."""
     used = {tuple(value) for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)}
     found = []
     for index, node_id in enumerate(i for i, node in prompt.items() if node["class_type"] == "LoadImage"):
         painted = (node_id, 1) in used
-        scene = scenes.render(DOMAIN, (splits.TEACH if painted else splits.TEST) + index)
+        scene = scenes.render(DOMAIN, (painted_seed if painted else splits.TEST) + index)
         mask = scene.labels == 1 + scenes.PARTS[DOMAIN].index(PART)
         alpha = np.where(mask, 0, 255).astype(np.uint8)[..., None]
         pixels = np.concatenate([scene.image, alpha], -1) if painted else scene.image
-        found.append(put_image(server, f"workflow_{'painted' if painted else 'plain'}_{index}.png", pixels))
+        found.append(
+            put_image(server, f"workflow_{'painted' if painted else 'plain'}_{painted_seed}_{index}.png", pixels)
+        )
     return found
 
 

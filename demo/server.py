@@ -186,8 +186,11 @@ class ComfyServer:
             raise WorkflowFailed(f"{path}: {text}", json.loads(text) if text.startswith("{") else text) from error
 
     def queue(self, prompt: dict[str, Any]) -> str:
-        """Queue an API-format prompt; returns its id."""
-        return str(self.post("/prompt", {"prompt": prompt, "client_id": self.client})["prompt_id"])
+        """Queue an API-format prompt; returns its id. Raises WorkflowFailed where any of its outputs is refused."""
+        answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client})
+        if answer.get("node_errors"):
+            raise WorkflowFailed(f"/prompt: {json.dumps(answer['node_errors'])}", answer)
+        return str(answer["prompt_id"])
 
     def wait(self, prompt_id: str, seconds: float = 600) -> dict[str, Any]:
         """History entry of a finished prompt, whatever its end."""

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "example_workflows"
 SUBGRAPHS = ROOT / "subgraphs"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "SLIME_PAINTING"}
+SPREAD = 1.25  # nodes are larger on the Nodes 2.0 canvas than they say
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives the ends of a subgraph
 ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
 
@@ -121,7 +122,7 @@ def to_editor(
         entry = {
             "id": int(node_id),
             "type": node["class_type"],
-            "pos": [x, y],
+            "pos": [round(SPREAD * x), round(SPREAD * y)],
             "size": [width, height],
             "flags": {},
             "order": order,
@@ -138,7 +139,7 @@ def to_editor(
             {
                 "id": last + index,
                 "type": "MarkdownNote",
-                "pos": [x, y],
+                "pos": [round(SPREAD * x), round(SPREAD * y)],
                 "size": [width, height],
                 "flags": {},
                 "order": len(nodes),
