@@ -161,15 +161,17 @@ def test_every_node_is_found_by_search(canvas) -> None:
     for kind, spec in info.items():
         canvas.clear()
         canvas.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-        canvas.page.wait_for_timeout(600)  # the box slides in and takes the focus
-        canvas.page.keyboard.type(spec["display_name"])
+        box = canvas.page.locator("input[placeholder*='ode']:visible, .comfy-vue-node-search-container input").first
+        box.wait_for()
+        canvas.page.wait_for_timeout(300)
+        box.fill(spec["display_name"])
         canvas.page.get_by_text(spec["display_name"], exact=False).first.wait_for()
         canvas.page.wait_for_timeout(900)  # it searches when typing pauses
         listed = canvas.page.locator(".p-autocomplete-option").filter(has_text=spec["display_name"])
         if listed.count():
             listed.first.click()
         else:  # the newer search box takes the first of its list
-            canvas.page.keyboard.press("Enter")
+            box.press("Enter")
         canvas.page.wait_for_function("() => app.graph.nodes.length === 1")
         canvas.page.mouse.click(750, 600)  # newer versions hang the node on the pointer until it is put down
         if canvas.types() != [kind]:
@@ -332,7 +334,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     wanted = prepare(canvas.server, name)
     shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
     canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    search = canvas.page.locator("input[placeholder='Search...']:visible").last
+    search = canvas.page.locator("input[placeholder^='Search']:visible").last
     search.wait_for()
     search.fill(name)
     card = canvas.page.get_by_test_id(f"template-workflow-{name}")
