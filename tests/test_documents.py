@@ -45,6 +45,13 @@ def test_help_pages_name_every_input_and_output(schemas) -> None:
         assert listed <= inputs, (name, listed - inputs)
 
 
+def test_every_picture_of_a_document_is_there() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "web" / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in link or (page.parent / link).exists(), (page.name, link)
+
+
 def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:
     for name, schema in schemas.items():
         texts = [schema.display_name, schema.description]
