@@ -45,8 +45,8 @@ def _score_factor(attention: Attention) -> float:
 def propagate(attention: Attention, maps: Tensor) -> Tensor:
     """WAS of one layer: A w for every map, A the self-attention averaged over heads (paper eq. 3).
 
-    It is ordinary scaled-dot-product attention with the maps as values, so no N x N tensor is formed. The values are
-    padded with zeros to the head's width, or cut into groups of it, as the fused kernels want them.
+    It is ordinary scaled-dot-product attention with the maps as values, so no N x N tensor is formed. The fused kernels
+    want queries, keys and values of one width, a multiple of 8: zeros make up for it.
 
     Args:
         attention: a captured self-attention layer, N = h*w.
@@ -55,16 +55,16 @@ def propagate(attention: Attention, maps: Tensor) -> Tensor:
     Returns:
         [B, K, h, w].
     """
-    heads = attention.heads
+    heads, count = attention.heads, maps.shape[1]
     query, key = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (attention.query, attention.key))
     head_dim = query.shape[-1]
+    width = max(head_dim, -(-count // 8) * 8)
+    if width > head_dim:
+        query, key = (F.pad(t, (0, width - head_dim)) for t in (query, key))
     values = resize_maps(maps, (attention.height, attention.width)).flatten(2).transpose(1, 2).to(query.dtype)
-    groups = []
-    for group in values.split(head_dim, dim=-1):
-        padded = F.pad(group, (0, head_dim - group.shape[-1]))[:, None].expand(-1, heads, -1, -1)
-        out = F.scaled_dot_product_attention(query, key, padded)[..., : group.shape[-1]]
-        groups.append(out.float().mean(1))
-    return torch.cat(groups, -1).transpose(1, 2).unflatten(2, (attention.height, attention.width))
+    values = F.pad(values, (0, width - count))[:, None].expand(-1, heads, -1, -1)
+    out = F.scaled_dot_product_attention(query, key, values, scale=head_dim**-0.5)[..., :count]
+    return out.float().mean(1).transpose(1, 2).unflatten(2, (attention.height, attention.width))
 
 
 def was_maps(attentions: Sequence[Attention], maps: Tensor, order: int = 1) -> Tensor:
