@@ -155,7 +155,7 @@ class Bench:
     def steps(self, name: str, **changes: Any) -> tuple[Measured, Measured]:
         """Preparing a view, and a step of ours with all that a training does, in a training whose every step has a view
         of its own."""
-        count = 10 * max(self.repeats, 1) + 1
+        count = 10 * max(self.repeats, 1)
         settings = preset(name, self.denoiser.family, views=count, steps=count, **changes)
         times: dict[str, list[float]] = {"features": [], "train": []}
 
