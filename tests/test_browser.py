@@ -35,10 +35,11 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# What the front end says by itself, without any extension: files of the user that are not there, no network.
+# What the front end says by itself, without any extension: files of the user that are not there, no network, slips of
+# its own while it starts and in its search box.
 HARMLESS = re.compile(
     r"404 \(Not Found\)|Content Security Policy|net::ERR_|Fetch API cannot load|reading 'id'\)\s+at onChange"
-    r"|graph accessed before initialization"
+    r"|graph accessed before initialization|at Proxy\.onOptionSelect"
 )
 MODES = {"classic": False, "nodes2": True}
 
@@ -155,27 +156,34 @@ def test_the_pack_loads_without_an_error(canvas) -> None:
     assert not canvas.errors
 
 
+def search_for(canvas: Canvas, name: str, patience: int) -> None:
+    """Add the first node that ComfyUI's search box finds."""
+    page = canvas.page
+    canvas.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.wait_for_timeout(500 * patience)
+    page.keyboard.type(name)
+    page.wait_for_timeout(700 * patience)
+    listed = page.locator(".p-autocomplete-option").filter(has_text=name)
+    if listed.count():
+        listed.first.click()
+    else:  # the newer search box takes the first of its list
+        page.keyboard.press("Enter")
+    page.wait_for_timeout(300 * patience)
+    page.mouse.click(750, 600)  # newer versions hang the node on the pointer until it is put down
+    page.wait_for_timeout(200)
+    page.keyboard.press("Escape")
+
+
 def test_every_node_is_found_by_search(canvas) -> None:
     info = {k: v for k, v in canvas.server.get("/object_info").items() if v["category"] == "SLiMe"}
     assert len(info) >= 19
     for kind, spec in info.items():
-        canvas.clear()
-        canvas.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-        box = canvas.page.locator("input[placeholder*='ode']:visible, .comfy-vue-node-search-container input").first
-        box.wait_for()
-        canvas.page.wait_for_timeout(300)
-        box.fill(spec["display_name"])
-        canvas.page.get_by_text(spec["display_name"], exact=False).first.wait_for()
-        canvas.page.wait_for_timeout(900)  # it searches when typing pauses
-        listed = canvas.page.locator(".p-autocomplete-option").filter(has_text=spec["display_name"])
-        if listed.count():
-            listed.first.click()
-        else:  # the newer search box takes the first of its list
-            box.press("Enter")
-        canvas.page.wait_for_function("() => app.graph.nodes.length === 1")
-        canvas.page.mouse.click(750, 600)  # newer versions hang the node on the pointer until it is put down
-        if canvas.types() != [kind]:
-            raise AssertionError(f"searching {spec['display_name']} gave {canvas.types()}")
+        for patience in (1, 2, 4):  # the box slides in, takes the focus, and searches when typing pauses
+            canvas.clear()
+            search_for(canvas, spec["display_name"], patience)
+            if canvas.types():
+                break
+        assert canvas.types() == [kind], f"searching {spec['display_name']} gave {canvas.types()}"
     canvas.shot("search")
 
 
