@@ -350,7 +350,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     canvas.shot(f"template_{name}")
     card.first.click()
     canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type.startsWith('SLiMe'))")
-    # Newer versions mark nodes whose checkpoint or picture is not there yet; a node of an unknown type is another thing.
+    # Newer versions mark nodes whose checkpoint or picture is missing; a node of an unknown type is another thing.
     unknown = "() => app.graph.nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])"
     assert canvas.js(unknown) == []
     settings = {"SLiMeTrain": {"views": 4, "steps": 10}, "SLiMeSaveEmbeddings": {"filename": f"browser_{name}"}}
