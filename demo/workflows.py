@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "example_workflows"
 SUBGRAPHS = ROOT / "subgraphs"
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "SLIME_PAINTING"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING"}
 SPREAD = 1.25  # nodes are larger on the Nodes 2.0 canvas than they say
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives the ends of a subgraph
 ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}

@@ -27,6 +27,7 @@ from slime.metrics import evaluate
 pytestmark = pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
 SHOTS, TESTS = 4, 6
+PINNED = "0.3.75"
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +329,10 @@ def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
 
 
 def test_workflow_files_are_what_the_schemas_give(server) -> None:
-    """python dev.py workflows would change nothing."""
+    """python dev.py workflows would change nothing; the files are made with the pinned ComfyUI's core nodes."""
     info = server.get("/object_info")
+    if server.get("/system_stats")["system"]["comfyui_version"] != PINNED:
+        pytest.skip("another version's core nodes have other widgets")
     for name, make in WORKFLOWS.items():
         page = make()
         assert to_editor(page.prompt, page.layout, info, page.notes, page.titles) == load_workflow(name), name
