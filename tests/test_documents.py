@@ -59,6 +59,8 @@ def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:
             texts += [socket.display_name, socket.tooltip]
         for item in schema.inputs:
             assert item.tooltip and item.tooltip.strip(), (name, item.id, "no tooltip")
+        for item in schema.outputs:
+            assert item.tooltip and item.tooltip.strip(), (name, item.display_name, "no tooltip")
         for text in filter(None, texts):
             assert not BREAKS_TRANSLATION.search(text), (name, text)
             assert text.isascii(), (name, text)
@@ -90,8 +92,8 @@ def test_no_text_is_missing_stale_or_unsafe(schemas, language) -> None:
     assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
     assert dict(leaves(read(language, "main"))).keys() == dict(leaves(read("en", "main"))).keys()
     for path, text in found.items():
-        assert (text or "").strip() or wanted[path] is None, path
-        assert not BREAKS_TRANSLATION.search(text or ""), (path, text)
+        assert text.strip(), path
+        assert not BREAKS_TRANSLATION.search(text), (path, text)
     if language != "en":
         same = [path for path, text in found.items() if path[-1] == "tooltip" and text and text == wanted[path]]
         assert not same, "left in English"
