@@ -207,10 +207,7 @@ class Bench:
                 clock.start()
                 train(self.denoiser, [self.example], settings, on_step=clock)
             self.report({"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": name} | clock.result())
-        grid = torch.nn.functional.interpolate(
-            self.example.labels[None, None].float(), (self.side // 8, self.side // 8)
-        )
-        labels, best, start = grid[0, 0].long(), 0.0, time.perf_counter()
+        labels, best, start = self.grid_labels(), 0.0, time.perf_counter()
         seconds = None
         with self.denoiser.differentiable(False):
             reference = Reference(self.denoiser, len(self.example.names))
@@ -365,10 +362,8 @@ class _IouClock:
         self.spent += time.perf_counter() - self.since
         with torch.inference_mode(), torch.no_grad():
             maps = segment(self.denoiser, self.example.image[None], report.embeddings(), SegmentSettings())[0]
-        truth = self.example.labels.numpy()
-        self.best = max(
-            self.best, evaluate([maps.probabilities[0].argmax(0).numpy()], [truth], len(self.example.names) + 1).miou
-        )
+        found, truth = maps.label_map[0].numpy(), self.example.labels.numpy()
+        self.best = max(self.best, evaluate([found], [truth], len(self.example.names) + 1).miou)
         if self.best >= TRAINING_IOU:
             self.seconds = self.spent
             raise _Reached

@@ -26,7 +26,7 @@ def view_count(examples: Sequence[Example], settings: TrainSettings) -> int:
     return max(settings.views, len(examples))
 
 
-class View(NamedTuple):
+class AugmentedView(NamedTuple):
     """One view of an example: image [h, w, 3], label maps [K, h/8, w/8], and its generator after the augmentation."""
 
     image: Tensor
@@ -34,16 +34,16 @@ class View(NamedTuple):
     rng: random.Random
 
 
-def make_view(examples: Sequence[Example], settings: TrainSettings, side: int, plain: int, index: int) -> View:
+def make_view(examples: Sequence[Example], settings: TrainSettings, side: int, plain: int, index: int) -> AugmentedView:
     """The view of this index, always the same: examples in turn, the first ``plain`` views as they are."""
     example = examples[index % len(examples)]
     rng = random.Random(f"{settings.seed}/{index}")  # noqa: S311
     size = working_size(example.labels.shape[0], example.labels.shape[1], side)
     grid = (size[0] // 8, size[1] // 8)
     if index >= plain:
-        return View(*augmented_view(example, settings, rng, size, grid), rng)
+        return AugmentedView(*augmented_view(example, settings, rng, size, grid), rng)
     labels = soft_labels(example.labels, len(example.names) + 1, grid)
-    return View(resize_image(example.image[None], size)[0], labels, rng)
+    return AugmentedView(resize_image(example.image[None], size)[0], labels, rng)
 
 
 class EncodedView(NamedTuple):
@@ -66,7 +66,7 @@ def encode_views(
     for size, neighbours in groupby(range(count), key=lambda index: sizes[index % len(sizes)]):
         indices = list(neighbours)
 
-        def encode(part: slice, indices: list[int] = indices) -> tuple[list[View], Tensor]:
+        def encode(part: slice, indices: list[int] = indices) -> tuple[list[AugmentedView], Tensor]:
             views = [make(index) for index in indices[part]]
             return views, denoiser.encode_images(torch.stack([view.image for view in views]).to(denoiser.device))
 
@@ -77,7 +77,7 @@ def encode_views(
                 first += 1
 
 
-def _picture(make: Callable[[int], View], index: int) -> Tensor:
+def _picture(make: Callable[[int], AugmentedView], index: int) -> Tensor:
     return make(index).image
 
 

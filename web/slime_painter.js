@@ -37,9 +37,9 @@ function upstreamUrl(node) {
   const source = node.getInputNode?.(slot);
   const file = source?.widgets?.find((/** @type {any} */ widget) => widget.name === "image")?.value;
   if (typeof file !== "string" || !source.comfyClass?.startsWith("LoadImage")) return null;
-  const cut = file.replace(/ \[\w+\]$/, "").lastIndexOf("/");
-  const name = file.replace(/ \[\w+\]$/, "").slice(cut + 1);
-  return viewUrl({ name, subfolder: cut > 0 ? file.slice(0, cut) : "", type: /\[output\]$/.test(file) ? "output" : "input" });
+  const [, path, type = "input"] = /** @type {string[]} */ (file.match(/^(.*?)(?: \[(\w+)\])?$/));
+  const cut = path.lastIndexOf("/");
+  return viewUrl({ name: path.slice(cut + 1), subfolder: path.slice(0, Math.max(cut, 0)), type });
 }
 
 app.registerExtension({

@@ -220,6 +220,15 @@ describe("Painter", () => {
     expect(painter.painting.map.has(1)).toBe(true);
   });
 
+  it("can still be painted on after undoing to the start", () => {
+    const { painter } = make();
+    Object.defineProperties(painter.picture, { naturalWidth: { value: 100 }, naturalHeight: { value: 100 } });
+    for (let i = 0; i < 3; i++) press(painter, "z", { ctrlKey: true });
+    pointer(painter, "pointerdown", 10, 10);
+    pointer(painter, "pointerup", 10, 10);
+    expect(painter.painting.map.has(1)).toBe(true);
+  });
+
   it("erases, fills and chooses by keys, and leaves other keys to ComfyUI", () => {
     const { painter } = make();
     const heard = vi.fn();
@@ -264,8 +273,11 @@ describe("Painter", () => {
     painter.value = first.value;
     expect(painter.painting.map.data).toEqual(first.painting.map.data);
     expect(host.changed).not.toHaveBeenCalled();
-    painter.value = "{broken";
-    expect(painter.message).toContain("cannot be read");
+    for (const broken of ["{broken", '{"version": 99}']) {
+      painter.value = broken;
+      expect(painter.message).toContain("cannot be read");
+      expect(painter.value).toBe(broken); // saving the workflow again must not lose it
+    }
   });
 
   it("uploads a dropped image", async () => {

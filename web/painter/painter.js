@@ -45,6 +45,8 @@ export class Painter {
     /** An image that arrives by a socket hides the loaded one. @type {string | null} */
     this.connected = null;
     this.message = "";
+    /** The saved text could not be read; it is kept until something is painted. */
+    this.unreadable = false;
     /** @type {Map<number, {x: number, y: number}>} pointers that are down, canvas positions */
     this.pointers = new Map();
     /** @type {{x: number, y: number} | null} */
@@ -76,15 +78,17 @@ export class Painter {
   /** @param {string} text */
   set value(text) {
     if (text === this.value) return;
+    this.unreadable = false;
+    this.message = "";
     try {
       this.painting = Painting.parse(text);
-      this.message = "";
     } catch (error) {
+      this.unreadable = true;
       this.painting = new Painting();
       this.message = `${this.say("unreadable")}: ${error instanceof Error ? error.message : error}`;
     }
     this.label = Math.min(this.label, this.painting.parts.length) || 1;
-    this.history.reset(this.painting.serialise());
+    this.history.reset(this.unreadable ? text : this.painting.serialise());
     this.showParts();
     this.loadPicture();
   }
@@ -93,7 +97,9 @@ export class Painter {
   commit() {
     const state = this.painting.serialise();
     if (state === this.value) return;
-    this.history.push(state);
+    if (this.unreadable) this.history.reset(state);
+    else this.history.push(state);
+    this.unreadable = false;
     this.host.changed(state);
   }
 
@@ -104,8 +110,12 @@ export class Painter {
     this.painting = Painting.parse(state);
     this.label = Math.min(this.label, this.painting.parts.length) || 1;
     this.showParts();
-    if (JSON.stringify(this.painting.image) === before) this.retint();
-    else this.loadPicture();
+    if (JSON.stringify(this.painting.image) !== before) this.loadPicture();
+    else {
+      // The step before the image came had nothing to paint on.
+      if (this.picture) this.painting.fitTo(this.picture.naturalWidth, this.picture.naturalHeight);
+      this.retint();
+    }
     this.host.changed(state);
   }
 
@@ -134,7 +144,7 @@ export class Painter {
       this.painting.fitTo(picture.naturalWidth, picture.naturalHeight);
       this.fit();
       this.retint();
-      this.commit();
+      if (!this.unreadable) this.commit();
     };
     picture.onerror = () => {
       if (this.wanted !== url) return;
