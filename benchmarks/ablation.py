@@ -1,6 +1,7 @@
 """What each choice is worth: one thing at a time, on validation scenes.
 
-    python dev.py benchmark ablation [--tables paper-read-out paper-training default segmentation refinement]
+    python dev.py benchmark ablation [--tables paper-read-out paper-training thorough default segmentation
+         refinement]
         [--scenes 12] [--shots 1 10] [--seeds 1] [--json FILE] [--checkpoint FILE --data FOLDER]
 
 "paper" tables change one thing in the paper's preset, "default" ones in ours. With ``--json`` a run that was stopped
@@ -63,6 +64,7 @@ PAPER_TRAINING = {
     "moving average 0.95": Variant("paper", {"ema": 0.95, "keep": "last"}, **_READ),
     "last rows": Variant("paper", {"keep": "last"}, **_READ),
     "rows of the lowest loss": Variant("paper", {"keep": "loss"}, **_READ),
+    "rows best on held-out crops": Variant("paper", {"keep": "crop"}, **_READ),
     "no regulariser": Variant("paper", {"guard_weight": 0.0}, **_READ),
     "regulariser 0.05": Variant("paper", {"guard_weight": 0.05}, **_READ),
     "regulariser without guidance": Variant("paper", {"guard_weight": 1.0, "guidance": 1.0}, **_READ),
@@ -80,6 +82,18 @@ PAPER_TRAINING = {
     "the paper's layers": Variant("paper", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}, **_READ),
 }
 
+THOROUGH = {
+    "thorough": Variant("thorough"),
+    "instant, and 0 steps": Variant("thorough", {"steps": 1, "learning_rate": 1e-9}, after_instant=True),
+    "instant, and 20 steps": Variant("thorough", {"steps": 20, "learning_rate": 0.01}, after_instant=True),
+    "instant, and 200 steps": Variant("thorough", after_instant=True),
+    "rows best on held-out crops": Variant("thorough", {"keep": "crop"}),
+    "recoloured views": Variant("thorough", {"recolor": 1.0}),
+    "our layers": Variant("thorough", {"cross_layers": "output.3-11", "self_layers": "output.9-10"}),
+    "200 views": Variant("thorough", {"views": 200}),
+    "600 steps": Variant("thorough", {"steps": 600}),
+}
+
 DEFAULT = {
     "default": Variant("instant"),
     "no recolouring": Variant("instant", {"recolor": 0.0}),
@@ -88,6 +102,7 @@ DEFAULT = {
     "192 views": Variant("instant", {"views": 192}),
     "one row a resolution": Variant("instant", {"row_groups": "resolution"}),
     "one row for all layers": Variant("instant", {"row_groups": "shared"}),
+    "one row a head": Variant("instant", {"row_groups": "head"}),
     "1 background row more": Variant("instant", {"background_rows": 1}),
     "2 background rows more": Variant("instant", {"background_rows": 2}),
     "4 background rows more": Variant("instant", {"background_rows": 4}),
@@ -127,6 +142,7 @@ SEGMENTATION = {
 TABLES = {
     "paper-read-out": PAPER_READ_OUT,
     "paper-training": PAPER_TRAINING,
+    "thorough": THOROUGH,
     "default": DEFAULT,
     "segmentation": SEGMENTATION,
 }
@@ -200,7 +216,7 @@ def variant_rows(task: Task, table: str, seed: int, done: set[str], options: arg
     for index, (change, variant) in enumerate(TABLES[table].items()):
         if change in done or (options.only and index and change not in options.only):
             continue
-        key = json.dumps([variant.preset, variant.train], sort_keys=True)
+        key = json.dumps([variant.preset, variant.train, variant.after_instant], sort_keys=True)
         if key not in learned:
             start = time.monotonic()
             learned[key] = variant.fit(denoiser, task.examples, seed), time.monotonic() - start

@@ -41,17 +41,27 @@ Learn = Callable[[Sequence[Example], int], Predict]
 
 @dataclass(frozen=True)
 class Variant:
-    """A preset with changes: of training, of the learned embeddings, of their read-out, and of segmentation."""
+    """A preset with changes: of training, of the learned embeddings, of their read-out, and of segmentation.
+
+    With ``after_instant`` a trainer through the UNet starts from rows of the instant trainer on the same prompt.
+    """
 
     preset: str
     train: dict[str, Any] = field(default_factory=dict)
     embeddings: dict[str, Any] = field(default_factory=dict)
     read_out: dict[str, Any] = field(default_factory=dict)
     segment: dict[str, Any] = field(default_factory=dict)
+    after_instant: bool = False
 
     def fit(self, denoiser: Any, examples: Sequence[Example], seed: int) -> PartEmbeddings:
+        settings = preset(self.preset, denoiser.family, seed=seed, **self.train)
+        start = None
         with torch.inference_mode():
-            return train(denoiser, examples, preset(self.preset, denoiser.family, seed=seed, **self.train))
+            if self.after_instant:
+                prompt = " ".join(["part"] * (len(examples[0].names) + 1))
+                quick = preset("instant", denoiser.family, seed=seed, row_groups="shared", prompt=prompt)
+                start = dataclasses.replace(train(denoiser, examples, quick), mode="context")
+            return train(denoiser, examples, settings, start=start)
 
     def find(self, denoiser: Any, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
         read_out = dataclasses.replace(embeddings.read_out, **self.read_out)

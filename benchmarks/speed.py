@@ -4,9 +4,10 @@
 
 Every figure is also a ratio to a bound timed in the same run: a training step to the bare UNet's forward and backward
 of the same size, the instant preset to the VAE encodes and UNet forwards of its views, a segmentation to one VAE encode
-and one UNet forward an image. sd1, sd2 and sdxl are full-size models with random weights. Bytes: the most that is held
-at once beyond the weights; on CUDA the allocator's, on the CPU the sum of the living tensors, counted operation by
-operation in a run of its own.
+and one UNet forward an image. sd1, sd2 and sdxl are full-size models with random weights. With ``--dtype`` ours and the
+bounds run in that precision, as ComfyUI loads models on most GPUs; the reference stays in float32, as the official code
+runs. Bytes: the most that is held at once beyond the weights; on CUDA the allocator's, on the CPU the sum of the living
+tensors, counted operation by operation in a run of its own.
 """
 
 from __future__ import annotations
@@ -54,12 +55,19 @@ print(time.perf_counter() - start, torch.cuda.is_initialized())
 
 
 class Bench:
-    """One model, its denoiser, and the rows measured on it."""
+    """One model, its denoiser, the float32 one that the reference runs on, and the rows measured on them."""
 
     def __init__(
-        self, name: str, denoiser: Any, repeats: int, report: Callable[[dict[str, Any]], None], crops: int = 2
+        self,
+        name: str,
+        denoiser: Any,
+        official: Any,
+        repeats: int,
+        report: Callable[[dict[str, Any]], None],
+        crops: int,
     ) -> None:
-        self.name, self.denoiser, self.repeats, self.report, self.crops = name, denoiser, repeats, report, crops
+        self.name, self.denoiser, self.official = name, denoiser, official
+        self.repeats, self.report, self.crops = repeats, report, crops
         self.side = denoiser.family.working_side
         self.example = splits.example("car", splits.TEACH)
         self.images = as_tensor(scene_set("car", "plain", 64, "test").images)
@@ -85,12 +93,13 @@ class Bench:
         with torch.inference_mode():
             return self.time(lambda: self.denoiser.encode_images(pixels))
 
-    def forward(self, count: int = 1, side: int | None = None) -> float:
-        """Seconds of bare UNet forwards, without capture, of the working size."""
-        latents, context = self.latents(count, side), self.denoiser.encode_prompt("")
-        size = (latents.shape[2] * 8, latents.shape[3] * 8)
+    def forward(self, denoiser: Any = None) -> float:
+        """Seconds of a bare UNet forward, without capture, of the working size."""
+        denoiser = denoiser or self.denoiser
+        latents, context = self.latents(1), denoiser.encode_prompt("")
+        size = (self.side, self.side)
         with torch.inference_mode():
-            return self.time(lambda: self.denoiser.predict_noise(latents, 100, context, None, size))
+            return self.time(lambda: denoiser.predict_noise(latents, 100, context, None, size))
 
     def forward_backward(self) -> Measured:
         """The bare UNet's forward and backward to its context, batch 1."""
@@ -112,8 +121,8 @@ class Bench:
         labels = self.example.labels[None, None].float()
         return torch.nn.functional.interpolate(labels, (self.side // 8, self.side // 8))[0, 0].long()
 
-    def latents(self, count: int, side: int | None = None) -> Tensor:
-        cells = (side or self.side) // 8
+    def latents(self, count: int) -> Tensor:
+        cells = self.side // 8
         return torch.randn(count, 4, cells, cells, device=self.denoiser.device)
 
     # ----------------------------------------------------------------------------------------------------- tasks
@@ -122,8 +131,8 @@ class Bench:
         """Seconds a training step at paper-equivalent settings."""
         bound = self.forward_backward()
         references = {crops: self.reference(crops) for crops in range(1, self.crops + 1)}
-        with self.denoiser.differentiable(False), torch.no_grad(), dense_attention(self.denoiser):
-            dense = self.forward()
+        with self.official.differentiable(False), torch.no_grad(), dense_attention(self.official):
+            dense = self.forward(self.official)
         prepare, loop = self.steps("paper")
         every = Measured(prepare.seconds + loop.seconds)
         reused = Measured(prepare.seconds / 5 + loop.seconds)
@@ -140,15 +149,19 @@ class Bench:
             self.row(f"training step, {beside}", "paper", loop, measured, bound.seconds)
             self.row(f"and its view every 5 steps, {beside}", "paper", reused, measured, bound.seconds)
             self.row(f"and its view every step, {beside}", "paper", every, measured, bound.seconds)
-        self.row("prepare a view", "paper", prepare, None, self.encode() + self.forward())
+        encode, forward = self.encode(), self.forward()
+        self.row("prepare a view", "paper", prepare, None, encode + forward)
+        shares = {"UNet forward and backward": bound.seconds, "ours": max(loop.seconds - bound.seconds, 0.0)}
+        shares |= {"VAE encode of a view": encode, "unconditional UNet forward of a view": forward}
+        self.report({"model": self.name, "task": "profile of one training step", "preset": "paper", "shares_s": shares})
         checkpointed = self.steps("paper", checkpointing=True)[1]
         self.row("training step, checkpointing", "paper", checkpointed, None, bound.seconds)
 
     def reference(self, crops: int) -> Measured:
         """A step of the official procedure."""
         labels = self.grid_labels()
-        with self.denoiser.differentiable(False):
-            reference = Reference(self.denoiser, len(self.example.names), crops)
+        with self.official.differentiable(False):
+            reference = Reference(self.official, len(self.example.names), crops)
             image = self.example.image[None].clone()
             return self.measure(lambda: reference.step(image, labels))
 
@@ -184,8 +197,8 @@ class Bench:
     def reference_bytes(self) -> int | None:
         if not self.crops:
             return None
-        with self.denoiser.differentiable(False):
-            reference = Reference(self.denoiser, len(self.example.names))
+        with self.official.differentiable(False):
+            reference = Reference(self.official, len(self.example.names))
             with memory() as used:
                 reference.step(self.example.image[None].clone(), self.grid_labels())
         return used.bytes
@@ -209,8 +222,8 @@ class Bench:
             self.report({"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": name} | clock.result())
         labels, best, start = self.grid_labels(), 0.0, time.perf_counter()
         seconds = None
-        with self.denoiser.differentiable(False):
-            reference = Reference(self.denoiser, len(self.example.names))
+        with self.official.differentiable(False):
+            reference = Reference(self.official, len(self.example.names))
             image = self.example.image[None].clone()
             for _ in range(IOU_STEPS):
                 found = reference.step(image, labels).labels[None, None].float()
@@ -243,8 +256,8 @@ class Bench:
     def segment(self) -> None:
         """Segmenting 1, 8 and 64 images; profile of one."""
         embeddings = self.quick_embeddings()
-        with self.denoiser.differentiable(False):
-            reference = Reference(self.denoiser, len(self.example.names))
+        with self.official.differentiable(False):
+            reference = Reference(self.official, len(self.example.names))
             one = self.measure(lambda: reference.infer(self.images[:1].clone()))
         for count in (1, 8, 64)[: 3 if self.repeats else 2]:
             ours = self.measure(partial(self.find, embeddings, self.images[:count]), once=count > 8, count=count == 1)
@@ -396,7 +409,7 @@ def memory() -> Iterator[Measured]:
 def make_denoiser(name: str, dtype: torch.dtype) -> Any:
     if name in LAYOUTS:
         return random_denoiser(name, dtype=dtype)
-    return load_denoiser(MODEL if name == "tiny" else Path(name))
+    return load_denoiser(MODEL if name == "tiny" else Path(name), dtype)
 
 
 def main() -> None:
@@ -405,7 +418,7 @@ def main() -> None:
         "--models", nargs="+", default=["tiny"], help=f"tiny, {', '.join(LAYOUTS)}, or checkpoint files"
     )
     parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of random models"
+        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="of ours and the bounds"
     )
     parser.add_argument("--crops", type=int, default=2, help="crops of the reference a side, at most; 0 leaves it out")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
@@ -433,7 +446,10 @@ def main() -> None:
 
     for name in options.models:
         denoiser = make_denoiser(name, getattr(torch, options.dtype))
-        bench = Bench(name, denoiser, options.repeats, report, options.crops)
+        half = options.dtype != "float32"
+        official = make_denoiser(name, torch.float32) if half and options.crops else denoiser
+        label = f"{name}, {options.dtype}" if half else name
+        bench = Bench(label, denoiser, official, options.repeats, report, options.crops)
         for task in options.tasks:
             getattr(bench, {"side": "side_", "import": "import_"}.get(task, task))()
     summarise(device, rows)

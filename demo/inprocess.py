@@ -7,6 +7,8 @@ import importlib.util
 import os
 import pkgutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -52,8 +54,9 @@ def load_extension() -> ModuleType:
     return module
 
 
-def load_denoiser(checkpoint: Path) -> Any:
-    """A checkpoint file through ComfyUI's stock loader, as a :class:`nodes.comfy_denoiser.ComfyDenoiser`."""
+def load_denoiser(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
+    """A checkpoint file through ComfyUI's stock loader, as a :class:`nodes.comfy_denoiser.ComfyDenoiser`; its UNet
+    computes in ``dtype``, or as ComfyUI decides."""
     import_comfyui()
     load_extension()
     import comfy.sd
@@ -62,6 +65,24 @@ def load_denoiser(checkpoint: Path) -> Any:
 
     register()
     adapter = importlib.import_module(f"{NAME}.nodes.comfy_denoiser")
-    with torch.inference_mode():
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=True, output_clip=True)
+    with torch.inference_mode(), _computing_in(dtype) as options:
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+            str(checkpoint), output_vae=True, output_clip=True, model_options=options
+        )
         return adapter.ComfyDenoiser(model, vae, clip)
+
+
+@contextmanager
+def _computing_in(dtype: torch.dtype | None) -> Iterator[dict[str, torch.dtype]]:
+    """Options of the stock loader for this precision; on CPUs ComfyUI would only store it, and compute in float32."""
+    if dtype is None:
+        yield {}
+        return
+    import comfy.model_management as management
+
+    decide = management.unet_manual_cast
+    management.unet_manual_cast = lambda *args, **kwargs: None
+    try:
+        yield {"dtype": dtype}
+    finally:
+        management.unet_manual_cast = decide

@@ -37,6 +37,12 @@ def score_features(attention: Attention, key_projection: Tensor) -> Tensor:
     return features.transpose(1, 2).unflatten(2, (attention.height, attention.width))
 
 
+def split_heads(attention: Attention) -> list[Attention]:
+    """Every head as a layer of its own; the layer's scores are the mean of theirs."""
+    query, key = (t.unflatten(-1, (attention.heads, -1)).unbind(2) for t in attention[:2])
+    return [attention._replace(query=q, key=k, heads=1) for q, k in zip(query, key, strict=True)]
+
+
 def _score_factor(attention: Attention) -> float:
     head_dim = attention.query.shape[-1] // attention.heads
     return head_dim**-0.5 / attention.heads

@@ -69,14 +69,14 @@ class PartEmbeddings:
     Attributes:
         names: part names.
         rows: float32 [G, P + E, D], as offsets from the background row while there is no context; G is 1 (one row a
-            part), the number of feature resolutions, or of layers. The E last rows stand for the background too.
+            part), the number of feature resolutions, layers, or heads. The E last rows stand for the background too.
         context: the frozen base context [T, D], or None in the compact form until :meth:`with_context`.
         pooled: SDXL's pooled text embedding [X], or None.
         prompt: text of the base context.
         family, prediction: kind of model the rows belong to.
         mode: "keys" (the UNet runs on the base context, the rows are extra keys only) or "context" (the rows replace
             rows 1.. of the context, as in the paper).
-        row_groups: what G counts: "shared", "resolution" or "layer".
+        row_groups: what G counts: "shared", "resolution", "layer" or "head".
         layers: layers that are read.
         timestep, working_side: noise level and image size of the features.
         read_out: how maps are made.
@@ -136,7 +136,8 @@ class PartEmbeddings:
     def plan(self) -> FeaturePlan:
         """The UNet pass these embeddings are read from."""
         tokens = self.read_out.official and self.read_out.all_tokens
-        return FeaturePlan(self.layers, self.base_context(), self.timestep, self.row_groups == "layer", tokens)
+        grouping = "resolution" if self.row_groups == "shared" else self.row_groups
+        return FeaturePlan(self.layers, self.base_context(), self.timestep, grouping, tokens)
 
     @property
     def background(self) -> Tensor:

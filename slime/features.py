@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import cross_scores, resize_maps, score_features
+from .attention import cross_scores, resize_maps, score_features, split_heads
 from .denoiser import Attention, Capture, Context, Denoiser, add_noise
 from .errors import SlimeError
 from .layers import LayerChoice, LayerKey
@@ -25,14 +25,15 @@ class FeaturePlan:
         layers: layers to read.
         context: text context the UNet runs on.
         timestep: noise level, 0..999.
-        per_layer: keep score features of every layer apart, instead of summing layers of equal resolution.
+        grouping: what has score features of its own: every "resolution" (layers of equal size are summed), every
+            "layer", or every "head".
         keep_cross: keep the captured cross-attention layers instead of score features, for the official read-out.
     """
 
     layers: LayerChoice
     context: Context
     timestep: int
-    per_layer: bool = False
+    grouping: str = "resolution"
     keep_cross: bool = False
 
     def to(self, device: torch.device) -> FeaturePlan:
@@ -45,7 +46,7 @@ class Features:
     """Attention features of a batch of images.
 
     Attributes:
-        scores: one [B, D, h, w] for every resolution (or layer) of the chosen cross-attention layers, coarse to fine;
+        scores: one [B, D, h, w] for every group of the chosen cross-attention layers, coarse to fine;
             the score of embedding row e is the sum over these groups of (features . e), brought to one size.
         self_attention: captured self-attention layers.
         cross_attention: captured cross-attention layers, where the plan keeps them.
@@ -112,18 +113,32 @@ def extract_features(
 
 
 def collect_features(capture: Capture, projections: Mapping[LayerKey, Tensor], plan: FeaturePlan) -> Features:
-    """Turn a finished capture into features; layers of equal resolution are summed unless kept apart."""
+    """Turn a finished capture into features, summed within the plan's groups."""
     self_attention = tuple(capture.self_[key] for key in capture.choice.self_)
     cross_attention = tuple(capture.cross[key] for key in capture.choice.cross)
     grid = max((attention.height, attention.width) for attention in (*self_attention, *cross_attention))
     if plan.keep_cross:
         return Features((), self_attention, grid, cross_attention)
+    layers = [
+        attention._replace(key=projections[key][None])
+        for key, attention in zip(capture.choice.cross, cross_attention, strict=True)
+    ]
     groups: dict[tuple[int, ...], Tensor] = {}
-    for index, (key, attention) in enumerate(zip(capture.choice.cross, cross_attention, strict=True)):
-        size = (attention.height, attention.width, index if plan.per_layer else 0)
-        features = score_features(attention, projections[key]) / len(cross_attention)
-        groups[size] = groups[size] + features if size in groups else features
-    return Features(tuple(groups[size] for size in sorted(groups)), self_attention, grid)
+    for group, share, attention in _in_groups(layers, plan.grouping):
+        features = score_features(attention, attention.key[0]) * share
+        groups[group] = groups[group] + features if group in groups else features
+    return Features(tuple(groups[group] for group in sorted(groups)), self_attention, grid)
+
+
+def _in_groups(layers: Sequence[Attention], grouping: str) -> Iterator[tuple[tuple[int, ...], float, Attention]]:
+    """What is scored, with the name of its group (they sort coarse to fine) and its share in the score."""
+    for index, layer in enumerate(layers):
+        size, share = (layer.height, layer.width), 1 / len(layers)
+        if grouping == "head":
+            for head, one in enumerate(split_heads(layer)):
+                yield (*size, index, head), share / layer.heads, one
+        else:
+            yield (*size, index if grouping == "layer" else 0), share, layer
 
 
 @torch.no_grad()
@@ -152,16 +167,16 @@ def extract_scores(
     layers = [capture.cross[key] for key in plan.layers.cross]
     self_attention = tuple(capture.self_[key] for key in plan.layers.self_)
     grid = max((attention.height, attention.width) for attention in (*self_attention, *layers))
-    sizes = [(a.height, a.width, index if plan.per_layer else 0) for index, a in enumerate(layers)]
-    groups = {size: group for group, size in enumerate(sorted(set(sizes)))}
+    looks = list(_in_groups(layers, plan.grouping))
+    order = {group: place for place, group in enumerate(sorted({look[0] for look in looks}))}
     logits, first = [], len(plan.context.rows)
     for rows in offsets:
         sets, count = rows.shape[:2]
         total = torch.zeros(len(latents), count, *grid, device=latents.device)
-        for attention, size in zip(layers, sizes, strict=True):
-            start = first + count * min(groups[size], sets - 1)
-            total = total + resize_maps(cross_scores(attention, count, start), grid)
-        logits.append(F.pad(total / len(layers), (0, 0, 0, 0, 1, 0)))
+        for group, share, attention in looks:
+            start = first + count * min(order[group], sets - 1)
+            total = total + share * resize_maps(cross_scores(attention, count, start), grid)
+        logits.append(F.pad(total, (0, 0, 0, 0, 1, 0)))
         first += sets * count
     return Features((), self_attention, grid, (), tuple(logits))
 

@@ -21,6 +21,7 @@ from .settings import TrainSettings
 from .views import EncodedView, encode_views, view_count
 
 JUDGED_STEPS = 10  # timesteps make single losses noisy: rows are judged by the mean over so many
+HELD_CROPS = 4  # of an example, never trained on, where rows are kept by them
 GRADIENT_SCALE = 1024.0  # keeps small gradients of half-precision UNets from vanishing
 REPORTED_STEPS = 10  # the host waits for the device only so often
 
@@ -65,7 +66,7 @@ def train_through_unet(
     base = template.context.float().to(device)
     empty = denoiser.encode_prompt("")
     pool = _make_pool(denoiser, examples, settings, template, empty, on_step)
-    judged = _make_judged(denoiser, examples, settings, template) if settings.keep == "iou" else []
+    judged = _make_judged(denoiser, examples, settings, template) if settings.keep in ("iou", "crop") else []
     initial = base[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing):
         initial = initial.detach().clone()
@@ -100,12 +101,11 @@ def train_through_unet(
                 losses["l2"] = settings.l2 * (rows - initial).square().sum(-1).mean()
             loss = torch.stack(list(losses.values())).sum()
             history.append(loss.detach())
+            value = None
             if judged and (step % JUDGED_STEPS == 0 or step == settings.steps):
                 with torch.no_grad():
-                    iou = torch.stack([official_iou(look(plain)[1], plain.labels) for plain in judged]).mean()
-            else:
-                iou = None
-            best.judge(rows, loss.detach(), iou)
+                    value = torch.stack([_value(look(one)[1], one.labels, settings) for one in judged]).mean()
+            best.judge(rows, loss.detach(), value)
 
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(settings.schedule, step, settings.steps)
@@ -151,7 +151,8 @@ def schedule(name: str, step: int, steps: int) -> float:
 
 
 class _Best:
-    """The best rows so far: by the mean loss of the last steps, by the IoU on the examples (official), or the last.
+    """The best rows so far: by the mean loss of the last steps, by a value (the IoU on the examples, as the official
+    code, or the loss on held-out crops), or the last.
 
     Nothing here waits for the device.
     """
@@ -164,19 +165,28 @@ class _Best:
         self._value = torch.full((), float("-inf"), device=rows.device)
 
     @torch.no_grad()
-    def judge(self, rows: Tensor, loss: Tensor, iou: Tensor | None) -> None:
-        """Look at the rows that gave this loss, and every few steps this IoU, before the optimiser changes them."""
+    def judge(self, rows: Tensor, loss: Tensor, value: Tensor | None) -> None:
+        """Look at the rows that gave this loss, and every few steps this value, before the optimiser changes them."""
         self._average = self.ema * self._average + (1 - self.ema) * rows.detach()
         self._losses = [*self._losses[1 - JUDGED_STEPS :], loss]
         if self.keep == "last" or (self.keep == "loss" and len(self._losses) < JUDGED_STEPS):
             self.rows = self._average
             return
-        value = iou if self.keep == "iou" else -torch.stack(self._losses).mean()
+        if self.keep == "loss":
+            value = -torch.stack(self._losses).mean()
         if value is None:
             return
         better = value >= self._value
         self.rows = torch.where(better, self._average, self.rows)
         self._value = torch.where(better, value, self._value)
+
+
+def _value(capture: Capture, labels: Tensor, settings: TrainSettings) -> Tensor:
+    """How good the rows are on one labelled image."""
+    if settings.keep == "iou":
+        return official_iou(capture, labels)
+    terms = loss_terms(mean_scores(capture, labels.shape[1], labels), capture, labels, settings)
+    return -torch.stack(list(terms.values())).sum()
 
 
 def official_iou(capture: Capture, labels: Tensor) -> Tensor:
@@ -193,9 +203,11 @@ def official_iou(capture: Capture, labels: Tensor) -> Tensor:
 def _make_judged(
     denoiser: Denoiser, examples: Sequence[Example], settings: TrainSettings, template: PartEmbeddings
 ) -> list[_PoolEntry]:
-    """The examples as they are, with the noise and timestep of inference."""
-    count = len(examples)
-    views = encode_views(denoiser, examples, settings, template.working_side, count, plain=count)
+    """The examples as they are, or crops held out, with the noise and timestep of inference."""
+    count, plain = len(examples), len(examples)
+    if settings.keep == "crop":
+        settings, count, plain = replace(settings, seed=settings.seed + 1_000_003), HELD_CROPS * count, 0
+    views = encode_views(denoiser, examples, settings, template.working_side, count, plain=plain)
     return [_entry(denoiser, view, settings.seed, template.timestep) for view in views]
 
 

@@ -161,7 +161,7 @@ def pass_key(item: PartEmbeddings) -> tuple[object, ...]:
         plan.context.rows.numpy().tobytes(),
         plan.layers,
         plan.timestep,
-        plan.per_layer,
+        plan.grouping,
         plan.keep_cross,
         item.working_side,
     )

@@ -51,7 +51,7 @@ def probe_layers(
     Costs ``VIEWS`` UNet passes and a small fit a layer: about as much again as an instant training.
     """
     every = tuple(layer.key for layer in denoiser.layers)
-    plan = FeaturePlan(LayerChoice(every, every), context, timestep, per_layer=True)
+    plan = FeaturePlan(LayerChoice(every, every), context, timestep, grouping="layer")
     projections = key_projections(denoiser, plan.layers, context.pooled)
     scores: list[list[Tensor]] = []
     held: list[int] = []

@@ -24,7 +24,7 @@ class TrainSettings:
         noise_range: timesteps drawn by "thorough" and "paper".
         l2: weight of the squared length of the rows' offsets, which "instant" takes in whitened coordinates.
         row_groups: "shared" one row a part, "resolution" one a part and feature resolution, "layer" one a part and
-            cross-attention layer ("instant").
+            cross-attention layer, "head" one a part and attention head ("instant").
         background_rows: rows learned for the background beside the frozen one ("instant"); the surest counts.
         class_weights: exponent of the paper's class weights (1: foreground pixels / pixels of the part; 0: none).
         balance: every view with a part counts alike for it, however small the part is there ("instant").
@@ -32,7 +32,8 @@ class TrainSettings:
         dice, focal: weight of a Dice loss beside the cross-entropy, gamma of a focal one ("thorough", "paper").
         schedule: of the learning rate, "constant" or "cosine".
         ema: decay of a moving average of the rows, 0 for none.
-        keep: which rows are the result: of the lowest "loss", of the highest training "iou", or the "last".
+        keep: which rows are the result: of the lowest "loss", of the highest training "iou", of the lowest loss on
+            crops held out ("crop"), or the "last".
         short_context: run the UNet on the learned rows alone, without the rest of the prompt's 77 rows.
         flip: mirror half of the views; None switches it off when a name says left or right.
         crop: smallest side of a random crop relative to the image's; 1 switches crops off.
@@ -81,9 +82,9 @@ class TrainSettings:
     def __post_init__(self) -> None:
         checks = {
             "preset": self.preset in PRESET_NAMES,
-            "row_groups": self.row_groups in ("shared", "resolution", "layer"),
+            "row_groups": self.row_groups in ("shared", "resolution", "layer", "head"),
             "schedule": self.schedule in ("constant", "cosine"),
-            "keep": self.keep in ("loss", "iou", "last"),
+            "keep": self.keep in ("loss", "iou", "crop", "last"),
             "ema": 0 <= self.ema < 1,
             "steps": 1 <= self.steps <= 100_000,
             "learning_rate": 0 < self.learning_rate <= 10,

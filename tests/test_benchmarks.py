@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ablation, speed
+from benchmarks import ablation, confidence, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import Variant, make_methods
 from benchmarks.reference import Reference
@@ -155,7 +155,7 @@ def toy_task() -> Task:
 
 def test_speed_rows_and_memory() -> None:
     rows = []
-    bench = Bench("toy", ToyDenoiser(), 1, rows.append)
+    bench = Bench("toy", ToyDenoiser(), ToyDenoiser(), 1, rows.append, 2)
     x = torch.ones(1000, requires_grad=True)
     with speed.memory() as used:
         y = x.exp().exp()  # both results are saved for the backward pass
@@ -175,3 +175,16 @@ def test_speed_rows_and_memory() -> None:
     held = {row["task"]: row["ours_bytes"] for row in rows if row["task"].startswith("memory")}
     assert 0 < held["memory of a training step, checkpointing"] <= held["memory of a training step"]
     speed.summarise("here", rows)
+
+
+def test_calibration_and_absence_figures(capsys) -> None:
+    probability, right = np.array([0.95, 0.95, 0.95, 0.95, 0.55, 0.55]), np.array([1, 1, 1, 0, 1, 0])
+    expected = (4 * (0.95 - 0.75) + 2 * (0.55 - 0.5)) / 6
+    assert confidence.calibration_error(probability, right) == pytest.approx(expected)
+    assert confidence.area_under_roc(np.array([3.0, 2.0]), np.array([1.0, 2.0])) == pytest.approx(3.5 / 4)
+    task = toy_task()
+    empty = LabelledImages(task.tests["plain"].images, tuple(np.zeros_like(t) for t in task.tests["plain"].truths))
+    row = confidence.figures(ToyDenoiser(), replace(task, tests={**task.tests, OTHER: empty}), 0)
+    assert row["auc"] == 0.5 and row["part_miou_0.0"] > 0.8 and row["false_area_0.0"] > 0.05
+    confidence.summarise([{"shots": 1} | row])
+    assert "| 1 | off |" in capsys.readouterr().out

@@ -84,7 +84,7 @@ def test_fit_runs_inside_inference_mode() -> None:
     assert result.rows.shape == (1, 2, 5) and torch.isfinite(result.rows).all()
 
 
-@pytest.mark.parametrize(("groups", "count"), [("shared", 1), ("resolution", 2), ("layer", 2)])
+@pytest.mark.parametrize(("groups", "count"), [("shared", 1), ("resolution", 2), ("layer", 2), ("head", 4)])
 def test_instant_finds_the_parts(groups: str, count: int) -> None:
     toy = ToyDenoiser()
     embeddings = train(toy, [picture(0)], preset("instant", views=6, row_groups=groups))
@@ -111,6 +111,9 @@ def test_passes_are_what_the_design_promises() -> None:
     train(toy, [picture(0)], preset("paper", steps=20, views=5))
     assert toy.encoded == 5 + 1
     assert toy.passes == 20 + 5 + 2, "20 steps, 5 unconditional, and the example itself judged every tenth step"
+    toy = ToyDenoiser()
+    train(toy, [picture(0)], preset("paper", steps=20, views=5, keep="crop"))
+    assert toy.encoded == 5 + 4 and toy.passes == 20 + 5 + 2 * 4, "four crops nobody trains on, judged as often"
     toy = ToyDenoiser()
     train(toy, [picture(0)], preset("thorough", steps=20, views=5))
     assert toy.encoded == 5 and toy.passes == 20 + 5

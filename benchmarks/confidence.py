@@ -1,0 +1,122 @@
+"""Are the probabilities honest, and is a missing object noticed?
+
+    python dev.py benchmark confidence [--shots 1 10] [--seeds 3] [--scenes 30] [--dtype bfloat16] [--json FILE]
+
+Calibration: the expected calibration error of the most probable class of every pixel, in ten bins (Guo et al. 2017),
+with the family's exponent (``ReadOut.sharpen``) and without. Absence: area under the ROC curve of
+:attr:`slime.segment.PartMaps.confidence` between scenes with the object and images of the other domains, and for
+thresholds of ``min_confidence`` the part mIoU that is left and the labelled area of the others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from demo import scenes
+from demo.inprocess import load_denoiser
+from demo.server import MODEL
+from slime import PartEmbeddings, segment
+from slime.metrics import evaluate
+from slime.segment import PartMaps
+
+from .methods import EncodeOnce, Variant
+from .sources import OTHER, LabelledImages, Task, as_tensor, scene_task
+
+BINS = 10
+THRESHOLDS = (0.6, 0.7, 0.8, 0.9)
+
+
+def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
+    """Expected calibration error: mean distance of probability and share of right answers, weighted by bin counts."""
+    bin_of = np.minimum((probability * bins).astype(int), bins - 1)
+    count = np.bincount(bin_of, minlength=bins)
+    gap = np.bincount(bin_of, probability, bins) - np.bincount(bin_of, right.astype(float), bins)
+    return float(np.abs(gap).sum() / count.sum())
+
+
+def area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Probability that a positive's score is higher than a negative's; ties count half."""
+    above = (positive[:, None] > negative[None]).mean()
+    return float(above + 0.5 * (positive[:, None] == negative[None]).mean())
+
+
+def look(denoiser: Any, test: LabelledImages, embeddings: PartEmbeddings) -> PartMaps:
+    with torch.inference_mode():
+        return segment(denoiser, as_tensor(test.images), embeddings)[0]
+
+
+def figures(denoiser: Any, task: Task, seed: int) -> dict[str, float]:
+    """All figures of one set of examples."""
+    embeddings = Variant("instant").fit(denoiser, task.examples, seed)
+    here, other = task.tests["plain"], task.tests[OTHER]
+    truth, classes = np.stack(here.truths), len(task.names) + 1
+    raw = replace(embeddings, read_out=replace(embeddings.read_out, sharpen=1.0))
+    found, foreign = look(denoiser, here, embeddings), look(denoiser, other, embeddings)
+    row = {"auc": area_under_roc(found.confidence.numpy(), foreign.confidence.numpy())}
+    for name, maps in (("calibration_error", found), ("uncalibrated_error", look(denoiser, here, raw))):
+        best = maps.probabilities.max(1)
+        row[name] = calibration_error(best.values.numpy().ravel(), (best.indices.numpy() == truth).ravel())
+    for threshold in (0.0, *THRESHOLDS):
+        kept, lost = ((maps.confidence >= threshold).numpy()[:, None, None] for maps in (found, foreign))
+        row[f"part_miou_{threshold}"] = evaluate(list(found.label_map.numpy() * kept), list(truth), classes).part_miou
+        row[f"false_area_{threshold}"] = float((foreign.label_map.numpy() * lost > 0).mean())
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the UNet; ComfyUI's choice")
+    parser.add_argument("--shots", type=int, nargs="+", default=[1])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--scenes", type=int, default=30, help="test scenes a domain, and half as many of the others")
+    parser.add_argument("--split", choices=["test", "validation"], default="test")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    denoiser = EncodeOnce(load_denoiser(options.checkpoint, dtype), {})
+    rows: list[dict[str, Any]] = []
+    for shots in options.shots:
+        for domain in scenes.DOMAINS:
+            for seed in range(options.seeds):
+                task = scene_task(domain, shots, seed, options.scenes, options.split, ("plain", OTHER))
+                for test in task.tests.values():
+                    denoiser.remember(as_tensor(test.images))
+                place = {"shots": shots, "domain": domain, "seed": seed}
+                rows.append(place | figures(denoiser, task, seed))
+                sys.stdout.write(f"{rows[-1]}\n")
+                sys.stdout.flush()
+                if options.json:
+                    options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+    summarise(rows)
+
+
+def summarise(rows: Sequence[dict[str, Any]]) -> None:
+    """Tables of means over domains and seeds."""
+
+    def mean(shots: int, key: str) -> float:
+        return float(np.mean([row[key] for row in rows if row["shots"] == shots]))
+
+    every = sorted({row["shots"] for row in rows})
+    sys.stdout.write("\n| shots | ECE | ECE without the exponent | AUC of absence |\n|---|---|---|---|\n")
+    for shots in every:
+        cells = [f"{mean(shots, key):.3f}" for key in ("calibration_error", "uncalibrated_error", "auc")]
+        sys.stdout.write(f"| {shots} | {' | '.join(cells)} |\n")
+    sys.stdout.write("\n| shots | min_confidence | part mIoU | false area |\n|---|---|---|---|\n")
+    for shots in every:
+        for threshold in (0.0, *THRESHOLDS):
+            cells = [f"{mean(shots, f'{key}_{threshold}'):.3f}" for key in ("part_miou", "false_area")]
+            sys.stdout.write(f"| {shots} | {threshold or 'off'} | {' | '.join(cells)} |\n")
+
+
+if __name__ == "__main__":
+    main()
