@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import traceback
+from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from slime import Example, PartEmbeddings, SegmentSettings, SlimeError, preset, segment, train
 from slime.attention import was_maps
@@ -374,3 +378,38 @@ def test_ignored_pixels_teach_nothing_in_any_term() -> None:
     half = labels.sum(1, keepdim=True)
     spread = was_maps(list(capture.self_.values()), scores.softmax(1))
     torch.testing.assert_close(was, 3 * ((spread - labels) * half).square().mean())
+
+
+class HostReads(TorchDispatchMode):
+    """Counts, by file, the operations that hand a tensor's value to Python: on a GPU the host waits for each.
+
+    Not counted: values that lie on the CPU anyway (the noise schedule, Adam's step), and ``one_hot``'s check, which
+    only the CPU makes.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.files: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            ours = [f for f in traceback.extract_stack() if Path(f.filename).parent.name in ("slime", "optim")]
+            caller = ours[-1]
+            exempt = "one_hot" in (caller.line or "") or caller.name in ("add_noise", "_get_value")
+            self.files[Path(caller.filename).stem] += not exempt
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_host_does_not_wait_in_loops() -> None:
+    def reads(steps: int) -> Counter[str]:
+        with HostReads() as seen:
+            train(ToyDenoiser(), [picture(0)], preset("paper", steps=steps, views=4))
+        return +seen.files
+
+    more = reads(40) - reads(20)
+    assert more == {"gradient": 2 * 4}, "loss and its three terms, every tenth step"
+    embeddings = train(ToyDenoiser(), [picture(0)], preset("instant", views=2))
+    images = picture(1).image[None].expand(8, -1, -1, -1)
+    with HostReads() as seen:
+        segment(ToyDenoiser(), images, embeddings, SegmentSettings(batch_size=2))
+    assert +seen.files == {"features": 4, "segment": 1}, "one look for NaN a sub-batch, and one at the images"
