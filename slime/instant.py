@@ -24,6 +24,8 @@ from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
 from .views import VIEW_BATCH, EncodedView, encode_views, resize_labels, view_count
 
+DRAW = 1_000_003  # between the seeds of two noise draws of a view
+
 
 def train_instant(
     denoiser: Denoiser,
@@ -42,7 +44,7 @@ def train_instant(
     scores: list[list[Tensor]] = []
     labels: list[Tensor] = []
     first: Features | None = None
-    for features in _view_features(denoiser, views, plan, settings.seed):
+    for features in _view_features(denoiser, views, plan, settings.seed, settings.draws):
         first = features if first is None else first
         # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
         like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else features.scores)]
@@ -98,16 +100,22 @@ def train_instant(
 
 
 def _view_features(
-    denoiser: Denoiser, views: Sequence[EncodedView], plan: FeaturePlan, seed: int
+    denoiser: Denoiser, views: Sequence[EncodedView], plan: FeaturePlan, seed: int, draws: int
 ) -> Iterator[Features]:
-    """Features of the views in order, in batches of neighbours of one size; every view has noise of its own."""
+    """Features of the views in order, in batches of neighbours of one size; every view has noise of its own.
+
+    The score features are the mean over the noise draws, the self-attention is the first draw's.
+    """
     projections = key_projections(denoiser, plan.layers, plan.context.pooled)
     first = 0
     for size, neighbours in groupby(views, key=lambda view: view.size):
         latents = torch.cat([view.latents for view in neighbours])
         seeds = range(seed + first, seed + first + len(latents))
-        noise = torch.cat([seeded_noise(latents[:1].shape, one, latents.device) for one in seeds])
-        look = partial(_look, denoiser, latents, noise, plan, size, projections)
+        noises = [
+            torch.cat([seeded_noise(latents[:1].shape, one + DRAW * draw, latents.device) for one in seeds])
+            for draw in range(draws)
+        ]
+        look = partial(_look, denoiser, latents, noises, plan, size, projections)
         yield from in_batches(len(latents), VIEW_BATCH, look)
         first += len(latents)
 
@@ -115,13 +123,17 @@ def _view_features(
 def _look(
     denoiser: Denoiser,
     latents: Tensor,
-    noise: Tensor,
+    noises: Sequence[Tensor],
     plan: FeaturePlan,
     size: tuple[int, int],
     projections: Mapping[LayerKey, Tensor],
     part: slice,
 ) -> Features:
-    return extract_features(denoiser, latents[part], plan, noise[part], size, projections)
+    drawn = [extract_features(denoiser, latents[part], plan, noise[part], size, projections) for noise in noises]
+    if len(drawn) == 1:
+        return drawn[0]
+    scores = zip(*(features.scores for features in drawn), strict=True)
+    return replace(drawn[0], scores=tuple(torch.stack(group).mean(0) for group in scores))
 
 
 def _starting_rows(start: PartEmbeddings | None, row_groups: str, groups: int) -> Tensor | None:

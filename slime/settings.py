@@ -21,6 +21,7 @@ class TrainSettings:
         prompt: base prompt of the UNet; "part" is repeated once a class for "thorough" and "paper" when empty.
         views: augmented views of the examples, shared out evenly; at least one each.
         timestep: noise level of the features of "instant"; 0 means the family's.
+        draws: noise draws whose features "instant" averages; each costs another UNet pass a view.
         noise_range: timesteps drawn by "thorough" and "paper".
         l2: weight of the squared length of the rows' offsets, which "instant" takes in whitened coordinates.
         row_groups: "shared" one row a part, "resolution" one a part and feature resolution, "layer" one a part and
@@ -53,6 +54,7 @@ class TrainSettings:
     prompt: str = ""
     views: int = 24
     timestep: int = 0
+    draws: int = 1
     noise_range: tuple[int, int] = (5, 100)
     l2: float = 1e-3
     row_groups: str = "resolution"
@@ -90,6 +92,7 @@ class TrainSettings:
             "learning_rate": 0 < self.learning_rate <= 10,
             "views": 1 <= self.views <= 10_000,
             "timestep": 0 <= self.timestep <= 999,
+            "draws": 1 <= self.draws <= 100,
             "noise_range": 0 <= self.noise_range[0] <= self.noise_range[1] <= 999,
             "crop": 0.1 <= self.crop <= 1,
             "zoom_out": 1 <= self.zoom_out <= 8,

@@ -124,6 +124,9 @@ def test_passes_are_what_the_design_promises() -> None:
     toy = ToyDenoiser()
     train(toy, [picture(0)], preset("instant", views=7))
     assert toy.encoded == 7 and toy.passes == 2 + 1, "seven views in batches of four, and the key projections"
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=7, draws=3))
+    assert toy.encoded == 7 and toy.passes == 3 * 2 + 1 and score(embeddings, toy) > 0.85
 
 
 def test_one_pass_serves_every_file() -> None:
