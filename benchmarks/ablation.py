@@ -78,11 +78,9 @@ PAPER_TRAINING = {
     "20 views": Variant("paper", {"views": 20}, **_READ),
     "40 views": Variant("paper", {"views": 40}, **_READ),
     "needed tokens only": Variant("paper", {"short_context": True}, **_READ),
-    "our layers": Variant("paper", {"cross_layers": "output.3-11", "self_layers": "output.9-10"}, **_READ),
     "the paper's layers": Variant("paper", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}, **_READ),
 }
 
-_OURS = {"cross_layers": "output.3-11", "self_layers": "output.9-10"}
 # Each of these is better than the paper's choice in the table above.
 _HELPED = {"guard_weight": 1.0, "guidance": 1.0, "l2": 0.001, "ema": 0.95, "keep": "last", "recolor": 1.0}
 THOROUGH = {
@@ -92,10 +90,8 @@ THOROUGH = {
     "instant, and 200 steps": Variant("thorough", after_instant=True),
     "rows best on held-out crops": Variant("thorough", {"keep": "crop"}),
     "recoloured views": Variant("thorough", {"recolor": 1.0}),
-    "our layers": Variant("thorough", _OURS),
     "200 views": Variant("thorough", {"views": 200}),
     "what helped the paper": Variant("thorough", _HELPED),
-    "what helped the paper, our layers": Variant("thorough", {**_HELPED, **_OURS}),
 }
 
 DEFAULT = {
