@@ -13,6 +13,7 @@ from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from torch import Tensor
 
+from ..slime.attention import attend_and_propagate
 from ..slime.denoiser import Attention, Capture, CaptureComplete, Context, batch_for
 from ..slime.errors import SlimeError
 from ..slime.layers import AttentionLayer, Family, LayerKey, family_for
@@ -176,7 +177,12 @@ def _recorder(capture: Capture, kind: str, key: LayerKey, tokens: int | None = N
     def replacement(query: Tensor, keys: Tensor, values: Tensor, extra: dict[str, Any]) -> Tensor:
         if wanted:
             height, width = extra["activations_shape"][2:4]
-            capture.record(kind, key, Attention(query, keys, extra["n_heads"], int(height), int(width)))
+            attention = Attention(query, keys, extra["n_heads"], int(height), int(width))
+            capture.record(kind, key, attention)
+            maps = capture.to_propagate(key) if kind == "self" else None
+            if maps is not None:
+                output, capture.propagated[key] = attend_and_propagate(attention, values, maps)
+                return output
         return attention_pytorch(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])
 
     return replacement

@@ -67,9 +67,34 @@ def propagate(attention: Attention, maps: Tensor) -> Tensor:
     width = max(head_dim, -(-count // 8) * 8)
     if width > head_dim:
         query, key = (F.pad(t, (0, width - head_dim)) for t in (query, key))
-    values = resize_maps(maps, (attention.height, attention.width)).flatten(2).transpose(1, 2).to(query.dtype)
-    values = F.pad(values, (0, width - count))[:, None].expand(-1, heads, -1, -1)
-    out = F.scaled_dot_product_attention(query, key, values, scale=head_dim**-0.5)[..., :count]
+    out = F.scaled_dot_product_attention(query, key, _columns(attention, maps, width), scale=head_dim**-0.5)
+    return _mean_of_heads(attention, out[..., :count])
+
+
+def attend_and_propagate(attention: Attention, values: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """The layer's own output [B, N, heads*d] and :func:`propagate` of the maps, by one call instead of two.
+
+    The maps are further columns of the layer's values [B, N, heads*d], so that the attention matrix is made once.
+    """
+    heads, count = attention.heads, maps.shape[1]
+    query, key, values = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (*attention[:2], values))
+    head_dim, more = query.shape[-1], -(-count // 8) * 8
+    query, key = (F.pad(t, (0, more)) for t in (query, key))
+    values = torch.cat([values, _columns(attention, maps, more)], -1)
+    out = F.scaled_dot_product_attention(query, key, values, scale=head_dim**-0.5)
+    own = out[..., :head_dim].transpose(1, 2).flatten(2)
+    return own, _mean_of_heads(attention, out[..., head_dim : head_dim + count])
+
+
+def _columns(attention: Attention, maps: Tensor, width: int) -> Tensor:
+    """Maps [B, K, h', w'] as values [B, heads, N, width] of the layer, zeros behind them."""
+    columns = resize_maps(maps, (attention.height, attention.width)).flatten(2).transpose(1, 2)
+    columns = F.pad(columns.to(attention.query.dtype), (0, width - maps.shape[1]))
+    return columns[:, None].expand(-1, attention.heads, -1, -1)
+
+
+def _mean_of_heads(attention: Attention, out: Tensor) -> Tensor:
+    """[B, heads, N, K] -> [B, K, h, w]."""
     return out.float().mean(1).transpose(1, 2).unflatten(2, (attention.height, attention.width))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -59,20 +59,34 @@ class Capture:
     """The attention inputs of chosen layers during one UNet pass.
 
     A denoiser calls :meth:`record` for every layer named in ``choice``; with gradient checkpointing it may do so twice,
-    the second record replaces an equal first one.
+    the second record replaces an equal first one. ``maps`` gives part maps once all cross-attention layers are there;
+    a denoiser may propagate them in the self-attention layers that come later, see :meth:`to_propagate`.
     """
 
-    def __init__(self, choice: LayerChoice, stop_early: bool = False) -> None:
+    def __init__(
+        self, choice: LayerChoice, stop_early: bool = False, maps: Callable[[Capture], Tensor] | None = None
+    ) -> None:
         self.choice = choice
         self.stop_early = stop_early
         self.cross: dict[LayerKey, Attention] = {}
         self.self_: dict[LayerKey, Attention] = {}
+        self.propagated: dict[LayerKey, Tensor] = {}
+        self._make_maps = maps
+        self._maps: Tensor | None = None
 
     def record(self, kind: str, key: LayerKey, attention: Attention) -> None:
         """Store one layer's inputs, ``kind`` "cross" or "self"; ends the pass when the last wanted layer has come."""
         (self.cross if kind == "cross" else self.self_)[key] = attention
         if self.stop_early and len(self.cross) == len(self.choice.cross) and len(self.self_) == len(self.choice.self_):
             raise CaptureComplete
+
+    def to_propagate(self, key: LayerKey) -> Tensor | None:
+        """Part maps [B, K, h, w] whose WAS of this self-attention layer may be left in ``propagated``, or None."""
+        if self._make_maps is None or key not in self.choice.self_ or len(self.cross) < len(self.choice.cross):
+            return None
+        if self._maps is None:
+            self._maps = self._make_maps(self)
+        return self._maps
 
 
 class CaptureComplete(Exception):  # noqa: N818  a signal, not an error

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import cross_scores, resize_maps, was_maps
+from .attention import cross_scores, propagate, resize_maps
 from .denoiser import Capture, Context, Denoiser, add_noise, seeded_noise
 from .embeddings import PartEmbeddings
 from .examples import Example
@@ -83,15 +84,20 @@ def train_through_unet(
             losses = torch.stack(history).tolist() if history else []
             return replace(template, rows=best.rows[None].cpu(), losses=tuple(losses))
 
-        def look(entry: _PoolEntry) -> tuple[Tensor | None, Capture]:
+        def look(entry: _PoolEntry, capture: Capture) -> Tensor | None:
             noisy = add_noise(denoiser, entry.latents, entry.noise, entry.timestep)
             context = Context(torch.cat([base[:1], rows, base[parts + 1 :]]), template.pooled)
-            capture = Capture(template.layers)
-            return denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size), capture
+            return denoiser.predict_noise(noisy, entry.timestep, context, capture, entry.size)
+
+        def value(entry: _PoolEntry) -> Tensor:
+            capture = Capture(template.layers, stop_early=True)
+            look(entry, capture)
+            return _value(capture, entry.labels, settings)
 
         for step in range(1, settings.steps + 1):
             entry = pool[(step - 1) % len(pool)]
-            predicted, capture = look(entry)
+            capture = Capture(template.layers, maps=None if settings.checkpointing else partial(_maps, entry.labels))
+            predicted = look(entry, capture)
             scores = mean_scores(capture, parts + 1, entry.labels)
             losses = loss_terms(scores, capture, entry.labels, settings)
             if settings.guard_weight and predicted is not None and entry.unconditional is not None:
@@ -101,11 +107,11 @@ def train_through_unet(
                 losses["l2"] = settings.l2 * (rows - initial).square().sum(-1).mean()
             loss = torch.stack(list(losses.values())).sum()
             history.append(loss.detach())
-            value = None
+            judgement = None
             if judged and (step % JUDGED_STEPS == 0 or step == settings.steps):
                 with torch.no_grad():
-                    value = torch.stack([_value(look(one)[1], one.labels, settings) for one in judged]).mean()
-            best.judge(rows, loss.detach(), value)
+                    judgement = torch.stack([value(plain) for plain in judged]).mean()
+            best.judge(rows, loss.detach(), judgement)
 
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * schedule(settings.schedule, step, settings.steps)
@@ -139,10 +145,25 @@ def loss_terms(scores: Tensor, capture: Capture, labels: Tensor, settings: Train
     if settings.dice:
         losses["dice"] = settings.dice * dice_loss(scores, labels)
     if settings.was_weight:
-        was = was_maps(list(capture.self_.values()), F.softmax(scores, 1))
+        was = _was_maps(capture, F.softmax(scores, 1))
         error = (was * labels.sum(1, keepdim=True) - labels).square()  # ignored pixels have no label at all
         losses["was"] = settings.was_weight * labels.shape[1] * error.mean()
     return losses
+
+
+def _maps(labels: Tensor, capture: Capture) -> Tensor:
+    """Maps to be propagated in the pass itself, from cross-attention layers that have come."""
+    return F.softmax(mean_scores(capture, labels.shape[1], labels), 1)
+
+
+def _was_maps(capture: Capture, maps: Tensor) -> Tensor:
+    """WAS of the maps, of which the pass itself may have made some layers'."""
+    size = (maps.shape[-2], maps.shape[-1])
+    layers = [
+        capture.propagated[key] if key in capture.propagated else propagate(attention, maps)
+        for key, attention in capture.self_.items()
+    ]
+    return torch.stack([resize_maps(layer, size) for layer in layers]).mean(0)
 
 
 def schedule(name: str, step: int, steps: int) -> float:

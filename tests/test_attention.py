@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slime.attention import cross_scores, propagate, score_features, split_heads, was_maps
+from slime.attention import attend_and_propagate, cross_scores, propagate, score_features, split_heads, was_maps
 from slime.denoiser import Attention
 from slime.official import official_maps, token_maps
 
@@ -74,6 +74,15 @@ def test_propagation_keeps_probabilities() -> None:
     maps = torch.rand(2, 5, 5, 4).softmax(1)
     out = propagate(attention(), maps)
     torch.testing.assert_close(out.sum(1), torch.ones(2, 5, 4), rtol=1e-4, atol=1e-4)
+
+
+def test_one_call_attends_and_propagates() -> None:
+    a, maps, values = attention(), torch.rand(2, 5, 10, 8).softmax(1), torch.randn(2, 20, 24)
+    own, spread = attend_and_propagate(a, values, maps)
+    torch.testing.assert_close(spread, propagate(a, maps), rtol=1e-4, atol=1e-5)
+    matrix = torch.from_numpy(dense_scores(a)).float().softmax(-1)
+    expected = (matrix @ values.unflatten(-1, (3, 8)).transpose(1, 2)).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_official_read_out_by_hand() -> None:

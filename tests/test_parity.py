@@ -6,6 +6,8 @@ turned into the network's input).
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -166,6 +168,32 @@ def test_checkpointing_gives_the_same_gradient(pair) -> None:
         assert close(gradients[1], gradients[0])
 
 
+def test_maps_propagated_in_the_pass_have_the_same_gradient(pair) -> None:
+    """WAS by the layers' own attention calls, where the host offers it, and by calls of its own afterwards."""
+    from slime.denoiser import Capture, Context
+    from slime.gradient import _maps, _was_maps, mean_scores
+    from slime.layers import choose_layers
+
+    layout, *denoisers = pair
+    noisy, rows, pooled = inputs(layout)
+    labels = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(4))
+    weights = torch.randn(labels.shape, generator=torch.Generator().manual_seed(5))
+    for denoiser, offers in zip(denoisers, (layout != "sdxl", False), strict=True):
+        choice = choose_layers(denoiser.family, denoiser.layers)
+        found = []
+        for maps in (None, partial(_maps, labels)):
+            with denoiser.differentiable(False):
+                learned = rows.clone().requires_grad_(True)
+                capture = Capture(choice, maps=maps)
+                noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture, (128, 128))
+                was = _was_maps(capture, mean_scores(capture, 4, labels).softmax(1))
+                (noise.square().mean() + (weights * was).sum()).backward()
+                found.append((noise.detach(), was.detach(), learned.grad))
+        assert set(capture.propagated) == (set(choice.self_) if offers else set())
+        for plain, fused in zip(*found, strict=True):
+            assert close(fused, plain)
+
+
 def test_weights_are_restored(extension, comfy_path) -> None:
     """After lending, every parameter is the very object it was, and nothing requires a gradient anew."""
     from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
@@ -219,8 +247,8 @@ def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
             denoiser.predict_noise(noisy.clone(), 60, Context(learned), capture, (128, 128))
             sum(cross_scores(a, 4).square().mean() for a in capture.cross.values()).backward()
         results.append((torch.cat([a.query.detach().flatten() for a in capture.cross.values()]), learned.grad))
-    for full, partial in zip(*results, strict=True):
-        assert close(partial, full)
+    for full, paged in zip(*results, strict=True):
+        assert close(paged, full)
 
 
 def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
