@@ -178,10 +178,11 @@ def _recorder(capture: Capture, kind: str, key: LayerKey, tokens: int | None = N
         if wanted:
             height, width = extra["activations_shape"][2:4]
             attention = Attention(query, keys, extra["n_heads"], int(height), int(width))
-            capture.record(kind, key, attention)
             maps = capture.to_propagate(key) if kind == "self" else None
             if maps is not None:
                 output, capture.propagated[key] = attend_and_propagate(attention, values, maps)
+            capture.record(kind, key, attention)  # may end the pass
+            if maps is not None:
                 return output
         return attention_pytorch(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])
 

@@ -26,6 +26,14 @@ def cross_scores(attention: Attention, count: int, first: int = 0) -> Tensor:
     return scores.transpose(1, 2).unflatten(2, (attention.height, attention.width))
 
 
+def join_background(scores: Tensor, parts: int) -> Tensor:
+    """[B, 1 + P + E, h, w] -> [B, 1 + P, h, w]: the background is the log-sum-exp of the first row and the E last."""
+    if scores.shape[1] == parts + 1:
+        return scores
+    background = torch.cat([scores[:, :1], scores[:, parts + 1 :]], 1).logsumexp(1, keepdim=True)
+    return torch.cat([background, scores[:, 1 : parts + 1]], 1)
+
+
 def score_features(attention: Attention, key_projection: Tensor) -> Tensor:
     """Linear feature map phi with score_k = phi . e_k for any embedding row e_k: [B, D, h, w].
 

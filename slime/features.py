@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import cross_scores, resize_maps, score_features, split_heads
+from .attention import cross_scores, join_background, resize_maps, score_features, split_heads
 from .denoiser import Attention, Capture, Context, Denoiser, add_noise
 from .errors import SlimeError
 from .layers import LayerChoice, LayerKey
@@ -52,6 +52,7 @@ class Features:
         cross_attention: captured cross-attention layers, where the plan keeps them.
         grid: height and width of the part maps read from these features: the finest captured layer's.
         logits: instead of score features, scores [B, 1 + R, *grid] of the rows that were asked for, one for each set.
+        propagated: with ``logits``, the WAS maps [B, K, *grid] of each set, where the pass itself could make them.
     """
 
     scores: tuple[Tensor, ...]
@@ -59,6 +60,7 @@ class Features:
     grid: tuple[int, int]
     cross_attention: tuple[Attention, ...] = ()
     logits: tuple[Tensor, ...] = ()
+    propagated: tuple[Tensor, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -149,6 +151,7 @@ def extract_scores(
     noise: Tensor,
     image_size: tuple[int, int],
     offsets: Sequence[Tensor],
+    parts: Sequence[int],
 ) -> Features:
     """As :func:`extract_features`, for rows known beforehand: their scores in place of score features.
 
@@ -158,27 +161,51 @@ def extract_scores(
     Args:
         offsets: sets of rows, as offsets from the background row, [1 or G, R, D] each. A key projection has no bias,
             so the key of an offset scores the row against the background, whose score is 0.
+        parts: of every set: so many of its rows are parts, the others stand for the background. Their maps are
+            propagated in the pass itself where the layers' order and the denoiser allow it.
     """
     extra = torch.cat([rows.flatten(0, 1) for rows in offsets])
     context = replace(plan.context, extra=extra)
-    capture = Capture(plan.layers, stop_early=True)
+    scale = min(layer.scale for layer in denoiser.layers if layer.key in (*plan.layers.cross, *plan.layers.self_))
+    grid = (-(-latents.shape[-2] // scale), -(-latents.shape[-1] // scale))
+
+    def score(capture: Capture) -> list[Tensor]:
+        layers = [capture.cross[key] for key in plan.layers.cross]
+        return _score(layers, plan.grouping, offsets, plan.context.tokens, grid)
+
+    def maps(capture: Capture) -> Tensor:
+        pairs = zip(score(capture), parts, strict=True)
+        return torch.cat([F.softmax(join_background(logits, count), 1) for logits, count in pairs], 1)
+
+    capture = Capture(plan.layers, stop_early=True, maps=maps)
     noisy = add_noise(denoiser, latents, noise, plan.timestep)
     denoiser.predict_noise(noisy, plan.timestep, context, capture, image_size)
-    layers = [capture.cross[key] for key in plan.layers.cross]
     self_attention = tuple(capture.self_[key] for key in plan.layers.self_)
-    grid = max((attention.height, attention.width) for attention in (*self_attention, *layers))
-    looks = list(_in_groups(layers, plan.grouping))
+    logits = score(capture)
+    propagated: tuple[Tensor, ...] = ()
+    if plan.layers.self_ and len(capture.propagated) == len(plan.layers.self_):
+        was = torch.stack([resize_maps(one, grid) for one in capture.propagated.values()]).mean(0)
+        propagated = was.split([count + 1 for count in parts], 1)
+    return Features((), self_attention, grid, (), tuple(logits), propagated)
+
+
+def _score(
+    layers: Sequence[Attention], grouping: str, offsets: Sequence[Tensor], first: int, grid: tuple[int, int]
+) -> list[Tensor]:
+    """Logits of every set of rows, whose keys stand from ``first`` on in the layers."""
+    looks = list(_in_groups(layers, grouping))
     order = {group: place for place, group in enumerate(sorted({look[0] for look in looks}))}
-    logits, first = [], len(plan.context.rows)
+    logits = []
     for rows in offsets:
         sets, count = rows.shape[:2]
-        total = torch.zeros(len(latents), count, *grid, device=latents.device)
-        for group, share, attention in looks:
-            start = first + count * min(order[group], sets - 1)
-            total = total + share * resize_maps(cross_scores(attention, count, start), grid)
-        logits.append(F.pad(total, (0, 0, 0, 0, 1, 0)))
+        starts = [first + count * min(order[group], sets - 1) for group, _, _ in looks]
+        scores = [
+            share * resize_maps(cross_scores(attention, count, start), grid)
+            for (_, share, attention), start in zip(looks, starts, strict=True)
+        ]
+        logits.append(F.pad(torch.stack(scores).sum(0), (0, 0, 0, 0, 1, 0)))
         first += sets * count
-    return Features((), self_attention, grid, (), tuple(logits))
+    return logits
 
 
 def check_finite(tensors: Iterable[Tensor]) -> None:

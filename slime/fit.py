@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import resize_maps
+from .attention import join_background, resize_maps
 from .losses import class_weights, weighted_cross_entropy
-from .read import join_background
 
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
 

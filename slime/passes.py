@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import resize_maps
+from .attention import join_background, resize_maps
 from .augment import resize_image, working_size
 from .batches import in_batches
 from .denoiser import Denoiser, seeded_noise
 from .embeddings import PartEmbeddings
 from .features import Features, extract_features, extract_scores, key_projections
-from .read import join_background, read, read_logits
+from .read import read, read_logits
 from .settings import SegmentSettings
 
 T = TypeVar("T")
@@ -76,6 +76,7 @@ def look_at(
         key_projections(denoiser, plan.layers, plan.context.pooled) if any_rows and not plan.keep_cross else {}
     )
     offsets = [one.rows - one.background for one in items]
+    parts = [len(one.names) for one in items]
 
     def passes(part: slice) -> Seen:
         for view, encoded in zip(views, latents, strict=True):
@@ -85,7 +86,7 @@ def look_at(
                 if general:
                     yield view, extract_features(denoiser, latent, plan, noise, size, projections)
                 else:
-                    yield view, extract_scores(denoiser, latent, plan, noise, size, offsets)
+                    yield view, extract_scores(denoiser, latent, plan, noise, size, offsets, parts)
 
     yield from in_batches(len(images), batch, lambda part: use(part, passes(part)))
 
@@ -125,7 +126,9 @@ def keep(part: slice, seen: Seen) -> tuple[slice, tuple[tuple[View, Features], .
 
 def _read(features: Features, item: PartEmbeddings, index: int) -> Tensor:
     if features.logits:
-        return read_logits(features, join_background(features.logits[index], len(item.names)), item.read_out)
+        logits = join_background(features.logits[index], len(item.names))
+        propagated = features.propagated[index] if features.propagated else None
+        return read_logits(features, logits, item.read_out, propagated)
     rows = item.rows.to(features.device)
     return read(features, rows, item.background, len(item.names), item.read_out)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from .attention import resize_maps, was_maps
+from .attention import join_background, resize_maps, was_maps
 from .features import Features
 from .official import official_maps, token_maps
 
@@ -56,14 +56,6 @@ def part_logits(features: Features, rows: Tensor, background: Tensor, parts: int
     return join_background(total, parts)
 
 
-def join_background(scores: Tensor, parts: int) -> Tensor:
-    """[B, 1 + P + E, h, w] -> [B, 1 + P, h, w]: the background is the log-sum-exp of the first row and the E last."""
-    if scores.shape[1] == parts + 1:
-        return scores
-    background = torch.cat([scores[:, :1], scores[:, parts + 1 :]], 1).logsumexp(1, keepdim=True)
-    return torch.cat([background, scores[:, 1 : parts + 1]], 1)
-
-
 def read(features: Features, rows: Tensor, background: Tensor, parts: int, read_out: ReadOut) -> Tensor:
     """Part probabilities [B, K, h, w], summing to 1 over K (class maps for the argmax with the official read-out)."""
     if read_out.official and read_out.all_tokens:
@@ -72,10 +64,12 @@ def read(features: Features, rows: Tensor, background: Tensor, parts: int, read_
     return read_logits(features, part_logits(features, rows, background, parts), read_out)
 
 
-def read_logits(features: Features, logits: Tensor, read_out: ReadOut) -> Tensor:
-    """The same from scores [B, K, h, w] of the background and of every part."""
+def read_logits(features: Features, logits: Tensor, read_out: ReadOut, propagated: Tensor | None = None) -> Tensor:
+    """The same from scores [B, K, h, w] of the background and of every part; ``propagated`` are WAS maps at hand."""
     maps = F.softmax(logits, 1)
-    return _official(features, maps, read_out) if read_out.official else propagate_maps(features, maps, read_out)
+    if read_out.official:
+        return _official(features, maps, read_out)
+    return propagate_maps(features, maps, read_out, propagated)
 
 
 def _official(features: Features, maps: Tensor, read_out: ReadOut) -> Tensor:
@@ -97,9 +91,12 @@ def calibrate(maps: Tensor, read_out: ReadOut) -> Tensor:
     return sharp / sharp.sum(1, keepdim=True).clamp(min=1e-12)
 
 
-def propagate_maps(features: Features, maps: Tensor, read_out: ReadOut) -> Tensor:
-    """Blend cross-attention maps [B, K, h, w] with their WAS maps."""
+def propagate_maps(features: Features, maps: Tensor, read_out: ReadOut, propagated: Tensor | None = None) -> Tensor:
+    """Blend cross-attention maps [B, K, h, w] with their WAS maps, which the pass may have made already."""
     if not features.self_attention or read_out.order == 0 or read_out.mix == 0:
         return maps
-    propagated = was_maps(features.self_attention, maps, read_out.order)
+    if propagated is None:
+        propagated = was_maps(features.self_attention, maps, read_out.order)
+    else:
+        propagated = was_maps(features.self_attention, propagated, read_out.order - 1)
     return (1 - read_out.mix) * maps + read_out.mix * propagated

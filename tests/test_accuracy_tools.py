@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slime import PartEmbeddings, SegmentSettings, preset, segment, train
-from slime.attention import resize_maps
+from slime.attention import join_background, resize_maps
 from slime.augment import window
 from slime.denoiser import Context
 from slime.errors import SlimeError
@@ -18,7 +18,7 @@ from slime.features import Features
 from slime.gradient import official_iou, schedule
 from slime.losses import balance_views, dice_loss, weighted_cross_entropy
 from slime.probe import probe_layers
-from slime.read import ReadOut, calibrate, join_background, part_logits
+from slime.read import ReadOut, calibrate, part_logits
 from slime.zoom import Window, spots, sureness, windows, zoom_in
 
 from .test_learning import picture, score

@@ -116,10 +116,11 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
 
 def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
     """Rows behind the context get keys from every host's own layers, and change no prediction."""
+    from slime.attention import join_background, was_maps
     from slime.denoiser import Capture, Context
     from slime.features import FeaturePlan, extract_features, extract_scores
     from slime.layers import choose_layers
-    from slime.read import join_background, part_logits
+    from slime.read import part_logits
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
@@ -139,7 +140,11 @@ def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
         plan = FeaturePlan(choice, plain, 60)
         noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
         learned = torch.stack([rows[1:4], rows[4:7]])
-        (logits,) = extract_scores(denoiser, noisy, plan, noise, (128, 128), [learned - rows[0]]).logits
+        scored = extract_scores(denoiser, noisy, plan, noise, (128, 128), [learned - rows[0]], [3])
+        (logits,) = scored.logits
+        assert bool(scored.propagated) == (denoiser is denoisers[0] and layout != "sdxl")
+        for was in scored.propagated:
+            assert close(was, was_maps(scored.self_attention, join_background(logits, 3).softmax(1)))
         features = extract_features(denoiser, noisy, plan, noise, (128, 128))
         by_features = part_logits(features, learned, rows[0], 3)
         assert close(join_background(logits, 3), by_features - by_features[:, :1])
