@@ -3,7 +3,7 @@
     python dev.py benchmark confidence [--shots 1 10] [--seeds 3] [--scenes 30] [--dtype bfloat16] [--json FILE]
 
 Calibration: the expected calibration error of the most probable class of every pixel, in ten bins (Guo et al. 2017),
-with the family's exponent (``ReadOut.sharpen``) and without. Absence: area under the ROC curve of
+with the exponent that training found (``ReadOut.sharpen``) and without. Absence: area under the ROC curve of
 :attr:`slime.segment.PartMaps.confidence` between scenes with the object and images of the other domains, and for
 thresholds of ``min_confidence`` the part mIoU that is left and the labelled area of the others.
 """

@@ -19,7 +19,7 @@ from .features import FeaturePlan, Features, check_finite, extract_features, key
 from .fit import fit_rows
 from .layers import LayerKey
 from .losses import balance_views
-from .read import read
+from .read import calibrating_exponent, read
 from .recipe import OnStep, StepReport, make_template
 from .settings import TrainSettings
 from .views import VIEW_BATCH, EncodedView, encode_views, resize_labels, view_count
@@ -92,6 +92,7 @@ def train_instant(
         rows=result.rows.cpu(),
         losses=tuple(result.losses),
         sureness=float(maps[:, 1:].amax((2, 3)).mean()),
+        read_out=replace(template.read_out, sharpen=calibrating_exponent(maps, truth[: len(maps)])),
     )
     losses = {"loss": result.losses[-1]}
     preview = (first_image, maps[0].cpu())

@@ -80,7 +80,6 @@ FAMILIES: dict[str, Family] = {
         256,
         cross="output.3-11",
         self_="output.9-10",
-        read_out={"sharpen": 2.0},
         settings={"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96, "class_weights": 0.8},
     ),
 }

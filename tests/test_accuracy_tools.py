@@ -18,7 +18,7 @@ from slime.features import Features
 from slime.gradient import official_iou, schedule
 from slime.losses import balance_views, dice_loss, weighted_cross_entropy
 from slime.probe import probe_layers
-from slime.read import ReadOut, calibrate, part_logits
+from slime.read import ReadOut, calibrate, calibrating_exponent, part_logits
 from slime.zoom import Window, spots, sureness, windows, zoom_in
 
 from .test_learning import picture, score
@@ -161,6 +161,17 @@ def test_calibration_moves_no_border() -> None:
     sharp = calibrate(maps, ReadOut(sharpen=2.0))
     assert torch.equal(sharp.argmax(1), maps.argmax(1)) and (sharp.amax(1) >= maps.amax(1)).all()
     assert torch.allclose(sharp.sum(1), torch.ones(2, 8, 8)) and calibrate(maps, ReadOut()) is maps
+
+
+def test_exponent_is_found_from_the_examples() -> None:
+    labels = (3 * torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))).softmax(1)
+    dull = (labels**0.5) / (labels**0.5).sum(1, keepdim=True)
+    assert calibrating_exponent(dull, labels) == pytest.approx(2.0)
+    ignored = labels * (torch.arange(16) < 8)
+    assert calibrating_exponent(torch.where(ignored.sum(1, keepdim=True) > 0, dull, labels**4), ignored) == 2.0
+    toy = ToyDenoiser()
+    embeddings = train(toy, [picture(0)], preset("instant", views=4))
+    assert 1 <= embeddings.read_out.sharpen <= 16
 
 
 def test_windows_beyond_the_image_mirror_it() -> None:
