@@ -147,10 +147,11 @@ class Bench:
                     "forwards": measured.seconds / dense,
                 }
             )
-            beside = f"reference with {crops} x {crops} crops"
-            self.row(f"training step, {beside}", "paper", loop, measured, bound)
-            self.row(f"and its view every 5 steps, {beside}", "paper", reused, measured, bound)
-            self.row(f"and its view every step, {beside}", "paper", every, measured, bound)
+        rivals = [(f", reference with {crops} x {crops} crops", one) for crops, one in references.items()]
+        for beside, rival in rivals or [("", None)]:
+            self.row(f"training step{beside}", "paper", loop, rival, bound)
+            self.row(f"and its view every 5 steps{beside}", "paper", reused, rival, bound)
+            self.row(f"and its view every step{beside}", "paper", every, rival, bound)
         encode, forward = self.encode(), self.forward()
         self.row("prepare a view", "paper", prepare, None, encode + forward)
         shares = {"UNet forward and backward": bound, "ours": max(loop.seconds - bound, 0.0)}
