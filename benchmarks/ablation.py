@@ -64,7 +64,6 @@ PAPER_TRAINING = {
     "moving average 0.95": Variant("paper", {"ema": 0.95, "keep": "last"}, **_READ),
     "last rows": Variant("paper", {"keep": "last"}, **_READ),
     "rows of the lowest loss": Variant("paper", {"keep": "loss"}, **_READ),
-    "rows best on held-out crops": Variant("paper", {"keep": "crop"}, **_READ),
     "no regulariser": Variant("paper", {"guard_weight": 0.0}, **_READ),
     "regulariser 0.05": Variant("paper", {"guard_weight": 0.05}, **_READ),
     "regulariser without guidance": Variant("paper", {"guard_weight": 1.0, "guidance": 1.0}, **_READ),
@@ -89,8 +88,6 @@ THOROUGH = {
     "instant, and 20 steps": Variant("thorough", {"steps": 20, "learning_rate": 0.01}, after_instant=True),
     "instant, and 200 steps": Variant("thorough", after_instant=True),
     "rows best on held-out crops": Variant("thorough", {"keep": "crop"}),
-    "recoloured views": Variant("thorough", {"recolor": 1.0}),
-    "200 views": Variant("thorough", {"views": 200}),
     "what helped the paper": Variant("thorough", _HELPED),
 }
 

@@ -173,15 +173,18 @@ def extract_scores(
         layers = [capture.cross[key] for key in plan.layers.cross]
         return _score(layers, plan.grouping, offsets, plan.context.tokens, grid)
 
+    logits: list[Tensor] = []
+
     def maps(capture: Capture) -> Tensor:
-        pairs = zip(score(capture), parts, strict=True)
-        return torch.cat([F.softmax(join_background(logits, count), 1) for logits, count in pairs], 1)
+        logits.extend(score(capture))
+        pairs = zip(logits, parts, strict=True)
+        return torch.cat([F.softmax(join_background(one, count), 1) for one, count in pairs], 1)
 
     capture = Capture(plan.layers, stop_early=True, maps=maps)
     noisy = add_noise(denoiser, latents, noise, plan.timestep)
     denoiser.predict_noise(noisy, plan.timestep, context, capture, image_size)
     self_attention = tuple(capture.self_[key] for key in plan.layers.self_)
-    logits = score(capture)
+    logits = logits or score(capture)
     propagated: tuple[Tensor, ...] = ()
     if plan.layers.self_ and len(capture.propagated) == len(plan.layers.self_):
         was = torch.stack([resize_maps(one, grid) for one in capture.propagated.values()]).mean(0)

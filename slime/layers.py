@@ -50,7 +50,6 @@ class Family:
         working_side: side in pixels of the square whose area the UNet works on.
         cross, self_: layer patterns, see :func:`select_layers`; empty for the automatic rule.
         timestep: noise level of the features, 0..999.
-        read_out: overrides of :class:`slime.read.ReadOut` fields.
         settings: overrides of the instant preset's :class:`slime.settings.TrainSettings` fields.
     """
 
@@ -60,7 +59,6 @@ class Family:
     cross: str = ""
     self_: str = ""
     timestep: int = 100
-    read_out: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
 
 

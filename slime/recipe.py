@@ -76,7 +76,7 @@ def make_template(
         layers=layers,
         timestep=timestep,
         working_side=family.working_side,
-        read_out=ReadOut(official=True) if settings.preset == "paper" else ReadOut(**family.read_out),
+        read_out=ReadOut(official=settings.preset == "paper"),
         settings=asdict(settings),
     )
 
