@@ -1,7 +1,6 @@
 """What each choice is worth: one thing at a time, on validation scenes.
 
-    python dev.py benchmark ablation [--tables paper-read-out paper-training thorough default segmentation
-         refinement]
+    python dev.py benchmark ablation [--tables paper-read-out paper-training default segmentation refinement]
         [--scenes 12] [--shots 1 10] [--seeds 1] [--json FILE] [--checkpoint FILE --data FOLDER]
 
 "paper" tables change one thing in the paper's preset, "default" ones in ours. With ``--json`` a run that was stopped
@@ -12,40 +11,41 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from demo import scenes
-from demo.server import MODEL
 from slime import SegmentSettings, segment
-from slime import refine as refinement
-from slime.metrics import boundary_f, evaluate
+from slime.parts.metrics import boundary_f, evaluate
+from slime.reading import refine as refinement
+from testing import scenes
+from testing.server import MODEL
 
-from .methods import Variant, trained
+from .methods import Variant, remember, trained
 from .rivals import bilateral, pamr
+from .rows import Row, read_rows, say_row, say_table, write_rows
 from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
 
 OFF, FAST, ALL = {"refine": "off"}, {"refine": "fast"}, "input.0-11, middle.0, output.0-11"
+PAPER_LAYERS = {"read_layers": "output.3-7", "propagate_layers": "output.9-11"}
+OURS = {"mix": 0.5}  # the default of our read-out, which then reads the rows of the preset paper too
 
 PAPER_READ_OUT = {
     "paper": Variant("paper"),
-    "softmax over the parts alone": Variant("paper", read_out={"all_tokens": False}),
-    "no gate": Variant("paper", read_out={"gate": 0.0}),
-    "no mean threshold": Variant("paper", read_out={"subtract_mean": False}),
-    "no rescaling": Variant("paper", read_out={"rescale": False}),
-    "order 2": Variant("paper", read_out={"order": 2}),
-    "our read-out": Variant("paper", read_out={"official": False}, segment=OFF),
-    "our read-out, no propagation": Variant(
-        "paper", read_out={"official": False, "mix": 0.0}, segment={"refine": "off"}
-    ),
-    "our read-out, guided filter": Variant("paper", read_out={"official": False}, segment=FAST),
+    "softmax over the parts alone": Variant("paper", official={"all_tokens": False}),
+    "no gate": Variant("paper", official={"gate": 0.0}),
+    "no mean threshold": Variant("paper", official={"subtract_mean": False}),
+    "no rescaling": Variant("paper", official={"rescale": False}),
+    "order 2": Variant("paper", official={"order": 2}),
+    "our read-out": Variant("paper", read_out=OURS, segment=OFF),
+    "our read-out, no propagation": Variant("paper", read_out={"mix": 0.0}, segment=OFF),
+    "our read-out, guided filter": Variant("paper", read_out=OURS, segment=FAST),
     "test t 20": Variant("paper", embeddings={"timestep": 20}),
     "test t 60": Variant("paper", embeddings={"timestep": 60}),
     "test t 150": Variant("paper", embeddings={"timestep": 150}),
@@ -56,39 +56,19 @@ PAPER_READ_OUT = {
 }
 
 # Changes of the training are read by our read-out: the official one's gate hides most of them.
-_READ: dict[str, Any] = {"read_out": {"official": False}, "segment": FAST}
+_READ: dict[str, Any] = {"read_out": OURS, "segment": FAST}
 PAPER_TRAINING = {
     "paper, our read-out": Variant("paper", **_READ),
     "lr 0.01": Variant("paper", {"learning_rate": 0.01}, **_READ),
-    "cosine schedule": Variant("paper", {"schedule": "cosine"}, **_READ),
-    "moving average 0.95": Variant("paper", {"ema": 0.95, "keep": "last"}, **_READ),
-    "last rows": Variant("paper", {"keep": "last"}, **_READ),
-    "rows of the lowest loss": Variant("paper", {"keep": "loss"}, **_READ),
-    "no regulariser": Variant("paper", {"guard_weight": 0.0}, **_READ),
-    "regulariser 0.05": Variant("paper", {"guard_weight": 0.05}, **_READ),
-    "regulariser without guidance": Variant("paper", {"guard_weight": 1.0, "guidance": 1.0}, **_READ),
-    "L2 0.001": Variant("paper", {"l2": 0.001}, **_READ),
-    "Dice beside": Variant("paper", {"dice": 1.0}, **_READ),
-    "focal, gamma 2": Variant("paper", {"focal": 2.0}, **_READ),
-    "no WAS loss": Variant("paper", {"was_weight": 0.0}, **_READ),
-    "soft labels": Variant("paper", {"soft_labels": True}, **_READ),
+    "no regulariser": Variant("paper", constants={"GUARD_WEIGHT": 0.0}, **_READ),
+    "regulariser 0.05": Variant("paper", constants={"GUARD_WEIGHT": 0.05}, **_READ),
+    "regulariser without guidance": Variant("paper", constants={"GUARD_WEIGHT": 1.0, "GUIDANCE": 1.0}, **_READ),
+    "no WAS loss": Variant("paper", constants={"WAS_WEIGHT": 0.0}, **_READ),
     "no augmentation": Variant("paper", {"crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),
     "recoloured views": Variant("paper", {"recolor": 1.0}, **_READ),
     "20 views": Variant("paper", {"views": 20}, **_READ),
     "40 views": Variant("paper", {"views": 40}, **_READ),
-    "needed tokens only": Variant("paper", {"short_context": True}, **_READ),
-    "the paper's layers": Variant("paper", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}, **_READ),
-}
-
-# Each of these is better than the paper's choice in the table above.
-_HELPED = {"guard_weight": 1.0, "guidance": 1.0, "l2": 0.001, "ema": 0.95, "keep": "last", "recolor": 1.0}
-THOROUGH = {
-    "thorough": Variant("thorough"),
-    "instant, and 0 steps": Variant("thorough", {"steps": 1, "learning_rate": 1e-9}, after_instant=True),
-    "instant, and 20 steps": Variant("thorough", {"steps": 20, "learning_rate": 0.01}, after_instant=True),
-    "instant, and 200 steps": Variant("thorough", after_instant=True),
-    "rows best on held-out crops": Variant("thorough", {"keep": "crop"}),
-    "what helped the paper": Variant("thorough", _HELPED),
+    "the paper's layers": Variant("paper", PAPER_LAYERS, **_READ),
 }
 
 DEFAULT = {
@@ -98,31 +78,21 @@ DEFAULT = {
     "48 views": Variant("instant", {"views": 48}),
     "192 views": Variant("instant", {"views": 192}),
     "one row a resolution": Variant("instant", {"row_groups": "resolution"}),
-    "one row for all layers": Variant("instant", {"row_groups": "shared"}),
-    "one row a head": Variant("instant", {"row_groups": "head"}),
-    "1 background row more": Variant("instant", {"background_rows": 1}),
-    "2 background rows more": Variant("instant", {"background_rows": 2}),
-    "4 background rows more": Variant("instant", {"background_rows": 4}),
     "L2 0.003": Variant("instant", {"l2": 0.003}),
     "L2 0.1": Variant("instant", {"l2": 0.1}),
     "class weights ** 0.5": Variant("instant", {"class_weights": 0.5}),
     "no class weights": Variant("instant", {"class_weights": 0.0}),
-    "balanced views": Variant("instant", {"balance": True}),
-    "hard labels": Variant("instant", {"soft_labels": False}),
     "crops from 0.4": Variant("instant", {"crop": 0.4}),
     "no crops": Variant("instant", {"crop": 1.0}),
     "no flips": Variant("instant", {"flip": False}),
     "no rotation": Variant("instant", {"rotation": 0.0}),
     "no blur": Variant("instant", {"blur": 0.0}),
-    "features of 2 noise draws": Variant("instant", {"draws": 2}),
-    "features of 4 noise draws": Variant("instant", {"draws": 4}),
-    "views from afar (2x)": Variant("instant", {"zoom_out": 2.0}),
     "t 20": Variant("instant", {"timestep": 20}),
     "t 60": Variant("instant", {"timestep": 60}),
     "t 200": Variant("instant", {"timestep": 200}),
-    "the paper's layers": Variant("instant", {"cross_layers": "output.3-7", "self_layers": "output.9-11"}),
-    "all layers": Variant("instant", {"cross_layers": ALL}),
-    "layers by probe": Variant("instant", {"cross_layers": "auto", "self_layers": "auto"}),
+    "the paper's layers": Variant("instant", PAPER_LAYERS),
+    "all layers": Variant("instant", {"read_layers": ALL}),
+    "layers by probe": Variant("instant", {"read_layers": "auto", "propagate_layers": "auto"}),
     "30 iterations": Variant("instant", {"steps": 30}),
     "300 iterations": Variant("instant", {"steps": 300}),
 }
@@ -138,13 +108,12 @@ SEGMENTATION = {
     "flip averaging, 2 draws": Variant("instant", segment={"flip": True, "draws": 2}),
     "2 x 2 crops": Variant("instant", segment={"crops": 2}),
     "zoom": Variant("instant", segment={"zoom": 1}),
-    "no filter": Variant("instant", segment={"refine": "off"}),
+    "no filter": Variant("instant", segment=OFF),
 }
 
 TABLES = {
     "paper-read-out": PAPER_READ_OUT,
     "paper-training": PAPER_TRAINING,
-    "thorough": THOROUGH,
     "default": DEFAULT,
     "segmentation": SEGMENTATION,
 }
@@ -184,7 +153,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=12)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.is_file() else []
+    rows = read_rows(options.json)
     runs = [
         (name, shots, seed, domain)
         for name in options.tables
@@ -202,53 +171,47 @@ def main() -> None:
         measure = refinement_rows if name == "refinement" else variant_rows
         for row in measure(task, name, seed, done, options):
             rows.append(place | row)
-            sys.stdout.write(f"{rows[-1]}\n")
-            sys.stdout.flush()
-            if options.json:
-                options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+            say_row(rows[-1])
+            write_rows(options.json, rows)
     summarise(rows, options.tables)
 
 
-def variant_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Any:
+def variant_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Iterator[Row]:
     """One row for every change; equal trainings are done once."""
-    denoiser = trained(options.checkpoint)
+    backbone, test = trained(options.checkpoint), task.tests["plain"]
     learned: dict[str, tuple[Any, float]] = {}
-    if hasattr(denoiser, "remember"):
-        denoiser.remember(as_tensor(task.tests["plain"].images))
+    remember(backbone, test.images)
     for index, (change, variant) in enumerate(TABLES[table].items()):
         if change in done or (options.only and index and change not in options.only):
             continue
-        key = json.dumps([variant.preset, variant.train, variant.after_instant], sort_keys=True)
+        key = json.dumps([variant.preset, variant.train, variant.constants], sort_keys=True)
         if key not in learned:
             start = time.monotonic()
-            learned[key] = variant.fit(denoiser, task.examples, seed), time.monotonic() - start
+            learned[key] = variant.fit(backbone, task.examples, seed), time.monotonic() - start
         embeddings, learning = learned[key]
-        test = task.tests["plain"]
         start = time.monotonic()
-        found = variant.find(denoiser, embeddings, test.images, seed)
+        found = variant.find(backbone, embeddings, test.images, seed)
         seconds = (time.monotonic() - start) / len(found)
         yield {"change": change, "learning_s": learning, "image_s": seconds} | figures(task, found)
 
 
-def refinement_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Any:
+def refinement_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Iterator[Row]:
     """Edge-aware filters on the same maps."""
-    denoiser, test = trained(options.checkpoint), task.tests["plain"]
-    images = as_tensor(test.images)
+    backbone, images = trained(options.checkpoint), as_tensor(task.tests["plain"].images)
     with torch.inference_mode():
-        embeddings = Variant("instant").fit(denoiser, task.examples, seed)
+        embeddings = Variant("instant").fit(backbone, task.examples, seed)
         # The maps before the filter, on their own grid, come from images shrunk to it.
-        maps = segment(denoiser, images, embeddings, SegmentSettings(seed=seed, refine="off"))[0].probabilities
-        side = images.shape[1] // 8
-        maps = torch.nn.functional.interpolate(maps, size=(side, side), mode="area")
+        maps = segment(backbone, images, embeddings, SegmentSettings(seed=seed, refine="off"))[0].probabilities
+        side = images.shape[1] // backbone.info.cell
+        maps = F.interpolate(maps, size=(side, side), mode="area")
         for change, method in REFINEMENTS.items():
             if change in done:
                 continue
             start = time.monotonic()
             found = torch.cat([method(maps[i : i + 1], images[i : i + 1]) for i in range(len(images))])
             seconds = (time.monotonic() - start) / len(images)
-            yield {"change": change, "learning_s": 0.0, "image_s": seconds} | figures(
-                task, list(found.argmax(1).numpy())
-            )
+            labels = list(found.argmax(1).numpy())
+            yield {"change": change, "learning_s": 0.0, "image_s": seconds} | figures(task, labels)
 
 
 def figures(task: Task, found: Sequence[np.ndarray]) -> dict[str, float]:
@@ -258,17 +221,18 @@ def figures(task: Task, found: Sequence[np.ndarray]) -> dict[str, float]:
     return {"part_miou": scores.part_miou, "miou": scores.miou, "boundary_f": float(np.nanmean(boundary))}
 
 
-def summarise(rows: Sequence[dict[str, Any]], tables: Sequence[str]) -> None:
+def summarise(rows: Sequence[Row], tables: Sequence[str]) -> None:
     for name in tables:
         mine = [row for row in rows if row["table"] == name]
         shots = sorted({row["shots"] for row in mine})
-        head = [f"{n}-shot" for n in shots] + ["boundary F", "learning, s", "an image, s"]
-        sys.stdout.write(f"\n{name}: part mIoU\n\n| change | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}\n")
+        lines = []
         for change in dict.fromkeys(row["change"] for row in mine):
             chosen = [row for row in mine if row["change"] == change]
-            cells = [f"{_mean([row['part_miou'] for row in chosen if row['shots'] == n]):.3f}" for n in shots]
-            cells += [f"{_mean([row[key] for row in chosen]):.3f}" for key in ("boundary_f", "learning_s", "image_s")]
-            sys.stdout.write(f"| {change} | {' | '.join(cells)} |\n")
+            ious = [_mean([row["part_miou"] for row in chosen if row["shots"] == n]) for n in shots]
+            ious += [_mean([row[key] for row in chosen]) for key in ("boundary_f", "learning_s", "image_s")]
+            lines.append([change, *(f"{value:.3f}" for value in ious)])
+        head = ["change", *(f"{n}-shot" for n in shots), "boundary F", "learning, s", "an image, s"]
+        say_table(head, lines, f"{name}: part mIoU")
 
 
 def _mean(values: Sequence[float]) -> float:

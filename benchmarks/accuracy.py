@@ -6,34 +6,32 @@ grid's ceiling, on plain scenes and on stress sets.
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
     python dev.py benchmark accuracy --determinism
 
-Test scenes, teaching examples and training scenes have disjoint seeds (demo/splits.py); ``--split validation`` is what
-defaults were chosen on. With ``--json`` a run that was stopped goes on where it was.
+Test scenes, teaching examples and training scenes have disjoint seeds (testing/splits.py); ``--split validation`` is
+what defaults were chosen on. With ``--json`` a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 
-from demo import scenes
-from demo.server import MODEL
-from slime.attention import resize_maps
-from slime.augment import soft_labels
-from slime.embeddings import default_palette
-from slime.metrics import boundary_f, evaluate, false_area
-from slime.visualize import color_labels
+from slime.images import resize_maps, soft_labels
+from slime.parts.draw import color_labels
+from slime.parts.metrics import boundary_f, evaluate, false_area
+from slime.parts.palette import default_palette
+from testing import scenes
+from testing.server import MODEL
 
-from .methods import LEARNED, Learn, Variant, assignments, make_methods, trained
-from .sources import OFFICIAL_PARTS, OTHER, LabelledImages, Task, as_tensor, folder_task, scene_set, scene_task
+from .methods import MODEL_FREE, Learn, Variant, assignments, make_methods, remember, trained
+from .rows import Row, read_rows, say_table, write_rows
+from .sources import OFFICIAL_PARTS, OTHER, LabelledImages, Task, folder_task, scene_set, scene_task
 
 STRESS = tuple(name for name in scenes.VARIATIONS if name != "plain")
 CEILING = "grid ceiling"  # needs the truth
@@ -49,11 +47,11 @@ DEFAULT_METHODS = (
 )
 GRID_PICTURES = 4
 # Measured on plain scenes alone: rivals that say little elsewhere.
-PLAIN_ONLY = ("feature neighbours", "untrained", "colour neighbours", "mean mask", "all background")
+PLAIN_ONLY = ("feature neighbours", "untrained", *MODEL_FREE)
 
 
 def grid_ceiling(test: LabelledImages, classes: int) -> list[np.ndarray]:
-    """The truth averaged to the latent's grid and brought back bilinearly: what no read-out of that grid can exceed."""
+    """The truth averaged to a latent's cells and brought back bilinearly: no read-out of that grid can exceed it."""
     found = []
     for truth in test.truths:
         height, width = truth.shape
@@ -100,7 +98,7 @@ def main() -> None:
     if options.determinism:
         check_determinism(methods["default"])
         return
-    rows = json.loads(options.json.read_text())["rows"] if options.json and options.json.is_file() else []
+    rows = read_rows(options.json)
     pictures: list[np.ndarray] = []
     for seed in range(options.seeds):
         for shots in options.shots:
@@ -115,16 +113,15 @@ def main() -> None:
                     task = folder_task(options.data, domain, shots, seed, options.split)
                 else:
                     task = scene_task(domain, shots, seed, options.scenes, options.split, options.sets)
-                if any(method in LEARNED for method in wanted):
+                if not set(wanted) <= {*MODEL_FREE, CEILING}:
                     for test in task.tests.values():
-                        trained(options.checkpoint).remember(as_tensor(test.images))
+                        remember(trained(options.checkpoint), test.images)
                 for method in wanted:
                     new, shown = measure(task, method, methods.get(method), shots, seed)
                     rows += new
                     for row in new:
                         report(row)
-                    if options.json:
-                        options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+                    write_rows(options.json, rows)
                     if seed == 0 and shots == options.shots[-1]:
                         pictures += shown if pictures and method != wanted[0] else [*examples_shown(task), *shown]
     if options.picture and pictures:
@@ -134,9 +131,7 @@ def main() -> None:
         smallest_parts(rows)
 
 
-def measure(
-    task: Task, method: str, learn: Learn | None, shots: int, seed: int
-) -> tuple[list[dict[str, Any]], list[np.ndarray]]:
+def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int) -> tuple[list[Row], list[np.ndarray]]:
     """Rows of one method on every test set, and its picture of the first set."""
     classes = len(task.names) + 1
     start = time.monotonic()
@@ -195,31 +190,31 @@ def tinted(task: Task, labels: Sequence[np.ndarray]) -> np.ndarray:
     return np.hstack([color_labels(label, palette) for label in list(labels)[:GRID_PICTURES]])
 
 
-def report(row: dict[str, Any]) -> None:
+def report(row: Row) -> None:
     if row["part_miou"] is None:
         figures = f"false area {row['false_area']:.3f}"
     else:
         figures = f"part mIoU {row['part_miou']:.3f}  mIoU {row['miou']:.3f}  boundary {row['boundary_f']:.3f}"
     parts = "  ".join(f"{name} {value:.2f}" for name, value in row["per_part"].items())
     place = f"{row['domain']:<6} {row['shots']:>2}-shot seed {row['seed']} {row['set']:<13}"
-    sys.stdout.write(f"{row['method']:<18} {place}  {figures}  {row['seconds']:.1f} s   {parts}\n")
+    sys.stdout.write(f"{row['method']:<30} {place}  {figures}  {row['seconds']:.1f} s   {parts}\n")
     sys.stdout.flush()
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> None:
+def summarise(rows: Sequence[Row]) -> None:
     """Markdown tables: mean and spread over seeds, a table for each number of shots and one for each other set."""
     for shots in sorted({row["shots"] for row in rows}):
         chosen = [row for row in rows if row["shots"] == shots and row["set"] == "plain"]
         domains = list(dict.fromkeys(row["domain"] for row in chosen))
         head = [*domains, "mean", "mIoU", "pooled", "boundary F", "learning, s"]
-        table(f"plain scenes, {shots}-shot: part mIoU", head, chosen, lambda mine: plain_cells(mine, domains))  # noqa: B023
+        by_method(f"plain scenes, {shots}-shot: part mIoU", head, chosen, lambda mine: plain_cells(mine, domains))  # noqa: B023
         others = [row for row in rows if row["shots"] == shots]
         names = list(dict.fromkeys(row["set"] for row in others if row["part_miou"] is not None))
         head = [*names, "false area"]
-        table(f"every set, {shots}-shot: part mIoU", head, others, lambda mine: set_cells(mine, names))  # noqa: B023
+        by_method(f"every set, {shots}-shot: part mIoU", head, others, lambda mine: set_cells(mine, names))  # noqa: B023
 
 
-def smallest_parts(rows: Sequence[dict[str, Any]], count: int = 5) -> None:
+def smallest_parts(rows: Sequence[Row], count: int = 5) -> None:
     """IoU of the parts that are smallest in the plain scenes, beside their mean share of the image."""
     areas = {}
     for domain in dict.fromkeys(row["domain"] for row in rows):
@@ -233,22 +228,21 @@ def smallest_parts(rows: Sequence[dict[str, Any]], count: int = 5) -> None:
     for shots in sorted({row["shots"] for row in rows}):
         chosen = [row for row in rows if row["shots"] == shots and row["set"] == "plain"]
 
-        def cells(mine: Sequence[dict[str, Any]]) -> list[str]:
+        def cells(mine: Sequence[Row]) -> list[str]:
             values = [[row["per_part"][part] for row in mine if row["domain"] == domain] for domain, part in smallest]
             means = [float(np.mean(found)) for found in values]
             return [*(f"{mean:.3f}" for mean in means), f"{np.mean(means):.3f}"]
 
-        table(f"the {count} smallest parts, {shots}-shot: IoU", [*head, "mean"], chosen, cells)
+        by_method(f"the {count} smallest parts, {shots}-shot: IoU", [*head, "mean"], chosen, cells)
 
 
-def table(title: str, head: Sequence[str], rows: Sequence[dict[str, Any]], cells: Any) -> None:
-    sys.stdout.write(f"\n{title}\n\n| method | {' | '.join(head)} |\n|{'---|' * (len(head) + 1)}\n")
-    for method in dict.fromkeys(row["method"] for row in rows):
-        line = cells([row for row in rows if row["method"] == method])
-        sys.stdout.write(f"| {method} | {' | '.join(line)} |\n")
+def by_method(title: str, head: Sequence[str], rows: Sequence[Row], cells: Callable[[list[Row]], list[str]]) -> None:
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    lines = ([method, *cells([row for row in rows if row["method"] == method])] for method in methods)
+    say_table(["method", *head], lines, title)
 
 
-def plain_cells(rows: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[str]:
+def plain_cells(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
     values = {domain: [row["part_miou"] for row in rows if row["domain"] == domain] for domain in domains}
     cells = [f"{np.mean(found):.3f} +- {np.std(found):.3f}" for found in values.values()]
     cells.append(f"{np.mean([np.mean(found) for found in values.values()]):.3f}")
@@ -256,7 +250,7 @@ def plain_cells(rows: Sequence[dict[str, Any]], domains: Sequence[str]) -> list[
     return [*cells, f"{np.mean([row['learning_seconds'] for row in rows]):.1f}"]
 
 
-def set_cells(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> list[str]:
+def set_cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
     """Part mIoU on every set, and the share of images without the object that is labelled as a part."""
     found = [[row["part_miou"] for row in rows if row["set"] == name] for name in names]
     false = [row["false_area"] for row in rows if row["set"] == OTHER]

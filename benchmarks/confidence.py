@@ -3,32 +3,31 @@
     python dev.py benchmark confidence [--shots 1 10] [--seeds 3] [--scenes 30] [--dtype bfloat16] [--json FILE]
 
 Calibration: the expected calibration error of the most probable class of every pixel, in ten bins (Guo et al. 2017),
-with the exponent that training found (``ReadOut.sharpen``) and without. Absence: area under the ROC curve of
-:attr:`slime.segment.PartMaps.confidence` between scenes with the object and images of the other domains, and for
+with the exponent that training found (``Propagated.sharpen``) and without. Absence: area under the ROC curve of
+:attr:`slime.PartMaps.confidence` between scenes with the object and images of the other domains, and for
 thresholds of ``min_confidence`` the part mIoU that is left and the labelled area of the others.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from demo import scenes
-from demo.inprocess import load_denoiser
-from demo.server import MODEL
-from slime import PartEmbeddings, segment
-from slime.metrics import evaluate
-from slime.segment import PartMaps
+from slime import PartEmbeddings, PartMaps, segment
+from slime.backbones.base import Backbone
+from slime.parts.metrics import evaluate
+from slime.read_out import Propagated
+from testing import scenes
+from testing.inprocess import load_backbone
+from testing.server import MODEL
 
-from .methods import EncodeOnce, Variant
+from .methods import Variant, encode_once, remember
+from .rows import Row, say_row, say_table, write_rows
 from .sources import OTHER, LabelledImages, Task, as_tensor, scene_task
 
 BINS = 10
@@ -49,20 +48,20 @@ def area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float(above + 0.5 * (positive[:, None] == negative[None]).mean())
 
 
-def look(denoiser: Any, test: LabelledImages, embeddings: PartEmbeddings) -> PartMaps:
+def look(backbone: Backbone, test: LabelledImages, embeddings: PartEmbeddings) -> PartMaps:
     with torch.inference_mode():
-        return segment(denoiser, as_tensor(test.images), embeddings)[0]
+        return segment(backbone, as_tensor(test.images), embeddings)[0]
 
 
-def figures(denoiser: Any, task: Task, seed: int) -> dict[str, float]:
+def figures(backbone: Backbone, task: Task, seed: int) -> dict[str, float]:
     """All figures of one set of examples."""
-    embeddings = Variant("instant").fit(denoiser, task.examples, seed)
+    embeddings = Variant("instant").fit(backbone, task.examples, seed)
     here, other = task.tests["plain"], task.tests[OTHER]
     truth, classes = np.stack(here.truths), len(task.names) + 1
-    raw = replace(embeddings, read_out=replace(embeddings.read_out, sharpen=1.0))
-    found, foreign = look(denoiser, here, embeddings), look(denoiser, other, embeddings)
+    raw = replace(embeddings, read_out=Propagated())
+    found, foreign = look(backbone, here, embeddings), look(backbone, other, embeddings)
     row = {"auc": area_under_roc(found.confidence.numpy(), foreign.confidence.numpy())}
-    for name, maps in (("calibration_error", found), ("uncalibrated_error", look(denoiser, here, raw))):
+    for name, maps in (("calibration_error", found), ("uncalibrated_error", look(backbone, here, raw))):
         best = maps.probabilities.max(1)
         row[name] = calibration_error(best.values.numpy().ravel(), (best.indices.numpy() == truth).ravel())
     for threshold in (0.0, *THRESHOLDS):
@@ -83,39 +82,37 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    denoiser = EncodeOnce(load_denoiser(options.checkpoint, dtype), {})
-    rows: list[dict[str, Any]] = []
+    backbone = encode_once(load_backbone(options.checkpoint, dtype), {})
+    rows: list[Row] = []
     for shots in options.shots:
         for domain in scenes.DOMAINS:
             for seed in range(options.seeds):
                 task = scene_task(domain, shots, seed, options.scenes, options.split, ("plain", OTHER))
                 for test in task.tests.values():
-                    denoiser.remember(as_tensor(test.images))
+                    remember(backbone, test.images)
                 place = {"shots": shots, "domain": domain, "seed": seed}
-                rows.append(place | figures(denoiser, task, seed))
-                sys.stdout.write(f"{rows[-1]}\n")
-                sys.stdout.flush()
-                if options.json:
-                    options.json.write_text(json.dumps({"rows": rows}, indent=1), encoding="utf-8")
+                rows.append(place | figures(backbone, task, seed))
+                say_row(rows[-1])
+                write_rows(options.json, rows)
     summarise(rows)
 
 
-def summarise(rows: Sequence[dict[str, Any]]) -> None:
+def summarise(rows: Sequence[Row]) -> None:
     """Tables of means over domains and seeds."""
 
-    def mean(shots: int, key: str) -> float:
-        return float(np.mean([row[key] for row in rows if row["shots"] == shots]))
+    def means(shots: int, *keys: str) -> list[str]:
+        return [f"{np.mean([row[key] for row in rows if row['shots'] == shots]):.3f}" for key in keys]
 
     every = sorted({row["shots"] for row in rows})
-    sys.stdout.write("\n| shots | ECE | ECE without the exponent | AUC of absence |\n|---|---|---|---|\n")
-    for shots in every:
-        cells = [f"{mean(shots, key):.3f}" for key in ("calibration_error", "uncalibrated_error", "auc")]
-        sys.stdout.write(f"| {shots} | {' | '.join(cells)} |\n")
-    sys.stdout.write("\n| shots | min_confidence | part mIoU | false area |\n|---|---|---|---|\n")
-    for shots in every:
-        for threshold in (0.0, *THRESHOLDS):
-            cells = [f"{mean(shots, f'{key}_{threshold}'):.3f}" for key in ("part_miou", "false_area")]
-            sys.stdout.write(f"| {shots} | {threshold or 'off'} | {' | '.join(cells)} |\n")
+    errors = ("calibration_error", "uncalibrated_error", "auc")
+    head = ["shots", "ECE", "ECE without the exponent", "AUC of absence"]
+    say_table(head, ([str(shots), *means(shots, *errors)] for shots in every))
+    lines = [
+        [str(shots), str(threshold or "off"), *means(shots, f"part_miou_{threshold}", f"false_area_{threshold}")]
+        for shots in every
+        for threshold in (0.0, *THRESHOLDS)
+    ]
+    say_table(["shots", "min_confidence", "part mIoU", "false area"], lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import functools
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,35 +16,36 @@ from typing import Any
 import numpy as np
 import torch
 
-from demo.baselines import color_neighbours, mean_mask
-from demo.inprocess import load_denoiser
-from demo.untrained import write_untrained
-from slime import PartEmbeddings, SegmentSettings, preset, segment, train
-from slime.augment import resize_image, working_size
-from slime.examples import Example
+from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
+from slime.backbones.base import Backbone
+from slime.images import resize_image, working_size
+from slime.read_out import Official, Propagated
+from slime.training import gradient
+from testing.baselines import color_neighbours, mean_mask
+from testing.inprocess import load_backbone
+from testing.tiny.untrained import write_untrained
 
+from .official_steps import label_maps
 from .rivals import feature_neighbours
 from .sources import as_tensor
 
-LEARNED = (
-    "default",
-    "default + zoom",
-    "default + absence",
-    "default + best",
-    "thorough",
-    "paper",
-    "untrained",
-    "feature neighbours",
-)
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
+MODEL_FREE = ("colour neighbours", "mean mask", "all background")
 Learn = Callable[[Sequence[Example], int], Predict]
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A preset with changes: of training, of the learned embeddings, of their read-out, and of segmentation.
+    """A preset with changes: of training, of the learned embeddings, of how they are read, and of segmentation.
 
-    With ``after_instant`` a trainer through the UNet starts from rows of the instant trainer on the same prompt.
+    Attributes:
+        preset: its name.
+        train: settings.
+        embeddings: fields of the embeddings.
+        read_out: fields of :class:`slime.read_out.Propagated`, which then reads any embeddings.
+        segment: settings.
+        constants: values of constants of :mod:`slime.training.gradient` while training.
+        official: changes of the official read-out's steps, see :func:`.official_steps.label_maps`; None for none.
     """
 
     preset: str
@@ -51,57 +53,64 @@ class Variant:
     embeddings: dict[str, Any] = field(default_factory=dict)
     read_out: dict[str, Any] = field(default_factory=dict)
     segment: dict[str, Any] = field(default_factory=dict)
-    after_instant: bool = False
+    constants: dict[str, float] = field(default_factory=dict)
+    official: dict[str, Any] | None = None
 
-    def fit(self, denoiser: Any, examples: Sequence[Example], seed: int) -> PartEmbeddings:
-        settings = preset(self.preset, denoiser.family, seed=seed, **self.train)
-        start = None
-        with torch.inference_mode():
-            if self.after_instant:
-                prompt = " ".join(["part"] * (len(examples[0].names) + 1))
-                quick = preset("instant", denoiser.family, seed=seed, row_groups="shared", prompt=prompt)
-                start = dataclasses.replace(train(denoiser, examples, quick), mode="context")
-            return train(denoiser, examples, settings, start=start)
+    def fit(self, backbone: Backbone, examples: Sequence[Example], seed: int) -> PartEmbeddings:
+        settings = preset(self.preset, backbone.info, **({"seed": seed} | self.train))
+        with constants(self.constants), torch.inference_mode():
+            return train(backbone, examples, settings)
 
-    def find(self, denoiser: Any, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
-        read_out = dataclasses.replace(embeddings.read_out, **self.read_out)
+    def find(self, backbone: Backbone, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
+        read_out = embeddings.read_out
+        if self.read_out:
+            known = read_out if isinstance(read_out, Propagated) else Propagated()
+            read_out = dataclasses.replace(known, **self.read_out)
         changed = dataclasses.replace(embeddings, read_out=read_out, **self.embeddings)
-        plain = {"refine": "off"} if read_out.official else {}
+        plain = {"refine": "off"} if isinstance(read_out, Official) else {}
         settings = SegmentSettings(**({"seed": seed} | plain | self.segment))
         with torch.inference_mode():
-            return list(segment(denoiser, as_tensor(images), changed, settings)[0].label_map.numpy())
+            if self.official is not None:
+                return list(label_maps(backbone, as_tensor(images), changed, settings, **self.official).numpy())
+            return list(segment(backbone, as_tensor(images), changed, settings)[0].label_map.numpy())
+
+
+@contextmanager
+def constants(values: Mapping[str, float]) -> Iterator[None]:
+    """Other values for constants of the paper's loss."""
+    kept = {name: getattr(gradient, name) for name in values}
+    vars(gradient).update(values)
+    try:
+        yield
+    finally:
+        vars(gradient).update(kept)
 
 
 class EncodeOnce:
-    """A denoiser that keeps the latents of the test images, which serve every method and every seed.
+    """A backbone's ``encode_images`` that keeps the latents of the test images, which serve every method and seed.
 
     Nothing else is kept, so that learning is timed with its encoding and segmentation without.
     """
 
-    def __init__(self, denoiser: Any, latents: dict[bytes, torch.Tensor]) -> None:
-        self._denoiser, self._latents = denoiser, latents
+    def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], latents: dict[bytes, torch.Tensor]) -> None:
+        self._encode, self._latents = encode, latents
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
-
-    def encode_images(self, images: torch.Tensor) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, keep: bool = False) -> torch.Tensor:
         found = []
         for image in images:
             key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
-            if key not in self._latents:
-                found.append(self._denoiser.encode_images(image[None]))
-            else:
-                found.append(self._latents[key])
+            found.append(self._latents[key] if key in self._latents else self._encode(image[None]))
+            if keep:
+                self._latents[key] = found[-1]
         return torch.cat(found)
 
-    @torch.inference_mode()
-    def remember(self, images: torch.Tensor) -> None:
-        """Encode images [B, H, W, 3] as segmentation will, and keep their latents."""
-        size = working_size(images.shape[1], images.shape[2], self._denoiser.family.working_side)
-        for image in resize_image(images, size):
-            key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
-            if key not in self._latents:
-                self._latents[key] = self._denoiser.encode_images(image[None])
+
+@torch.inference_mode()
+def remember(backbone: Backbone, images: np.ndarray) -> None:
+    """Encode images as segmentation will, and keep their latents, where the backbone encodes but once."""
+    if isinstance(backbone.encode_images, EncodeOnce):
+        size = working_size(images.shape[1], images.shape[2], backbone.info.side, backbone.info.multiple)
+        backbone.encode_images(resize_image(as_tensor(images), size).to(backbone.device), keep=True)
 
 
 @functools.cache
@@ -110,34 +119,39 @@ def latents_of(checkpoint: Path) -> dict[bytes, torch.Tensor]:
     return {}
 
 
+def encode_once(backbone: Any, latents: dict[bytes, torch.Tensor]) -> Any:
+    backbone.encode_images = EncodeOnce(backbone.encode_images, latents)
+    return backbone
+
+
 @functools.cache
 def trained(checkpoint: Path) -> Any:
     """A checkpoint file through ComfyUI's loader, or a folder through diffusers."""
-    denoiser = load_pipeline(checkpoint) if checkpoint.is_dir() else load_denoiser(checkpoint)
-    return EncodeOnce(denoiser, latents_of(checkpoint))
+    backbone = load_pipeline(checkpoint) if checkpoint.is_dir() else load_backbone(checkpoint)
+    return encode_once(backbone, latents_of(checkpoint))
 
 
 def load_pipeline(folder: Path) -> Any:
     """A diffusers pipeline's folder, on the GPU where there is one."""
     from diffusers import DiffusionPipeline
 
-    from slime.backends.diffusers import DiffusersDenoiser
+    from slime.backbones.diffusers import DiffusersUNet
 
     pipeline = DiffusionPipeline.from_pretrained(folder)
-    return DiffusersDenoiser.from_pipeline(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
+    return DiffusersUNet.from_pipeline(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 @functools.cache
 def untrained(checkpoint: Path) -> Any:
     """The same with a UNet as it was before training."""
     raw = write_untrained(checkpoint, Path(tempfile.mkdtemp()) / "untrained.safetensors")
-    return EncodeOnce(load_denoiser(raw), latents_of(checkpoint))
+    return encode_once(load_backbone(raw), latents_of(checkpoint))
 
 
-def learned(get_denoiser: Callable[[], Any], variant: Variant) -> Learn:
+def learned(get_backbone: Callable[[], Any], variant: Variant) -> Learn:
     def learn(examples: Sequence[Example], seed: int) -> Predict:
-        embeddings = variant.fit(get_denoiser(), examples, seed)
-        return lambda images: variant.find(get_denoiser(), embeddings, images, seed)
+        embeddings = variant.fit(get_backbone(), examples, seed)
+        return lambda images: variant.find(get_backbone(), embeddings, images, seed)
 
     return learn
 
@@ -146,16 +160,17 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
     """Methods by name; ``changes`` apply to the learned ones."""
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
 
-    def variant(name: str, **segment_changes: Any) -> Variant:
-        return dataclasses.replace(changes, preset=name, segment=changes.segment | segment_changes)
+    def variant(name: str, official: dict[str, Any] | None = None, **segment_changes: Any) -> Variant:
+        segment = changes.segment | segment_changes
+        return dataclasses.replace(changes, preset=name, segment=segment, official=official)
 
     return {
         "default": learned(ours, variant("instant")),
         "default + zoom": learned(ours, variant("instant", zoom=1)),
         "default + absence": learned(ours, variant("instant", min_confidence=0.8)),
         "default + best": learned(ours, variant("instant", flip=True, draws=2, refine="best")),
-        "thorough": learned(ours, variant("thorough")),
         "paper": learned(ours, variant("paper")),
+        "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False})),
         "untrained": learned(raw, variant("instant")),
         "feature neighbours": lambda examples, seed: (
             lambda images: feature_neighbours(ours(), examples, as_tensor(images), seed=seed)

@@ -48,7 +48,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 POOLED = {FULL_WIDTH: 1280}  # width of SDXL's pooled text; narrow models take 32
-VAE = {
+VAE: dict[str, Any] = {
     "double_z": True,
     "z_channels": 4,
     "resolution": 256,
@@ -115,9 +115,9 @@ def comfy_patcher(
         return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def random_denoiser(layout: str, width: int = FULL_WIDTH, dtype: torch.dtype = torch.float32) -> Any:
+def random_backbone(layout: str, width: int = FULL_WIDTH, dtype: torch.dtype = torch.float32) -> Any:
     """A full-size random UNet and VAE behind the extension's adapter; the text encoder gives random rows."""
-    from demo.inprocess import NAME, import_comfyui, load_extension
+    from testing.inprocess import NAME, import_comfyui, load_extension
 
     import_comfyui()
     load_extension()
@@ -136,5 +136,5 @@ def random_denoiser(layout: str, width: int = FULL_WIDTH, dtype: torch.dtype = t
     rows = torch.randn(1, 77, config["context_dim"], generator=generator) * 0.3
     pooled = torch.randn(1, POOLED.get(width, 32), generator=generator)
     clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda tokens, return_pooled: (rows, pooled))
-    adapter = importlib.import_module(f"{NAME}.nodes.comfy_denoiser")
-    return adapter.ComfyDenoiser(patcher, vae, clip)
+    adapter = importlib.import_module(f"{NAME}.nodes.comfy_unet")
+    return adapter.ComfyUNet(patcher, vae, clip)

@@ -17,20 +17,21 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from slime.denoiser import Attention, Capture, Context, add_noise
-from slime.layers import LayerChoice, select_layers
-from slime.losses import class_weights
-from slime.passes import crop_boxes
+from slime.backbones.attention import Attention
+from slime.backbones.layers import LayerChoice, select_layers
+from slime.backbones.sd_unet import PAPER_CROSS, PAPER_SELF
+from slime.backbones.text import Capture, Context, TextConditioned, add_noise
+from slime.reading.look import crop_boxes
+from slime.training.losses import class_weights
 
-PAPER_CROSS, PAPER_SELF = "output.3-5, output.6-7", "output.9-11"
 TEST_TIMESTEP, TRAIN_TIMESTEPS = 100, (5, 100)
 CROP = 400 / 512  # side of a crop, relative to the image's
 
 
 @contextmanager
-def dense_attention(denoiser: Any) -> Iterator[None]:
+def dense_attention(backbone: TextConditioned) -> Iterator[None]:
     """Let ComfyUI's UNet form its attention matrices, as the official processors do."""
-    module = sys.modules[type(denoiser).__module__]
+    module: Any = sys.modules[type(backbone).__module__]
     fused = getattr(module, "attention_pytorch", None)
     if fused is None:  # another host than ComfyUI
         yield
@@ -54,17 +55,17 @@ class Step(NamedTuple):
 class Reference:
     """The official training of rows for one image, ``crops`` x ``crops`` crops at inference."""
 
-    def __init__(self, denoiser: Any, parts: int, crops: int = 1, side: int | None = None) -> None:
-        self.denoiser, self.parts, self.crops = denoiser, parts, crops
-        self.side = side or denoiser.family.working_side
-        self.output = self.side // 8  # side of the maps, the finest self-attention's: 64 at 512 pixels
+    def __init__(self, backbone: TextConditioned, parts: int, crops: int = 1) -> None:
+        self.backbone, self.parts, self.crops = backbone, parts, crops
+        self.side = backbone.info.side
+        self.output = self.side // backbone.info.cell  # side of the maps, the finest self-attention's: 64 at 512 pixels
         self.layers = LayerChoice(
-            select_layers(PAPER_CROSS, denoiser.layers), select_layers(PAPER_SELF, denoiser.layers)
+            select_layers(PAPER_CROSS, backbone.layers), select_layers(PAPER_SELF, backbone.layers)
         )
-        context = denoiser.encode_prompt(" ".join(["part"] * (parts + 1)))
+        context = backbone.encode_prompt(" ".join(["part"] * (parts + 1)))
         self.pooled = context.pooled
-        self.base = context.rows.to(denoiser.device).clone()
-        self.empty = denoiser.encode_prompt("").rows.to(denoiser.device).clone()
+        self.base = context.rows.to(backbone.device).clone()
+        self.empty = backbone.encode_prompt("").rows.to(backbone.device).clone()
         self.rows = self.base[1 : parts + 1].clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.rows], lr=0.1)
         self.generator = torch.Generator().manual_seed(0)
@@ -78,7 +79,7 @@ class Reference:
         """One training step on an image [1, H, W, 3] with a label map [h, w] of the official maps' size."""
         low, high = TRAIN_TIMESTEPS
         timestep = int(torch.randint(low, high + 1, [1], generator=self.generator))
-        labels = labels.to(self.denoiser.device)
+        labels = labels.to(self.backbone.device)
         prediction, noise, cross, self_ = self._pass(image, timestep, probabilities=False)
         one_hot = F.one_hot(labels, self.parts + 1).movedim(-1, 0)[None].float()
         weights = class_weights(one_hot)
@@ -103,7 +104,7 @@ class Reference:
         """Label map [side / 8, side / 8] by the official read-out."""
         height, width = image.shape[1:3]
         output = self.output
-        total = torch.zeros(self.parts + 1, output, output, device=self.denoiser.device)
+        total = torch.zeros(self.parts + 1, output, output, device=self.backbone.device)
         seen = torch.full_like(total, 1e-7)
         overlap = 2 - 1 / CROP
         for top, left, h, w in crop_boxes(height, width, self.crops, overlap):
@@ -126,16 +127,18 @@ class Reference:
 
     def _pass(self, image: Tensor, timestep: int, probabilities: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Guided prediction, noise, class maps [K, h, w] and dense self-attention [N, h, w]."""
-        denoiser, size = self.denoiser, (self.side, self.side)
-        pixels = F.interpolate(image.movedim(-1, 1), size=size, mode="bilinear").movedim(1, -1)
+        backbone = self.backbone
+        pixels = F.interpolate(image.movedim(-1, 1), size=self.side, mode="bilinear").movedim(1, -1)
         with torch.inference_mode():
-            encoded = denoiser.encode_images(pixels)
+            encoded = backbone.encode_images(pixels)
         latents = encoded.clone()
         noise = torch.randn(latents.shape, generator=self.generator).to(latents)
-        noisy = add_noise(denoiser, latents, noise, timestep)
+        noisy = add_noise(backbone, latents, noise, timestep)
         capture = Capture(self.layers)
-        with dense_attention(denoiser):
-            both = denoiser.predict_noise(noisy.repeat(2, 1, 1, 1), timestep, self.context(), capture, size)
+        with dense_attention(backbone):
+            both = backbone.predict_noise(noisy.repeat(2, 1, 1, 1), timestep, self.context(), capture)
+        if both is None:
+            raise RuntimeError("a pass that nothing ends early gave no prediction")
         # The official hooks make dense maps of both halves of the cross-attention, and of one of the self-attention.
         cross = [_dense_cross(a, self.parts + 1, probabilities, self.output) for a in capture.cross.values()]
         dense = torch.stack([_dense_self(a, self.output) for a in capture.self_.values()]).mean(0)

@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from demo import scenes, splits
-from slime.errors import SlimeError
-from slime.examples import Example
+from slime import Example, SlimeError
+from testing import scenes, splits
 
 # Label ids of the official data sets; 0 is the background.
 OFFICIAL_PARTS = {**scenes.PARTS, "celeba": scenes.PARTS["face"]}
@@ -47,7 +46,7 @@ OTHER = "other objects"  # images of the other domains: every part is absent
 def scene_task(domain: str, shots: int, seed: int, count: int, split: str, sets: Sequence[str] = ("plain",)) -> Task:
     """Rendered scenes; every seed has teaching examples of its own, the test scenes stay.
 
-    ``count`` plain scenes, half as many of every other set: the stress sets of ``demo.scenes.VARIATIONS``, and
+    ``count`` plain scenes, half as many of every other set: the stress sets of ``testing.scenes.VARIATIONS``, and
     ``OTHER``.
     """
     teach = splits.VALIDATION_TEACH if split == "validation" else splits.TEACH

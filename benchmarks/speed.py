@@ -13,7 +13,6 @@ tensors, counted operation by operation in a run of its own.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -28,16 +27,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from demo import splits
-from demo.inprocess import load_denoiser
-from demo.server import MODEL
-from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
-from slime.denoiser import Context
-from slime.metrics import evaluate
+from slime import Example, PartEmbeddings, SegmentSettings, StepReport, preset, segment, train
+from slime.backbones.text import Context, TextConditioned
+from slime.parts.metrics import evaluate
+from slime.train import Settings
+from testing import splits
+from testing.inprocess import load_backbone
+from testing.server import MODEL
 
 from .live_bytes import LiveBytes
-from .random_models import LAYOUTS, random_denoiser
+from .random_models import LAYOUTS, random_backbone
 from .reference import Reference, dense_attention
+from .rows import Row, say_row, say_table, write_rows
 from .sources import as_tensor, scene_set
 
 TASKS = ("step", "memory", "iou", "training", "segment", "parts", "examples", "side", "batch", "files", "import")
@@ -45,7 +46,7 @@ PAPER_STEPS = 200
 IOU_STEPS = 100  # a trainer that has not reached the training IoU by then is stopped
 TRAINING_IOU = 0.5
 IMPORT = """
-import time, torch, demo.inprocess as inprocess
+import time, torch, testing.inprocess as inprocess
 inprocess.import_comfyui()
 import nodes, comfy_api.latest
 start = time.perf_counter()
@@ -55,20 +56,21 @@ print(time.perf_counter() - start, torch.cuda.is_initialized())
 
 
 class Bench:
-    """One model, its denoiser, the float32 one that the reference runs on, and the rows measured on them."""
+    """One model, its backbone, the float32 one that the reference runs on, and the rows measured on them."""
 
     def __init__(
         self,
         name: str,
-        denoiser: Any,
-        official: Any,
+        backbone: TextConditioned,
+        official: TextConditioned,
         repeats: int,
-        report: Callable[[dict[str, Any]], None],
+        report: Callable[[Row], None],
         crops: int,
     ) -> None:
-        self.name, self.denoiser, self.official = name, denoiser, official
+        self.name, self.backbone, self.official = name, backbone, official
         self.repeats, self.report, self.crops = repeats, report, crops
-        self.side = denoiser.family.working_side
+        self.side = backbone.info.side
+        self.cells = self.side // backbone.info.cell
         self.example = splits.example("car", splits.TEACH)
         self.images = as_tensor(scene_set("car", "plain", 64, "test").images)
 
@@ -91,28 +93,26 @@ class Bench:
     def encode(self, count: int = 1) -> float:
         pixels = torch.rand(count, self.side, self.side, 3)
         with torch.inference_mode():
-            return self.time(lambda: self.denoiser.encode_images(pixels))
+            return self.time(lambda: self.backbone.encode_images(pixels))
 
-    def forward(self, denoiser: Any = None) -> float:
+    def forward(self, backbone: TextConditioned | None = None) -> float:
         """Seconds of a bare UNet forward, without capture, of the working size."""
-        denoiser = denoiser or self.denoiser
-        latents, context = self.latents(1), denoiser.encode_prompt("")
-        size = (self.side, self.side)
+        backbone = backbone or self.backbone
+        latents, context = self.latents(1), backbone.encode_prompt("")
         with torch.inference_mode():
-            return self.time(lambda: denoiser.predict_noise(latents, 100, context, None, size))
+            return self.time(lambda: backbone.predict_noise(latents, 100, context, None))
 
     def forward_backward(self) -> list[float]:
         """Seconds of some of the bare UNet's forwards and backwards to its context, batch 1."""
-        with self.denoiser.differentiable(False):
+        with self.backbone.differentiable(False):
             latents = self.latents(1).clone()
-            rows = self.denoiser.encode_prompt("")
-            learned = rows.rows.to(self.denoiser.device).clone().requires_grad_(True)
+            rows = self.backbone.encode_prompt("")
+            learned = rows.rows.to(self.backbone.device).clone().requires_grad_(True)
 
             def step() -> None:
-                context = Context(learned, rows.pooled)
-                self.denoiser.predict_noise(
-                    latents, 50, context, None, (self.side, self.side)
-                ).square().mean().backward()
+                predicted = self.backbone.predict_noise(latents, 50, Context(learned, rows.pooled), None)
+                if predicted is not None:
+                    predicted.square().mean().backward()
 
             step()
             return [self.measure(step, once=True).seconds for _ in range(max(self.repeats, 3))]
@@ -120,11 +120,10 @@ class Bench:
     def grid_labels(self) -> Tensor:
         """The example's label map on the latent grid, as the official code takes it."""
         labels = self.example.labels[None, None].float()
-        return torch.nn.functional.interpolate(labels, (self.side // 8, self.side // 8))[0, 0].long()
+        return torch.nn.functional.interpolate(labels, (self.cells, self.cells))[0, 0].long()
 
     def latents(self, count: int) -> Tensor:
-        cells = self.side // 8
-        return torch.randn(count, 4, cells, cells, device=self.denoiser.device)
+        return torch.randn(count, 4, self.cells, self.cells, device=self.backbone.device)
 
     # ----------------------------------------------------------------------------------------------------- tasks
 
@@ -147,6 +146,7 @@ class Bench:
                     "forwards": measured.seconds / dense,
                 }
             )
+        rivals: list[tuple[str, Measured | None]]
         rivals = [(f", reference with {crops} x {crops} crops", one) for crops, one in references.items()]
         for beside, rival in rivals or [("", None)]:
             self.row(f"training step{beside}", "paper", loop, rival, bound)
@@ -172,25 +172,24 @@ class Bench:
         """Preparing a view, and a step of ours with all that a training does, in a training whose every step has a view
         of its own."""
         count = 10 * max(self.repeats, 1)
-        settings = preset(name, self.denoiser.family, views=count, steps=count, **changes)
+        settings = preset(name, self.backbone.info, views=count, steps=count, **changes)
         times: dict[str, list[float]] = {"features": [], "train": []}
 
-        def clock(report: Any) -> None:
+        def clock(report: StepReport) -> None:
             synchronize()
             times[report.stage].append(time.perf_counter())
 
         start = time.perf_counter()
         with torch.inference_mode():
-            train(self.denoiser, [self.example], settings, on_step=clock)
+            train(self.backbone, [self.example], settings, on_step=clock)
         prepared, first, last = times["features"][-1], times["train"][0], times["train"][-1]
         return Measured((prepared - start) / count), Measured((last - first) / (count - 1))
 
     def memory(self) -> None:
         """Peak bytes of a training step beyond the weights."""
-        one = {"views": 1, "steps": 1}
         reference = self.reference_bytes()
-        for name, changes in (("", {}), (", checkpointing", {"checkpointing": True})):
-            settings = preset("paper", self.denoiser.family, **one, **changes)
+        for name, checkpointing in (("", False), (", checkpointing", True)):
+            settings = preset("paper", views=1, steps=1, checkpointing=checkpointing)
             with memory() as used:
                 self.learn(settings)
             held = {"ours_bytes": used.bytes, "reference_bytes": reference, "weights_bytes": self.weights()}
@@ -208,20 +207,19 @@ class Bench:
 
     def weights(self) -> int:
         """Bytes of the UNet's weights, as ComfyUI counts them."""
-        patcher = getattr(self.denoiser, "model", None)
+        patcher = getattr(self.backbone, "model", None)
         return int(patcher.model_size()) if patcher is not None else 0
 
     def iou(self) -> None:
         """Seconds until the example itself is segmented with a mean IoU of TRAINING_IOU."""
         classes, truth = len(self.example.names) + 1, self.example.labels.numpy()
-        for name in ("instant", "thorough", "paper"):
-            clock = _IouClock(self.denoiser, self.example)
-            settings = preset(name, self.denoiser.family)
-            if name != "instant":
-                settings = preset(name, self.denoiser.family, steps=IOU_STEPS, views=IOU_STEPS)
+        several = {"instant": {}, "paper": {"steps": IOU_STEPS, "views": IOU_STEPS}}
+        for name, changes in several.items():
+            clock = _IouClock(self.backbone, self.example)
+            settings = preset(name, self.backbone.info, **changes)
             with torch.inference_mode(), suppress(_Reached):
                 clock.start()
-                train(self.denoiser, [self.example], settings, on_step=clock)
+                train(self.backbone, [self.example], settings, on_step=clock)
             self.report({"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": name} | clock.result())
         labels, best, start = self.grid_labels(), 0.0, time.perf_counter()
         seconds = None
@@ -244,17 +242,17 @@ class Bench:
         """Whole trainings. The reference's is its measured step times the paper's 200."""
         whole = Measured(self.reference(1).seconds * PAPER_STEPS) if self.crops else None
         for name, changes in (("instant", {}), ("instant, 16 views", {"views": 16}))[0 if self.repeats else 1 :]:
-            settings = preset("instant", self.denoiser.family, **changes)
+            settings = preset("instant", self.backbone.info, **changes)
             ours = self.measure(lambda: self.learn(settings), once=True)  # noqa: B023
             bound = settings.views * (self.encode() + self.forward())
             self.row("training", name, ours, whole, bound)
 
-    def learn(self, settings: Any, examples: Sequence[Example] | None = None) -> PartEmbeddings:
+    def learn(self, settings: Settings, examples: Sequence[Example] | None = None) -> PartEmbeddings:
         with torch.inference_mode():
-            return train(self.denoiser, examples or [self.example], settings)
+            return train(self.backbone, examples or [self.example], settings)
 
     def quick_embeddings(self, examples: Sequence[Example] | None = None) -> PartEmbeddings:
-        return self.learn(preset("instant", self.denoiser.family, views=2, steps=5), examples)
+        return self.learn(preset("instant", self.backbone.info, views=2, steps=5), examples)
 
     def segment(self) -> None:
         """Segmenting 1, 8 and 64 images; profile of one."""
@@ -276,9 +274,13 @@ class Bench:
             {"model": self.name, "task": "profile of one segmentation", "preset": "default", "shares_s": shares}
         )
 
-    def find(self, embeddings: Any, images: Tensor, **changes: Any) -> Any:
+    def find(
+        self, embeddings: PartEmbeddings | Sequence[PartEmbeddings], images: Tensor, batch_size: int = 0
+    ) -> list[Tensor]:
+        """Label maps: full-size pixels are made when they are asked for."""
         with torch.inference_mode():
-            return segment(self.denoiser, images, embeddings, SegmentSettings(**changes))
+            found = segment(self.backbone, images, embeddings, SegmentSettings(batch_size=batch_size))
+            return [maps.label_map for maps in found]
 
     def files(self) -> None:
         """Reading 8 embeddings of one image against reading one: read-outs only, no further pass."""
@@ -292,7 +294,7 @@ class Bench:
         for count in (1, 4, 16, 32):
             stripes = torch.arange(256).div(256 / (count + 1), rounding_mode="floor").expand(256, 256)
             example = Example.from_label_map(self.example.image, stripes, [f"part {i}" for i in range(count)])
-            settings = preset("instant", self.denoiser.family, views=4, steps=20)
+            settings = preset("instant", self.backbone.info, views=4, steps=20)
             ours = self.measure(partial(self.learn, settings, [example]), once=True, count=True)
             self.row(f"learn {count} parts, 4 views", "instant", ours, None, 4 * (self.encode() + self.forward()))
             embeddings = self.quick_embeddings([example])
@@ -302,7 +304,7 @@ class Bench:
     def examples(self) -> None:
         for count in (1, 5, 10):
             examples = [splits.example("car", splits.TEACH + i) for i in range(count)]
-            settings = preset("instant", self.denoiser.family, views=20, steps=20)
+            settings = preset("instant", self.backbone.info, views=20, steps=20)
             ours = self.measure(partial(self.learn, settings, examples), once=True, count=True)
             self.row(
                 f"learn from {count} examples, 20 views", "instant", ours, None, 20 * (self.encode() + self.forward())
@@ -368,19 +370,23 @@ class _Reached(Exception):  # noqa: N818  a signal
 class _IouClock:
     """Stops a training when its example is segmented well; its own looking does not count as time."""
 
-    def __init__(self, denoiser: Any, example: Example) -> None:
-        self.denoiser, self.example, self.best, self.seconds = denoiser, example, 0.0, None
+    def __init__(self, backbone: TextConditioned, example: Example) -> None:
+        self.backbone, self.example, self.best = backbone, example, 0.0
+        self.seconds: float | None = None
 
     def start(self) -> None:
         self.spent, self.since = 0.0, time.perf_counter()
 
-    def __call__(self, report: Any) -> None:
+    def __call__(self, report: StepReport) -> None:
         if report.stage != "done" and (report.stage != "train" or report.step % 10):
+            return
+        embeddings = report.embeddings()
+        if embeddings is None:
             return
         synchronize()
         self.spent += time.perf_counter() - self.since
         with torch.inference_mode(), torch.no_grad():
-            maps = segment(self.denoiser, self.example.image[None], report.embeddings(), SegmentSettings())[0]
+            maps = segment(self.backbone, self.example.image[None], embeddings)[0]
         found, truth = maps.label_map[0].numpy(), self.example.labels.numpy()
         self.best = max(self.best, evaluate([found], [truth], len(self.example.names) + 1).miou)
         if self.best >= TRAINING_IOU:
@@ -412,10 +418,10 @@ def memory() -> Iterator[Measured]:
         used.bytes = living.peak
 
 
-def make_denoiser(name: str, dtype: torch.dtype) -> Any:
+def make_backbone(name: str, dtype: torch.dtype) -> Any:
     if name in LAYOUTS:
-        return random_denoiser(name, dtype=dtype)
-    return load_denoiser(MODEL if name == "tiny" else Path(name), dtype)
+        return random_backbone(name, dtype=dtype)
+    return load_backbone(MODEL if name == "tiny" else Path(name), dtype)
 
 
 def main() -> None:
@@ -441,39 +447,44 @@ def main() -> None:
             ["step", "memory", "iou", "training", "segment", "files", "import"],
         )
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}"
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
 
-    def report(row: dict[str, Any]) -> None:
+    def report(row: Row) -> None:
         rows.append(row)
-        sys.stdout.write(f"{json.dumps(row)}\n")
-        sys.stdout.flush()
-        if options.json:
-            options.json.write_text(json.dumps({"device": device, "rows": rows}, indent=1), encoding="utf-8")
+        say_row(row)
+        write_rows(options.json, rows, device=device)
 
     for name in options.models:
-        denoiser = make_denoiser(name, getattr(torch, options.dtype))
+        backbone = make_backbone(name, getattr(torch, options.dtype))
         half = options.dtype != "float32"
-        official = make_denoiser(name, torch.float32) if half and options.crops else denoiser
+        official = make_backbone(name, torch.float32) if half and options.crops else backbone
         label = f"{name}, {options.dtype}" if half else name
-        bench = Bench(label, denoiser, official, options.repeats, report, options.crops)
+        bench = Bench(label, backbone, official, options.repeats, report, options.crops)
         for task in options.tasks:
             getattr(bench, {"side": "side_", "import": "import_"}.get(task, task))()
     summarise(device, rows)
 
 
-def summarise(device: str, rows: Sequence[dict[str, Any]]) -> None:
-    sys.stdout.write(
-        f"\n{device}, {torch.get_num_threads()} threads\n\n"
-        "| model | task | preset | ours, s | reference, s | times faster | x bound | ours, MB | reference, MB |\n"
-        f"|{'---|' * 9}\n"
-    )
+def summarise(device: str, rows: Sequence[Row]) -> None:
+    head = [
+        "model",
+        "task",
+        "preset",
+        "ours, s",
+        "reference, s",
+        "times faster",
+        "x bound",
+        "ours, MB",
+        "reference, MB",
+    ]
+    lines = []
     for row in rows:
         ours, reference, bound = (row.get(key) for key in ("ours_s", "reference_s", "bound_s"))
-        cells = [row["model"], row["task"], row["preset"], _number(ours, 3), _number(reference, 3)]
-        cells += [_ratio(reference, ours, 1), _ratio(ours, bound, 2)]
+        cells = [_number(ours, 3), _number(reference, 3), _ratio(reference, ours, 1), _ratio(ours, bound, 2)]
         cells += [_ratio(row.get(key), 1e6, 0) for key in ("ours_bytes", "reference_bytes")]
-        if any(cells[3:]):
-            sys.stdout.write(f"| {' | '.join(cells)} |\n")
+        if any(cells):
+            lines.append([row["model"], row["task"], row["preset"], *cells])
+    say_table(head, lines, f"{device}, {torch.get_num_threads()} threads")
 
 
 def _number(value: float | None, digits: int) -> str:

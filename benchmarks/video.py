@@ -9,21 +9,21 @@ one frame to the next though the true label does not.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from demo import scenes, splits
-from demo.clips import clip
-from demo.server import MODEL
 from slime import SegmentSettings, segment
-from slime.metrics import evaluate
-from slime.temporal import steady_parts
+from slime.parts.metrics import evaluate
+from slime.parts.steady import steady_parts
+from testing import scenes, splits
+from testing.clips import clip
+from testing.server import MODEL
 
 from .methods import Variant, trained
+from .rows import say_table
 
 
 def flicker(found: np.ndarray, truth: np.ndarray) -> float:
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 0.7, 0.9])
     options = parser.parse_args()
-    denoiser = trained(options.checkpoint)
+    backbone = trained(options.checkpoint)
     rows: dict[str, list[tuple[float, float]]] = {}
 
     def note(name: str, found: Sequence[np.ndarray], truth: np.ndarray, classes: int) -> None:
@@ -49,25 +49,24 @@ def main() -> None:
 
     for domain in scenes.DOMAINS:
         examples = [splits.example(domain, splits.TEACH + i) for i in range(options.shots)]
-        embeddings = Variant("instant").fit(denoiser, examples, 0)
+        embeddings = Variant("instant").fit(backbone, examples, 0)
         classes = len(scenes.PARTS[domain]) + 1
         for seed in range(options.clips):
             frames, truth = clip(domain, seed, options.frames)
             with torch.inference_mode():
                 alone = [
-                    segment(denoiser, frame[None], embeddings, SegmentSettings(seed=i))[0].label_map[0].numpy()
+                    segment(backbone, frame[None], embeddings, SegmentSettings(seed=i))[0].label_map[0].numpy()
                     for i, frame in enumerate(frames)
                 ]
-                together = segment(denoiser, frames, embeddings)[0]
+                together = segment(backbone, frames, embeddings)[0]
             note("each frame with noise of its own", alone, truth, classes)
             note("one noise for all frames", list(together.label_map.numpy()), truth, classes)
             for strength in options.strengths:
                 steadied = steady_parts(together, frames, strength)
                 note(f"one noise, steadied by {strength}", list(steadied.label_map.numpy()), truth, classes)
-    sys.stdout.write("| method | flicker, % of still pixels | part mIoU |\n|---|---|---|\n")
-    for name, values in rows.items():
-        shaky, iou = np.mean(values, 0)
-        sys.stdout.write(f"| {name} | {100 * shaky:.2f} | {iou:.3f} |\n")
+    means = [(name, *np.mean(values, 0)) for name, values in rows.items()]
+    head = ["method", "flicker, % of still pixels", "part mIoU"]
+    say_table(head, ([name, f"{100 * shaky:.2f}", f"{iou:.3f}"] for name, shaky, iou in means))
 
 
 if __name__ == "__main__":

@@ -23,16 +23,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from slime.embeddings import PartEmbeddings
+from slime import PartEmbeddings, load_embeddings
 from slime.examples import Example
-from slime.metrics import Scores, evaluate
-from slime.visualize import color_labels, loss_curve
-
-from . import scenes, splits
-from .baselines import color_neighbours, mean_mask
-from .server import MODEL, ROOT, ComfyServer
-from .untrained import write_untrained
-from .workflows import Prompt, PromptBuilder, find, load_workflow, to_api
+from slime.parts.draw import color_labels, loss_curve
+from slime.parts.metrics import Scores, evaluate
+from testing import scenes, splits
+from testing.baselines import color_neighbours, mean_mask
+from testing.server import MODEL, ROOT, ComfyServer
+from testing.tiny.untrained import write_untrained
+from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
 OUTPUT = ROOT / "demo_output"
 SHOTS = (1, 10)
@@ -151,7 +150,7 @@ def learn_and_find(
         (folder / sub).mkdir(parents=True, exist_ok=True)
     saved = server.base / "models" / "slime" / f"{name}.safetensors"
     shutil.copy(saved, folder / f"{name}.safetensors")
-    embeddings = PartEmbeddings.load(saved)
+    embeddings = load_embeddings(saved)
     Image.fromarray(loss_curve(embeddings.losses)).save(folder / "loss.png")
     found = []
     for target, (overlay_node, label_node) in zip(targets, nodes, strict=True):

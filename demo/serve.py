@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from .server import ComfyServer
+from testing.server import ComfyServer
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..slime.edit import change_parts, describe, merge_embeddings
+from ..slime.embedding_files import from_text, to_text
 from ..slime.embeddings import PartEmbeddings
 from .common import Embeddings, named_errors, schema
 
@@ -25,7 +26,7 @@ class SLiMeEmbeddingsToText(io.ComfyNode):
     @classmethod
     def execute(cls, embeddings: PartEmbeddings) -> io.NodeOutput:
         with named_errors("SLiMe Embeddings to Text"):
-            text = embeddings.to_compact()
+            text = to_text(embeddings)
         return io.NodeOutput(text, ui=ui.PreviewText(text))
 
 
@@ -56,7 +57,7 @@ class SLiMeEmbeddingsFromText(io.ComfyNode):
     @classmethod
     def execute(cls, text: str) -> io.NodeOutput:
         with named_errors("SLiMe Embeddings from Text"):
-            embeddings = PartEmbeddings.from_compact(text)
+            embeddings = from_text(text)
         return io.NodeOutput(embeddings, ", ".join(embeddings.names))
 
 

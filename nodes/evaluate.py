@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from ..slime.errors import SlimeError
 from ..slime.examples import check_names
-from ..slime.metrics import boundary_f, evaluate
+from ..slime.parts.metrics import boundary_f, evaluate
 from .common import Parts, PartsSocket, as_masks, named_errors, schema, split_names, to_core
 
 ROW, MARGIN, WIDTH = 26, 12, 460
@@ -38,7 +39,7 @@ class SLiMeEvaluate(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts, truth, names="") -> io.NodeOutput:
+    def execute(cls, parts: Parts, truth: Tensor, names: str = "") -> io.NodeOutput:
         with named_errors("SLiMe Evaluate"):
             rows = score_parts(parts, as_masks(truth), names)
         known = [iou for _, iou, _ in rows if iou == iou]

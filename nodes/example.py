@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from comfy_api.latest import io, ui
+from torch import Tensor
 
-from ..slime.embeddings import default_palette
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
+from ..slime.parts.palette import default_palette
 from .common import EXPERT, Examples, as_images, as_masks, named_errors, overlays, schema, split_names, to_core
 
 
@@ -55,7 +57,14 @@ class SLiMeExample(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, mask, names, previous=None, unlabelled="auto") -> io.NodeOutput:
+    def execute(
+        cls,
+        image: Tensor,
+        mask: Tensor,
+        names: str,
+        previous: Sequence[Example] | None = None,
+        unlabelled: str = "auto",
+    ) -> io.NodeOutput:
         with named_errors("SLiMe Example"):
             example = replace(_example(image, mask, names), unlabelled=unlabelled)
             examples = merge_examples(previous or (), example)
@@ -88,7 +97,9 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, image, label_map, colors, previous=None) -> io.NodeOutput:
+    def execute(
+        cls, image: Tensor, label_map: Tensor, colors: str, previous: Sequence[Example] | None = None
+    ) -> io.NodeOutput:
         with named_errors("SLiMe Example from Label Map"):
             images, maps = as_images(image), as_images(label_map)
             if len(images) != 1 or len(maps) != 1:

@@ -11,6 +11,7 @@ from pathlib import Path
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..slime.embedding_files import load_embeddings, save_embeddings
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from .common import Embeddings, named_errors, schema
@@ -18,7 +19,11 @@ from .common import Embeddings, named_errors, schema
 FOLDER = "slime"
 SUFFIX = ".safetensors"
 NOTHING_SAVED = "(nothing saved yet)"
-_FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\\/]')
+_FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff\\/]')
+_DEVICES = re.compile(
+    r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE
+)  # Windows opens no file of such a name
+LONGEST = 150  # bytes of a name; file systems take 255, a number and the ending come on top
 
 
 def register_folder() -> None:
@@ -43,7 +48,12 @@ def save_path(name: str, overwrite: bool) -> Path:
         raise SlimeError("the file needs a name, for example car_parts.")
     bad = sorted(set(_FORBIDDEN.findall(stem)))
     if bad:
-        raise SlimeError(f'"{name}" cannot be a file name because of {" ".join(bad)}; use letters, digits, - and _.')
+        shown = " ".join(repr(one)[1:-1] for one in bad)
+        raise SlimeError(f"{name!r} cannot be a file name because of {shown}; use letters, digits, - and _.")
+    if _DEVICES.fullmatch(stem) or stem.endswith("."):
+        raise SlimeError(f'"{stem}" cannot be a file name on Windows; use another one.')
+    if len(stem.encode()) > LONGEST:
+        raise SlimeError(f"the file name is {len(stem.encode())} bytes long; at most {LONGEST} are possible.")
     path = _folder() / f"{stem}{SUFFIX}"
     number = 2
     while path.exists() and not overwrite:
@@ -53,7 +63,7 @@ def save_path(name: str, overwrite: bool) -> Path:
 
 
 def autosave_path(names: Sequence[str]) -> Path:
-    stem = re.sub(r"[^\w-]+", "_", "_".join(names))[:60].strip("_") or "parts"
+    stem = re.sub(r"[^\w-]+", "_", "_".join(names)).encode()[:60].decode(errors="ignore").strip("_") or "parts"
     return _folder() / "autosave" / f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{time.time_ns() % 1000:03d}{SUFFIX}"
 
 
@@ -77,7 +87,7 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
     @classmethod
     def execute(cls, embeddings: PartEmbeddings, filename: str, overwrite: bool = False) -> io.NodeOutput:
         with named_errors("Save Learned Embeddings"):
-            path = embeddings.save(save_path(filename, overwrite), overwrite)
+            path = save_embeddings(embeddings, save_path(filename, overwrite), overwrite)
         size = path.stat().st_size / 1024
         text = f"{path.name} ({size:.0f} KB): {', '.join(embeddings.names)}"
         return io.NodeOutput(embeddings, ui=ui.PreviewText(text))
@@ -119,5 +129,5 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
             path = folder_paths.get_full_path(FOLDER, filename)
             if path is None:
                 raise SlimeError(f'there is no "{filename}" in models/slime. Save embeddings first, then refresh.')
-            embeddings = PartEmbeddings.load(path)
+            embeddings = load_embeddings(path)
         return io.NodeOutput(embeddings, ", ".join(embeddings.names))

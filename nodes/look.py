@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..slime.embeddings import PartEmbeddings
+from ..slime.reading.look import Look
 from ..slime.segment import look, read_look
-from ..slime.settings import SegmentSettings
-from .comfy_denoiser import ComfyDenoiser
+from ..slime.settings import LookSettings, ReadSettings
+from .comfy_unet import ComfyUNet
 from .common import (
     Embeddings,
     Looks,
@@ -48,11 +53,19 @@ class SLiMeLook(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, vae, embeddings, image, seed=0, clip=None, average_flip=False, noise_draws=1
+        cls,
+        model: Any,
+        vae: Any,
+        embeddings: PartEmbeddings,
+        image: Tensor,
+        seed: int = 0,
+        clip: Any = None,
+        average_flip: bool = False,
+        noise_draws: int = 1,
     ) -> io.NodeOutput:
-        settings = SegmentSettings(seed=seed, flip=average_flip, draws=noise_draws)
+        settings = LookSettings(seed=seed, flip=average_flip, draws=noise_draws)
         with named_errors("SLiMe Look"):
-            return io.NodeOutput(look(ComfyDenoiser(model, vae, clip), as_images(image), embeddings, settings))
+            return io.NodeOutput(look(ComfyUNet(model, vae, clip), as_images(image), embeddings, settings))
 
 
 class SLiMeReadParts(io.ComfyNode):
@@ -73,8 +86,10 @@ class SLiMeReadParts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, look, embeddings, refine="fast", min_confidence=0.0) -> io.NodeOutput:
-        settings = SegmentSettings(refine=refine, min_confidence=min_confidence)
+    def execute(
+        cls, look: Look, embeddings: PartEmbeddings, refine: str = "fast", min_confidence: float = 0.0
+    ) -> io.NodeOutput:
+        settings = ReadSettings(refine=refine, min_confidence=min_confidence)
         with named_errors("SLiMe Read Parts"):
             maps = read_look(look, embeddings, settings, comfy.model_management.get_torch_device())
         return parts_result(cls, maps, look.images)

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..slime.visualize import color_labels
-from .common import PartsSocket, overlays, schema, to_core
+from ..slime.parts.draw import color_labels
+from .common import Parts, PartsSocket, overlays, schema, to_core
 
 
 class SLiMeOverlay(io.ComfyNode):
@@ -30,7 +30,7 @@ class SLiMeOverlay(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts, opacity=0.55, legend=True) -> io.NodeOutput:
+    def execute(cls, parts: Parts, opacity: float = 0.55, legend: bool = True) -> io.NodeOutput:
         labels = parts.maps.label_map
         tinted = overlays(parts.images, labels, parts.maps.palette, parts.maps.names if legend else (), opacity)
         colored = np.stack([color_labels(label.numpy(), parts.maps.palette) for label in labels])

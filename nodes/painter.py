@@ -6,6 +6,8 @@ import base64
 import binascii
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,16 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from ..slime.errors import SlimeError
-from ..slime.examples import Example, merge_examples
-from ..slime.visualize import color_labels
+from ..slime.examples import MAX_PARTS, Example, merge_examples
+from ..slime.parts.draw import color_labels
 from .common import Examples, as_images, named_errors, schema, to_core
 
 VERSION = 1
+TEXT_LIMIT = 16 * 2**20  # characters
+LONGEST_SIDE, MOST_PIXELS = 32768, 2**27
 # The type whose widget web/slime_painter.js draws.
 Painted = io.Custom("SLIME_PAINTING")
 NOTHING = (
@@ -47,56 +52,104 @@ class Painting:
     @classmethod
     def parse(cls, text: str) -> Painting:
         """Raises SlimeError for text that the painter did not write."""
-        try:
-            saved = json.loads(text) if text else {"version": VERSION, "image": None, "parts": [], "runs": ""}
-            if saved["version"] > VERSION:
-                raise SlimeError("the painting was saved by a newer version of SLiMe; update the extension.")
-            file = saved["image"]
-            place = f"{file['subfolder']}/{file['name']} [{file['type']}]".lstrip("/") if file else None
-            colors = [bytes.fromhex(part["color"].removeprefix("#")) for part in saved["parts"]]
+        with _readable():
+            saved = _saved(text)
+            colors = [bytes.fromhex(_short(part["color"]).removeprefix("#")) for part in saved["parts"]]
             labels = decode_runs(saved["runs"], saved["width"], saved["height"]) if saved["runs"] else None
-            names = tuple(part["name"] for part in saved["parts"])
-            return cls(place, names, tuple((c[0], c[1], c[2]) for c in colors), labels)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-            raise SlimeError(f"the painting cannot be read ({error}). Delete the node and paint anew.") from error
+            names = tuple(_short(part["name"]) for part in saved["parts"])
+            return cls(_place(saved), names, tuple((c[0], c[1], c[2]) for c in colors), labels)
 
     def image_path(self) -> Path:
-        """Raises SlimeError where there is no image, or no longer."""
+        """Raises SlimeError where there is no image, no longer, or outside ComfyUI's folders."""
         if self.image is None:
             raise SlimeError("there is no image. Load one in the node, drop one on it, or connect one.")
-        if not folder_paths.exists_annotated_filepath(self.image):
+        path = image_file(self.image)
+        if path is None:
             raise SlimeError(f"the image {self.image} is not there any more. Load it again in the node.")
-        return Path(folder_paths.get_annotated_filepath(self.image))
+        return path
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """One error for text that the painter did not write."""
+    try:
+        yield
+    except SlimeError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
+        raise SlimeError(f"the painting cannot be read ({error}). Delete the node and paint anew.") from error
+
+
+def _saved(text: str) -> dict[str, Any]:
+    """The painter's JSON, before anything is made of it."""
+    if len(text) > TEXT_LIMIT:
+        raise ValueError(f"{len(text)} characters")
+    saved = json.loads(text) if text else {"version": VERSION, "image": None, "parts": [], "runs": ""}
+    if saved["version"] > VERSION:
+        raise SlimeError("the painting was saved by a newer version of SLiMe; update the extension.")
+    if len(saved["parts"]) > MAX_PARTS:
+        raise SlimeError(f"{len(saved['parts'])} parts are listed; at most {MAX_PARTS} are possible.")
+    return dict(saved)
+
+
+def _short(value: Any) -> str:
+    if not isinstance(value, str) or len(value) > 1000:
+        raise ValueError(f"{str(value)[:40]} is not a name")
+    return value
+
+
+def _place(saved: dict[str, Any]) -> str | None:
+    file = saved["image"]
+    if not file:
+        return None
+    return f"{_short(file['subfolder'])}/{_short(file['name'])} [{_short(file['type'])}]".lstrip("/")
+
+
+def image_file(place: str) -> Path | None:
+    """Path of an image below ComfyUI's folders by its annotated name, or None where there is none.
+
+    Raises:
+        SlimeError: it lies elsewhere, be it by ``..`` or behind a link.
+    """
+    path = Path(folder_paths.get_annotated_filepath(place))
+    ways = (folder_paths.get_input_directory, folder_paths.get_output_directory, folder_paths.get_temp_directory)
+    if not any(path.resolve().is_relative_to(Path(folder()).resolve()) for folder in ways):
+        raise SlimeError(f"the image {place} lies outside ComfyUI's own folders. Copy it into the folder input.")
+    return path if path.is_file() else None
 
 
 def decode_runs(runs: str, width: int, height: int) -> np.ndarray:
     """Label map [height, width] of LabelMap.encode in web/painter/label_map.js.
 
     Raises:
-        ValueError: where the runs do not make up the size.
+        ValueError: where the runs do not make up the size, or it is larger than any picture. Nothing is allocated then.
     """
+    if not all(isinstance(side, int) and 1 <= side <= LONGEST_SIDE for side in (width, height)):
+        raise ValueError(f"a size of {width} x {height}")
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels")
     try:
         data = base64.b64decode(runs, validate=True)
     except binascii.Error as error:
         raise ValueError(str(error)) from error
-    labels: list[int] = []
-    counts: list[int] = []
-    position = 0
+    starts, position, total = [], 0, 0
     while position < len(data):
-        labels.append(data[position])
-        count = shift = 0
-        more = True
+        label, count, shift, more = data[position], 0, 0, True
         while more:
             position += 1
-            if position >= len(data):
-                raise ValueError("it is cut short")
+            if position >= len(data) or shift > 28:
+                raise ValueError("it is cut short" if position >= len(data) else "a run has no end")
             count |= (data[position] & 127) << shift
             more, shift = data[position] > 127, shift + 7
-        counts.append(count)
+        starts.append((label, count))
+        total += count
+        if total > width * height:
+            break
         position += 1
-    if sum(counts) != width * height:
-        raise ValueError(f"{sum(counts)} pixels instead of {width} x {height}")
-    return np.repeat(np.array(labels, np.uint8), counts).reshape(height, width)
+    if total != width * height:
+        raise ValueError(f"{total} pixels instead of {width} x {height}")
+    labels, counts = np.array(starts).T
+    return np.repeat(labels.astype(np.uint8), counts).reshape(height, width)
 
 
 class SLiMePartPainter(io.ComfyNode):
@@ -131,14 +184,19 @@ class SLiMePartPainter(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, painting: str, **others: Any) -> str:
         """Runs again when the image file changes."""
-        place = Painting.parse(painting).image
-        if place is None or not folder_paths.exists_annotated_filepath(place):
-            return painting
-        stamp = Path(folder_paths.get_annotated_filepath(place)).stat().st_mtime_ns
-        return hashlib.sha256(f"{painting}{stamp}".encode()).hexdigest()
+        try:
+            with _readable():
+                place = _place(_saved(painting))
+            path = image_file(place) if place else None
+        except SlimeError:  # said when the node runs
+            path = None
+        stamp = path.stat().st_mtime_ns if path is not None else ""
+        return hashlib.sha256(f"{painting}{stamp}".encode(errors="replace")).hexdigest()
 
     @classmethod
-    def execute(cls, painting, image=None, previous=None) -> io.NodeOutput:
+    def execute(
+        cls, painting: str, image: Tensor | None = None, previous: Sequence[Example] | None = None
+    ) -> io.NodeOutput:
         with named_errors("SLiMe Part Painter"):
             painted = Painting.parse(painting)
             pixels = _read(painted.image_path()) if image is None else _one(image)
@@ -167,8 +225,11 @@ def _stretched(labels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 def _read(path: Path) -> torch.Tensor:
     """[1, H, W, 3] in [0, 1], turned as the camera says, as browsers show it."""
-    with Image.open(path) as file:
-        pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    try:
+        with Image.open(path) as file:
+            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise SlimeError(f"{path.name} cannot be read as an image ({error}). Load another one in the node.") from error
     return torch.from_numpy(pixels).float()[None] / 255
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 
-from ..slime.regions import Region, part_regions
+from ..slime.parts.masks import part_masks
+from ..slime.parts.regions import Region, part_regions
 from .common import Parts, PartsSocket, schema, to_core
 
 # Impact Pack's form of one segment (modules/impact/core.py); any tuple with these fields serves its nodes.
@@ -37,11 +38,10 @@ def _regions(parts: Parts, separate: bool, minimum_area: int) -> list[list[Regio
     return [list(part_regions(label, len(parts.maps.names), separate, minimum_area)) for label in labels]
 
 
-def _score(parts: Parts, image: int, region: Region) -> float:
-    """Mean probability of the part inside the region."""
+def _score(probabilities: torch.Tensor, region: Region) -> float:
+    """Mean probability of the part inside the region, from an image's probabilities [K, H, W]."""
     rows, columns = slice(region.top, region.top + region.height), slice(region.left, region.left + region.width)
-    inside = torch.from_numpy(region.mask)
-    return float(parts.maps.probabilities[image, region.label, rows, columns][inside].mean())
+    return float(probabilities[region.label, rows, columns][torch.from_numpy(region.mask)].mean())
 
 
 class SLiMePartList(io.ComfyNode):
@@ -76,14 +76,11 @@ class SLiMePartList(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts, mode="argmax", skip_empty=False) -> io.NodeOutput:
+    def execute(cls, parts: Parts, mode: str = "argmax", skip_empty: bool = False) -> io.NodeOutput:
         labels, found = parts.maps.label_map, []
         for index, name in enumerate(parts.maps.names, start=1):
-            binary = (labels == index).float()
-            if skip_empty and not binary.any():
-                continue
-            mask = binary if mode == "argmax" else parts.maps.probabilities[:, index].clamp(0, 1)
-            found.append((name, to_core(mask)))
+            if not skip_empty or (labels == index).any():
+                found.append((name, to_core(part_masks(parts.maps, [name], mode))))
         if not found:
             found = [("", to_core(torch.zeros(labels.shape)))]  # a list node with nothing to do stops the workflow
         masks = [mask for _, mask in found]
@@ -107,21 +104,23 @@ class SLiMePartBoxes(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts, separate=True, minimum_area=16) -> io.NodeOutput:
-        boxes = [
-            [
-                {
-                    "x": region.left,
-                    "y": region.top,
-                    "width": region.width,
-                    "height": region.height,
-                    "label": parts.maps.names[region.label - 1],
-                    "score": round(_score(parts, image, region), 4),
-                }
-                for region in found
-            ]
-            for image, found in enumerate(_regions(parts, separate, minimum_area))
-        ]
+    def execute(cls, parts: Parts, separate: bool = True, minimum_area: int = 16) -> io.NodeOutput:
+        boxes = []
+        for image, found in enumerate(_regions(parts, separate, minimum_area)):
+            probabilities = parts.maps.pixels(slice(image, image + 1))[0]
+            boxes.append(
+                [
+                    {
+                        "x": region.left,
+                        "y": region.top,
+                        "width": region.width,
+                        "height": region.height,
+                        "label": parts.maps.names[region.label - 1],
+                        "score": round(_score(probabilities, region), 4),
+                    }
+                    for region in found
+                ]
+            )
         text = json.dumps(boxes)
         return io.NodeOutput(boxes, text, ui=ui.PreviewText(text))
 
@@ -150,9 +149,11 @@ class SLiMePartSegs(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts, separate=True, minimum_area=16, crop_factor=2.0) -> io.NodeOutput:
+    def execute(
+        cls, parts: Parts, separate: bool = True, minimum_area: int = 16, crop_factor: float = 2.0
+    ) -> io.NodeOutput:
         height, width = parts.images.shape[1:3]
-        segs = []
+        segs, probabilities = [], parts.maps.pixels(slice(0, 1))[0]
         for region in _regions(parts, separate, minimum_area)[0]:
             box = (region.left, region.top, region.left + region.width, region.top + region.height)
             crop = crop_region(box, crop_factor, width, height)
@@ -161,7 +162,7 @@ class SLiMePartSegs(io.ComfyNode):
             mask[box[1] - y1 : box[3] - y1, box[0] - x1 : box[2] - x1] = region.mask
             image = parts.images[:1, y1:y2, x1:x2]
             name = parts.maps.names[region.label - 1]
-            segs.append(SEG(image, mask, np.array(_score(parts, 0, region), np.float32), crop, box, name, None))
+            segs.append(SEG(image, mask, np.array(_score(probabilities, region), np.float32), crop, box, name, None))
         return io.NodeOutput(((height, width), segs))
 
 

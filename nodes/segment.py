@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
+from torch import Tensor
 
-from ..slime.segment import segment
+from ..slime.embeddings import PartEmbeddings
+from ..slime.segment import Segmenter
 from ..slime.settings import SegmentSettings
-from .comfy_denoiser import ComfyDenoiser
+from .comfy_unet import ComfyUNet
 from .common import (
     EXPERT,
     Embeddings,
@@ -49,8 +53,8 @@ class SLiMeSegment(io.ComfyNode):
                     max=4,
                     optional=True,
                     **EXPERT,
-                    tooltip="2 looks at 2 x 2 overlapping crops, as the paper does for faces: four times the work, and "
-                    "much worse on the demo scenes.",
+                    tooltip="2 looks at 2 x 2 overlapping crops, as the paper does for faces: four times the work. "
+                    "Worse where an object fills the image.",
                 ),
                 flip_input(),
                 io.Int.Input(
@@ -69,9 +73,8 @@ class SLiMeSegment(io.ComfyNode):
                     min=0,
                     max=4,
                     optional=True,
-                    tooltip="How many objects to look at again more closely, 0 for none: for objects that are smaller "
-                    "in the image than in the examples. Up to ten passes more for one object. Demo scenes: objects at "
-                    "a third of their size from IoU 0.04 to 0.34, the others from 0.57 to 0.55.",
+                    tooltip="How many objects to look at again more closely, 0 for none: for objects that are much "
+                    "smaller in the image than in the examples. Up to ten passes more for one object.",
                 ),
                 confidence_input(),
                 draws_input(),
@@ -82,16 +85,16 @@ class SLiMeSegment(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model,
-        vae,
-        embeddings,
-        image,
-        refine="fast",
-        seed=0,
-        clip=None,
-        average_flip=False,
-        noise_draws=1,
-        **more,
+        model: Any,
+        vae: Any,
+        embeddings: PartEmbeddings,
+        image: Tensor,
+        refine: str = "fast",
+        seed: int = 0,
+        clip: Any = None,
+        average_flip: bool = False,
+        noise_draws: int = 1,
+        **more: Any,
     ) -> io.NodeOutput:
         images = as_images(image)
         settings = SegmentSettings(seed=seed, refine=refine, flip=average_flip, draws=noise_draws, **more)
@@ -102,5 +105,5 @@ class SLiMeSegment(io.ComfyNode):
                 bar.update_absolute(done, total)
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
-            maps = segment(ComfyDenoiser(model, vae, clip), images, embeddings, settings, on_batch=on_batch)[0]
+            maps = Segmenter(ComfyUNet(model, vae, clip), embeddings, settings)(images, on_batch)
         return parts_result(cls, maps, images)

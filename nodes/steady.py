@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..slime.temporal import steady_parts
-from .common import PartsSocket, parts_outputs, parts_result, schema
+from ..slime.parts.steady import steady_parts
+from .common import Parts, PartsSocket, parts_outputs, parts_result, schema
 
 
 class SLiMeSteadyParts(io.ComfyNode):
@@ -31,5 +31,5 @@ class SLiMeSteadyParts(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts, strength=0.7) -> io.NodeOutput:
+    def execute(cls, parts: Parts, strength: float = 0.7) -> io.NodeOutput:
         return parts_result(cls, steady_parts(parts.maps, parts.images, strength), parts.images)

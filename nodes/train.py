@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ import torch
 from comfy_api.latest import io, ui
 from server import PromptServer
 
+from ..slime.embedding_files import save_embeddings
 from ..slime.embeddings import PartEmbeddings
 from ..slime.examples import Example
-from ..slime.refine import refine_maps
+from ..slime.reading.refine import refine_maps
 from ..slime.segment import segment
-from ..slime.settings import PRESET_NAMES, TrainSettings
-from ..slime.settings import preset as make_preset
-from ..slime.train import StepReport, train
-from .comfy_denoiser import ComfyDenoiser
+from ..slime.settings import setting_names
+from ..slime.train import GONE, PRESETS, Settings, StepReport, train
+from ..slime.train import preset as make_preset
+from .comfy_unet import ComfyUNet
 from .common import EXPERT, Embeddings, Examples, live_preview, named_errors, overlays, schema, to_core
 from .files import autosave_path
 
@@ -49,11 +51,10 @@ class SLiMeTrain(io.ComfyNode):
                 Examples.Input("examples", tooltip="From SLiMe Example; one is enough, ten are better."),
                 io.Combo.Input(
                     "preset",
-                    options=list(PRESET_NAMES),
+                    options=list(PRESETS),
                     default="instant",
-                    tooltip="instant: seconds, no gradient through the model; part IoU 0.54 from one example of the "
-                    "demo scenes. thorough and paper: training through the model, minutes; paper is the recipe of the "
-                    "SLiMe paper, 0.08 there.",
+                    tooltip="instant: seconds, no gradient through the model. paper: the recipe of the SLiMe paper, "
+                    "training through the model, minutes.",
                 ),
                 io.Int.Input(
                     "steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."
@@ -64,7 +65,7 @@ class SLiMeTrain(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.0001,
-                    tooltip="For thorough and paper; 0 takes the preset's. The instant preset does not use it.",
+                    tooltip="For paper; 0 takes the preset's. The preset instant does not use it.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -86,18 +87,34 @@ class SLiMeTrain(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, preset: str) -> bool | str:
+        """A workflow that names a preset which is gone hears why."""
+        return True if preset in PRESETS else GONE.get(preset, f'There is no preset "{preset}": {", ".join(PRESETS)}.')
+
+    @classmethod
     def execute(
-        cls, model, vae, clip, examples, preset, steps, learning_rate, seed, start=None, **expert
+        cls,
+        model: Any,
+        vae: Any,
+        clip: Any,
+        examples: Sequence[Example],
+        preset: str,
+        steps: int,
+        learning_rate: float,
+        seed: int,
+        start: PartEmbeddings | None = None,
+        **expert: Any,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Train"):
-            denoiser = ComfyDenoiser(model, vae, clip)
-            changes = {"steps": steps or None, "learning_rate": learning_rate or None, "seed": seed} | _changes(
-                **expert
-            )
-            settings = make_preset(preset, denoiser.family, **{k: v for k, v in changes.items() if v is not None})
+            backbone = ComfyUNet(model, vae, clip)
+            settings = _settings(preset, backbone, steps=steps, learning_rate=learning_rate, seed=seed, **expert)
             progress = _Progress(cls.hidden.unique_id)
-            embeddings = _train_with_autosave(denoiser, examples, settings, start, progress)
-            preview = _preview(denoiser, examples[0], embeddings, progress.last)
+            try:
+                embeddings = train(backbone, examples, settings, start=start, on_step=progress)
+                preview = _preview(backbone, examples[0], embeddings, progress.last)
+            except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
+                _autosave(progress.last)
+                raise
         losses = {"loss": list(embeddings.losses)}
         return io.NodeOutput(embeddings, losses, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
 
@@ -122,8 +139,7 @@ def _expert_inputs() -> list[Any]:
             0,
             0,
             1000,
-            "Augmented copies of the examples; 0 takes the preset's number. Time grows with them; on the "
-            "demo scenes IoU is 0.45 with 24, 0.47 with 96, 0.49 with 192.",
+            "Augmented copies of the examples; 0 takes the preset's number. Time grows with them, accuracy a little.",
         ),
         number(io.Float, "crop", 0.0, 0.0, 1.0, "Smallest random crop, 1 for none; 0 takes the preset's.", step=0.05),
         number(
@@ -139,8 +155,8 @@ def _expert_inputs() -> list[Any]:
         choice(
             "recolor",
             list(RECOLOR),
-            "Copies with other colours in every part, so that colours are not learned. Demo scenes: IoU 0.47 with, "
-            "0.19 without; auto leaves it off for Stable Diffusion.",
+            "Copies with other colours in every part, so that colours are not learned. auto leaves it off for Stable "
+            "Diffusion.",
         ),
         number(
             io.Float,
@@ -156,13 +172,13 @@ def _expert_inputs() -> list[Any]:
             "checkpointing",
             default=False,
             optional=True,
-            tooltip="Thorough and paper: needs less memory and more time.",
+            tooltip="For paper: needs less memory and more time.",
             **EXPERT,
         ),
         text(
             "cross_layers",
             "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table. auto: a probe on the "
-            "examples chooses, for about the time of an instant training; IoU 0.47 to 0.48 on the demo scenes.",
+            "examples chooses, for about the time of an instant training.",
         ),
         text(
             "self_layers",
@@ -171,40 +187,41 @@ def _expert_inputs() -> list[Any]:
     ]
 
 
-def _changes(
-    flip: str = "auto", recolor: str = "auto", rotation: float = -1.0, checkpointing: bool = False, **plain: Any
-) -> dict[str, Any]:
-    """Expert widgets as changes of a preset; None leaves the preset's value."""
-    kept = {name: value or None for name, value in plain.items()}
-    turned = None if rotation < 0 else rotation
-    return kept | {
-        "flip": FLIP[flip],
-        "recolor": RECOLOR[recolor],
-        "rotation": turned,
-        "checkpointing": checkpointing,
-    }
+def _settings(
+    preset: str,
+    backbone: ComfyUNet,
+    seed: int,
+    flip: str = "auto",
+    recolor: str = "auto",
+    rotation: float = -1.0,
+    checkpointing: bool = False,
+    cross_layers: str = "",
+    self_layers: str = "",
+    **plain: Any,
+) -> Settings:
+    """The preset with what the widgets change: 0, empty, -1 and auto leave its values.
 
-
-def _train_with_autosave(
-    denoiser: ComfyDenoiser,
-    examples: tuple[Example, ...],
-    settings: TrainSettings,
-    start: PartEmbeddings | None,
-    progress: _Progress,
-) -> PartEmbeddings:
-    """Train; on cancel or error write the best rows so far to models/slime/autosave, then let the exception pass."""
-    try:
-        return train(denoiser, examples, settings, start=start, on_step=progress)
-    except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
-        _autosave(progress.last)
-        raise
+    The widgets of both presets stand in one node: those of the other one do not count.
+    """
+    changes = {name: value or None for name, value in plain.items()}
+    changes |= {"read_layers": cross_layers or None, "propagate_layers": self_layers or None}
+    changes |= {"flip": FLIP[flip], "recolor": RECOLOR[recolor], "rotation": None if rotation < 0 else rotation}
+    changes |= {"seed": seed, "checkpointing": checkpointing}
+    used = setting_names(PRESETS[preset])
+    wanted = {name: value for name, value in changes.items() if value is not None and name in used}
+    return make_preset(preset, backbone.info, **wanted)
 
 
 def _autosave(report: StepReport | None) -> Path | None:
-    embeddings = report.embeddings() if report is not None else None
-    if embeddings is None:
+    """Write the best rows so far to models/slime/autosave. What fails here does not hide why the training ended."""
+    try:
+        embeddings = report.embeddings() if report is not None else None
+        if embeddings is None:
+            return None
+        path = save_embeddings(embeddings, autosave_path(embeddings.names))
+    except Exception:
+        logger.exception("SLiMe: training stopped early, and what was learned could not be saved")
         return None
-    path = embeddings.save(autosave_path(embeddings.names))
     logger.warning("SLiMe: training stopped early; the best embeddings so far are in %s", path)
     return path
 
@@ -256,12 +273,21 @@ def progress_text(report: StepReport, elapsed: float) -> str:
 
 
 def _preview(
-    denoiser: ComfyDenoiser, example: Example, embeddings: PartEmbeddings, last: StepReport | None
+    backbone: ComfyUNet, example: Example, embeddings: PartEmbeddings, last: StepReport | None
 ) -> torch.Tensor:
-    """The first example with its parts found; an instant fit brings the maps, other presets need a pass."""
+    """The first example with its parts found; an instant fit brings the maps, the preset paper needs a pass.
+
+    A picture that cannot be made costs no training: the example is shown as it is.
+    """
     images = example.image[None]
-    if last is not None and last.stage == "done" and last.preview is not None:
-        maps = refine_maps(last.preview[1][None], images, "fast")
-    else:
-        maps = segment(denoiser, images, embeddings)[0].probabilities
-    return overlays(images, maps.argmax(1), embeddings.palette, embeddings.names)
+    try:
+        if last is not None and last.stage == "done" and last.preview is not None:
+            labels = refine_maps(last.preview[1][None], images, "fast").argmax(1)
+        else:
+            labels = segment(backbone, images, embeddings)[0].label_map
+    except comfy.model_management.InterruptProcessingException:  # an Exception in older cores
+        raise
+    except Exception:
+        logger.exception("SLiMe: training is done, but its preview could not be made")
+        return images
+    return overlays(images, labels, embeddings.palette, embeddings.names)

@@ -1,27 +1,35 @@
-"""SLiMe: learn a part segmenter from one example with a Stable Diffusion model's attention (arXiv 2309.03179).
+"""SLiMe: learn a part segmenter from one example with a model's attention (arXiv 2309.03179). It knows no ComfyUI.
 
-Three calls: :func:`train`, :func:`segment`, and :class:`PartEmbeddings`' save and load. Nothing here knows ComfyUI.
+The road: images and masks become an :class:`Example`, :func:`train` learns :class:`PartEmbeddings` from it (a file), a
+:class:`Segmenter` finds :class:`PartMaps` in other images, and ``slime.parts`` makes masks of them. What looks at
+images is a backbone, see ``slime.backbones``.
 """
 
-from .denoiser import Denoiser
+from .embedding_files import from_text, load_embeddings, save_embeddings, to_text
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import Example, merge_examples
-from .segment import PartMaps, segment
-from .settings import SegmentSettings, TrainSettings, preset
-from .train import StepReport, train
+from .parts.maps import PartMaps
+from .segment import Segmenter, segment
+from .settings import InstantSettings, PaperSettings, SegmentSettings
+from .train import StepReport, preset, train
 
 __all__ = [
-    "Denoiser",
     "Example",
+    "InstantSettings",
+    "PaperSettings",
     "PartEmbeddings",
     "PartMaps",
     "SegmentSettings",
+    "Segmenter",
     "SlimeError",
     "StepReport",
-    "TrainSettings",
+    "from_text",
+    "load_embeddings",
     "merge_examples",
     "preset",
+    "save_embeddings",
     "segment",
+    "to_text",
     "train",
 ]

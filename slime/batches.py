@@ -1,15 +1,18 @@
-"""Work on many items in sub-batches that shrink when memory runs out."""
+"""Work on many items in sub-batches that shrink when memory runs out, and what came out of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from .errors import SlimeError
 
 T = TypeVar("T")
+LARGEST_BATCH = 16
+CPU_BATCH = 4  # more at once is no faster there
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
@@ -42,3 +45,14 @@ def free_memory() -> None:
     """Give cached blocks back to the GPU."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+def batch_for(free: float, one: float) -> int:
+    """Sub-batch for ``free`` bytes when an image needs ``one``; half of the memory is left for the maps."""
+    return int(min(max(0.5 * free / max(one, 1.0), 1), LARGEST_BATCH))
+
+
+def check_finite(tensors: Iterable[Tensor]) -> None:
+    """Raises SlimeError where a model gave NaN or infinite values (half precision that overflows)."""
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
+        raise SlimeError("The UNet returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")

@@ -7,42 +7,39 @@ from dataclasses import replace
 
 import torch
 
-from .embeddings import PALETTE, PartEmbeddings
+from .embeddings import CONTEXT, KEYS, PartEmbeddings
 from .errors import SlimeError
 from .examples import check_names
-from .passes import pass_key
+from .parts.palette import PALETTE
 
 DROP = "drop"
 _COLOR = re.compile(r"^#([0-9a-fA-F]{6})$")
 
 
 def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbeddings:
-    """Parts of both in one softmax; further background rows of both count. Colours of the second that the first has too
-    are changed.
+    """Parts of both in one softmax. Colours of the second that the first has too are changed.
 
     Raises:
-        SlimeError: different families, contexts, layers, timesteps or row groups; rows that stand in a context (the
-            presets thorough and paper); or names that occur in both.
+        SlimeError: different families, conditions, layers, timesteps or row groups; rows that stand in a context (the
+            preset paper); or names that occur in both.
     """
-    if first.family != second.family:
+    if first.backbone != second.backbone:
         raise SlimeError(
-            f'One was learned on a "{first.family}" model, the other on "{second.family}": they cannot merge.'
+            f'One was learned on a "{first.backbone}" model, the other on "{second.backbone}": they cannot merge.'
         )
-    if "context" in (first.mode, second.mode):
+    if CONTEXT in (first.mode, second.mode):
         raise SlimeError(
-            "Rows of the presets thorough and paper were learned together in one text and do not work apart. Merge "
-            "embeddings of the preset instant, or segment with each."
+            "Rows of the preset paper were learned together in one text and do not work apart. Merge embeddings of the "
+            "preset instant, or segment with each."
         )
-    same = first.row_groups == second.row_groups and len(first.rows) == len(second.rows)
-    complete = first.context is not None and second.context is not None
-    if not complete and first.context is not second.context:
+    if (first.condition is None) != (second.condition is None):
         raise SlimeError("One of them came as text, without its context; save and load it with a CLIP first.")
-    agree = pass_key(first) == pass_key(second) if complete else _plan(first) == _plan(second)
-    if not same or not agree:
+    same = first.row_groups == second.row_groups and len(first.rows) == len(second.rows)
+    if not same or first.pass_digest() != second.pass_digest():
         raise SlimeError("They were learned with other settings (text, layers, timestep or size) and cannot merge.")
     names = check_names([*first.names, *second.names])
     a, b = len(first.names), len(second.names)
-    rows = torch.cat([first.rows[:, :a], second.rows[:, :b], first.rows[:, a:], second.rows[:, b:]], 1)
+    rows = torch.cat([first.rows, second.rows], 1)
     taken = set(first.palette)
     spare = [color for color in PALETTE if color not in taken and color not in second.palette]
     palette = list(first.palette)
@@ -51,10 +48,6 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
     sure = (a * first.sureness + b * second.sureness) / (a + b)
     settings = {"merged": [first.settings, second.settings]}
     return replace(first, names=names, rows=rows, palette=tuple(palette), sureness=sure, settings=settings, losses=())
-
-
-def _plan(item: PartEmbeddings) -> tuple[object, ...]:
-    return item.prompt, item.layers, item.timestep, item.working_side
 
 
 def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
@@ -79,24 +72,24 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
         else:
             names[index] = value
     parts = [index for index in range(len(names)) if index not in dropped]
-    if dropped and embeddings.mode == "context":
-        raise SlimeError("Parts of the presets thorough and paper stand in one text together: none can be dropped.")
+    if dropped and embeddings.mode == CONTEXT:
+        raise SlimeError("Parts of the preset paper stand in one text together: none can be dropped.")
     if not parts:
         raise SlimeError("No part would be left.")
-    rows = embeddings.rows[:, [*parts, *range(len(names), embeddings.rows.shape[1])]]
     kept = check_names([names[index] for index in parts])
-    return replace(embeddings, names=kept, palette=tuple(colors[index] for index in parts), rows=rows)
+    palette = tuple(colors[index] for index in parts)
+    return replace(embeddings, names=kept, palette=palette, rows=embeddings.rows[:, parts])
 
 
 def describe(embeddings: PartEmbeddings) -> str:
     """A readable text: parts, kind of model, how it was learned."""
     groups, _, width = embeddings.rows.shape
-    place, text = ("extra keys" if embeddings.mode == "keys" else "in the text"), embeddings.prompt or "(empty)"
+    place, text = ("extra keys" if embeddings.mode == KEYS else "in the text"), embeddings.prompt or "(empty)"
     lines = [
         f"parts ({len(embeddings.names)}): {', '.join(embeddings.names)}",
-        f"model family: {embeddings.family}, {embeddings.prediction} prediction, text rows {width} wide",
+        f"model family: {embeddings.backbone}, rows {width} wide",
         f"rows: {groups} a part ({embeddings.row_groups}), {place}",
-        f"features: timestep {embeddings.timestep}, {embeddings.working_side} pixels, text: {text}",
+        f"features: timestep {embeddings.timestep}, {embeddings.side} pixels, text: {text}",
     ]
     settings = embeddings.settings
     if "preset" in settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor
 
 from .errors import SlimeError
+from .images import as_rgb, check_images
 
 logger = logging.getLogger(__name__)
 
 BACKGROUND = "background"
-MAX_PARTS = 76  # a text context has 77 rows, the first stands for the background
+MAX_PARTS = 76  # more colours cannot be told apart, and more parts cannot be painted
+MAX_NAME = 200  # characters
+CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 IGNORE = 255  # label of pixels that neither teach nor count
-MIN_SIDE = 16
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
@@ -31,6 +34,8 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     duplicates = sorted({name for name in cleaned if cleaned.count(name) > 1})
     if duplicates:
         raise SlimeError(f"Part names must differ; given more than once: {', '.join(duplicates)}.")
+    if any(len(name) > MAX_NAME or CONTROL.search(name) for name in cleaned):
+        raise SlimeError(f"A part name has line breaks, control characters or more than {MAX_NAME} characters.")
     if BACKGROUND in (name.lower() for name in cleaned):
         raise SlimeError('"background" is not a part: it is everything without a mask. Remove it from the names.')
     if len(cleaned) > MAX_PARTS:
@@ -39,25 +44,15 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_image(image: Tensor) -> Tensor:
-    """An image as float32 [H, W, 3] on the CPU; alpha is dropped, grey is repeated.
+    """A copy of an image as float32 [H, W, 3] in [0, 1] on the CPU.
 
     Raises:
         SlimeError: wrong shape, too small, NaN or infinite pixels, or values far outside [0, 1].
     """
-    if image.ndim != 3 or image.shape[-1] not in (1, 3, 4):
+    if image.ndim != 3:
         raise SlimeError(f"An image must be [H, W, 3]; got {list(image.shape)}.")
-    height, width = image.shape[:2]
-    if min(height, width) < MIN_SIDE:
-        raise SlimeError(f"The image is {width}x{height} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed.")
-    image = image.detach().to("cpu", torch.float32)
-    image = image.expand(-1, -1, 3) if image.shape[-1] == 1 else image[..., :3]
-    if not torch.isfinite(image).all():
-        bad = int((~torch.isfinite(image)).sum())
-        raise SlimeError(f"The image holds {bad} NaN or infinite values; look for the node that made them.")
-    low, high = float(image.min()), float(image.max())
-    if low < -0.1 or high > 1.1:
-        raise SlimeError(f"Image values must lie in [0, 1]; got {low:.2f} to {high:.2f}.")
-    return image.clamp(0, 1).clone()
+    check_images(image[None])
+    return as_rgb(image.to("cpu")).clone()
 
 
 @dataclass(frozen=True)

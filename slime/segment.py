@@ -1,72 +1,78 @@
-"""Segment images with learned part embeddings."""
+"""Find learned parts in images: :class:`Segmenter`, and :func:`segment` as one line."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .batches import in_batches
-from .denoiser import Denoiser
+from .backbones.base import Backbone
+from .batches import check_finite
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
-from .examples import MIN_SIDE
-from .features import check_finite
-from .passes import Look, keep, look_at, pass_key, read_maps
-from .read import calibrate
-from .refine import refine_maps
-from .settings import SegmentSettings
-from .zoom import zoom_in
+from .images import as_rgb, check_images
+from .parts.maps import PartMaps
+from .read_out import Official, Propagated
+from .reading.finish import Finished
+from .reading.look import Look, Passes, keep, look_at, read_maps
+from .reading.zoom import Seen, look_closer, peaks
+from .settings import LookSettings, ReadSettings, SegmentSettings
 
-FULL_SIZE_VALUES = 2**25  # of probabilities refined at once: 128 MB, of which the filter takes a multiple
+OnBatch = Callable[[int, int], None]
 
 
-@dataclass(frozen=True)
-class PartMaps:
-    """Result of segmentation.
+class Segmenter:
+    """A backbone with learned embeddings, ready to segment: ``segmenter(images)``, or look once and read often.
 
-    Attributes:
-        probabilities: float32 [B, K, H, W] at the images' size, CPU, summing to 1 over K; class 0 is the background.
-        names: part names, class k is ``names[k - 1]``.
-        palette: one RGB colour a part.
-        peaks: float32 [B, P], highest value of every part's map in every image, before refinement.
-        sureness: what ``peaks`` average to on the examples, 0 where unknown.
+    Args:
+        backbone: of the kind the embeddings were learned on.
+        embeddings: one set of parts.
+        settings: see :class:`slime.settings.SegmentSettings`.
+
+    Raises:
+        SlimeError: embeddings of another kind of model.
     """
 
-    probabilities: Tensor
-    names: tuple[str, ...]
-    palette: tuple[tuple[int, int, int], ...]
-    peaks: Tensor
-    sureness: float = 0.0
+    def __init__(self, backbone: Backbone, embeddings: PartEmbeddings, settings: SegmentSettings | None = None) -> None:
+        embeddings.check_model(backbone)
+        self.backbone, self.settings = backbone, settings or SegmentSettings()
+        self.embeddings = embeddings.completed(backbone)
 
-    @property
-    def confidence(self) -> Tensor:
-        """float32 [B]: how sure the parts are on average, relative to the examples (1: as sure as there)."""
-        return self.peaks.mean(1) / (self.sureness or 1.0)
+    def __call__(self, images: Tensor, on_batch: OnBatch | None = None) -> PartMaps:
+        """Part maps of images [B, H, W, 3] in [0, 1], any size and aspect; see :func:`segment`."""
+        return segment(self.backbone, images, self.embeddings, self.settings, on_batch=on_batch)[0]
 
-    @property
-    def label_map(self) -> Tensor:
-        """int64 [B, H, W]: the most probable class of every pixel."""
-        return self.probabilities.argmax(1)
+    def look(self, images: Tensor) -> Look:
+        """The part that needs the model; :meth:`read` does the rest. Zoom, which is a second look, does not count."""
+        return look(self.backbone, images, self.embeddings, self.settings)
+
+    def read(self, seen: Look) -> PartMaps:
+        """Parts from a look at hand: no encoding, no pass."""
+        return read_look(seen, self.embeddings, self.settings, self.backbone.device)
+
+    def stream(self, batches: Iterable[Tensor]) -> Iterator[PartMaps]:
+        """Part maps of any number of batches [B, H, W, 3], one after the other, in the memory of one."""
+        for images in batches:
+            yield self(images)
 
 
 def segment(
-    denoiser: Denoiser,
+    backbone: Backbone,
     images: Tensor,
     embeddings: PartEmbeddings | Sequence[PartEmbeddings],
     settings: SegmentSettings | None = None,
     *,
-    on_batch: Callable[[int, int], None] | None = None,
+    on_batch: OnBatch | None = None,
 ) -> list[PartMaps]:
     """Find the learned parts in images.
 
-    Embeddings that share context, layers, timestep and size (every "instant" file of a model does) share one UNet pass.
+    Embeddings that share condition, layers, timestep and size (every "instant" file of a model does) share one pass.
+    Part maps keep a reference to the images, and small maps; see :class:`slime.parts.maps.PartMaps`.
 
     Args:
-        denoiser: the diffusion model.
+        backbone: the model.
         images: [B, H, W, 3] in [0, 1], any size and aspect.
         embeddings: one or several.
         settings: see :class:`slime.settings.SegmentSettings`.
@@ -79,153 +85,112 @@ def segment(
         SlimeError: bad images, or embeddings of another kind of model.
     """
     settings = settings or SegmentSettings()
-    images = _check_images(images)
+    check_images(images)
     several = [embeddings] if isinstance(embeddings, PartEmbeddings) else list(embeddings)
     for item in several:
-        item.check_model(denoiser.family)
-    several = [item.with_context(denoiser) for item in several]
-    groups: dict[tuple[object, ...], list[int]] = {}
+        item.check_model(backbone)
+    several = [item.completed(backbone) for item in several]
+    groups: dict[str, list[int]] = {}
     for index, item in enumerate(several):
-        groups.setdefault(pass_key(item), []).append(index)
-    results: list[list[_Finished]] = [[] for _ in several]
-    done = 0
+        groups.setdefault(item.pass_digest(), []).append(index)
+    results: dict[int, PartMaps] = {}
+    done, total = 0, len(images) * len(several)
     for indices in groups.values():
         items = [several[index] for index in indices]
-        for part, found in _part_maps(denoiser, images, items, settings):
-            pictures = images[part].to(denoiser.device)
-            for index, maps in zip(indices, found, strict=True):
-                results[index] += _finish_all(pictures, maps, several[index], settings, denoiser)
-            done += len(pictures) * len(indices)
+        maps: list[list[Tensor]] = [[] for _ in items]
+        for part, found in _part_maps(backbone, images, items, settings):
+            for kept, one in zip(maps, found, strict=True):
+                kept.append(one.cpu())
+            done += len(images[part]) * len(items)
             if on_batch is not None:
-                on_batch(done, len(images) * len(several))
-    return [_join(batches, item) for batches, item in zip(results, several, strict=True)]
+                on_batch(done, total)
+        for index, item, kept in zip(indices, items, maps, strict=True):
+            results[index] = _finished(images, torch.cat(kept), item, settings, backbone.device, backbone)
+    return [results[index] for index in range(len(several))]
 
 
-def look(
-    denoiser: Denoiser, images: Tensor, embeddings: PartEmbeddings, settings: SegmentSettings | None = None
-) -> Look:
-    """The part of :func:`segment` that needs the UNet; :func:`read_look` does the rest, for any like embeddings.
-
-    ``refine``, ``min_confidence`` and ``zoom`` of the settings do not count here.
+def look(backbone: Backbone, images: Tensor, embeddings: PartEmbeddings, settings: LookSettings | None = None) -> Look:
+    """The part of :func:`segment` that needs the model; :func:`read_look` does the rest, for any like embeddings.
 
     Raises:
         SlimeError: as :func:`segment`.
     """
-    images = _check_images(images)
-    embeddings.check_model(denoiser.family)
-    item = embeddings.with_context(denoiser)
-    batches = tuple(look_at(denoiser, images, [item], settings or SegmentSettings(), keep, any_rows=True))
-    return Look(images, pass_key(item), batches)
+    check_images(images)
+    embeddings.check_model(backbone)
+    item = embeddings.completed(backbone)
+    batches = tuple(look_at(backbone, images, [item], settings or LookSettings(), keep, any_rows=True))
+    return Look(images, item.pass_digest(), batches)
 
 
 def read_look(
-    seen: Look, embeddings: PartEmbeddings, settings: SegmentSettings | None = None, device: torch.device | None = None
+    seen: Look, embeddings: PartEmbeddings, settings: ReadSettings | None = None, device: torch.device | None = None
 ) -> PartMaps:
-    """Parts from features at hand: no encoding, no UNet.
+    """Parts from a look at hand: no encoding, no pass.
 
     Args:
         seen: from :func:`look`.
-        embeddings: of the same kind: same context, layers, timestep and size.
-        settings: ``refine`` and ``min_confidence`` count; ``zoom`` would need the UNet.
+        embeddings: of the same kind: same condition, layers, timestep and size.
+        settings: how to read.
         device: where to compute; the CPU by default.
 
     Raises:
         SlimeError: embeddings of another kind than those the look was made for, or in the compact form.
     """
-    if pass_key(embeddings) != seen.key:
+    if embeddings.condition is None:
+        embeddings.plan()  # says what is missing
+    if embeddings.pass_digest() != seen.digest:
         raise SlimeError(
             "These embeddings need another look at the image (another text, layers, timestep or model family than "
             "those it was made with). Make a look with them, or use SLiMe Segment."
         )
-    settings = replace(settings or SegmentSettings(), zoom=0)
-    size, device = (seen.images.shape[1], seen.images.shape[2]), device or torch.device("cpu")
-    results: list[_Finished] = []
-    for part, features in seen.batches:
-        (maps,) = read_maps(((view, one.to(device)) for view, one in features), [embeddings], size)
+    device = device or torch.device("cpu")
+    size, kept = (seen.images.shape[1], seen.images.shape[2]), []
+    for _, observed in seen.batches:
+        (maps,) = read_maps(((view, one.to(device)) for view, one in observed), [embeddings], size)
         check_finite([maps])
-        results += _finish_all(seen.images[part].to(device), maps, embeddings, settings)
-    return _join(results, embeddings)
-
-
-def _join(batches: Sequence[_Finished], item: PartEmbeddings) -> PartMaps:
-    full, peaks = (torch.cat(kind) for kind in zip(*batches, strict=True))
-    return PartMaps(full, item.names, item.palette, peaks, item.sureness)
+        kept.append(maps.cpu())
+    return _finished(seen.images, torch.cat(kept), embeddings, settings or ReadSettings(), device)
 
 
 def _part_maps(
-    denoiser: Denoiser, images: Tensor, items: Sequence[PartEmbeddings], settings: SegmentSettings
+    backbone: Backbone, images: Tensor, items: Sequence[PartEmbeddings], settings: LookSettings
 ) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every UNet pass."""
+    """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every pass."""
     size = (images.shape[1], images.shape[2])
-    for part, found in look_at(
-        denoiser, images, items, settings, lambda part, seen: (part, read_maps(seen, items, size))
-    ):
+
+    def consume(part: slice, passes: Passes) -> tuple[slice, list[Tensor]]:
+        return part, read_maps(passes, items, size)
+
+    for part, found in look_at(backbone, images, items, settings, consume):
         check_finite(found)
         yield part, found
 
 
-class _Finished(NamedTuple):
-    """Probabilities at full size [B, K, H, W] and the peaks of the parts [B, P]."""
-
-    probabilities: Tensor
-    peaks: Tensor
-
-
-def _finish_all(
-    pictures: Tensor,
+def _finished(
+    images: Tensor,
     maps: Tensor,
     item: PartEmbeddings,
-    settings: SegmentSettings,
-    denoiser: Denoiser | None = None,
-) -> Iterator[_Finished]:
-    """:func:`_finish` for as many pictures at once as their size at full resolution allows."""
-    values = maps.shape[1] * pictures.shape[1] * pictures.shape[2]
-    size = min(max(1, FULL_SIZE_VALUES // values), len(pictures))
-    yield from in_batches(
-        len(pictures), size, lambda part: _finish(pictures[part], maps[part], item, settings, denoiser)
-    )
+    settings: ReadSettings,
+    device: torch.device,
+    backbone: Backbone | None = None,
+) -> PartMaps:
+    """Part maps [B, K, h, w] with what finishes them; closer looks need the backbone."""
+    highest, closer = maps[:, 1:].amax((2, 3)), []
+    if backbone is not None and isinstance(settings, SegmentSettings) and settings.zoom:
+        if isinstance(item.read_out, Propagated):
+            closer = _closer_looks(backbone, images, maps, item, settings)
+            highest = torch.stack([peaks(one, seen) for one, seen in zip(maps, closer, strict=True)])
+    present = highest.mean(1) >= settings.min_confidence * item.sureness
+    exponent = 1.0 if isinstance(item.read_out, Official) else item.read_out.sharpen
+    pixels = Finished(images, maps.float(), present, settings.refine, exponent, device, closer)
+    return PartMaps(pixels, item.names, item.palette, highest.float(), item.sureness)
 
 
-def _finish(
-    pictures: Tensor,
-    maps: Tensor,
-    item: PartEmbeddings,
-    settings: SegmentSettings,
-    denoiser: Denoiser | None = None,
-) -> _Finished:
-    """From part maps on the grid [B, K, h, w] to probabilities at the pictures' size, on the CPU."""
-    peaks = maps[:, 1:].amax((2, 3))
-    if settings.zoom and denoiser is not None and not item.read_out.official:
+def _closer_looks(
+    backbone: Backbone, images: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
+) -> list[list[Seen]]:
+    def closer(crops: Tensor) -> Tensor:
+        return torch.cat([found.cpu() for _, (found,) in _part_maps(backbone, crops, [item], settings)])
 
-        def closer(crops: Tensor) -> Tensor:
-            return torch.cat([found for _, (found,) in _part_maps(denoiser, crops, [item], settings)])
-
-        images = zip(pictures, maps, strict=True)
-        found = [zoom_in(closer, image, coarse, settings.zoom, settings.refine) for image, coarse in images]
-        full, peaks = torch.stack([one.maps for one in found]), torch.stack([one.peaks for one in found])
-    else:
-        full = refine_maps(maps, pictures, settings.refine)
-    present = peaks.mean(1) >= settings.min_confidence * item.sureness
-    full = only_background(calibrate(full, item.read_out), ~present)
-    return _Finished(full.float().cpu(), peaks.float().cpu())
-
-
-def only_background(maps: Tensor, where: Tensor) -> Tensor:
-    """Probabilities [B, K, H, W] that are all background in the images where ``where`` [B] is true."""
-    empty = torch.zeros_like(maps)
-    empty[:, 0] = 1
-    return torch.where(where[:, None, None, None], empty, maps)
-
-
-def _check_images(images: Tensor) -> Tensor:
-    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4) or len(images) == 0:
-        raise SlimeError(f"Images must be [B, H, W, 3]; got {list(images.shape)}.")
-    if min(images.shape[1:3]) < MIN_SIDE:
-        raise SlimeError(
-            f"The images are {images.shape[2]}x{images.shape[1]} pixels; at least {MIN_SIDE}x{MIN_SIDE} are needed."
-        )
-    images = images.detach().to("cpu", torch.float32)
-    images = images.expand(-1, -1, -1, 3) if images.shape[-1] == 1 else images[..., :3]
-    if not torch.isfinite(images).all():
-        raise SlimeError("The images hold NaN or infinite values; look for the node that made them.")
-    return images.clamp(0, 1)
+    look_at_one = partial(look_closer, closer, objects=settings.zoom)
+    return [look_at_one(as_rgb(image), coarse=one) for image, one in zip(images, maps, strict=True)]

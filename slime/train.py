@@ -1,4 +1,4 @@
-"""Learn part embeddings: ``train`` is the one call."""
+"""Learn part embeddings: :func:`train` is the one call, :func:`preset` gives settings by name."""
 
 from __future__ import annotations
 
@@ -6,19 +6,27 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
+from .backbones.base import Backbone, BackboneInfo
+from .backbones.text import text_conditioned
 from .batches import OUT_OF_MEMORY, free_memory
-from .denoiser import Denoiser
-from .embeddings import PartEmbeddings
+from .embeddings import CONTEXT, KEYS, PartEmbeddings
 from .errors import SlimeError
 from .examples import Example
-from .gradient import train_through_unet
-from .instant import train_instant
-from .recipe import OnStep, StepReport
-from .settings import TrainSettings, preset
+from .settings import InstantSettings, PaperSettings, setting_names
+from .training.gradient import train_by_gradient
+from .training.instant import train_instant
+from .training.probe import with_probed_layers
+from .training.progress import OnStep, StepReport
+from .training.template import part_prompt
 
-__all__ = ["OnStep", "StepReport", "train"]
+__all__ = ["OnStep", "PRESETS", "StepReport", "preset", "train"]
 
-
+Settings = InstantSettings | PaperSettings
+PRESETS: dict[str, type[Settings]] = {"instant": InstantSettings, "paper": PaperSettings}
+GONE = {
+    "thorough": "The preset thorough is gone: it was less accurate than instant and slower. Choose instant, or paper "
+    "for the recipe of the SLiMe paper. Files learned with it still segment."
+}
 logger = logging.getLogger(__name__)
 
 _NO_MEMORY = (
@@ -27,55 +35,82 @@ _NO_MEMORY = (
 )
 
 
+def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> Settings:
+    """A preset by name, the instant one as the backbone recommends it, with changes.
+
+    Raises:
+        SlimeError: for an unknown preset, or a setting that its trainer does not use.
+    """
+    if name not in PRESETS:
+        raise SlimeError(GONE.get(name, f'Unknown preset "{name}"; choose one of {", ".join(PRESETS)}.'))
+    settings = info.instant if info is not None and name == "instant" else PRESETS[name]()
+    known = setting_names(type(settings))
+    unknown = sorted(set(changes) - set(known))
+    if unknown:
+        raise SlimeError(f"The preset {name} has no setting {', '.join(unknown)}; it has: {', '.join(known)}.")
+    return replace(settings, **changes)  # type: ignore[arg-type]
+
+
 def train(
-    denoiser: Denoiser,
+    backbone: Backbone,
     examples: Sequence[Example],
-    settings: TrainSettings | None = None,
+    settings: Settings | None = None,
     *,
     start: PartEmbeddings | None = None,
     on_step: OnStep | None = None,
 ) -> PartEmbeddings:
-    """Learn one embedding row a part from one or a few labelled images.
+    """Learn one row a part from one or a few labelled images.
 
     Args:
-        denoiser: the diffusion model.
+        backbone: the model.
         examples: all with the same part names.
-        settings: default is the "instant" preset with the model family's adjustments.
+        settings: :class:`InstantSettings` or :class:`PaperSettings`, which choose the trainer; default is what the
+            backbone recommends for the instant one.
         start: embeddings of the same parts to continue from.
         on_step: progress; what it raises ends the training.
 
     Raises:
-        SlimeError: no examples, differing names, ``start`` of other parts or another model, or no memory for gradients
-            even after a second try with checkpointing.
+        SlimeError: no examples, differing names, ``start`` of other parts or another model, a backbone without text for
+            the paper's trainer, or no memory for gradients even after a second try with checkpointing.
     """
-    settings = settings or preset("instant", denoiser.family)
+    settings = settings or backbone.info.instant
     if not examples:
         raise SlimeError("No example given: connect at least one SLiMe Example.")
     names = examples[0].names
     if any(example.names != names for example in examples):
         raise SlimeError(f"All examples must name the same parts; got {sorted({e.names for e in examples})}.")
     if start is not None:
-        start.check_model(denoiser.family)
+        start.check_model(backbone)
         if start.names != names:
             raise SlimeError(f"The embeddings to start from name {start.names}, the examples {names}.")
-        mode = "keys" if settings.preset == "instant" else "context"
-        if start.mode != mode:
+        if start.mode != (CONTEXT if isinstance(settings, PaperSettings) else KEYS):
             raise SlimeError(
-                f'These embeddings were learned by another kind of trainer than "{settings.preset}": instant continues '
-                "instant, thorough and paper continue each other. Leave start empty, or choose the other preset."
+                "These embeddings were learned by the other trainer: instant continues instant, paper continues paper. "
+                "Leave start empty, or choose the other preset."
             )
-        start = start.with_context(denoiser)
+        start = start.completed(backbone)
+    if all((example.labels > 0).all() for example in examples):
+        raise SlimeError(
+            "Every pixel of the examples belongs to a part, so nothing shows what is no part. Is the mask inverted, or "
+            "does it cover the whole image? Leave some background unpainted."
+        )
     examples = [example.taught() for example in examples]
     if not any((example.labels == 0).any() for example in examples):
         raise SlimeError(
             "No pixel teaches the background: every example ignores what is not labelled. Label all parts in one "
             'example, or set its unlabelled pixels to "background".'
         )
+    if not isinstance(settings, InstantSettings | PaperSettings):
+        raise SlimeError(f"There is no trainer for {type(settings).__name__}; give InstantSettings or PaperSettings.")
     on_step = on_step or (lambda report: None)
-    if settings.preset == "instant":
-        return train_instant(denoiser, examples, settings, start, on_step)
+    prompt = settings.prompt or ("" if isinstance(settings, InstantSettings) else part_prompt(names))
+    if isinstance(settings, InstantSettings):
+        settings = with_probed_layers(backbone, examples, settings, prompt)
+        return train_instant(backbone, examples, settings, start, on_step)
+    denoiser = text_conditioned(backbone, "The preset paper")
+    settings = with_probed_layers(backbone, examples, settings, prompt)
     try:
-        return train_through_unet(denoiser, examples, settings, start, on_step)
+        return train_by_gradient(denoiser, examples, settings, start, on_step)
     except OUT_OF_MEMORY:
         if settings.checkpointing:
             raise SlimeError(_NO_MEMORY) from None
@@ -83,6 +118,6 @@ def train(
     logger.warning("SLiMe: out of memory; training starts again with checkpointing, which needs less and takes longer.")
     free_memory()
     try:
-        return train_through_unet(denoiser, examples, replace(settings, checkpointing=True), start, on_step)
+        return train_by_gradient(denoiser, examples, replace(settings, checkpointing=True), start, on_step)
     except OUT_OF_MEMORY as error:
         raise SlimeError(_NO_MEMORY) from error

@@ -6,9 +6,12 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import torch
 
-from demo.inprocess import import_comfyui, load_extension
-from demo.server import ComfyServer
+from testing.inprocess import import_comfyui, load_extension
+from testing.server import ComfyServer
+
+torch.set_num_threads(1)  # one thread: measured many times faster than several on a busy machine
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from benchmarks.random_models import LAYOUTS, comfy_patcher, unet_config
-from demo.tiny_diffusers import convert_unet
+from testing.tiny.diffusers import convert_unet
 
 __all__ = ["LAYOUTS", "comfy_patcher", "diffusers_unet"]
 

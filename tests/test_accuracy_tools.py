@@ -1,28 +1,29 @@
-"""What goes beyond the paper: zoom, layer probe, background rows, partial labels, absent parts."""
+"""What goes beyond the paper: zoom, layer probe, partial labels, absent parts."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from functools import partial
 
-import numpy as np
 import pytest
 import torch
 
-from slime import PartEmbeddings, SegmentSettings, preset, segment, train
-from slime.attention import join_background, resize_maps
-from slime.augment import window
-from slime.denoiser import Context
+from slime import SegmentSettings, load_embeddings, preset, save_embeddings, segment, train
+from slime.backbones.base import Observation
+from slime.backbones.text import Capture
 from slime.errors import SlimeError
 from slime.examples import IGNORE, Example, merge_examples
-from slime.features import Features
-from slime.gradient import official_iou, schedule
-from slime.losses import balance_views, dice_loss, weighted_cross_entropy
-from slime.probe import probe_layers
-from slime.read import ReadOut, calibrate, calibrating_exponent, part_logits
-from slime.zoom import Window, spots, sureness, windows, zoom_in
+from slime.images import resize_maps
+from slime.reading.official import official_maps
+from slime.reading.read import calibrate, calibrating_exponent, part_logits
+from slime.reading.zoom import Window, compose, look_closer, peaks, spots, sureness, windows
+from slime.training.augment import window
+from slime.training.gradient import official_iou
+from slime.training.probe import probe_layers
 
 from .test_learning import picture, score
-from .toy import LAYERS, ToyDenoiser
+from .toy import LAYERS, ToyUNet
 
 
 def blob(size: int, top: int, left: int, side: int) -> torch.Tensor:
@@ -53,8 +54,9 @@ def test_zoom_takes_the_surer_window_and_else_the_first_look() -> None:
         seen.append(crops)
         return torch.stack([blob(16, 4, 4, 8)] * len(crops))
 
-    found, peaks = zoom_in(sure, image, coarse, 1, "off")
-    assert peaks.tolist() == pytest.approx([0.9])
+    closer = look_closer(sure, image, coarse, 1)
+    assert peaks(coarse, closer).tolist() == pytest.approx([0.9])
+    found = compose(image, coarse, closer, "off")
     assert found.shape == (2, 64, 64) and torch.allclose(found.sum(0), torch.ones(64, 64), atol=1e-5)
     where = torch.nonzero(found.argmax(0))
     assert 0 < len(where) < 64 * 64 / 4 and where[:, 0].max() < 40 and where[:, 1].min() > 20
@@ -62,8 +64,8 @@ def test_zoom_takes_the_surer_window_and_else_the_first_look() -> None:
     def unsure(crops: torch.Tensor) -> torch.Tensor:
         return torch.full((len(crops), 2, 16, 16), 0.5)
 
-    kept, _ = zoom_in(unsure, image, coarse, 1, "off")
-    assert torch.equal(kept, resize_maps(coarse[None], (64, 64))[0])
+    assert look_closer(unsure, image, coarse, 1) == []
+    assert torch.equal(compose(image, coarse, [], "off"), resize_maps(coarse[None], (64, 64))[0])
     assert all(crop.shape[1:] == (64, 64, 3) for crop in seen)
     assert sureness(blob(16, 4, 4, 8)[None]) > sureness(blob(16, 0, 0, 8)[None]), "parts at the border count less"
 
@@ -72,12 +74,13 @@ def test_zoom_never_fails_where_nothing_is_found() -> None:
     flat = torch.zeros(2, 8, 8)
     flat[0] = 1
     image = torch.rand(32, 48, 3)
-    found = zoom_in(lambda crops: flat.expand(len(crops), -1, -1, -1), image, flat, 3, "fast").maps
-    assert found.shape == (2, 32, 48) and not found.argmax(0).any()
+    closer = look_closer(lambda crops: flat.expand(len(crops), -1, -1, -1), image, flat, 3)
+    found = compose(image, flat, closer, "fast")
+    assert closer == [] and found.shape == (2, 32, 48) and not found.argmax(0).any()
 
 
 def test_zoom_of_several_objects_in_the_whole_pipeline() -> None:
-    toy = ToyDenoiser()
+    toy = ToyUNet()
     embeddings = train(toy, [picture(0)], preset("instant", views=4))
     images = torch.stack([picture(5).image, picture(6).image])
     plain, zoomed = (segment(toy, images, embeddings, SegmentSettings(zoom=n))[0] for n in (0, 2))
@@ -86,39 +89,21 @@ def test_zoom_of_several_objects_in_the_whole_pipeline() -> None:
 
 
 def test_probe_prefers_layers_that_know_the_parts() -> None:
-    class Blind(ToyDenoiser):
+    class Blind(ToyUNet):
         """The coarsest layer's queries are noise, and its self-attention too."""
 
-        def predict_noise(self, noisy, timestep, context, capture, image_size):
-            kept = self.w_q[LAYERS[0].key]
-            self.w_q[LAYERS[0].key] = torch.zeros_like(kept)
-            try:
-                return super().predict_noise(noisy, timestep, context, capture, image_size)
-            finally:
-                self.w_q[LAYERS[0].key] = kept
+        def __init__(self) -> None:
+            super().__init__()
+            self.w_q[LAYERS[0].name] = torch.zeros_like(self.w_q[LAYERS[0].name])
 
     toy = Blind()
-    context = Context(toy.encode_prompt("").rows)
-    found = probe_layers(toy, [picture(0)], preset("instant", views=4), context, 100)
-    assert LAYERS[0].key not in found.choice.cross and found.choice.cross and found.choice.self_
-    assert found.cross[LAYERS[0].key] == max(found.cross.values())
-    embeddings = train(toy, [picture(0)], preset("instant", views=4, cross_layers="auto", self_layers="auto"))
+    found = probe_layers(toy, [picture(0)], preset("instant", views=4), toy.condition(""), 100)
+    assert LAYERS[0].name not in found.choice.read and found.choice.read and found.choice.propagate
+    assert found.read[LAYERS[0].name] == max(found.read.values())
+    embeddings = train(toy, [picture(0)], preset("instant", views=4, read_layers="auto", propagate_layers="auto"))
     assert embeddings.layers == found.choice and score(embeddings, toy) > 0.8
-    half = train(toy, [picture(0)], preset("instant", views=4, self_layers="auto"))
-    assert half.layers.self_ == found.choice.self_
-
-
-def test_background_is_the_log_sum_exp_of_its_rows(tmp_path) -> None:
-    scores = torch.tensor([[0.0, 1.0, -1.0, 2.0]])[..., None, None]
-    joined = join_background(scores, 2).flatten()
-    np.testing.assert_allclose(joined, [np.log(1 + np.e**2), 1.0, -1.0], rtol=1e-6)
-    toy = ToyDenoiser()
-    embeddings = train(toy, [picture(0)], preset("instant", views=4, background_rows=2))
-    assert embeddings.rows.shape[1] == 4 and len(embeddings.names) == 2 and score(embeddings, toy) > 0.85
-    loaded = type(embeddings).load(embeddings.save(tmp_path / "a.safetensors"))
-    assert torch.equal(loaded.rows, embeddings.rows) and score(loaded, toy) == score(embeddings, toy)
-    again = train(toy, [picture(0)], preset("instant", views=4, background_rows=1), start=loaded)
-    assert again.rows.shape[1] == 3
+    half = train(toy, [picture(0)], preset("instant", views=4, propagate_layers="auto"))
+    assert half.layers.propagate == found.choice.propagate
 
 
 def test_parts_that_an_example_does_not_label_are_unknown_there() -> None:
@@ -133,17 +118,17 @@ def test_parts_that_an_example_does_not_label_are_unknown_there() -> None:
     assert len(same) == 1 and same[0].taught().labels.eq(0).any(), "both calls labelled one image: nothing is unknown"
     assert replace(merged[1], unlabelled="background").taught().labels.eq(0).any()
     assert not replace(first, unlabelled="ignore").taught().labels.eq(0).any()
-    toy = ToyDenoiser()
+    toy = ToyUNet()
     assert score(train(toy, merged, preset("instant", views=6)), toy) > 0.8
     with pytest.raises(SlimeError, match="No pixel teaches the background"):
         train(toy, [replace(first, unlabelled="ignore")], preset("instant", views=2))
 
 
 def test_images_without_the_object_can_be_left_empty(tmp_path) -> None:
-    toy = ToyDenoiser()
+    toy = ToyUNet()
     embeddings = train(toy, [picture(0)], preset("instant", views=4))
     assert 0.5 < embeddings.sureness <= 1
-    assert PartEmbeddings.load(embeddings.save(tmp_path / "a.safetensors")).sureness == embeddings.sureness
+    assert load_embeddings(save_embeddings(embeddings, tmp_path / "a.safetensors")).sureness == embeddings.sureness
     flat = torch.full_like(picture(0).image, 0.5)
     images = torch.stack([picture(0).image, flat])
     found = segment(toy, images, embeddings)[0]
@@ -158,9 +143,9 @@ def test_images_without_the_object_can_be_left_empty(tmp_path) -> None:
 
 def test_calibration_moves_no_border() -> None:
     maps = torch.rand(2, 3, 8, 8).softmax(1)
-    sharp = calibrate(maps, ReadOut(sharpen=2.0))
+    sharp = calibrate(maps, 2.0)
     assert torch.equal(sharp.argmax(1), maps.argmax(1)) and (sharp.amax(1) >= maps.amax(1)).all()
-    assert torch.allclose(sharp.sum(1), torch.ones(2, 8, 8)) and calibrate(maps, ReadOut()) is maps
+    assert torch.allclose(sharp.sum(1), torch.ones(2, 8, 8)) and calibrate(maps, 1.0) is maps
 
 
 def test_exponent_is_found_from_the_examples() -> None:
@@ -169,47 +154,22 @@ def test_exponent_is_found_from_the_examples() -> None:
     assert calibrating_exponent(dull, labels) == pytest.approx(2.0)
     ignored = labels * (torch.arange(16) < 8)
     assert calibrating_exponent(torch.where(ignored.sum(1, keepdim=True) > 0, dull, labels**4), ignored) == 2.0
-    toy = ToyDenoiser()
+    toy = ToyUNet()
     embeddings = train(toy, [picture(0)], preset("instant", views=4))
     assert 1 <= embeddings.read_out.sharpen <= 16
 
 
-def test_windows_beyond_the_image_mirror_it() -> None:
-    import random
-
-    assert window(4, 1.0, random.Random(0)).tolist() == [0, 1, 2, 3]
+def test_windows_lie_in_the_image() -> None:
+    assert window(4, 1.0, random.Random(0)) == slice(0, 4)
     for seed in range(20):
-        index = window(10, 2.5, random.Random(seed))
-        assert len(index) == 25 and index.min() == 0 and index.max() == 9 and set(index.diff().tolist()) <= {-1, 0, 1}
-
-
-def test_losses_of_the_ablation() -> None:
-    labels = torch.nn.functional.one_hot(torch.tensor([[0, 1], [1, 2]]), 3).movedim(-1, 0)[None].float()
-    right, wrong = 20 * labels, -20 * labels
-    assert dice_loss(right, labels) < 1e-5 < 0.9 < dice_loss(wrong, labels)
-    weights = torch.ones(3)
-    plain = weighted_cross_entropy(labels, labels, weights)
-    probability = torch.tensor(np.e / (np.e + 2))
-    focal = weighted_cross_entropy(labels, labels, weights, focal=2.0)
-    np.testing.assert_allclose(focal, plain * (1 - probability) ** 2, rtol=1e-5)
-    views = torch.zeros(2, 2, 1, 4)
-    views[0, 1, 0, :1], views[1, 1, 0, :3] = 1, 1
-    sums = balance_views(views)[:, 1].sum((1, 2))
-    assert sums[0] == sums[1] == 2
-    assert schedule("constant", 5, 10) == 1 and schedule("cosine", 1, 10) == 1 and schedule("cosine", 10, 10) < 0.05
+        found = window(10, 0.5, random.Random(seed))
+        assert 0 <= found.start < found.stop <= 10 and found.stop - found.start == 5
 
 
 def test_training_iou_is_that_of_the_official_read_out() -> None:
-    toy = ToyDenoiser()
-    settings = preset("paper", steps=30, views=3, keep="iou", ema=0.5, schedule="cosine", short_context=True, l2=1e-3)
-    embeddings = train(toy, [picture(0)], settings)
-    assert embeddings.context is not None and len(embeddings.context) == 3 and torch.isfinite(embeddings.rows).all()
-    from slime.denoiser import Capture
-    from slime.layers import LayerChoice
-
-    keys = tuple(layer.key for layer in LAYERS)
-    capture = Capture(LayerChoice(keys[:2], keys[2:]))
-    toy.predict_noise(torch.randn(1, 4, 16, 16), 10, toy.encode_prompt(""), capture, (128, 128))
+    toy = ToyUNet()
+    capture = Capture(toy.default_layers())
+    toy.predict_noise(torch.randn(1, 4, 16, 16), 10, toy.encode_prompt(""), capture)
     labels = torch.zeros(1, 3, 16, 16)
     labels[:, 0] = 1
     assert 0 <= float(official_iou(capture, labels)) <= 1
@@ -217,12 +177,11 @@ def test_training_iou_is_that_of_the_official_read_out() -> None:
 
 @pytest.mark.parametrize("count", [3, 30])
 def test_probe_takes_examples_of_any_shape_and_number(count: int) -> None:
-    toy = ToyDenoiser()
+    toy = ToyUNet()
     shapes = [(128, 128), (96, 192), (192, 96)]
     examples = [picture(i, *shapes[i % 3]) for i in range(count)]
-    context = Context(toy.encode_prompt("").rows)
-    found = probe_layers(toy, examples, preset("instant"), context, 100)
-    assert found.choice.cross and found.choice.self_
+    found = probe_layers(toy, examples, preset("instant"), toy.condition(""), 100)
+    assert found.choice.read and found.choice.propagate
 
 
 def test_adding_parts_keeps_what_was_decided_before() -> None:
@@ -237,18 +196,18 @@ def test_adding_parts_keeps_what_was_decided_before() -> None:
     assert torch.equal(kept == 1, first.labels == 1) and torch.equal(kept == 2, first.labels == 2)
 
 
-def test_official_maps_are_background_where_no_class_counts() -> None:
-    toy = ToyDenoiser()
+def test_official_maps_are_background_where_no_class_counts(monkeypatch) -> None:
+    toy = ToyUNet()
     embeddings = train(toy, [picture(0)], preset("paper", steps=2, views=1))
-    strict = replace(embeddings, read_out=replace(embeddings.read_out, gate=2.0))
+    monkeypatch.setattr("slime.reading.look.official_maps", partial(official_maps, gate=2.0))
     for crops in (1, 2):
-        found = segment(toy, picture(1).image[None], strict, SegmentSettings(crops=crops))[0]
+        found = segment(toy, picture(1).image[None], embeddings, SegmentSettings(crops=crops))[0]
         assert not found.label_map.any() and torch.allclose(found.probabilities[:, 0], torch.ones(1, 128, 128))
 
 
 def test_rows_go_to_the_device_of_the_features() -> None:
-    """The context, and with it the background row, stays on the CPU; "meta" stands in for a GPU."""
-    features = Features((torch.zeros(2, 6, 4, 4, device="meta"),), (), (4, 4))
-    for rows in (torch.zeros(1, 3, 6), torch.zeros(1, 3, 6, device="meta")):
-        logits = part_logits(features, rows, torch.zeros(6), 2)
+    """Rows stay on the CPU; "meta" stands in for a GPU."""
+    seen = Observation((torch.zeros(2, 6, 4, 4, device="meta"),), (), (4, 4))
+    for rows in (torch.zeros(1, 2, 6), torch.zeros(1, 2, 6, device="meta")):
+        logits = part_logits(seen, rows)
         assert logits.device.type == "meta" and logits.shape == (2, 3, 4, 4)

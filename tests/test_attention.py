@@ -6,9 +6,15 @@ import numpy as np
 import pytest
 import torch
 
-from slime.attention import attend_and_propagate, cross_scores, propagate, score_features, split_heads, was_maps
-from slime.denoiser import Attention
-from slime.official import official_maps, token_maps
+from slime.backbones.attention import (
+    Attention,
+    attend_and_propagate,
+    cross_scores,
+    propagate,
+    score_features,
+    was_maps,
+)
+from slime.reading.official import official_maps, token_maps
 
 
 def attention(heads=3, head_dim=8, height=5, width=4, tokens=None, batch=2, seed=0) -> Attention:
@@ -32,12 +38,6 @@ def test_cross_scores_are_the_mean_over_heads() -> None:
     a = attention(tokens=7)
     expected = dense_scores(a).mean(1)[:, :, :4].transpose(0, 2, 1).reshape(2, 4, 5, 4)
     np.testing.assert_allclose(cross_scores(a, 4).numpy(), expected, rtol=1e-4, atol=1e-5)
-
-
-def test_single_heads_are_those_of_the_layer() -> None:
-    a = attention(tokens=7)
-    alone = np.stack([cross_scores(head, 7).flatten(2).numpy() for head in split_heads(a)], 1)
-    np.testing.assert_allclose(alone, dense_scores(a).swapaxes(2, 3), rtol=1e-4, atol=1e-5)
 
 
 def test_score_features_are_linear_in_the_row() -> None:

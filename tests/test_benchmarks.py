@@ -10,25 +10,35 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ablation, confidence, speed
+from benchmarks import ablation, confidence, memory, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
-from benchmarks.methods import Variant, make_methods
+from benchmarks.methods import Variant, constants, encode_once, make_methods, remember
+from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
-from benchmarks.sources import OTHER, LabelledImages, Task, folder_task, read_folder, scene_task
+from benchmarks.rows import read_rows, write_rows
+from benchmarks.sources import OTHER, LabelledImages, Task, as_tensor, folder_task, read_folder, scene_task
 from benchmarks.speed import Bench
-from demo import scenes
-from demo.server import MODEL
-from slime import preset
-from slime.augment import resize_image, soft_labels
-from slime.denoiser import Capture, Context, add_noise
-from slime.errors import SlimeError
-from slime.gradient import loss_terms, mean_scores
-from slime.losses import guard_loss
-from slime.metrics import evaluate
-from slime.official import official_maps, token_maps
+from slime import Example, SegmentSettings, SlimeError
+from slime.backbones.text import Capture, Context, add_noise
+from slime.images import resize_image, soft_labels
+from slime.parts.metrics import evaluate
+from slime.reading.official import official_maps, token_maps
+from slime.training import gradient
+from slime.training.losses import guard_loss
+from testing import scenes
+from testing.server import MODEL
 
-from .test_learning import picture
-from .toy import ToyDenoiser
+from .toy import ToyUNet
+
+
+def picture(seed: int, side: int = 128) -> Example:
+    """A red and a blue square."""
+    labels = torch.zeros(side, side, dtype=torch.int64)
+    for part, x in ((1, 8), (2, side // 2 + 8)):
+        y = (17 * seed + 11 * part) % (side - 48)
+        labels[y : y + 40, x : x + 32] = part
+    colors = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.1, 0.2], [0.1, 0.8, 0.9]])
+    return Example.from_label_map(colors[labels], labels, ["red", "blue"])
 
 
 @pytest.fixture
@@ -88,8 +98,8 @@ def test_rows_hold_what_the_tables_need(capsys) -> None:
 
 def test_the_reference_procedure_has_our_losses_and_maps() -> None:
     """Dense official maps and losses equal ours on the same view, noise and timestep; the rows move."""
-    toy, example = ToyDenoiser(), picture(0)
-    reference = Reference(toy, 2, side=128)
+    toy, example = ToyUNet(), picture(0)
+    reference = Reference(toy, 2)
     image, rows = example.image[None], reference.rows.detach().clone()
     labels = soft_labels(example.labels, 3, (16, 16)).argmax(0)
     found = reference.step(image, labels)
@@ -100,12 +110,11 @@ def test_the_reference_procedure_has_our_losses_and_maps() -> None:
     noisy = add_noise(toy, latents, noise, timestep)
     capture = Capture(reference.layers)
     context = Context(torch.cat([reference.base[:1], rows, reference.base[3:]]))
-    conditional = toy.predict_noise(noisy, timestep, context, capture, (128, 128))
-    unconditional = toy.predict_noise(noisy, timestep, toy.encode_prompt(""), None, (128, 128))
+    conditional = toy.predict_noise(noisy, timestep, context, capture)
+    unconditional = toy.predict_noise(noisy, timestep, toy.encode_prompt(""), None)
     one_hot = torch.nn.functional.one_hot(labels, 3).movedim(-1, 0)[None].float()
-    settings = preset("paper", steps=1)
-    ours = loss_terms(mean_scores(capture, 3, one_hot), capture, one_hot, settings)
-    ours["guard"] = settings.guard_weight * guard_loss(conditional, unconditional, noise)
+    ours = gradient.loss_terms(gradient.mean_scores(capture, 3, one_hot), capture, one_hot)
+    ours["guard"] = gradient.GUARD_WEIGHT * guard_loss(conditional, unconditional, noise)
     for name, value in ours.items():
         np.testing.assert_allclose(float(found.losses[name]), float(value.detach()), rtol=1e-3, err_msg=name)
     assert not torch.equal(reference.rows.detach(), rows) and found.labels.shape == (16, 16)
@@ -113,8 +122,8 @@ def test_the_reference_procedure_has_our_losses_and_maps() -> None:
 
 @pytest.mark.parametrize("crops", [1, 2])
 def test_the_reference_inference_is_our_official_read_out(crops: int) -> None:
-    toy = ToyDenoiser()
-    reference = Reference(toy, 2, crops, side=128)
+    toy = ToyUNet()
+    reference = Reference(toy, 2, crops)
     with torch.no_grad():
         reference.rows[0] += 2
     found = reference.infer(picture(0).image[None])
@@ -124,7 +133,7 @@ def test_the_reference_inference_is_our_official_read_out(crops: int) -> None:
         generator = torch.Generator().manual_seed(0)
         latents = toy.encode_images(resize_image(picture(0).image[None], (128, 128)))
         noise = torch.randn(latents.shape, generator=generator)
-        toy.predict_noise(add_noise(toy, latents, noise, 100), 100, conditional, capture, (128, 128))
+        toy.predict_noise(add_noise(toy, latents, noise, 100), 100, conditional, capture)
         maps = token_maps(list(capture.cross.values()), 3, (16, 16))
         ours = official_maps(maps, list(capture.self_.values()))[0].argmax(0)
         assert (ours == found).float().mean() > 0.98
@@ -132,10 +141,11 @@ def test_the_reference_inference_is_our_official_read_out(crops: int) -> None:
 
 def test_every_row_of_the_ablation_runs(capsys) -> None:
     """Each change is a valid setting; those of segmentation give label maps."""
-    toy, task = ToyDenoiser(), toy_task()
+    toy, task = ToyUNet(), toy_task()
     for table, variants in ablation.TABLES.items():
         for change, variant in variants.items():
-            layers = {key: "" for key in ("cross_layers", "self_layers") if "auto" != variant.train.get(key, "auto")}
+            patterns = ("read_layers", "propagate_layers")
+            layers = {key: "" for key in patterns if variant.train.get(key, "auto") != "auto"}
             short = replace(variant, train={**variant.train, "views": 1, "steps": 2, **layers})
             labels = short.find(toy, short.fit(toy, task.examples, 0), task.tests["plain"].images, 0)
             assert labels[0].shape == (96, 96), (table, change)
@@ -148,14 +158,65 @@ def test_every_row_of_the_ablation_runs(capsys) -> None:
 
 
 def toy_task() -> Task:
-    example = picture(0, 96, 96)
+    example = picture(0, 96)
     images = (example.image.numpy() * 255).astype(np.uint8)[None]
     return Task("car", (example,), {"plain": LabelledImages(images, (example.labels.numpy(),))})
 
 
+def test_constants_change_a_training_and_come_back() -> None:
+    toy, example, kept = ToyUNet(), picture(0), gradient.WAS_WEIGHT
+    short = {"views": 1, "steps": 1}
+    first, other = (
+        Variant("paper", short, constants=values).fit(toy, [example], 0).losses for values in ({}, {"WAS_WEIGHT": 0.0})
+    )
+    assert other[0] < first[0] and gradient.WAS_WEIGHT == kept
+    with pytest.raises(AttributeError), constants({"NO_SUCH": 1.0}):
+        pass
+
+
+def test_the_official_steps_are_the_official_read_out() -> None:
+    toy, task = ToyUNet(), toy_task()
+    variant = Variant("paper", {"views": 2, "steps": 4})
+    embeddings, images = variant.fit(toy, task.examples, 0), task.tests["plain"].images
+    steps = replace(variant, official={}).find(toy, embeddings, images, 0)
+    assert np.array_equal(steps[0], variant.find(toy, embeddings, images, 0)[0])
+    bare = {"gate": 0.0, "subtract_mean": False, "rescale": False, "order": 0, "all_tokens": False}
+    (labels,) = label_maps(toy, as_tensor(images), embeddings, SegmentSettings(), **bare)
+    assert labels.unique().tolist() != [0] and labels.shape == (96, 96)
+    keys = Variant("instant", {"views": 1}).fit(toy, task.examples, 0)
+    with pytest.raises(TypeError, match="preset paper"):
+        label_maps(toy, as_tensor(images), keys, SegmentSettings())
+
+
+def test_test_images_are_encoded_once_and_nothing_else_is_kept() -> None:
+    toy, task = ToyUNet(), toy_task()
+    embeddings = Variant("instant", {"views": 1}).fit(toy, task.examples, 0)
+    plain = Variant("instant").find(toy, embeddings, task.tests["plain"].images, 0)
+    encode_once(toy, latents := {})
+    remember(toy, task.tests["plain"].images)
+    before = toy.encoded
+    found = Variant("instant").find(toy, embeddings, task.tests["plain"].images, 0)
+    assert np.array_equal(found, plain) and toy.encoded == before and len(latents) == 1
+    Variant("instant", {"views": 2}).fit(toy, task.examples, 0)
+    assert len(latents) == 1
+
+
+def test_rows_come_back_from_their_file(tmp_path) -> None:
+    rows = [{"method": "default", "part_miou": 0.1234567, "per_part": {"leg": 0.5}}, {"method": "paper", "miou": None}]
+    write_rows(tmp_path / "x.json", rows, device="here")
+    assert read_rows(tmp_path / "x.json") == [rows[0] | {"part_miou": 0.123457}, rows[1]]
+    assert len((tmp_path / "x.json").read_text().splitlines()) == 4 and read_rows(tmp_path / "none.json") == []
+    write_rows(None, rows)
+
+
+def test_memory_is_measured() -> None:
+    assert -0.1 < memory.batch(3, 64, 2) < 1 and -0.1 < memory.stream(6, 64, 2) < 1
+    assert memory.peak() >= memory.resident() > 1e7
+
+
 def test_speed_rows_and_memory() -> None:
     rows = []
-    bench = Bench("toy", ToyDenoiser(), ToyDenoiser(), 1, rows.append, 2)
+    bench = Bench("toy", ToyUNet(), ToyUNet(), 1, rows.append, 2)
     x = torch.ones(1000, requires_grad=True)
     with speed.memory() as used:
         y = x.exp().exp()  # both results are saved for the backward pass
@@ -184,7 +245,7 @@ def test_calibration_and_absence_figures(capsys) -> None:
     assert confidence.area_under_roc(np.array([3.0, 2.0]), np.array([1.0, 2.0])) == pytest.approx(3.5 / 4)
     task = toy_task()
     empty = LabelledImages(task.tests["plain"].images, tuple(np.zeros_like(t) for t in task.tests["plain"].truths))
-    row = confidence.figures(ToyDenoiser(), replace(task, tests={**task.tests, OTHER: empty}), 0)
+    row = confidence.figures(ToyUNet(), replace(task, tests={**task.tests, OTHER: empty}), 0)
     assert row["auc"] == 0.5 and row["part_miou_0.0"] > 0.8 and row["false_area_0.0"] > 0.05
     confidence.summarise([{"shots": 1} | row])
     assert "| 1 | off |" in capsys.readouterr().out

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
-from demo import scenes, splits
-from demo.make_workflows import BLUEPRINTS, WORKFLOWS
 from demo.run import put_image
-from demo.run_workflows import EMBEDDINGS, prepare
-from demo.server import MODEL
-from slime.embeddings import PartEmbeddings
+from slime import load_embeddings
+from testing import scenes, splits
+from testing.server import MODEL
+from tools.make_workflows import BLUEPRINTS, WORKFLOWS
+from tools.run_workflows import EMBEDDINGS, prepare
 
 playwright = pytest.importorskip("playwright.sync_api")
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +44,7 @@ HARMLESS = re.compile(
 MODES = {"classic": False, "nodes2": True}
 
 pytestmark = [
+    pytest.mark.server,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; set CHROMIUM to its path"),
     pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there"),
 ]
@@ -273,7 +274,7 @@ def test_two_parts_are_painted_and_kept(canvas) -> None:
     entry = canvas.run()
     assert entry["status"]["status_str"] == "success", entry["status"]
     file = canvas.server.base / "models" / "slime" / "painted.safetensors"
-    assert PartEmbeddings.load(file).names == ("part", "window")
+    assert load_embeddings(file).names == ("part", "window")
     file.unlink()
 
     canvas.js(

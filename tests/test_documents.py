@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from demo.make_locales import FOLDER, LANGUAGES, english, leaves, read
+from tools.make_locales import FOLDER, LANGUAGES, english, leaves, read
 
 ROOT = Path(__file__).resolve().parent.parent
 INTERFACE = Path(__file__).with_name("interface.json")

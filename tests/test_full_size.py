@@ -6,13 +6,14 @@ Slow: ``python dev.py test -m slow``.
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.random_models import VAE, random_weight, unet_config
-from demo import splits
-from slime import PartEmbeddings, preset, segment, train
+from slime import load_embeddings, preset, save_embeddings, segment, train
+from testing import splits
 from tests.models import comfy_patcher
 
 pytestmark = pytest.mark.slow
@@ -29,8 +30,8 @@ def sd15(extension, tmp_path_factory):
     save_file(random_sd15_state(), str(path))
     with torch.inference_mode():
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
-        adapter = importlib.import_module("slime_extension.nodes.comfy_denoiser")
-        return adapter.ComfyDenoiser(model, vae, clip)
+        adapter = importlib.import_module("slime_extension.nodes.comfy_unet")
+        return adapter.ComfyUNet(model, vae, clip)
 
 
 def random_sd15_state() -> dict[str, torch.Tensor]:
@@ -60,16 +61,16 @@ def random_sd15_state() -> dict[str, torch.Tensor]:
 
 def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
     """Stock loading, family and layers recognised, one instant fit, one full-gradient step, one segmentation."""
-    assert sd15.family.name == "sd1" and sd15.prediction == "eps" and len(sd15.layers) == 16
+    assert sd15.info.id == "sd1" and sd15.prediction == "eps" and len(sd15.layers) == 16
     example = splits.example("car", splits.TEACH)
     with torch.inference_mode():
-        embeddings = train(sd15, [example], preset("instant", sd15.family, views=1, steps=3))
+        embeddings = train(sd15, [example], preset("instant", sd15.info, views=1, steps=3))
         assert embeddings.rows.shape == (2, 5, 768) and torch.isfinite(embeddings.rows).all()
-        assert embeddings.save(tmp_path / "e.safetensors").stat().st_size < 300_000
-        maps = segment(sd15, example.image[None], PartEmbeddings.load(tmp_path / "e.safetensors"))[0]
+        assert save_embeddings(embeddings, tmp_path / "e.safetensors").stat().st_size < 300_000
+        maps = segment(sd15, example.image[None], load_embeddings(tmp_path / "e.safetensors"))[0]
         assert maps.probabilities.shape == (1, 6, 256, 256)
         reports = []
-        settings = preset("paper", sd15.family, views=1, steps=1, checkpointing=True)
+        settings = preset("paper", sd15.info, views=1, steps=1, checkpointing=True)
         stepped = train(sd15, [example], settings, on_step=reports.append)
     assert torch.isfinite(stepped.rows).all() and set(reports[-1].losses) == {"loss", "ce", "was", "guard"}
 
@@ -78,7 +79,7 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
     """SDXL's blocks, depths and size conditioning at a tenth of its width; latents stand in for the VAE's."""
     from types import SimpleNamespace
 
-    adapter = importlib.import_module("slime_extension.nodes.comfy_denoiser")
+    adapter = importlib.import_module("slime_extension.nodes.comfy_unet")
     patcher = comfy_patcher("sdxl")
     vae = SimpleNamespace(
         encode=lambda pixels: torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8)[:, [0, 1, 2, 0]]
@@ -89,13 +90,12 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
     )
     example = splits.example("horse", splits.TEACH)
     with torch.inference_mode():
-        denoiser = adapter.ComfyDenoiser(patcher, vae, clip)
-        monkeypatch.setattr(
-            denoiser, "family", denoiser.family.__class__(**{**vars(denoiser.family), "working_side": 256})
-        )
-        embeddings = train(denoiser, [example], preset("instant", denoiser.family, views=2, steps=3))
-        assert embeddings.pooled is not None and {key.number for key in embeddings.layers.cross} == {0, 1, 2, 3, 4, 5}
-        assert len(embeddings.layers.cross) == 36 and len(embeddings.layers.self_) == 6
+        denoiser = adapter.ComfyUNet(patcher, vae, clip)
+        monkeypatch.setattr(denoiser, "info", replace(denoiser.info, side=256))
+        embeddings = train(denoiser, [example], preset("instant", denoiser.info, views=2, steps=3))
+        assert embeddings.condition["pooled"].ndim == 1
+        assert {name.split(".")[1] for name in embeddings.layers.read} == set("012345")
+        assert len(embeddings.layers.read) == 36 and len(embeddings.layers.propagate) == 6
         assert segment(denoiser, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)
-        stepped = train(denoiser, [example], preset("paper", denoiser.family, views=1, steps=1))
+        stepped = train(denoiser, [example], preset("paper", denoiser.info, views=1, steps=1))
     assert torch.isfinite(stepped.rows).all()

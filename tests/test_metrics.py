@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slime.metrics import boundary_f, evaluate
+from slime.parts.metrics import boundary_f, evaluate
 
 TRUTH_A = np.array([[0, 0, 1, 1], [0, 0, 1, 1]])
 FOUND_A = np.array([[0, 0, 0, 1], [0, 0, 1, 1]])  # class 0: 4/5, class 1: 3/4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from slime import preset, segment, train
 
 from .test_learning import picture
-from .toy import ToyDenoiser
+from .toy import ToyUNet
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +28,19 @@ def silent_previews(nodes, monkeypatch):
     from comfy_api.latest import ui
 
     for kind in ("PreviewImage", "PreviewMask"):
-        monkeypatch.setattr(ui, kind, lambda *a, **k: None)
+        monkeypatch.setattr(ui, kind, lambda *a, **k: SimpleNamespace(as_dict=lambda: {"images": []}))
 
 
 def parts(labels: torch.Tensor, count: int = 2):
     from slime_extension.nodes.common import Parts
 
-    from slime.embeddings import default_palette
-    from slime.segment import PartMaps
+    from slime.parts.maps import Held, PartMaps
+    from slime.parts.palette import default_palette
 
     one_hot = torch.nn.functional.one_hot(labels, count + 1).movedim(-1, 1).float()
     names = ("wheel", "window", "door")[:count]
     probabilities = one_hot * 0.8 + 0.2 / (count + 1)
-    maps = PartMaps(probabilities, names, default_palette(count), probabilities[:, 1:].amax((2, 3)))
+    maps = PartMaps(Held(probabilities), names, default_palette(count), probabilities[:, 1:].amax((2, 3)))
     return Parts(maps, torch.rand(*labels.shape, 3))
 
 
@@ -167,25 +168,23 @@ def test_saving_adds_a_number_instead_of_overwriting(nodes, tmp_path, monkeypatc
 
 
 def test_wrong_models_are_refused(extension) -> None:
-    from types import SimpleNamespace
-
-    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+    from slime_extension.nodes.comfy_unet import ComfyUNet
 
     from tests.models import comfy_patcher
 
     with pytest.raises(ValueError, match="another kind of model"):
-        ComfyDenoiser(SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity())))
+        ComfyUNet(SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity())))
     patcher = comfy_patcher("sd1")
     first = patcher.model.diffusion_model.input_blocks[0][0]
     with torch.inference_mode():
         first.weight = torch.nn.Parameter(torch.zeros(32, 9, 3, 3), requires_grad=False)
     with pytest.raises(ValueError, match="9 input channels.*text-to-image checkpoint"):
-        ComfyDenoiser(patcher)
+        ComfyUNet(patcher)
     clip = SimpleNamespace(
         tokenize=lambda t: t, encode_from_tokens=lambda t, return_pooled: (torch.zeros(1, 77, 1024), None)
     )
-    with pytest.raises(ValueError, match="1024 wide, the model needs 768"):
-        ComfyDenoiser(comfy_patcher("sd1"), None, clip).encode_prompt("x")
+    with pytest.raises(ValueError, match="1024 wide, but the model needs 768"):
+        ComfyUNet(comfy_patcher("sd1"), None, clip).condition("x")
 
 
 def test_import_is_light(extension, comfy_path) -> None:
@@ -280,7 +279,7 @@ def test_label_maps_teach(nodes) -> None:
 
 
 def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
-    toy = ToyDenoiser()
+    toy = ToyUNet()
     first = train(toy, [picture(0)], preset("instant", views=2))
     renamed = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = tyre\nblue = #010203").args[0]
     assert renamed.names == ("tyre", "blue") and renamed.palette[1] == (1, 2, 3)
@@ -301,7 +300,7 @@ def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
     paper = train(toy, [picture(0)], preset("paper", steps=1, views=1))
     for call, message in (
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, first), "more than once: blue, red"),
-        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, paper), "presets thorough and paper"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, paper), "preset paper"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "stand in one text together"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), 'no part "c"'),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "red tyre"), "is not a change"),
@@ -326,7 +325,7 @@ def test_names_are_separated_by_the_commas_of_any_script(extension) -> None:
 def test_progress_says_what_is_left(extension) -> None:
     from slime_extension.nodes.train import STAGES, progress_text
 
-    from slime.recipe import StepReport
+    from slime.training.progress import StepReport
 
     def said(stage: str, step: int, elapsed: float, losses=None) -> str:
         return progress_text(StepReport(stage, step, 200, losses or {}, lambda: None), elapsed)
@@ -335,3 +334,19 @@ def test_progress_says_what_is_left(extension) -> None:
     assert said("features", 3, 10.0) == "Looking at view 3/200, 16 min left"
     assert said("fit", 1, 0.0, {"loss": 2.0}) == "Fitting, step 1/200, loss 2"
     assert said("done", 200, 9.0) == "Done, step 200/200" and set(STAGES) == {"features", "fit", "train", "done"}
+
+
+def test_widgets_of_the_other_preset_do_not_count_and_zeros_leave_the_presets_value(extension) -> None:
+    from slime_extension.nodes.train import _settings
+
+    toy = ToyUNet()
+    untouched = {"steps": 0, "learning_rate": 0.0, "seed": 3, "views": 0, "crop": 0.0, "l2": 0.0, "timestep": 0}
+    assert _settings("instant", toy, **untouched) == preset("instant", seed=3)
+    assert _settings("paper", toy, **untouched | {"l2": 0.5}) == preset("paper", seed=3)
+    changed = _settings("instant", toy, **untouched | {"learning_rate": 1.0, "cross_layers": "auto", "recolor": "mild"})
+    assert changed == preset("instant", seed=3, read_layers="auto", recolor=0.3)
+
+
+def test_a_workflow_with_the_preset_that_is_gone_hears_why(nodes) -> None:
+    assert "thorough is gone" in nodes.SLiMeTrain.validate_inputs("thorough")
+    assert nodes.SLiMeTrain.validate_inputs("paper") is True and "no preset" in nodes.SLiMeTrain.validate_inputs("x")

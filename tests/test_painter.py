@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from demo.run_workflows import encode_runs
-from slime.embeddings import PALETTE
 from slime.errors import SlimeError
+from slime.parts.palette import PALETTE
+from tools.run_workflows import encode_runs
 
 
 @pytest.fixture

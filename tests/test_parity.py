@@ -11,10 +11,10 @@ from functools import partial
 import pytest
 import torch
 
-from demo import splits
-from demo.inprocess import load_denoiser
-from demo.server import MODEL
-from demo.tiny_diffusers import load_tiny, scheduler
+from testing import splits
+from testing.inprocess import load_backbone
+from testing.server import MODEL
+from testing.tiny.diffusers import load_tiny, scheduler
 from tests.models import LAYOUTS, comfy_patcher, diffusers_unet
 
 TOLERANCE = 2e-4
@@ -23,16 +23,16 @@ SIDE = {"sd1": 16, "sd2": 16, "sdxl": 16}
 
 @pytest.fixture(scope="module", params=[("sd1", "eps"), ("sd2", "eps"), ("sd2", "v"), ("sdxl", "eps")], ids="-".join)
 def pair(request, extension):
-    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+    from slime_extension.nodes.comfy_unet import ComfyUNet
 
-    from slime.backends.diffusers import DiffusersDenoiser
+    from slime.backbones.diffusers import DiffusersUNet
 
     layout, prediction = request.param
     patcher = comfy_patcher(layout, prediction)
     with torch.inference_mode():
-        ours = ComfyDenoiser(patcher)
+        ours = ComfyUNet(patcher)
     unet = diffusers_unet(layout, patcher.model.diffusion_model.state_dict())
-    return layout, ours, DiffusersDenoiser(unet, None, [], [], scheduler(prediction))
+    return layout, ours, DiffusersUNet(unet, None, [], [], scheduler(prediction))
 
 
 def inputs(layout: str):
@@ -50,28 +50,28 @@ def close(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 def test_layers_agree(pair) -> None:
     _, ours, theirs = pair
-    assert [(str(layer.key), layer.scale) for layer in ours.layers] == [
-        (str(layer.key), layer.scale) for layer in theirs.layers
+    assert [(layer.name, layer.stride) for layer in ours.layers] == [
+        (layer.name, layer.stride) for layer in theirs.layers
     ]
-    assert ours.family.name == theirs.family.name and ours.prediction == theirs.prediction
+    assert ours.info.id == theirs.info.id and ours.prediction == theirs.prediction
     assert torch.allclose(ours.alphas_cumprod, theirs.alphas_cumprod, rtol=1e-5)
 
 
 def test_scores_was_and_gradients_agree(pair) -> None:
-    from slime.attention import cross_scores, was_maps
-    from slime.denoiser import Capture, Context
-    from slime.layers import choose_layers
+    from slime.backbones.attention import cross_scores, was_maps
+    from slime.backbones.base import choose_layers
+    from slime.backbones.text import Capture, Context
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
     results = []
     for denoiser in denoisers:
-        choice = choose_layers(denoiser.family, denoiser.layers)
+        choice = choose_layers(denoiser)
         with denoiser.differentiable(checkpointing=False):
             learned = rows[1:4].clone().requires_grad_(True)
             context = Context(torch.cat([rows[:1].clone(), learned, rows[4:].clone()]), pooled)
-            capture = Capture(type(choice)(choice.cross, choice.self_))
-            noise = denoiser.predict_noise(noisy.clone(), 60, context, capture, (128, 128))
+            capture = Capture(choice)
+            noise = denoiser.predict_noise(noisy.clone(), 60, context, capture)
             layers = [
                 torch.nn.functional.interpolate(cross_scores(a, 4), (16, 16), mode="bilinear")
                 for a in capture.cross.values()
@@ -86,87 +86,81 @@ def test_scores_was_and_gradients_agree(pair) -> None:
 
 def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
     """The features of both hosts agree, and phi . e is the score that the layers themselves give for e."""
-    from slime.attention import cross_scores
-    from slime.denoiser import Capture, Context
-    from slime.features import FeaturePlan, collect_features, key_projections
-    from slime.layers import choose_layers
+    from slime.backbones.attention import cross_scores
+    from slime.backbones.base import Plan, choose_layers
+    from slime.backbones.text import Context, capture_attention
 
     layout, *denoisers = pair
-    noisy, rows, pooled = inputs(layout)
+    latents, rows, pooled = inputs(layout)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
     found = []
     for denoiser in denoisers:
-        choice = choose_layers(denoiser.family, denoiser.layers)
-        context = Context(rows, pooled)
+        choice = choose_layers(denoiser)
         with torch.no_grad():
-            projections = key_projections(denoiser, choice, pooled)
-            capture = Capture(choice, stop_early=True)
-            assert denoiser.predict_noise(noisy, 60, context, capture, (128, 128)) is None
-        features = collect_features(capture, projections, FeaturePlan(choice, context, 60))
-        found.append(features.scores)
-        for size_group in features.scores:
-            direct = sum(
-                cross_scores(a, 77)
-                for a in capture.cross.values()
-                if (a.height, a.width) == tuple(size_group.shape[-2:])
-            ) / len(choice.cross)
-            assert close(torch.einsum("bdhw,kd->bkhw", size_group, rows), direct)
+            seen = denoiser.observe(latents, Plan(choice, condition(rows, pooled), 60), noise)
+            layers = capture_attention(denoiser, latents, 60, noise, Context(rows, pooled), choice).cross.values()
+        found.append(seen.features)
+        for size_group in seen.features:
+            direct = sum(cross_scores(a, 77) for a in layers if (a.height, a.width) == tuple(size_group.shape[-2:]))
+            assert close(torch.einsum("bdhw,kd->bkhw", size_group, rows), direct / len(choice.read))
     for a, b in zip(*found, strict=True):
         assert close(a, b)
 
 
+def condition(rows: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    return {"context": rows} | ({} if pooled is None else {"pooled": pooled})
+
+
 def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
     """Rows behind the context get keys from every host's own layers, and change no prediction."""
-    from slime.attention import join_background, was_maps
-    from slime.denoiser import Capture, Context
-    from slime.features import FeaturePlan, extract_features, extract_scores
-    from slime.layers import choose_layers
-    from slime.read import part_logits
+    from slime.backbones.attention import was_maps
+    from slime.backbones.base import Plan, choose_layers
+    from slime.backbones.text import Capture, Context
+    from slime.reading.read import part_logits
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
     found = []
     for denoiser in denoisers:
-        choice = choose_layers(denoiser.family, denoiser.layers)
+        choice = choose_layers(denoiser)
         plain, extra = Context(rows, pooled), Context(rows, pooled, rows[5:9] * 3)
         with torch.no_grad():
             captures = [Capture(choice) for _ in range(2)]
             first, second = (
-                denoiser.predict_noise(noisy, 60, context, capture, (128, 128))
+                denoiser.predict_noise(noisy, 60, context, capture)
                 for context, capture in zip((plain, extra), captures, strict=True)
             )
             assert close(first, second)
-            for key in choice.cross:
-                assert captures[1].cross[key].key.shape[1] == len(rows) + 4
-        plan = FeaturePlan(choice, plain, 60)
-        noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
-        learned = torch.stack([rows[1:4], rows[4:7]])
-        scored = extract_scores(denoiser, noisy, plan, noise, (128, 128), [learned - rows[0]], [3])
-        (logits,) = scored.logits
-        assert bool(scored.propagated) == (denoiser is denoisers[0] and layout != "sdxl")
-        for was in scored.propagated:
-            assert close(was, was_maps(scored.self_attention, join_background(logits, 3).softmax(1)))
-        features = extract_features(denoiser, noisy, plan, noise, (128, 128))
-        by_features = part_logits(features, learned, rows[0], 3)
-        assert close(join_background(logits, 3), by_features - by_features[:, :1])
+            for name in choice.read:
+                assert captures[1].cross[name].key.shape[1] == len(rows) + 4
+            plan = Plan(choice, condition(rows, pooled), 60)
+            noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
+            offsets = torch.stack([rows[1:4], rows[4:7]]) - rows[0]
+            scored = denoiser.score(noisy, plan, noise, [offsets], [3])
+            (logits,) = scored.logits
+            assert bool(scored.propagated) == (denoiser is denoisers[0] and layout != "sdxl")
+            for was in scored.propagated:
+                assert close(was, was_maps(scored.attention, logits.softmax(1)))
+            assert close(logits, part_logits(denoiser.observe(noisy, plan, noise), offsets))
         found.append(logits)
     assert close(*found)
 
 
 def test_checkpointing_gives_the_same_gradient(pair) -> None:
-    from slime.attention import cross_scores
-    from slime.denoiser import Capture, Context
-    from slime.layers import choose_layers
+    from slime.backbones.attention import cross_scores
+    from slime.backbones.base import choose_layers
+    from slime.backbones.text import Capture, Context
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
     for denoiser in denoisers:
-        choice = choose_layers(denoiser.family, denoiser.layers)
+        choice = choose_layers(denoiser)
         gradients = []
         for checkpointing in (False, True):
             with denoiser.differentiable(checkpointing):
                 learned = rows.clone().requires_grad_(True)
                 capture = Capture(choice)
-                noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture, (128, 128))
+                noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture)
                 loss = noise.square().mean() + sum(cross_scores(a, 4).square().mean() for a in capture.cross.values())
                 loss.backward()
                 gradients.append(learned.grad)
@@ -175,37 +169,37 @@ def test_checkpointing_gives_the_same_gradient(pair) -> None:
 
 def test_maps_propagated_in_the_pass_have_the_same_gradient(pair) -> None:
     """WAS by the layers' own attention calls, where the host offers it, and by calls of its own afterwards."""
-    from slime.denoiser import Capture, Context
-    from slime.gradient import _maps, _was_maps, mean_scores
-    from slime.layers import choose_layers
+    from slime.backbones.base import choose_layers
+    from slime.backbones.text import Capture, Context
+    from slime.training.gradient import _maps, _was_maps, mean_scores
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
     labels = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(4))
     weights = torch.randn(labels.shape, generator=torch.Generator().manual_seed(5))
     for denoiser, offers in zip(denoisers, (layout != "sdxl", False), strict=True):
-        choice = choose_layers(denoiser.family, denoiser.layers)
+        choice = choose_layers(denoiser)
         found = []
         for maps in (None, partial(_maps, labels)):
             with denoiser.differentiable(False):
                 learned = rows.clone().requires_grad_(True)
                 capture = Capture(choice, maps=maps)
-                noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture, (128, 128))
+                noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture)
                 was = _was_maps(capture, mean_scores(capture, 4, labels).softmax(1))
                 (noise.square().mean() + (weights * was).sum()).backward()
                 found.append((noise.detach(), was.detach(), learned.grad))
-        assert set(capture.propagated) == (set(choice.self_) if offers else set())
+        assert set(capture.propagated) == (set(choice.propagate) if offers else set())
         for plain, fused in zip(*found, strict=True):
             assert close(fused, plain)
 
 
 def test_weights_are_restored(extension, comfy_path) -> None:
     """After lending, every parameter is the very object it was, and nothing requires a gradient anew."""
-    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+    from slime_extension.nodes.comfy_unet import ComfyUNet
 
     patcher = comfy_patcher("sd1")
     with torch.inference_mode():
-        denoiser = ComfyDenoiser(patcher)
+        denoiser = ComfyUNet(patcher)
         patcher.model.to("cpu")
     before = {name: (id(p), p.requires_grad) for name, p in patcher.model.named_parameters()}
     forwards = [dict(vars(m)).get("forward") for m in patcher.model.modules()]
@@ -218,11 +212,11 @@ def test_weights_are_restored(extension, comfy_path) -> None:
 
 def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
     """A partially loaded model, whose LoRA is applied on the fly, gives the features and gradients of a full one."""
-    from slime_extension.nodes.comfy_denoiser import ComfyDenoiser
+    from slime_extension.nodes.comfy_unet import ComfyUNet
 
-    from slime.attention import cross_scores
-    from slime.denoiser import Capture, Context
-    from slime.layers import choose_layers
+    from slime.backbones.attention import cross_scores
+    from slime.backbones.base import choose_layers
+    from slime.backbones.text import Capture, Context
 
     noisy, rows, _ = inputs("sd1")
     generator = torch.Generator().manual_seed(7)
@@ -241,15 +235,15 @@ def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
             patcher.patch_model(torch.device("cpu"), lowvram_model_memory=int(memory) if memory < 1e30 else 0)
             on_the_fly = sum(bool(getattr(m, "weight_function", None)) for m in patcher.model.modules())
             assert (on_the_fly > 0) == (memory < 1e30)
-            denoiser = ComfyDenoiser(patcher)
-        choice = choose_layers(denoiser.family, denoiser.layers)
+            denoiser = ComfyUNet(patcher)
+        choice = choose_layers(denoiser)
         denoiser._lent = True
-        from slime_extension.nodes.autograd import trainable
+        from slime_extension.nodes.comfy_autograd import trainable
 
         with trainable(patcher):
             learned = rows.clone().requires_grad_(True)
             capture = Capture(choice)
-            denoiser.predict_noise(noisy.clone(), 60, Context(learned), capture, (128, 128))
+            denoiser.predict_noise(noisy.clone(), 60, Context(learned), capture)
             sum(cross_scores(a, 4).square().mean() for a in capture.cross.values()).backward()
         results.append((torch.cat([a.query.detach().flatten() for a in capture.cross.values()]), learned.grad))
     for full, paged in zip(*results, strict=True):
@@ -262,7 +256,7 @@ def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
 
     from slime import preset, segment, train
 
-    ours, theirs = load_denoiser(MODEL), load_tiny(MODEL, Path(comfy_path) / "comfy" / "sd1_tokenizer")
+    ours, theirs = load_backbone(MODEL), load_tiny(MODEL, Path(comfy_path) / "comfy" / "sd1_tokenizer")
     example = splits.example("face", splits.TEACH)
     image = splits.example("face", splits.TEST).image[None]
     found, learned = [], []
@@ -270,7 +264,7 @@ def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
         with torch.inference_mode():
             prompt = denoiser.encode_prompt("a red car with blue windows on sand").rows
             latents = denoiser.encode_images(image)
-            learned.append(train(denoiser, [example], preset("instant", denoiser.family, views=6, steps=30)))
+            learned.append(train(denoiser, [example], preset("instant", denoiser.info, views=6, steps=30)))
             # What one host learned, both segment with.
             found.append((prompt, latents, segment(denoiser, image, learned[0])[0].label_map))
     assert close(found[0][0], found[1][0]) and close(found[0][1], found[1][1])

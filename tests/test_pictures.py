@@ -9,21 +9,25 @@ import numpy as np
 import pytest
 import torch
 
-from demo import scenes, splits
-from slime.augment import augmented_view, flip_allowed, rotate, soft_labels, working_size
+from slime.backbones.layers import Layer, select_layers
+from slime.backbones.sd_unet import PAPER_LAYERS, Family, automatic_layers, family_for
 from slime.errors import SlimeError
 from slime.examples import Example
-from slime.layers import FAMILIES, AttentionLayer, LayerKey, automatic_layers, choose_layers, family_for, select_layers
-from slime.refine import refine_maps
-from slime.settings import preset
-from slime.visualize import color_labels, loss_curve, overlay
+from slime.images import soft_labels, working_size
+from slime.parts.draw import color_labels, loss_curve, overlay
+from slime.reading.refine import refine_maps
+from slime.settings import InstantSettings
+from slime.training.augment import augmented_view, flip_allowed, rotate
+from testing import scenes, splits
+
+from .toy import ToyUNet
 
 
 def test_working_size_keeps_area_and_aspect() -> None:
-    assert working_size(512, 512, 512) == (512, 512)
-    assert working_size(1080, 1920, 512) == (384, 704)
+    assert working_size(512, 512, 512, 64) == (512, 512)
+    assert working_size(1080, 1920, 512, 64) == (384, 704)
     for height, width in ((100, 3000), (7, 5), (1536, 1024)):
-        h, w = working_size(height, width, 512)
+        h, w = working_size(height, width, 512, 64)
         assert h % 64 == w % 64 == 0 and 0.6 < h * w / 512**2 < 1.5
 
 
@@ -34,7 +38,7 @@ def test_soft_labels_are_areas() -> None:
 
 
 def test_left_and_right_are_not_mirrored() -> None:
-    settings = preset("instant")
+    settings = InstantSettings()
     assert flip_allowed(settings, ["wheel", "bright light"])
     assert not flip_allowed(settings, ["Left eye", "nose"])
     assert flip_allowed(settings, ["link", "leftover", "\u043b\u0435\u0432"])  # the last is a lion
@@ -42,7 +46,7 @@ def test_left_and_right_are_not_mirrored() -> None:
     sided += ", \u0627\u0644\u0639\u064a\u0646 \u0627\u0644\u064a\u0645\u0646\u0649"
     for name in sided.split(", "):
         assert not flip_allowed(settings, [name]), name
-    assert flip_allowed(preset("instant", flip=True), ["left eye"])
+    assert flip_allowed(InstantSettings(flip=True), ["left eye"])
 
 
 def test_rotation_moves_image_and_labels_together() -> None:
@@ -59,7 +63,7 @@ def test_views_are_seeded_and_labels_follow_the_image() -> None:
     labels = torch.zeros(80, 96, dtype=torch.int64)
     labels[20:60, 10:50] = 1
     example = Example.from_label_map(labels[..., None].float().expand(-1, -1, 3), labels, ["square"])
-    settings = preset("instant", blur=0.0)
+    settings = InstantSettings(blur=0.0)
     first, second = (augmented_view(example, settings, random.Random(5), (128, 128), (16, 16)) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     for seed in range(5):
@@ -104,47 +108,44 @@ def test_loss_curve_takes_anything(losses) -> None:
     assert loss_curve(losses).shape == (256, 512, 3)
 
 
-SD1 = [
-    AttentionLayer(LayerKey("output", n, 0), {3: 4, 4: 4, 5: 4, 6: 2, 7: 2, 8: 2, 9: 1, 10: 1, 11: 1}[n])
-    for n in range(3, 12)
-]
+STRIDES = {3: 4, 4: 4, 5: 4, 6: 2, 7: 2, 8: 2, 9: 1, 10: 1, 11: 1}
+SD1 = [Layer(f"output.{block}.0", stride) for block, stride in STRIDES.items()]
 
 
 def test_layer_patterns() -> None:
-    assert [str(k) for k in select_layers("output.3-4, output.9.0", SD1)] == ["output.3.0", "output.4.0", "output.9.0"]
+    assert select_layers("output.3-4, output.9.0", SD1) == ("output.3.0", "output.4.0", "output.9.0")
+    assert select_layers("double.9", [Layer("double.9", 1), Layer("double.19", 1)]) == ("double.9",)
     for bad, message in (
-        ("up.3", "not a layer pattern"),
-        ("output.1", "No attention layer"),
-        ("output.3.7", "No attention layer"),
+        ("up..3", "not a layer pattern"),
+        ("up.3", "No layer of this model"),
+        ("output.1", "No layer of this model"),
+        ("output.3.7", "No layer of this model"),
+        ("output.0-999999999999.5", "No layer of this model"),
     ):
         with pytest.raises(SlimeError, match=message):
             select_layers(bad, SD1)
 
 
 def test_the_papers_layers_for_sd_and_a_rule_for_the_rest() -> None:
-    paper = choose_layers(FAMILIES["sd1"], SD1)
-    assert [k.number for k in paper.cross] == [3, 4, 5, 6, 7] and [k.number for k in paper.self_] == [9, 10, 11]
+    paper = family_for(768, "eps")
+    assert (select_layers(paper.cross, SD1), select_layers(paper.self_, SD1)) == PAPER_LAYERS
     automatic = automatic_layers(SD1)
-    assert [k.number for k in automatic.cross] == [3, 4, 5, 6, 7, 8] and [k.number for k in automatic.self_] == [
-        9,
-        10,
-        11,
-    ]
-    override = choose_layers(FAMILIES["sd1"], SD1, cross="output.6")
-    assert [k.number for k in override.cross] == [6]
+    assert automatic.read == tuple(f"output.{block}.0" for block in range(3, 9))
+    assert automatic.propagate == PAPER_LAYERS.propagate
+
+    class Nothing(ToyUNet):
+        def __init__(self) -> None:
+            super(ToyUNet, self).__init__(paper, "eps", [], torch.ones(5), torch.device("cpu"), 4, 8)
+
     with pytest.raises(SlimeError, match="no cross-attention"):
-        automatic_layers([])
+        Nothing()
 
 
 def test_families_by_text_width_and_prediction() -> None:
-    assert [family_for(*a).name for a in ((768, "eps"), (1024, "eps"), (1024, "v"), (2048, "v"), (96, "v"))] == [
-        "sd1",
-        "sd2",
-        "sd2-768",
-        "sdxl",
-        "tiny",
-    ]
-    assert family_for(1280, "eps").name == "unet-1280"
+    found = [family_for(*a).name for a in ((768, "eps"), (1024, "eps"), (1024, "v"), (2048, "v"), (1280, "eps"))]
+    assert found == ["sd1", "sd2", "sd2-768", "sdxl", "unet-1280"]
+    own = Family.of({"name": "mine", "context_dim": 96, "side": 256, "instant": {"views": 5}})
+    assert own.instant == InstantSettings(views=5) and own.timestep == 100
 
 
 @pytest.mark.parametrize("domain", scenes.DOMAINS)
@@ -173,3 +174,20 @@ def test_variations_change_what_they_say() -> None:
     assert 0.07 < ratio < 0.16
     covered = scenes.render("horse", 3, scenes.VARIATIONS["occlusion"])
     assert (covered.labels > 0).sum() < (scenes.render("horse", 3).labels > 0).sum()
+
+
+@pytest.mark.parametrize("domain", scenes.DOMAINS)
+def test_natural_scenes_have_usual_colours_fine_parts_and_leave_much_unsaid(domain: str) -> None:
+    found = [scenes.render(domain, 600_000 + i, natural=True) for i in range(30)]
+    again = scenes.render(domain, 600_000, natural=True)
+    assert np.array_equal(found[0].image, again.image) and found[0].caption == again.caption
+    for label, _ in enumerate(scenes.FINE[domain], start=1):
+        assert sum((scene.fine == label).any() for scene in found) >= 25
+        assert all((scene.labels[scene.fine == label] > 0).all() for scene in found), "a fine part lies in a named one"
+    assert 2 <= sum("part" in scene.caption for scene in found) <= 18
+    assert not any(fine in scene.caption for scene in found for fine in scenes.FINE[domain])
+    mentions = [sum(part in scene.caption for part in scenes.PARTS[domain]) for scene in found]
+    assert np.mean(mentions) < 0.6 * len(scenes.PARTS[domain])
+    if domain == "car":
+        wheels = [scene.image[scene.labels == 4].mean() for scene in found]
+        assert np.median(wheels) < 80, "most wheels are dark"

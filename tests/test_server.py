@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,17 +15,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from demo import scenes, splits
-from demo.baselines import color_neighbours, mean_mask
-from demo.make_workflows import BLUEPRINTS, WORKFLOWS
 from demo.run import Shot, build_prompt, put_example, put_image, read_labels
-from demo.run_workflows import EMBEDDINGS, pictures, prepare
-from demo.server import MODEL, ComfyServer, WorkflowFailed
-from demo.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api, to_editor
-from slime.embeddings import PartEmbeddings, default_palette
-from slime.metrics import evaluate
+from slime import load_embeddings, save_embeddings
+from slime.parts.metrics import evaluate
+from slime.parts.palette import default_palette
+from testing import scenes, splits
+from testing.baselines import color_neighbours, mean_mask
+from testing.server import MODEL, ComfyServer, WorkflowFailed
+from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api, to_editor
+from tools.make_workflows import BLUEPRINTS, WORKFLOWS
+from tools.run_workflows import EMBEDDINGS, pictures, prepare
 
-pytestmark = pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
+pytestmark = [pytest.mark.server, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
 SHOTS, TESTS = 4, 6
 PINNED = "0.3.75"
@@ -138,7 +140,7 @@ def test_bundled_workflow_beats_the_baselines(learned, tests_scenes) -> None:
 
 def test_embeddings_file_is_small_and_listed(server, learned) -> None:
     path = server.base / "models" / "slime" / "learned.safetensors"
-    assert PartEmbeddings.load(path).names == NAMES and path.stat().st_size < 300_000
+    assert load_embeddings(path).names == NAMES and path.stat().st_size < 300_000
     assert "learned.safetensors" in server.get("/models/slime")
     spec = server.get("/object_info/SLiMeLoadEmbeddings")["SLiMeLoadEmbeddings"]["input"]["required"]["filename"]
     options = spec[0] if isinstance(spec[0], list) else spec[1]["options"]
@@ -209,7 +211,7 @@ def test_sampling_is_untouched_by_training_and_segmenting(server, shots, templat
     """KSampler gives bit-identical images before and after, for the trainers with and without gradients."""
     before = sample(server)
     prompt, _ = build_prompt(template, MODEL.name, shots[:1], [shots[0].image], "untouched")
-    for preset, checkpointing in (("instant", False), ("paper", False), ("thorough", True)):
+    for preset, checkpointing in (("instant", False), ("paper", False), ("paper", True)):
         train = prompt[find(prompt, "SLiMeTrain")]["inputs"]
         train.update(preset=preset, steps=3, views=2, checkpointing=checkpointing)
         server.run(prompt)
@@ -228,7 +230,7 @@ def test_interrupt_autosaves_and_training_goes_on(server, shots) -> None:
     entry = server.wait(prompt_id, 120)
     assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
     (autosave,) = set(folder.glob("*.safetensors")) - before
-    kept = PartEmbeddings.load(autosave)
+    kept = load_embeddings(autosave)
     assert kept.names == ("window",) and len(kept.losses) >= 10
     assert str(autosave) in server.log()
     builder, train = small_train(shots, preset="paper", steps=2, views=2)
@@ -280,7 +282,7 @@ def test_lora_is_respected(server, shots, learned) -> None:
             )
             builder.prompt[train]["inputs"]["model"] = [patched, 0]
             server.run(builder.prompt)
-            rows.append(PartEmbeddings.load(server.base / "models" / "slime" / "small.safetensors").rows)
+            rows.append(load_embeddings(server.base / "models" / "slime" / "small.safetensors").rows)
         assert not torch.allclose(rows[0], rows[1], rtol=1e-2), preset
 
 
@@ -398,13 +400,10 @@ def test_bad_examples_leave_the_server_healthy(server, shots, case) -> None:
 
 def test_bad_files_and_names_say_so(server, shots, learned) -> None:
     folder = server.base / "models" / "slime"
-    good = PartEmbeddings.load(folder / "learned.safetensors")
+    good = load_embeddings(folder / "learned.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "learned.safetensors").read_bytes()[:-50])
-    from dataclasses import replace
-
-    replace(good, family="sd1", rows=torch.zeros(1, 5, 768), context=torch.zeros(77, 768).half()).save(
-        folder / "foreign.safetensors", overwrite=True
-    )
+    wide = replace(good, backbone="sd1", rows=torch.zeros(1, 5, 768), condition={"context": torch.zeros(77, 768)})
+    save_embeddings(wide, folder / "foreign.safetensors", overwrite=True)
     for name, message in (
         ("cut", "Load Learned Embeddings: .*truncated"),
         ("foreign", 'SLiMe Segment: .*"sd1" model.*"tiny"'),
@@ -423,6 +422,12 @@ def test_bad_files_and_names_say_so(server, shots, learned) -> None:
     with pytest.raises(WorkflowFailed, match="Save Learned Embeddings: .*cannot be a file name"):
         server.run(builder.prompt)
     assert not (server.base / "models" / "outside.safetensors").exists()
+
+
+def test_a_workflow_with_the_preset_that_is_gone_hears_why(server, shots) -> None:
+    builder, _ = small_train(shots, preset="thorough")
+    with pytest.raises(WorkflowFailed, match="The preset thorough is gone"):
+        server.run(builder.prompt)
 
 
 def test_rgba_images_are_taken(server, shots) -> None:
@@ -447,7 +452,7 @@ def test_half_precision_unet(comfy_path, shots) -> None:
             prompt, nodes = build_prompt(template, MODEL.name, given, [given[0].image], preset)
             prompt[find(prompt, "SLiMeTrain")]["inputs"].update(preset=preset, steps=10)
             outputs = half.run(prompt)
-            losses = PartEmbeddings.load(half.base / "models" / "slime" / f"{preset}.safetensors").losses
+            losses = load_embeddings(half.base / "models" / "slime" / f"{preset}.safetensors").losses
             assert np.isfinite(losses).all()
             labels = read_labels(half.output_image(outputs[nodes[0][1]]["images"][0]), default_palette(5))
             assert preset == "paper" or (labels > 0).any()

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from benchmarks.video import clip, flicker
-from slime.embeddings import default_palette
-from slime.segment import PartMaps
-from slime.temporal import steady_parts, stillness
+from benchmarks.video import flicker
+from slime.parts.maps import Held, PartMaps
+from slime.parts.palette import default_palette
+from slime.parts.steady import steady_parts, stillness
+from testing.clips import clip
 
 
 def noisy_maps(truth: torch.Tensor, seed: int = 0) -> PartMaps:
@@ -16,7 +17,7 @@ def noisy_maps(truth: torch.Tensor, seed: int = 0) -> PartMaps:
     one_hot = torch.nn.functional.one_hot(truth, 2).movedim(-1, 1).float()
     logits = 2 * one_hot + 1.2 * torch.randn(one_hot.shape, generator=generator)
     probabilities = logits.softmax(1)
-    return PartMaps(probabilities, ("a",), default_palette(1), probabilities[:, 1:].amax((2, 3)))
+    return PartMaps(Held(probabilities), ("a",), default_palette(1), probabilities[:, 1:].amax((2, 3)))
 
 
 def test_still_pictures_flicker_less_and_stay_right() -> None:
@@ -38,7 +39,7 @@ def test_nothing_trails_behind_what_moves() -> None:
         truth[t, :, 10 * t : 10 * t + 10] = 1
     frames = truth[..., None].float().expand(-1, -1, -1, 3)
     one_hot = torch.nn.functional.one_hot(truth, 2).movedim(-1, 1).float()
-    maps = PartMaps(0.8 * one_hot + 0.1, ("a",), default_palette(1), torch.ones(6, 1))
+    maps = PartMaps(Held(0.8 * one_hot + 0.1), ("a",), default_palette(1), torch.ones(6, 1))
     steady = steady_parts(maps, frames, 0.9)
     assert (steady.label_map == truth).float().mean() > 0.99
     assert stillness(frames).min() < 0.01 and stillness(frames)[0, 0, 16, 60] > 0.99

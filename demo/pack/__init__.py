@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
 
-async def comfy_entrypoint():
+
+async def comfy_entrypoint() -> Any:
     from comfy_api.latest import ComfyExtension
 
     from .tiny_config import register
 
     class DemoExtension(ComfyExtension):
-        async def get_node_list(self):
+        async def get_node_list(self) -> list[Any]:
             return []
 
     register()

@@ -49,3 +49,12 @@ CLIP_CONFIG = {
     "torch_dtype": "float32",
     "vocab_size": 49408,
 }
+# How SLiMe looks at it, the arguments of its Family; chosen on the validation scenes, see benchmarks/RESULTS.md.
+SLIME_FAMILY = {
+    "name": "tiny",
+    "context_dim": CONTEXT_DIM,
+    "side": 256,
+    "cross": "output.3-11",
+    "self_": "output.9-10",
+    "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96, "class_weights": 0.8},
+}

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.supported_models
 from comfy import sd1_clip
 from comfy.model_base import ModelType
 from comfy.supported_models_base import ClipTarget
 
-from .shapes import CLIP_CONFIG, CONTEXT_DIM, UNET_CONFIG
+from .shapes import CLIP_CONFIG, CONTEXT_DIM, SLIME_FAMILY, UNET_CONFIG
 
 
 class TinyTokenizer(sd1_clip.SD1Tokenizer):
     """CLIP's tokens for a text encoder of the tiny width."""
 
-    def __init__(self, embedding_directory=None, tokenizer_data=None) -> None:
+    def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
         data = {"clip_l_tokenizer_class": _TinySDTokenizer} | (tokenizer_data or {})
         super().__init__(embedding_directory=embedding_directory, tokenizer_data=data)
 
 
 class _TinySDTokenizer(sd1_clip.SDTokenizer):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "embedding_size": CONTEXT_DIM})
 
 
 class _TinyClip(sd1_clip.SDClipModel):
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "textmodel_json_config": CLIP_CONFIG})
 
 
 class TinyTextEncoder(sd1_clip.SD1ClipModel):
-    def __init__(self, device="cpu", dtype=None, model_options=None) -> None:
+    def __init__(self, device: Any = "cpu", dtype: Any = None, model_options: Any = None) -> None:
         super().__init__(device=device, dtype=dtype, model_options=model_options or {}, clip_model=_TinyClip)
 
 
@@ -43,12 +45,13 @@ class TinySD(comfy.supported_models.SD15):
         "adm_in_channels": None,
         "use_temporal_attention": False,
     }
+    slime_family = SLIME_FAMILY
     unet_extra_config = {"num_heads": -1, "num_head_channels": UNET_CONFIG["num_head_channels"]}
 
-    def model_type(self, state_dict, prefix=""):
+    def model_type(self, state_dict: Any, prefix: str = "") -> ModelType:
         return ModelType.V_PREDICTION
 
-    def clip_target(self, state_dict=None):
+    def clip_target(self, state_dict: Any = None) -> ClipTarget:
         return ClipTarget(TinyTokenizer, TinyTextEncoder)
 
 

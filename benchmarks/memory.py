@@ -1,0 +1,121 @@
+"""Resident memory that segmenting adds: to a batch of large images, and to a stream of any length.
+
+    python dev.py benchmark memory [--images 200] [--side 1024] [--parts 6] [--stream 1000]
+
+A toy UNet looks at the images at 512 pixels, as Stable Diffusion does, so that the figures are those of everything but
+the model. Every case runs in a process of its own: its peak resident memory, less what was resident after a first image
+and with all images at hand, less the masks that it gives back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil  # type: ignore[import-untyped]
+import torch
+from torch import Tensor
+
+from slime import Example, PartMaps, Segmenter, preset, train
+from slime.parts.masks import part_masks
+from testing.toy_unet import ToyUNet
+
+from .rows import say_table
+
+SIDE = 512  # the model's
+BATCH = 4  # images of a stream at once
+SHORT = 100  # images of the stream that the long one is compared with
+TARGET = 1.0  # GB that a batch may add
+
+
+def segmenter(parts: int) -> Segmenter:
+    """A toy UNet that knows some stripes."""
+    backbone = ToyUNet(side=SIDE)
+    stripes = torch.arange(256).mul(parts + 1).div(256, rounding_mode="floor").expand(256, 256)
+    example = Example.from_label_map(torch.rand(256, 256, 3), stripes, [f"part {index}" for index in range(parts)])
+    return Segmenter(backbone, train(backbone, [example], preset("instant", views=2, steps=2)))
+
+
+def taken(maps: PartMaps) -> tuple[Tensor, Tensor]:
+    """What a user takes: labels, and the mask of all parts together."""
+    return maps.label_map, part_masks(maps)
+
+
+def batch(count: int, side: int, parts: int) -> float:
+    """GB added by segmenting so many images at once."""
+    find, images = segmenter(parts), torch.rand(count, side, side, 3)
+    taken(find(images[:1]))
+    before = resident()
+    _, masks = taken(find(images))
+    return (peak() - before - masks.nbytes) / 1e9
+
+
+def stream(count: int, side: int, parts: int) -> float:
+    """GB added by segmenting so many images in small batches, one after the other."""
+    find = segmenter(parts)
+
+    def batches() -> Iterator[Tensor]:
+        for start in range(0, count, BATCH):
+            yield torch.rand(min(BATCH, count - start), side, side, 3)
+
+    taken(find(torch.rand(1, side, side, 3)))
+    before = resident()
+    for maps in find.stream(batches()):
+        taken(maps)
+    return (peak() - before) / 1e9
+
+
+CASES = {"batch": batch, "stream": stream}
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def peak() -> int:
+    """The most bytes that were ever resident."""
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def in_own_process(case: str, count: int, side: int, parts: int) -> float:
+    """The figure of a case."""
+    numbers = [f"--{name}={value}" for name, value in (("images", count), ("side", side), ("parts", parts))]
+    line = [sys.executable, "-m", __spec__.name, "--case", case, *numbers]
+    return float(json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=200, help="of the batch")
+    parser.add_argument("--side", type=int, default=1024)
+    parser.add_argument("--parts", type=int, default=6)
+    parser.add_argument("--stream", type=int, default=1000, help="images of the long stream")
+    parser.add_argument("--case", choices=list(CASES), help="measure in this process, and print GB")
+    options = parser.parse_args()
+    if options.case:
+        sys.stdout.write(json.dumps(CASES[options.case](options.images, options.side, options.parts)))
+        return
+    rest = (options.side, options.parts)
+    whole = in_own_process("batch", options.images, *rest)
+    short, long = (in_own_process("stream", count, *rest) for count in (SHORT, options.stream))
+    size = f"{options.side} x {options.side}, {options.parts} parts"
+    lines = [
+        [f"batch of {options.images}, beside images and masks (at most {TARGET:.0f} GB)", size, f"{whole:.2f}"],
+        [f"stream of {SHORT}, {BATCH} at once", size, f"{short:.2f}"],
+        [f"stream of {options.stream}, {BATCH} at once", size, f"{long:.2f}"],
+        ["the longer stream beyond the shorter one", size, f"{long - short:+.2f}"],
+    ]
+    say_table(["case", "images", "added, GB"], lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""Rows of figures: in files, one a line, and as markdown tables."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+Row = dict[str, Any]
+DIGITS = 6
+
+
+def read_rows(path: Path | None) -> list[Row]:
+    """Rows of an earlier run, if there was one."""
+    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path is not None and path.is_file() else []
+
+
+def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
+    """Compact JSON {about..., "rows": [...]} with figures rounded; nothing without a path."""
+    if path is not None:
+        head = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in about.items())
+        lines = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in rows)
+        path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def say_row(row: Row) -> None:
+    """Print a row as it is made."""
+    sys.stdout.write(f"{json.dumps(_rounded(row))}\n")
+    sys.stdout.flush()
+
+
+def say_table(head: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> None:
+    """Print a markdown table."""
+    sys.stdout.write(f"\n{title}\n" if title else "")
+    sys.stdout.write(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
+    for cells in lines:
+        sys.stdout.write(f"| {' | '.join(cells)} |\n")
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(one) for key, one in value.items()}
+    return round(value, DIGITS) if isinstance(value, float) else value

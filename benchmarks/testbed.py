@@ -1,0 +1,143 @@
+"""Does a tiny model have what SLiMe lives on in Stable Diffusion? Criteria, measured on natural validation scenes.
+
+    python dev.py benchmark testbed [--checkpoint FILE] [--scenes 12] [--json FILE]
+
+Fixed before any model was trained for them, and never to be changed for who wins:
+
+1. the start token's mean share of the decoder's cross-attention is at least .5, on the scenes' own captions and on the
+   empty prompt, since it is the background class;
+2. queries of the layers the paper reads change by at most 40 % between the empty prompt and "part" repeated;
+3. the paper's recipe with the official read-out, from one example: background IoU at least .7, and part mIoU above
+   feature neighbours and above the mean mask, on every domain.
+
+Exits 1 and names each criterion that is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from slime import preset, segment, train
+from slime.backbones.base import seeded_noise
+from slime.backbones.layers import LayerChoice
+from slime.backbones.text import Context, TextConditioned, capture_attention, text_conditioned
+from slime.parts.metrics import evaluate
+from testing import scenes, splits
+from testing.baselines import mean_mask
+from testing.inprocess import load_backbone
+from testing.server import MODEL
+
+from .rivals import feature_neighbours
+from .rows import Row, say_row, say_table, write_rows
+from .sources import as_tensor
+
+SHARE, CHANGE, BACKGROUND = 0.5, 0.4, 0.7
+TIMESTEPS = (100, 400, 800)
+WORDS = 6  # "part" so often, as for five parts
+
+
+@torch.inference_mode()
+def start_shares(backbone: TextConditioned, tests: Sequence[scenes.Scene], prompt: str | None) -> float:
+    """Mean share of the start token in the decoder's cross-attention; ``prompt`` None for each scene's own caption."""
+    names = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
+    shares = []
+    for index, scene in enumerate(tests):
+        context = backbone.encode_prompt(scene.caption if prompt is None else prompt)
+        for timestep in TIMESTEPS:
+            seen = _look(backbone, scene, timestep, index, context, names)
+            for attention in seen.cross.values():
+                q, k = (t.unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in attention[:2])
+                scores = q.float() @ k.float().transpose(2, 3) * q.shape[-1] ** -0.5
+                shares.append(float(scores.softmax(-1)[..., 0].mean()))
+    return float(np.mean(shares))
+
+
+@torch.inference_mode()
+def query_change(backbone: TextConditioned, tests: Sequence[scenes.Scene]) -> float:
+    """Largest mean change of a read layer's queries, relative to their length, by the paper's prompt."""
+    names, changes = backbone.default_layers().read, []
+    prompts = [backbone.encode_prompt(text) for text in ("", " ".join(["part"] * WORDS))]
+    for index, scene in enumerate(tests):
+        empty, part = (_look(backbone, scene, backbone.info.timestep, index, one, names).cross for one in prompts)
+        changes.append([float((part[n].query - empty[n].query).norm() / empty[n].query.norm()) for n in names])
+    return float(np.mean(changes, 0).max())
+
+
+def _look(backbone: TextConditioned, scene: scenes.Scene, timestep: int, seed: int, context: Context, names):  # type: ignore[no-untyped-def]
+    latents = backbone.encode_images(_image(scene)[None].to(backbone.device))
+    noise = seeded_noise(latents.shape, seed, latents.device)
+    return capture_attention(backbone, latents, timestep, noise, context, LayerChoice(tuple(names), ()))
+
+
+def _image(scene: scenes.Scene) -> Tensor:
+    return torch.from_numpy(scene.image).float() / 255
+
+
+def one_shot(backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int) -> Row:
+    """The paper's recipe beside rivals that are not trained, from one example."""
+    classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
+    example = splits.example(domain, splits.VALIDATION_TEACH, natural=True)
+    images = as_tensor([scene.image for scene in tests])
+    with torch.inference_mode():
+        learned = train(backbone, [example], preset("paper", steps=steps, views=steps))
+        found = list(segment(backbone, images, learned)[0].label_map.numpy())
+    paper = evaluate(found, truths, classes)
+    row: Row = {"background": float(paper.per_class[0]), "paper": paper.part_miou}
+    rivals = {
+        "feature neighbours": feature_neighbours(backbone, [example], images),
+        "mean mask": [mean_mask([example])] * len(tests),
+    }
+    return row | {name: evaluate(maps, truths, classes).part_miou for name, maps in rivals.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--scenes", type=int, default=12, help="of every domain")
+    parser.add_argument("--steps", type=int, default=200, help="of the paper's recipe")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    backbone = text_conditioned(load_backbone(options.checkpoint), "This benchmark")
+    tests = {
+        domain: [scenes.render(domain, splits.VALIDATION + i, natural=True) for i in range(options.scenes)]
+        for domain in scenes.DOMAINS
+    }
+    some = [scene for found in tests.values() for scene in found[:4]]
+    figures: dict[str, float] = {
+        "start token, own captions": start_shares(backbone, some, None),
+        "start token, empty prompt": start_shares(backbone, some, ""),
+        "change of queries": query_change(backbone, some),
+    }
+    rows: list[Row] = [dict(figures)]
+    say_row(figures)
+    shares = {name: value for name, value in figures.items() if name.startswith("start")}
+    missed = [f"{name} {value:.3f}, at least {SHARE}" for name, value in shares.items() if value < SHARE]
+    if figures["change of queries"] > CHANGE:
+        missed.append(f"change of queries {figures['change of queries']:.3f}, at most {CHANGE}")
+    for domain, found in tests.items():
+        row: Row = {"domain": domain} | one_shot(backbone, domain, found, options.steps)
+        say_row(row)
+        rows.append(row)
+        if row["background"] < BACKGROUND:
+            missed.append(f"{domain}: background IoU of paper {row['background']:.3f}, at least {BACKGROUND}")
+        for rival in ("feature neighbours", "mean mask"):
+            if row["paper"] <= row[rival]:
+                missed.append(f"{domain}: part mIoU of paper {row['paper']:.3f}, above {rival}'s {row[rival]:.3f}")
+    write_rows(options.json, rows)
+    say_table(
+        ("domain", *list(rows[1])[1:]), [[r["domain"], *(f"{v:.3f}" for v in list(r.values())[1:])] for r in rows[1:]]
+    )
+    for text in missed:
+        sys.stdout.write(f"missed: {text}\n")
+    raise SystemExit(1 if missed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,230 @@
+"""ComfyUI's loaded MODEL, VAE and CLIP as a :class:`slime.backbones.sd_unet.SDUNet`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import comfy.model_management
+import comfy.model_sampling
+import torch
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
+from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
+from torch import Tensor
+
+from ..slime.backbones.attention import Attention, attend_and_propagate
+from ..slime.backbones.layers import Layer
+from ..slime.backbones.sd_unet import Family, SDUNet, family_for
+from ..slime.backbones.text import Capture, CaptureComplete, Context
+from ..slime.batches import CPU_BATCH, batch_for
+from ..slime.errors import SlimeError
+from .comfy_autograd import trainable
+
+TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
+LATENT_CELL = 8  # pixels, where no VAE is connected that says
+
+
+class ComfyUNet(SDUNet):
+    """One ComfyUI model patcher; keeps nothing of its own on the GPU.
+
+    A model-config class may say how SLiMe looks at its models, in an attribute ``slime_family`` with the values of
+    :meth:`slime.backbones.sd_unet.Family.of`.
+
+    Raises:
+        SlimeError: not a Stable Diffusion UNet, an inpainting UNet, or an unusual noise schedule.
+    """
+
+    def __init__(self, model: Any, vae: Any = None, clip: Any = None) -> None:
+        self.model, self.vae, self.clip = model, vae, clip
+        base = model.model
+        unet = getattr(base, "diffusion_model", None)
+        if not isinstance(unet, UNetModel):
+            raise SlimeError(
+                f"SLiMe reads the cross-attention of Stable Diffusion UNets (SD1.x, SD2.x, SDXL); "
+                f"{type(base).__name__} is another kind of model. Load an SD checkpoint."
+            )
+        taken, channels = int(unet.input_blocks[0][0].weight.shape[1]), int(base.latent_format.latent_channels)
+        if taken != channels:
+            raise SlimeError(
+                f"This UNet takes {taken} input channels, as inpainting and editing checkpoints do. SLiMe needs a "
+                f"plain text-to-image checkpoint with {channels}: learn and segment with one, inpaint with this one."
+            )
+        sampling = model.get_model_object("model_sampling")
+        sigmas = getattr(sampling, "sigmas", None)
+        if sigmas is None or len(sigmas) != getattr(sampling, "num_timesteps", None):
+            raise SlimeError("SLiMe needs the usual noise schedule of the model; remove the sampling patch.")
+        prediction = "v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps"
+        own = getattr(type(base.model_config), "slime_family", None)
+        cell = getattr(vae, "downscale_ratio", LATENT_CELL)
+        super().__init__(
+            Family.of(own) if own else family_for(_context_dim(unet), prediction),
+            prediction,
+            unet_layers(unet),
+            1 / (1 + sigmas.detach().double().cpu() ** 2),
+            model.load_device,
+            channels,
+            cell if isinstance(cell, int) else LATENT_CELL,
+        )
+        self._lent = False
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        if self.vae is None:
+            raise SlimeError("Connect the VAE of the checkpoint.")
+        latents = self.vae.encode(images[..., :3])
+        if latents.ndim != 4 or latents.shape[1] != self.channels:
+            raise SlimeError(
+                f"This VAE gives latents of shape {list(latents.shape)}, the model needs {self.channels} channels: "
+                "connect the VAE of the same checkpoint."
+            )
+        return self.model.model.process_latent_in(latents.to(self.device, torch.float32))
+
+    def encode_prompt(self, prompt: str) -> Context:
+        if self.clip is None:
+            raise SlimeError("Connect a CLIP: these embeddings come without their text context.")
+        rows, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
+        needs_pooled = self.model.model.adm_channels > 0
+        return Context(rows[0].float().cpu(), pooled[0].float().cpu() if needs_pooled else None)
+
+    def predict_noise(self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None) -> Tensor | None:
+        if not self._lent:
+            memory = self.model.memory_required([noisy.shape[0], *noisy.shape[1:]])
+            comfy.model_management.load_models_gpu([self.model], memory_required=memory)
+        batch = noisy.shape[0]
+        abar = float(self.alphas_cumprod[timestep])
+        sigma = ((1 - abar) / abar) ** 0.5
+        # ComfyUI's x is z + sigma * eps (variance exploding).
+        x = noisy.to(self.device) / abar**0.5
+        rows = context.for_batch(batch).to(self.device)
+        arguments = self._extra_arguments(context, x)
+        try:
+            denoised = self.model.model.apply_model(
+                x,
+                torch.full((batch,), sigma, device=self.device),
+                c_crossattn=rows,
+                transformer_options=self._options(capture, context.tokens),
+                **arguments,
+            )
+        except CaptureComplete:
+            return None
+        return (x - denoised) / sigma
+
+    def fitting_batch(self, size: tuple[int, int]) -> int:
+        if self.device.type == "cpu":
+            return CPU_BATCH
+        free = comfy.model_management.get_free_memory(self.device)
+        return batch_for(float(free), float(self.model.memory_required([1, self.channels, *size])))
+
+    def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
+        return self._lend(checkpointing)
+
+    @contextmanager
+    def _lend(self, checkpointing: bool) -> Iterator[None]:
+        side = self.info.side // self.info.cell
+        memory = TRAINING_MEMORY * self.model.memory_required([1, self.channels, side, side])
+        comfy.model_management.load_models_gpu([self.model], memory_required=memory, force_full_load=True)
+        self._lent = True
+        try:
+            with trainable(self.model, checkpointing):
+                yield
+        finally:
+            self._lent = False
+
+    def _extra_arguments(self, context: Context, latents: Tensor) -> dict[str, Tensor]:
+        """SDXL's size and pooled text conditioning, made by the model itself; nothing for SD1.x and SD2.x."""
+        if context.pooled is None:
+            return {}
+        height, width = (side * self.info.cell for side in latents.shape[2:])
+        conds = self.model.model.extra_conds(
+            cross_attn=context.for_batch(1).detach(),
+            pooled_output=context.pooled[None].to(self.device),
+            width=width,
+            height=height,
+            crop_w=0,
+            crop_h=0,
+            target_width=width,
+            target_height=height,
+            device=self.device,
+            noise=latents,
+        )
+        batch = latents.shape[0]
+        made = {
+            name: cond.process_cond(batch_size=batch, device=self.device, area=None).cond
+            for name, cond in conds.items()
+            if name != "c_crossattn"
+        }
+        return {name: value.clone() for name, value in made.items()} if self._lent else made
+
+    def _options(self, capture: Capture | None, tokens: int) -> dict[str, Any]:
+        """Fresh transformer options: captures, and in training an attention function that autograd knows.
+
+        Every cross-attention layer is replaced where some must see only the first ``tokens`` of the context.
+        """
+        options: dict[str, Any] = {}
+        if self._lent:
+            options["optimized_attention_override"] = _differentiable_attention
+        if capture is not None:
+            cross = {_place(layer.name): _recorder(capture, "cross", layer.name, tokens) for layer in self.layers}
+            self_ = {_place(name): _recorder(capture, "self", name) for name in capture.choice.propagate}
+            options["patches_replace"] = {"attn2": cross, "attn1": self_}
+        return options
+
+
+def _place(name: str) -> tuple[str, int, int]:
+    """ "output.3.0" as ComfyUI's patches name it."""
+    place, block, depth = name.split(".")
+    return place, int(block), int(depth)
+
+
+def _differentiable_attention(_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    return attention_pytorch(*args, **kwargs)
+
+
+def _recorder(capture: Capture, kind: str, name: str, tokens: int | None = None) -> Callable[..., Tensor]:
+    wanted = name in (capture.choice.read if kind == "cross" else capture.choice.propagate)
+
+    def replacement(query: Tensor, keys: Tensor, values: Tensor, extra: dict[str, Any]) -> Tensor:
+        if wanted:
+            height, width = extra["activations_shape"][2:4]
+            attention = Attention(query, keys, extra["n_heads"], int(height), int(width))
+            maps = capture.to_propagate(name) if kind == "self" else None
+            if maps is not None:
+                output, capture.propagated[name] = attend_and_propagate(attention, values, maps)
+            capture.record(kind, name, attention)  # may end the pass
+            if maps is not None:
+                return output
+        return attention_pytorch(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])
+
+    return replacement
+
+
+def _context_dim(unet: UNetModel) -> int:
+    for module in unet.modules():
+        if isinstance(module, SpatialTransformer):
+            return int(module.transformer_blocks[0].attn2.to_k.weight.shape[1])
+    raise SlimeError("This UNet has no cross-attention layers; load an SD1.x, SD2.x or SDXL checkpoint.")
+
+
+def unet_layers(unet: UNetModel) -> tuple[Layer, ...]:
+    """Every transformer block of the UNet in the order it runs, with its resolution."""
+    layers: list[Layer] = []
+    stride = 1
+
+    def visit(place: str, number: int, block: Any) -> None:
+        nonlocal stride
+        for module in block:
+            if isinstance(module, Downsample):
+                stride *= 2
+            elif isinstance(module, Upsample):
+                stride //= 2
+            elif isinstance(module, SpatialTransformer):
+                layers.extend(
+                    Layer(f"{place}.{number}.{depth}", stride) for depth in range(len(module.transformer_blocks))
+                )
+
+    for number, block in enumerate(unet.input_blocks):
+        visit("input", number, block)
+    visit("middle", 0, unet.middle_block)
+    for number, block in enumerate(unet.output_blocks):
+        visit("output", number, block)
+    return tuple(layers)

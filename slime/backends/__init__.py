@@ -1,1 +1,0 @@
-"""Diffusion hosts other than ComfyUI, one file each."""

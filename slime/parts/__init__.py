@@ -1,0 +1,1 @@
+"""Found parts: their maps, and what becomes of them."""

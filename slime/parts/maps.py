@@ -1,0 +1,93 @@
+"""Part maps of a batch of images: full-size pixels are made for the images that are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .palette import Color
+
+FULL_SIZE_VALUES = 2**25  # of probabilities made at once: 128 MB, of which filters take a multiple
+
+
+class Pixels(Protocol):
+    """Probabilities at full size, by slices of the batch."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """B, K, H, W."""
+        ...
+
+    def __call__(self, part: slice) -> Tensor:
+        """float32 [b, K, H, W] on the CPU, summing to 1 over K."""
+        ...
+
+
+@dataclass(frozen=True)
+class Held:
+    """Probabilities that lie in memory, float32 [B, K, H, W]."""
+
+    probabilities: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, k, h, w = self.probabilities.shape
+        return b, k, h, w
+
+    def __call__(self, part: slice) -> Tensor:
+        return self.probabilities[part]
+
+
+@dataclass(frozen=True)
+class PartMaps:
+    """Result of segmentation.
+
+    Attributes:
+        pixels: gives the probabilities; class 0 is the background, class k is ``names[k - 1]``.
+        names: part names.
+        palette: one RGB colour a part.
+        peaks: float32 [B, P], highest value of every part's map in every image, before refinement.
+        sureness: what ``peaks`` average to on the examples, 0 where unknown.
+    """
+
+    pixels: Pixels
+    names: tuple[str, ...]
+    palette: tuple[Color, ...]
+    peaks: Tensor
+    sureness: float = 0.0
+
+    def __len__(self) -> int:
+        return self.pixels.shape[0]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        return self.pixels.shape[2], self.pixels.shape[3]
+
+    @property
+    def confidence(self) -> Tensor:
+        """float32 [B]: how sure the parts are on average, relative to the examples (1: as sure as there)."""
+        return self.peaks.mean(1) / (self.sureness or 1.0)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Slices of the batch with their probabilities [b, K, H, W], as many at once as a fixed memory takes."""
+        count, classes, height, width = self.pixels.shape
+        size = max(1, FULL_SIZE_VALUES // (classes * height * width))
+        for start in range(0, count, size):
+            part = slice(start, min(start + size, count))
+            yield part, self.pixels(part)
+
+    @property
+    def probabilities(self) -> Tensor:
+        """float32 [B, K, H, W], all at once: for small batches."""
+        return self.pixels(slice(0, len(self)))
+
+    @cached_property
+    def label_map(self) -> Tensor:
+        """uint8 [B, H, W]: the most probable class of every pixel."""
+        return torch.cat([chunk.argmax(1).to(torch.uint8) for _, chunk in self.chunks()])

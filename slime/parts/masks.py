@@ -1,0 +1,124 @@
+"""Masks of chosen parts, cleaned and shaped for inpainting. Goes image by image, in the memory of one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor
+
+from ..errors import SlimeError
+from ..examples import BACKGROUND
+from .maps import PartMaps
+
+MODES = ("argmax", "threshold", "soft")
+EIGHT_NEIGHBOURS = np.ones((3, 3))
+
+
+@dataclass(frozen=True)
+class MaskShape:
+    """What becomes of a mask, in this order.
+
+    Attributes:
+        fill_holes: close holes inside.
+        minimum_area: drop separate pieces with fewer pixels.
+        grow: widen by a disc of so many pixels; negative shrinks.
+        feather: soften the border over about so many pixels.
+        invert: everything else instead.
+    """
+
+    fill_holes: bool = False
+    minimum_area: int = 0
+    grow: int = 0
+    feather: int = 0
+    invert: bool = False
+
+
+def part_masks(
+    maps: PartMaps,
+    names: Sequence[str] = (),
+    mode: str = "argmax",
+    threshold: float = 0.5,
+    shape: MaskShape | None = None,
+) -> Tensor:
+    """Mask float32 [B, H, W] of the named parts together; every part when none is named.
+
+    Args:
+        maps: of the images.
+        names: "background" is one too.
+        mode: "argmax", where the parts are the most probable class; "threshold", where their probability reaches
+            ``threshold``; "soft", the probability itself.
+        threshold: for that mode.
+        shape: what becomes of each mask.
+
+    Raises:
+        SlimeError: a name that was not learned.
+    """
+    classes, wanted = [BACKGROUND, *maps.names], list(names) or list(maps.names)
+    unknown = [name for name in wanted if name not in classes]
+    if unknown:
+        raise SlimeError(f"there is no part {', '.join(unknown)}; these were learned: {', '.join(maps.names)}.")
+    indices = [classes.index(name) for name in dict.fromkeys(wanted)]
+    result = torch.empty(len(maps), *maps.size)
+    for part, selected in _selected(maps, indices, mode, threshold):
+        for place, layer in zip(range(part.start, part.stop), selected, strict=True):
+            result[place] = layer if shape is None else shape_mask(layer, shape, mode == "soft")
+    return result
+
+
+def _selected(maps: PartMaps, indices: list[int], mode: str, threshold: float) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of the batch with masks [b, H, W]."""
+    if mode == "argmax":
+        wanted = torch.tensor(indices, dtype=torch.uint8)
+        for place in range(len(maps)):
+            part = slice(place, place + 1)
+            yield part, torch.isin(maps.label_map[part], wanted).float()
+        return
+    for part, probabilities in maps.chunks():
+        together = probabilities[:, indices].sum(1).clamp(0, 1)
+        yield part, together if mode == "soft" else (together >= threshold).float()
+
+
+def shape_mask(mask: Tensor, shape: MaskShape, soft: bool = False) -> Tensor:
+    """One mask [H, W] as ``shape`` says."""
+    cleaned = clean_mask(mask, soft, shape.fill_holes, shape.minimum_area)
+    shaped = feather_mask(grow_mask(cleaned, shape.grow), shape.feather)
+    return 1 - shaped if shape.invert else shaped
+
+
+def clean_mask(mask: Tensor, soft: bool, fill_holes: bool, minimum_area: int) -> Tensor:
+    """Fill holes and drop specks of one mask [H, W]; a soft mask is judged at 0.5 and keeps its values inside."""
+    if not fill_holes and not minimum_area:
+        return mask
+    inside = mask.numpy() > 0.5 if soft else mask.numpy() > 0
+    if fill_holes:
+        inside = ndimage.binary_fill_holes(inside)
+    if minimum_area:
+        pieces, count = ndimage.label(inside, structure=EIGHT_NEIGHBOURS)
+        areas = np.bincount(pieces.ravel(), minlength=count + 1)
+        inside = inside & (areas[pieces] >= minimum_area)
+    cleaned = torch.from_numpy(np.ascontiguousarray(inside)).float()
+    return torch.where(mask > 0.5, mask, 1.0) * cleaned if soft else cleaned
+
+
+def grow_mask(mask: Tensor, pixels: int) -> Tensor:
+    """Widen one mask [H, W] by a disc of ``pixels``; a negative number shrinks."""
+    if pixels == 0:
+        return mask
+    outside = mask.numpy() < 0.5 if pixels > 0 else mask.numpy() >= 0.5
+    # Distance to the mask (or, when shrinking, to what is outside it); no seed means nothing to grow from.
+    near = np.zeros_like(outside) if outside.all() else ndimage.distance_transform_edt(outside) <= abs(pixels)
+    if pixels > 0:
+        return torch.maximum(mask, torch.from_numpy(near).float())
+    return mask * torch.from_numpy(~near).float()
+
+
+def feather_mask(mask: Tensor, pixels: int) -> Tensor:
+    """Gaussian border of one mask [H, W], about ``pixels`` wide."""
+    if pixels == 0:
+        return mask
+    blurred = ndimage.gaussian_filter(mask.numpy(), sigma=pixels / 2, mode="nearest")
+    return torch.from_numpy(blurred).float().clamp(0, 1)

@@ -1,0 +1,1 @@
+"""From images and learned rows to part maps: look, read, refine, zoom."""

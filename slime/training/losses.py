@@ -1,0 +1,33 @@
+"""The paper's loss terms, for soft labels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+
+def class_weights(labels: Tensor, exponent: float = 1.0) -> Tensor:
+    """[K] weights from label maps [B, K, h, w]: background 1, part k (all part pixels / pixels of k), absent 0.
+
+    ``exponent`` 1 is the official code's rule (src/slime.py); 0 weighs every present class alike.
+    """
+    counts = labels.sum((0, 2, 3))
+    parts = counts[1:]
+    weights = torch.where(parts > 0, (parts.sum() / parts.clamp(min=1e-6)) ** exponent, torch.zeros_like(parts))
+    return torch.cat([torch.ones_like(counts[:1]), weights])
+
+
+def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    """Cross-entropy of logits [B, K, h, w] against soft labels [B, K, h, w], weighted mean over pixels."""
+    weighted = labels * weights[:, None, None]
+    return -(weighted * F.log_softmax(logits, 1)).sum() / weighted.sum().clamp(min=1e-8)
+
+
+def guard_loss(conditional: Tensor, unconditional: Tensor, noise: Tensor, guidance: float = 100.0) -> Tensor:
+    """ "SD loss": MSE of the guided prediction and the noise; keeps the rows from disturbing the UNet.
+
+    The official code uses guidance 100 (src/stable_difusion.py), which this reproduces.
+    """
+    guided = unconditional + guidance * (conditional.float() - unconditional)
+    return F.mse_loss(guided, noise)

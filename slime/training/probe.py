@@ -1,0 +1,160 @@
+"""Which attention layers of a loaded UNet tell the parts of the examples apart: for layer patterns "auto".
+
+Every layer is judged by itself on views of the examples that it was not fitted to; the best few are then taken
+together. GoCA (CVPR 2026) and a first trial with a small model found the paper's layers far from the best elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from ..backbones.attention import Attention, propagate
+from ..backbones.base import Backbone, Plan, seeded_noise
+from ..backbones.layers import AUTO, LayerChoice
+from ..batches import check_finite
+from ..examples import Example
+from ..images import resize_maps
+from ..settings import InstantSettings, PaperSettings, ViewSettings
+from .fit import fit_rows
+from .losses import class_weights, weighted_cross_entropy
+from .views import encode_views
+
+Trained = TypeVar("Trained", InstantSettings, PaperSettings)
+
+VIEWS = 24  # half of them are held out
+SELF_VIEWS = 4  # of these, for judging self-attention, whose queries and keys take memory
+GRID = 32  # finer score features are pooled: SDXL has 70 layers
+FIT_STEPS = 25
+L2 = 0.05  # of every layer
+SIZES = (1, 2, 3, 5, 8, 12, 16, 24)  # how many of the best layers are tried together
+PATIENCE = 1.002  # fewer layers are taken where they do nearly as well
+MOST_SELF = 4
+
+
+@dataclass(frozen=True)
+class ProbeResult:
+    """The choice, and what every layer scored alone: to be read the held-out cross-entropy (lower is better), to
+    propagate by the held-out IoU after it (higher is better)."""
+
+    choice: LayerChoice
+    read: dict[str, float]
+    propagate: dict[str, float]
+
+
+def probe_layers(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    settings: ViewSettings,
+    condition: dict[str, Tensor],
+    timestep: int,
+) -> ProbeResult:
+    """Judge every layer on the examples.
+
+    Costs ``VIEWS`` passes and a small fit a layer: about as much again as an instant training.
+    """
+    every = tuple(layer.name for layer in backbone.layers)
+    plan = Plan(LayerChoice(every, every), condition, timestep, grouping="layer").to(backbone.device)
+    scores: list[list[Tensor]] = []
+    held: list[int] = []
+    attentions: dict[int, tuple[Attention, ...]] = {}
+    labels: list[Tensor] = []
+    order: list[int] = []
+    for index, (latents, label, *_) in enumerate(encode_views(backbone, examples, settings, VIEWS)):
+        seen = backbone.observe(latents, plan, seeded_noise(latents.shape, settings.seed + index, backbone.device))
+        if not order:
+            sizes = [(a.height, a.width) for a in seen.attention]
+            order = sorted(range(len(every)), key=lambda i: (*sizes[i], i))  # as observations sort single layers
+        # Examples of another aspect come to the first one's sizes.
+        like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else map(_pool, seen.features))]
+        pooled = zip(seen.features, like, strict=True)
+        scores.append([F.adaptive_avg_pool2d(maps, size).half() for maps, size in pooled])
+        # Every example is fitted and held out in turn, unless there are too many.
+        turn = index // len(examples) if 2 * len(examples) <= VIEWS else index
+        if turn % 2:
+            if len(held) < SELF_VIEWS:
+                attentions[index] = seen.attention
+            held.append(index)
+        labels.append(F.adaptive_avg_pool2d(label, GRID))
+    by_layer = {every[i]: [view[place] for view in scores] for place, i in enumerate(order)}
+    truth = torch.stack(labels).to(backbone.device)
+    sound = {name: maps for name, maps in by_layer.items() if all(bool(torch.isfinite(one).all()) for one in maps)}
+    check_finite([] if sound else [maps[0] for maps in by_layer.values()])
+    cross = {name: _held_out([maps], truth, held)[0] for name, maps in sound.items()}
+    best_first = sorted(cross, key=lambda key: cross[key])
+    trials = {}
+    for count in (n for n in SIZES if n <= len(best_first)):
+        trials[count] = _held_out([by_layer[key] for key in best_first[:count]], truth, held)
+    enough = PATIENCE * min(loss for loss, _ in trials.values())
+    chosen = min(count for count, (loss, _) in trials.items() if loss <= enough)
+    kept = set(best_first[:chosen])
+    looked = [held.index(index) for index in attentions]
+    maps, real = trials[chosen][1][looked], truth[held][looked]
+    self_scores, self_choice = _choose_self(list(attentions.values()), every, maps, real)
+    choice = LayerChoice(tuple(key for key in every if key in kept), self_choice)
+    return ProbeResult(choice, cross, self_scores)
+
+
+def with_probed_layers(backbone: Backbone, examples: Sequence[Example], settings: Trained, prompt: str) -> Trained:
+    """The settings with the layers that the probe chooses in place of the patterns "auto"."""
+    read, propagate = (pattern.strip() == AUTO for pattern in (settings.read_layers, settings.propagate_layers))
+    if not (read or propagate):
+        return settings
+    timestep = getattr(settings, "timestep", None)
+    timestep = backbone.info.timestep if timestep is None else timestep
+    found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep).choice
+    return replace(
+        settings,
+        read_layers=", ".join(found.read) if read else settings.read_layers,
+        propagate_layers=", ".join(found.propagate) if propagate else settings.propagate_layers,
+    )
+
+
+def _pool(maps: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(maps, GRID) if maps.shape[-2] > GRID or maps.shape[-1] > GRID else maps
+
+
+def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[int]) -> tuple[float, Tensor]:
+    """Fit rows to the views that are not held out, a row a layer; cross-entropy and maps [len(held), K, h, w]."""
+    fit = [index for index in range(len(truth)) if index not in held]
+    fitted = [torch.cat([maps[index] for index in fit]).float() for maps in groups]
+    rows = fit_rows(fitted, truth[fit], steps=FIT_STEPS, l2=L2 * len(groups)).rows
+    size = (truth.shape[-2], truth.shape[-1])
+    looks = [torch.cat([maps[index] for index in held]).float() for maps in groups]
+    seen = [resize_maps(torch.einsum("bdhw,kd->bkhw", m, row), size) for m, row in zip(looks, rows, strict=True)]
+    logits = F.pad(torch.stack(seen).sum(0), (0, 0, 0, 0, 1, 0))
+    loss = weighted_cross_entropy(logits, truth[list(held)], class_weights(truth[fit]))
+    return float(loss), logits.softmax(1)
+
+
+def _choose_self(
+    attentions: Sequence[tuple[Attention, ...]], names: Sequence[str], maps: Tensor, truth: Tensor
+) -> tuple[dict[str, float], tuple[str, ...]]:
+    """Self-attention layers by the IoU of half-propagated maps; the best few that do better together than alone."""
+    size = (truth.shape[-2], truth.shape[-1])
+    spread = [
+        torch.cat([resize_maps(propagate(view[i], maps[v : v + 1]), size) for v, view in enumerate(attentions)])
+        for i in range(len(names))
+    ]
+    scores = {name: _iou(0.5 * maps + 0.5 * one, truth) for name, one in zip(names, spread, strict=True)}
+    best_first = sorted(range(len(names)), key=lambda i: -scores[names[i]])[:MOST_SELF]
+    together = [
+        _iou(0.5 * maps + 0.5 * torch.stack([spread[i] for i in best_first[:n]]).mean(0), truth)
+        for n in range(1, len(best_first) + 1)
+    ]
+    count = max(range(len(together)), key=lambda n: together[n]) + 1
+    kept = set(best_first[:count])
+    return scores, tuple(name for i, name in enumerate(names) if i in kept)
+
+
+def _iou(maps: Tensor, truth: Tensor) -> float:
+    """Mean soft IoU of the parts; ignored pixels have no label at all and do not count."""
+    found = F.one_hot(maps.argmax(1), maps.shape[1]).movedim(-1, 1).float()[:, 1:] * truth.sum(1, keepdim=True)
+    real = truth[:, 1:]
+    inter, union = torch.minimum(found, real).sum((0, 2, 3)), torch.maximum(found, real).sum((0, 2, 3))
+    return float((inter / union.clamp(min=1e-6)).mean())

@@ -1,0 +1,35 @@
+"""What a training tells while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..embeddings import PartEmbeddings
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """Progress of training.
+
+    Attributes:
+        stage: "features" (passes over the views before the first step), "fit" or "train", and "done" after an instant
+            fit.
+        step, steps: 1-based.
+        losses: terms by name; empty for "features".
+        embeddings: gives the best embeddings so far, or None when there are none.
+        preview: image [h, w, 3] and part maps [K, h', w'] of the current segmentation, every few steps, else None;
+            at "done" the first example and its maps as segmentation would give them.
+    """
+
+    stage: str
+    step: int
+    steps: int
+    losses: dict[str, float]
+    embeddings: Callable[[], PartEmbeddings | None]
+    preview: tuple[Tensor, Tensor] | None = None
+
+
+OnStep = Callable[[StepReport], None]

@@ -1,0 +1,88 @@
+"""The extension and ComfyUI inside this process, without a server: for tests, benchmarks and tuning."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NAME = "slime_extension"
+
+
+def import_comfyui(folder: str | None = None) -> str:
+    """Make ComfyUI importable (COMFYUI_DIR by default), on the CPU where there is no CUDA; returns its folder."""
+    folder = folder or os.environ.get("COMFYUI_DIR")
+    if not folder:
+        raise SystemExit("COMFYUI_DIR is not set; start this through dev.py.")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    import comfy.options  # noqa: F401
+    from comfy.cli_args import args
+
+    args.cpu = not torch.cuda.is_available()
+    return folder
+
+
+def load_extension() -> ModuleType:
+    """The extension as a package, as ComfyUI imports it; its ``slime`` is this process's ``slime``."""
+    if NAME in sys.modules:
+        return sys.modules[NAME]
+    import slime
+
+    for info in pkgutil.walk_packages(slime.__path__, "slime."):
+        if info.name != "slime.backbones.diffusers":  # an extra
+            importlib.import_module(info.name)
+    spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
+    if spec is None or spec.loader is None:
+        raise ImportError(ROOT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[NAME] = module
+    for name, part in list(sys.modules.items()):
+        if name == "slime" or name.startswith("slime."):
+            sys.modules[f"{NAME}.{name}"] = part
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
+    """A checkpoint file through ComfyUI's stock loader, as a :class:`nodes.comfy_unet.ComfyUNet`; its UNet
+    computes in ``dtype``, or as ComfyUI decides."""
+    import_comfyui()
+    load_extension()
+    import comfy.sd
+
+    from demo.pack.tiny_config import register
+
+    register()
+    adapter = importlib.import_module(f"{NAME}.nodes.comfy_unet")
+    with torch.inference_mode(), _computing_in(dtype) as options:
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
+            str(checkpoint), output_vae=True, output_clip=True, model_options=options
+        )
+        return adapter.ComfyUNet(model, vae, clip)
+
+
+@contextmanager
+def _computing_in(dtype: torch.dtype | None) -> Iterator[dict[str, torch.dtype]]:
+    """Options of the stock loader for this precision; on CPUs ComfyUI would only store it, and compute in float32."""
+    if dtype is None:
+        yield {}
+        return
+    import comfy.model_management as management
+
+    decide = management.unet_manual_cast
+    management.unet_manual_cast = lambda *args, **kwargs: None
+    try:
+        yield {"dtype": dtype}
+    finally:
+        management.unet_manual_cast = decide

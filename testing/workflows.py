@@ -1,0 +1,283 @@
+"""Workflow files: ComfyUI's editor format to its API format, and back for the bundled ones."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "example_workflows"
+SUBGRAPHS = ROOT / "subgraphs"
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING"}
+SPREAD = 1.25  # nodes are larger on the Nodes 2.0 canvas than they say
+INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives the ends of a subgraph
+ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
+
+Prompt = dict[str, dict[str, Any]]
+
+
+def load_workflow(name: str) -> dict[str, Any]:
+    """A bundled workflow in the editor's format."""
+    workflow: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
+    return workflow
+
+
+def _inputs(info: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Name, type and options of a node's inputs in the order of its widgets."""
+    for group in ("required", "optional"):
+        specs = info["input"].get(group, {})
+        for name in info.get("input_order", {}).get(group, specs):
+            spec = specs[name]
+            yield name, spec[0], spec[1] if len(spec) > 1 and isinstance(spec[1], dict) else {}
+
+
+def _is_widget(kind: Any, options: dict[str, Any]) -> bool:
+    return (isinstance(kind, list) or kind in WIDGET_TYPES) and not options.get("forceInput")
+
+
+def _extra_values(name: str, options: dict[str, Any]) -> list[Any]:
+    """Values of widgets that the editor adds by itself behind an input."""
+    if options.get("control_after_generate", name in ("seed", "noise_seed")):
+        return ["fixed"]
+    return ["image"] if options.get("image_upload") or options.get("video_upload") else []
+
+
+def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
+    """What the editor would send to /prompt for this workflow; notes are left out."""
+    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
+    prompt: Prompt = {}
+    for node in workflow["nodes"]:
+        if node["type"] in ONLY_IN_EDITOR or node.get("mode", 0) in (2, 4):
+            continue
+        info = object_info[node["type"]]
+        linked = {slot["name"]: slot.get("link") for slot in node.get("inputs", [])}
+        values = list(node.get("widgets_values", []))
+        inputs: dict[str, Any] = {}
+        for name, kind, options in _inputs(info):
+            if _is_widget(kind, options):
+                if values:
+                    inputs[name] = values.pop(0)
+                for _ in _extra_values(name, options):
+                    if values:
+                        values.pop(0)
+            if linked.get(name) is not None:
+                inputs[name] = list(links[linked[name]])
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
+    return prompt
+
+
+def to_editor(
+    prompt: Prompt,
+    layout: dict[str, tuple[int, int, int, int]],
+    object_info: dict[str, Any],
+    notes: list[tuple[str, tuple[int, int, int, int]]],
+    titles: dict[str, str],
+) -> dict[str, Any]:
+    """Editor format of an API prompt.
+
+    Args:
+        prompt: nodes by id; ids are numbers as text.
+        layout: x, y, width, height of every node.
+        object_info: the server's.
+        notes: Markdown texts with their boxes.
+        titles: display titles that differ from the node's own.
+    """
+    nodes: list[dict[str, Any]] = []
+    links: list[list[Any]] = []
+    outgoing: dict[tuple[str, int], list[int]] = {}
+    for node_id, node in prompt.items():
+        for name, _, _ in _inputs(object_info[node["class_type"]]):
+            value = node["inputs"].get(name)
+            if isinstance(value, list):
+                source, output = value
+                number = len(links) + 1
+                kinds = object_info[prompt[source]["class_type"]]["output"]
+                links.append([number, int(source), output, int(node_id), None, kinds[output], name])
+                outgoing.setdefault((source, output), []).append(number)
+    for order, (node_id, node) in enumerate(prompt.items()):
+        info = object_info[node["class_type"]]
+        x, y, width, height = layout[node_id]
+        inputs: list[dict[str, Any]] = []
+        values: list[Any] = []
+        for name, kind, options in _inputs(info):
+            link = next((item for item in links if item[3] == int(node_id) and item[6] == name), None)
+            widget = _is_widget(kind, options)
+            if link is not None or not widget:
+                if link is not None:
+                    link[4] = len(inputs)
+                slot: dict[str, Any] = {"name": name, "type": kind, "link": link[0] if link else None}
+                slot |= {"widget": {"name": name}} if widget else {}
+                inputs.append(slot | ({"shape": 7} if name in info["input"].get("optional", {}) else {}))
+            if widget:
+                choices = kind if isinstance(kind, list) else options.get("options")
+                fallback = options.get("default", choices[0] if choices else None)
+                given = fallback if link is not None else node["inputs"].get(name, fallback)
+                values += [given, *_extra_values(name, options)]
+        outputs = [
+            {"name": label, "type": kind, "links": outgoing.get((node_id, slot), [])}
+            for slot, (label, kind) in enumerate(zip(info["output_name"], info["output"], strict=True))
+        ]
+        entry = {
+            "id": int(node_id),
+            "type": node["class_type"],
+            "pos": [round(SPREAD * x), round(SPREAD * y)],
+            "size": [width, height],
+            "flags": {},
+            "order": order,
+            "mode": 0,
+            "inputs": inputs,
+            "outputs": outputs,
+            "properties": {"Node name for S&R": node["class_type"]},
+            "widgets_values": values,
+        }
+        nodes.append(entry | ({"title": titles[node_id]} if node_id in titles else {}))
+    last = max(int(node_id) for node_id in prompt)
+    for index, (text, (x, y, width, height)) in enumerate(notes, start=1):
+        nodes.append(
+            {
+                "id": last + index,
+                "type": "MarkdownNote",
+                "pos": [round(SPREAD * x), round(SPREAD * y)],
+                "size": [width, height],
+                "flags": {},
+                "order": len(nodes),
+                "mode": 0,
+                "inputs": [],
+                "outputs": [],
+                "properties": {},
+                "widgets_values": [text],
+                "color": "#432",
+                "bgcolor": "#653",
+            }
+        )
+    return {
+        "last_node_id": last + len(notes),
+        "last_link_id": len(links),
+        "nodes": nodes,
+        "links": [link[:6] for link in links],
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+Ends = dict[str, list[tuple[str, str]]]
+
+
+def blueprint(
+    name: str,
+    prompt: Prompt,
+    layout: dict[str, tuple[int, int, int, int]],
+    inputs: Ends,
+    outputs: dict[str, tuple[str, int]],
+    widgets: list[tuple[str, str]],
+    object_info: dict[str, Any],
+) -> dict[str, Any]:
+    """A subgraph for ComfyUI's node library, with one node that uses it.
+
+    Args:
+        name: of the subgraph.
+        prompt, layout: the nodes inside, as for :func:`to_editor`.
+        inputs: for every socket of the subgraph the nodes and inputs it feeds.
+        outputs: for every output of the subgraph the node and slot it comes from.
+        widgets: nodes and widgets shown outside.
+        object_info: the server's.
+    """
+
+    def identity(what: str) -> str:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"slime/{name}/{what}"))
+
+    inside = to_editor(prompt, layout, object_info, [], {})
+    nodes = {str(node["id"]): node for node in inside["nodes"]}
+    names = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
+    links = [dict(zip(names, link, strict=True)) for link in inside["links"]]
+    made_inputs, made_outputs = [], []
+    for slot, (label, targets) in enumerate(inputs.items()):
+        first = len(links) + 1
+        for node_id, socket in targets:
+            place = next(i for i, item in enumerate(nodes[node_id]["inputs"]) if item["name"] == socket)
+            found = nodes[node_id]["inputs"][place]
+            found["link"] = len(links) + 1
+            ends = (len(links) + 1, INPUT_NODE, slot, int(node_id), place, found["type"])
+            links.append(dict(zip(names, ends, strict=True)))
+        numbers = list(range(first, len(links) + 1))
+        made_inputs.append(_end(identity(f"input/{label}"), label, found["type"], numbers))
+    for slot, (label, (node_id, place)) in enumerate(outputs.items()):
+        found = nodes[node_id]["outputs"][place]
+        number = len(links) + 1
+        found["links"] = [*found["links"], number]
+        ends = (number, int(node_id), place, OUTPUT_NODE, slot, found["type"])
+        links.append(dict(zip(names, ends, strict=True)))
+        made_outputs.append(_end(identity(f"output/{label}"), label, found["type"], [number]))
+    right = max(x + width for x, _, width, _ in layout.values())
+    title = name.replace("_", " ")
+    subgraph = {
+        "id": identity("subgraph"),
+        "version": 1,
+        "state": {"lastGroupId": 0, "lastNodeId": len(nodes), "lastLinkId": len(links), "lastRerouteId": 0},
+        "revision": 0,
+        "config": {},
+        "name": title,
+        "inputNode": {"id": INPUT_NODE, "bounding": [-200, 0, 120, 40 + 20 * len(inputs)]},
+        "outputNode": {"id": OUTPUT_NODE, "bounding": [right + 80, 0, 120, 40 + 20 * len(outputs)]},
+        "inputs": made_inputs,
+        "outputs": made_outputs,
+        "widgets": [],
+        "nodes": list(nodes.values()),
+        "groups": [],
+        "links": links,
+        "extra": {},
+    }
+    outside = {
+        "id": len(nodes) + 1,
+        "type": identity("subgraph"),
+        "pos": [0, 0],
+        "size": [300, 60 + 26 * (max(len(inputs), len(outputs)) + len(widgets))],
+        "flags": {},
+        "order": 0,
+        "mode": 0,
+        "inputs": [{"name": item["name"], "type": item["type"], "link": None} for item in made_inputs],
+        "outputs": [{"name": item["name"], "type": item["type"], "links": []} for item in made_outputs],
+        "properties": {"proxyWidgets": [list(widget) for widget in widgets]},
+        "widgets_values": [],
+        "title": title,
+    }
+    return {
+        "revision": 0,
+        "last_node_id": len(nodes) + 1,
+        "last_link_id": 0,
+        "nodes": [outside],
+        "links": [],
+        "version": 0.4,
+        "definitions": {"subgraphs": [subgraph]},
+        "extra": {},
+    }
+
+
+def _end(identity: str, name: str, kind: str, links: list[int]) -> dict[str, Any]:
+    """An input or output of a subgraph."""
+    return {"id": identity, "name": name, "type": kind, "linkIds": links, "pos": [0, 0]}
+
+
+def find(prompt: Prompt, class_type: str) -> str:
+    """Id of the first node of a class."""
+    return next(node_id for node_id, node in prompt.items() if node["class_type"] == class_type)
+
+
+class PromptBuilder:
+    """Adds nodes to a copy of a prompt."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = copy.deepcopy(prompt)
+        self._next = 1 + max((int(node_id) for node_id in prompt), default=0)
+
+    def add(self, class_type: str, **inputs: Any) -> str:
+        node_id = str(self._next)
+        self._next += 1
+        self.prompt[node_id] = {"class_type": class_type, "inputs": inputs}
+        return node_id

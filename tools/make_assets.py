@@ -1,0 +1,82 @@
+"""Draw assets/icon.png and assets/banner.jpg: a scene with its true parts, and what is found after ten such examples.
+
+COMFYUI_DIR=... python -m demo.make_assets
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from slime import preset, segment, train
+from slime.parts.draw import overlay
+from slime.parts.palette import default_palette
+from testing import scenes, splits
+from testing.inprocess import load_backbone
+from testing.server import MODEL
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets"
+ICON, BANNER = 400, (1680, 720)  # the registry asks for at most 400 x 400, and for 21:9
+DOMAIN, FOUND = "car", 3
+DARK, LIGHT = (22, 24, 29), (236, 240, 241)
+
+
+def tinted(image: np.ndarray, labels: np.ndarray, side: int) -> Image.Image:
+    picture = overlay(image, labels, default_palette(len(scenes.PARTS[DOMAIN])), opacity=0.6)
+    return Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
+
+
+def taught(side: int) -> Image.Image:
+    scene = scenes.render(DOMAIN, splits.TEACH + 2)
+    return tinted(scene.image, scene.labels, side)
+
+
+def found(side: int) -> list[Image.Image]:
+    """Test scenes with the parts that were found in them."""
+    backbone = load_backbone(MODEL)
+    images = np.stack([scenes.render(DOMAIN, splits.TEST + index).image for index in range(FOUND)])
+    with torch.inference_mode():
+        examples = [splits.example(DOMAIN, splits.TEACH + index) for index in range(10)]
+        embeddings = train(backbone, examples, preset("instant", backbone.info))
+        maps = segment(backbone, torch.from_numpy(images).float() / 255, embeddings)[0]
+    return [tinted(image, labels.numpy(), side) for image, labels in zip(images, maps.label_map, strict=True)]
+
+
+def rounded(picture: Image.Image, radius: int) -> Image.Image:
+    """With round corners on the dark ground."""
+    mask = Image.new("L", picture.size, 0)
+    ImageDraw.Draw(mask).rounded_rectangle([0, 0, *picture.size], radius, fill=255)
+    ground = Image.new("RGB", picture.size, DARK)
+    ground.paste(picture, mask=mask)
+    return ground
+
+
+def icon() -> Image.Image:
+    return rounded(taught(ICON), 72)
+
+
+def banner() -> Image.Image:
+    page = Image.new("RGB", BANNER, DARK)
+    draw = ImageDraw.Draw(page)
+    draw.text((80, 50), "SLiMe for ComfyUI", font=ImageFont.load_default(84), fill=LIGHT)
+    draw.text((84, 160), "show a part once, find it everywhere", font=ImageFont.load_default(44), fill=(150, 160, 170))
+    side = 400
+    page.paste(rounded(taught(side), 28), (80, 260))
+    arrow = np.array([(505, 440), (560, 440), (560, 415), (605, 460), (560, 505), (560, 480), (505, 480)])
+    draw.polygon([tuple(point) for point in arrow.tolist()], fill=LIGHT)
+    for index, picture in enumerate(found(320)):
+        page.paste(rounded(picture, 24), (630 + 340 * index, 300))
+    return page
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    icon().save(FOLDER / "icon.png", optimize=True)
+    banner().save(FOLDER / "banner.jpg", quality=88)
+
+
+if __name__ == "__main__":
+    main()
