@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -74,38 +75,36 @@ class Bench:
         self.example = splits.example("car", splits.TEACH)
         self.images = as_tensor(scene_set("car", "plain", 64, "test").images)
 
-    def row(self, task: str, preset_name: str, ours: Measured, reference: Measured | None, bound: float) -> None:
-        self.report(
-            {
-                "model": self.name,
-                "task": task,
-                "preset": preset_name,
-                "ours_s": ours.seconds,
-                "reference_s": reference.seconds if reference else None,
-                "bound_s": bound,
-                "ours_bytes": ours.bytes,
-                "reference_bytes": reference.bytes if reference else None,
-            }
-        )
+    def note(self, task: str, preset_name: str, **figures: Any) -> None:
+        self.report({"model": self.name, "task": task, "preset": preset_name} | figures)
+
+    def row(self, task: str, preset_name: str, ours: Measured, bound: float, reference: Measured | None = None) -> None:
+        figures = {"ours_s": ours.seconds, "reference_s": reference and reference.seconds, "bound_s": bound}
+        figures |= {"ours_bytes": ours.bytes, "reference_bytes": reference and reference.bytes}
+        self.note(task, preset_name, **{name: value for name, value in figures.items() if value is not None})
 
     # ---------------------------------------------------------------------------------------------------- bounds
 
-    def encode(self, count: int = 1) -> float:
-        pixels = torch.rand(count, self.side, self.side, 3)
+    def bare(self) -> float:
+        """Seconds of a VAE encode and a UNet forward of one image."""
+        return self.encode() + self.forward()
+
+    def encode(self) -> float:
+        pixels = torch.rand(1, self.side, self.side, 3)
         with torch.inference_mode():
             return self.time(lambda: self.backbone.encode_images(pixels))
 
     def forward(self, backbone: TextConditioned | None = None) -> float:
         """Seconds of a bare UNet forward, without capture, of the working size."""
         backbone = backbone or self.backbone
-        latents, context = self.latents(1), backbone.encode_prompt("")
+        latents, context = self.latents(), backbone.encode_prompt("")
         with torch.inference_mode():
             return self.time(lambda: backbone.predict_noise(latents, 100, context, None))
 
     def forward_backward(self) -> list[float]:
         """Seconds of some of the bare UNet's forwards and backwards to its context, batch 1."""
         with self.backbone.differentiable(False):
-            latents = self.latents(1).clone()
+            latents = self.latents().clone()
             rows = self.backbone.encode_prompt("")
             learned = rows.rows.to(self.backbone.device).clone().requires_grad_(True)
 
@@ -122,8 +121,8 @@ class Bench:
         labels = self.example.labels[None, None].float()
         return torch.nn.functional.interpolate(labels, (self.cells, self.cells))[0, 0].long()
 
-    def latents(self, count: int) -> Tensor:
-        return torch.randn(count, 4, self.cells, self.cells, device=self.backbone.device)
+    def latents(self) -> Tensor:
+        return torch.randn(1, 4, self.cells, self.cells, device=self.backbone.device)
 
     # ----------------------------------------------------------------------------------------------------- tasks
 
@@ -133,32 +132,25 @@ class Bench:
         references = {crops: self.reference(crops) for crops in range(1, self.crops + 1)}
         with self.official.differentiable(False), torch.no_grad(), dense_attention(self.official):
             dense = self.forward(self.official)
-        prepare, loop = self.steps("paper")
+        prepare, loop = self.steps()
         bound = statistics.median(bare + self.forward_backward())  # before and after: machines have slow moments
         every = Measured(prepare.seconds + loop.seconds)
         reused = Measured(prepare.seconds / 5 + loop.seconds)
         for crops, measured in references.items():
-            self.report(
-                {
-                    "model": self.name,
-                    "task": f"reference step with {crops} x {crops} crops, in its own dense UNet forwards",
-                    "preset": "reference",
-                    "forwards": measured.seconds / dense,
-                }
-            )
+            task = f"reference step with {crops} x {crops} crops, in its own dense UNet forwards"
+            self.note(task, "reference", forwards=measured.seconds / dense)
         rivals: list[tuple[str, Measured | None]]
         rivals = [(f", reference with {crops} x {crops} crops", one) for crops, one in references.items()]
         for beside, rival in rivals or [("", None)]:
-            self.row(f"training step{beside}", "paper", loop, rival, bound)
-            self.row(f"and its view every 5 steps{beside}", "paper", reused, rival, bound)
-            self.row(f"and its view every step{beside}", "paper", every, rival, bound)
+            self.row(f"training step{beside}", "paper", loop, bound, rival)
+            self.row(f"and its view every 5 steps{beside}", "paper", reused, bound, rival)
+            self.row(f"and its view every step{beside}", "paper", every, bound, rival)
         encode, forward = self.encode(), self.forward()
-        self.row("prepare a view", "paper", prepare, None, encode + forward)
+        self.row("prepare a view", "paper", prepare, encode + forward)
         shares = {"UNet forward and backward": bound, "ours": max(loop.seconds - bound, 0.0)}
         shares |= {"VAE encode of a view": encode, "unconditional UNet forward of a view": forward}
-        self.report({"model": self.name, "task": "profile of one training step", "preset": "paper", "shares_s": shares})
-        checkpointed = self.steps("paper", checkpointing=True)[1]
-        self.row("training step, checkpointing", "paper", checkpointed, None, bound)
+        self.note("profile of one training step", "paper", shares_s=shares)
+        self.row("training step, checkpointing", "paper", self.steps(checkpointing=True)[1], bound)
 
     def reference(self, crops: int) -> Measured:
         """A step of the official procedure."""
@@ -168,11 +160,11 @@ class Bench:
             image = self.example.image[None].clone()
             return self.measure(lambda: reference.step(image, labels))
 
-    def steps(self, name: str, **changes: Any) -> tuple[Measured, Measured]:
+    def steps(self, checkpointing: bool = False) -> tuple[Measured, Measured]:
         """Preparing a view, and a step of ours with all that a training does, in a training whose every step has a view
         of its own."""
         count = 10 * max(self.repeats, 1)
-        settings = preset(name, self.backbone.info, views=count, steps=count, **changes)
+        settings = preset("paper", views=count, steps=count, checkpointing=checkpointing)
         times: dict[str, list[float]] = {"features": [], "train": []}
 
         def clock(report: StepReport) -> None:
@@ -193,8 +185,7 @@ class Bench:
             with memory() as used:
                 self.learn(settings)
             held = {"ours_bytes": used.bytes, "reference_bytes": reference, "weights_bytes": self.weights()}
-            place = {"model": self.name, "task": f"memory of a training step{name}", "preset": "paper"}
-            self.report(place | held)
+            self.note(f"memory of a training step{name}", "paper", **held)
 
     def reference_bytes(self) -> int | None:
         if not self.crops:
@@ -212,7 +203,7 @@ class Bench:
 
     def iou(self) -> None:
         """Seconds until the example itself is segmented with a mean IoU of TRAINING_IOU."""
-        classes, truth = len(self.example.names) + 1, self.example.labels.numpy()
+        task, classes, truth = f"training IoU {TRAINING_IOU}", len(self.example.names) + 1, self.example.labels.numpy()
         several = {"instant": {}, "paper": {"steps": IOU_STEPS, "views": IOU_STEPS}}
         for name, changes in several.items():
             clock = _IouClock(self.backbone, self.example)
@@ -220,7 +211,7 @@ class Bench:
             with torch.inference_mode(), suppress(_Reached):
                 clock.start()
                 train(self.backbone, [self.example], settings, on_step=clock)
-            self.report({"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": name} | clock.result())
+            self.note(task, name, ours_s=clock.seconds, best_iou=clock.best)
         labels, best, start = self.grid_labels(), 0.0, time.perf_counter()
         seconds = None
         with self.official.differentiable(False):
@@ -233,10 +224,7 @@ class Bench:
                 if best >= TRAINING_IOU:
                     seconds = time.perf_counter() - start
                     break
-        self.report(
-            {"model": self.name, "task": f"training IoU {TRAINING_IOU}", "preset": "reference"}
-            | {"ours_s": seconds, "best_iou": best}
-        )
+        self.note(task, "reference", ours_s=seconds, best_iou=best)
 
     def training(self) -> None:
         """Whole trainings. The reference's is its measured step times the paper's 200."""
@@ -244,8 +232,7 @@ class Bench:
         for name, changes in (("instant", {}), ("instant, 16 views", {"views": 16}))[0 if self.repeats else 1 :]:
             settings = preset("instant", self.backbone.info, **changes)
             ours = self.measure(lambda: self.learn(settings), once=True)  # noqa: B023
-            bound = settings.views * (self.encode() + self.forward())
-            self.row("training", name, ours, whole, bound)
+            self.row("training", name, ours, settings.views * self.bare(), whole)
 
     def learn(self, settings: Settings, examples: Sequence[Example] | None = None) -> PartEmbeddings:
         with torch.inference_mode():
@@ -264,15 +251,12 @@ class Bench:
                 one = self.measure(lambda: reference.infer(self.images[:1].clone()))
         for count in (1, 8, 64)[: 3 if self.repeats else 2]:
             ours = self.measure(partial(self.find, embeddings, self.images[:count]), once=count > 8, count=count == 1)
-            bound = count * (self.encode() + self.forward())
             theirs = Measured(one.seconds * count, one.bytes) if one else None
-            self.row(f"segment {count}", "default", ours, theirs, bound)
+            self.row(f"segment {count}", "default", ours, count * self.bare(), theirs)
         shares = {"VAE": self.encode(), "UNet": self.forward()}
         total = self.time(lambda: self.find(embeddings, self.images[:1]))
         shares["ours"] = max(total - sum(shares.values()), 0.0)
-        self.report(
-            {"model": self.name, "task": "profile of one segmentation", "preset": "default", "shares_s": shares}
-        )
+        self.note("profile of one segmentation", "default", shares_s=shares)
 
     def find(
         self, embeddings: PartEmbeddings | Sequence[PartEmbeddings], images: Tensor, batch_size: int = 0
@@ -286,9 +270,8 @@ class Bench:
         """Reading 8 embeddings of one image against reading one: read-outs only, no further pass."""
         several = [self.quick_embeddings()] * 8
         one = self.time(lambda: self.find(several[:1], self.images[:1]))
-        self.row(
-            "segment 1 with 8 files", "default", self.measure(lambda: self.find(several, self.images[:1])), None, one
-        )
+        ours = self.measure(lambda: self.find(several, self.images[:1]))
+        self.row("segment 1 with 8 files", "default", ours, one)
 
     def parts(self) -> None:
         for count in (1, 4, 16, 32):
@@ -296,33 +279,31 @@ class Bench:
             example = Example.from_label_map(self.example.image, stripes, [f"part {i}" for i in range(count)])
             settings = preset("instant", self.backbone.info, views=4, steps=20)
             ours = self.measure(partial(self.learn, settings, [example]), once=True, count=True)
-            self.row(f"learn {count} parts, 4 views", "instant", ours, None, 4 * (self.encode() + self.forward()))
+            self.row(f"learn {count} parts, 4 views", "instant", ours, 4 * self.bare())
             embeddings = self.quick_embeddings([example])
             ours = self.measure(lambda: self.find(embeddings, self.images[:1]), count=True)  # noqa: B023
-            self.row(f"segment 1, {count} parts", "default", ours, None, self.encode() + self.forward())
+            self.row(f"segment 1, {count} parts", "default", ours, self.bare())
 
     def examples(self) -> None:
         for count in (1, 5, 10):
             examples = [splits.example("car", splits.TEACH + i) for i in range(count)]
             settings = preset("instant", self.backbone.info, views=20, steps=20)
             ours = self.measure(partial(self.learn, settings, examples), once=True, count=True)
-            self.row(
-                f"learn from {count} examples, 20 views", "instant", ours, None, 20 * (self.encode() + self.forward())
-            )
+            self.row(f"learn from {count} examples, 20 views", "instant", ours, 20 * self.bare())
 
     def side_(self) -> None:
         embeddings = self.quick_embeddings()
         for side in (256, 512, 1024, 2048):
             image = torch.nn.functional.interpolate(self.images[:1].movedim(-1, 1), (side, side)).movedim(1, -1)
             ours = self.measure(lambda: self.find(embeddings, image), count=True)  # noqa: B023
-            self.row(f"segment 1 of {side} x {side}", "default", ours, None, self.encode() + self.forward())
+            self.row(f"segment 1 of {side} x {side}", "default", ours, self.bare())
 
     def batch(self) -> None:
         embeddings = self.quick_embeddings()
         for size in (1, 2, 4, 8, 16):
             work = partial(self.find, embeddings, self.images[:16], batch_size=size)
             ours = self.measure(work, once=True, count=True)
-            self.row(f"segment 16, {size} at once", "default", ours, None, 16 * (self.encode() + self.forward()))
+            self.row(f"segment 16, {size} at once", "default", ours, 16 * self.bare())
 
     def import_(self) -> None:
         """What importing the extension adds to ComfyUI's start, and whether it touches a GPU."""
@@ -356,11 +337,12 @@ class Bench:
         return Measured(statistics.median(times), used.bytes)
 
 
+@dataclass
 class Measured:
     """Seconds and, where they were counted, peak bytes."""
 
-    def __init__(self, seconds: float = 0.0, bytes: int | None = None) -> None:
-        self.seconds, self.bytes = seconds, bytes
+    seconds: float = 0.0
+    bytes: int | None = None
 
 
 class _Reached(Exception):  # noqa: N818  a signal
@@ -393,9 +375,6 @@ class _IouClock:
             self.seconds = self.spent
             raise _Reached
         self.since = time.perf_counter()
-
-    def result(self) -> dict[str, float | None]:
-        return {"ours_s": self.seconds, "best_iou": self.best}
 
 
 def synchronize() -> None:

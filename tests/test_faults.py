@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +34,7 @@ from slime import (
 from slime.embedding_files import SCRATCH
 from slime.official_files import import_official
 
+from .test_backbones import imported, sources
 from .test_learning import picture
 from .toy import ToyUNet
 
@@ -436,3 +440,37 @@ def test_the_painter_keeps_to_comfyuis_folders(extension, tmp_path, monkeypatch)
         saved = painting(4, 4, "", image={"subfolder": "", "name": name, "type": "input"})
         with pytest.raises(SlimeError, match=message):
             painter.SLiMePartPainter.execute(saved)
+
+
+def test_the_extension_neither_connects_nor_runs_commands() -> None:
+    """Of what is published, no module imports what could."""
+    forbidden = {
+        "subprocess",
+        "socket",
+        "urllib",
+        "requests",
+        "http",
+        "httpx",
+        "aiohttp",
+        "ctypes",
+        "pickle",
+        "marshal",
+    }
+    for folder in ("slime", "nodes"):
+        for path, tree in sources(folder):
+            assert not {name.split(".")[0] for name in imported(tree)} & forbidden, path
+            calls = {
+                node.func.id
+                for node in ast.walk(tree)
+                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            }
+            assert not calls & {"eval", "exec", "compile", "__import__"}, path
+            attributes = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+            assert not attributes & {"system", "popen"}, path
+
+
+def test_every_promise_names_a_test_that_is_there() -> None:
+    root = Path(__file__).resolve().parent
+    promised = set(re.findall(r"`(test_\w+)`", (root.parent / "SECURITY.md").read_text(encoding="utf-8")))
+    written = "\n".join(path.read_text(encoding="utf-8") for path in root.glob("test_*.py"))
+    assert len(promised) > 10 and all(f"def {name}(" in written for name in promised)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .palette import Color
 
-FULL_SIZE_VALUES = 2**25  # of probabilities made at once: 128 MB, of which filters take a multiple
+FULL_SIZE_VALUES = 2**23  # of probabilities made at once: 32 MB, of which filters take a multiple
 
 
 class Pixels(Protocol):
