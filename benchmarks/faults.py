@@ -36,6 +36,7 @@ from testing.toy_unet import ToyUNet
 from .rows import Row, say_row, say_table, write_rows
 
 SECONDS, BYTES = 2.0, 200e6
+SHARE = 6  # nodes of a run with one error each
 TRIALS = {"files": 10_000, "texts": 3_000, "paintings": 1_000, "official": 100, "errors": 50, "savers": 20, "disk": 20}
 
 
@@ -217,7 +218,7 @@ def quiet_nodes(folder: Path) -> Iterator[dict[str, Any]]:
     import_module(f"{NAME}.nodes.files").register_folder()
     folder_paths.folder_names_and_paths["slime"] = ([str(folder)], {".safetensors"})
     module = import_module(f"{NAME}.nodes.extension")
-    module.SLiMeTrain.hidden = SimpleNamespace(unique_id=None)
+    module.SLiMeTrain.hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
     yield vars(module)
 
 
@@ -258,6 +259,8 @@ def errors(trials: Trials, count: int, rng: random.Random, folder: Path) -> None
             "to text": lambda: nodes["SLiMeEmbeddingsToText"].execute(learned),
             "merge": lambda: nodes["SLiMeEmbeddingsMerge"].execute(learned, None, "wheel = tyre"),
         }
+        if count == 1:  # the test suite's share
+            works = {name: works[name] for name in rng.sample(list(works), SHARE)}
         before = _state(backbone)
         labels = parts.maps.label_map.clone()
         for name, work in works.items():

@@ -93,7 +93,7 @@ def _saved(text: str) -> dict[str, Any]:
 
 
 def _short(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 1000:
+    if not isinstance(value, str) or len(value) > 1000 or "\0" in value:
         raise ValueError(f"{str(value)[:40]} is not a name")
     return value
 

@@ -11,7 +11,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -19,20 +18,20 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks import faults
 from slime import (
     Example,
     PaperSettings,
     SlimeError,
-    from_text,
     load_embeddings,
     preset,
     save_embeddings,
     segment,
-    to_text,
     train,
 )
 from slime.embedding_files import SCRATCH
 from slime.official_files import import_official
+from testing.server import MODEL
 
 from .test_backbones import imported, sources
 from .test_learning import picture
@@ -150,34 +149,21 @@ def test_layers_timesteps_and_widths_that_the_model_lacks_are_named(learned) -> 
             segment(toy, image, wrong)
 
 
-def test_mutated_files_and_texts_give_a_result_or_one_kind_of_error(learned, raw, tmp_path) -> None:
-    """Bytes changed, cut, doubled: never another exception, never slow."""
-    rng, path, text = np.random.default_rng(0), tmp_path / "a.safetensors", to_text(learned)
-    slowest = 0.0
-    for _ in range(300):
-        data = bytearray(raw)
-        for _ in range(int(rng.integers(1, 6))):
-            at = int(rng.integers(0, min(len(data), 3000)))
-            action = int(rng.integers(3))
-            if action == 0:
-                data[at] = int(rng.integers(256))
-            elif action == 1:
-                del data[at : at + int(rng.integers(1, 40))]
-            else:
-                data[at:at] = data[at : at + int(rng.integers(1, 40))]
-        path.write_bytes(bytes(data))
-        start = time.monotonic()
-        try:
-            load_embeddings(path)
-        except SlimeError:
-            pass
-        slowest = max(slowest, time.monotonic() - start)
-        at = int(rng.integers(len(text)))
-        try:
-            from_text(text[:at] + chr(int(rng.integers(32, 600))) + text[at + int(rng.integers(3)) :])
-        except SlimeError:
-            pass
-    assert slowest < 2
+@pytest.mark.parametrize(
+    ("task", "count"),
+    [("files", 300), ("texts", 100), ("paintings", 200), ("official", 20), ("savers", 3), ("disk", 3)],
+)
+def test_the_standing_proof_in_short(extension, task, count) -> None:
+    """Of ``benchmark faults``: no other exception than ours, nothing slow or large, nothing left behind."""
+    trials = faults.run(task, count)
+    assert not trials.failures and trials.count >= count
+
+
+@pytest.mark.server  # it needs none, but takes too long for the fast run
+@pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
+def test_an_error_in_the_middle_of_any_node_leaves_the_model_as_it_was(extension) -> None:
+    trials = faults.run("errors", 1)
+    assert not trials.failures and trials.count == trials.refused == 19
 
 
 def test_an_interrupted_checkpointed_step_leaves_no_hooks_behind() -> None:
@@ -397,6 +383,7 @@ def painting(width, height, runs="AAAA", **more) -> str:
         painting(4, 4, parts=[{"name": "a", "color": "#11223"}]),
         painting(4, 4, parts=[{"name": "a", "color": "#112233"}] * 256),
         painting(4, 4, image={"subfolder": 1, "name": [], "type": {}}),
+        painting(4, 4, image={"subfolder": "", "name": "a\0.png", "type": "input"}),
         "[" * 100_000,
         "x" * (17 * 2**20),
     ],
