@@ -61,7 +61,7 @@ class ComfyUNet(SDUNet):
             Family.of(own) if own else family_for(_context_dim(unet), prediction),
             prediction,
             unet_layers(unet),
-            1 / (1 + sigmas.detach().double().cpu() ** 2),
+            1 / (1 + sigmas.detach().cpu().double() ** 2),
             model.load_device,
             channels,
             cell if isinstance(cell, int) else LATENT_CELL,

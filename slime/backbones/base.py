@@ -88,6 +88,11 @@ class Scores(NamedTuple):
     attention: tuple[Attention, ...]
     propagated: tuple[Tensor, ...] = ()
 
+    def to(self, device: torch.device | str) -> Scores:
+        """The same on another device."""
+        logits, propagated = (tuple(maps.to(device) for maps in kind) for kind in (self.logits, self.propagated))
+        return Scores(logits, tuple(a.to(device) for a in self.attention), propagated)
+
 
 class Backbone(Protocol):
     """A model, and how to look with it. Raises SlimeError where something is missing or does not fit."""

@@ -107,8 +107,9 @@ class SDUNet:
         cell: int,
     ) -> None:
         self.family, self.prediction, self.layers = family, prediction, tuple(layers)
-        self.alphas_cumprod = alphas_cumprod.double().cpu()
+        self.alphas_cumprod = alphas_cumprod.cpu().double()
         self.device, self.channels = device, channels
+        self._projections: dict[str, Tensor] = {}
         if not self.layers:
             raise SlimeError("This UNet has no cross-attention layers; load an SD1.x, SD2.x or SDXL checkpoint.")
         # Every halving must come out even.
@@ -204,13 +205,12 @@ class SDUNet:
         model's own layers includes LoRA, quantised and offloaded weights. Costs one pass over a tiny latent, once for a
         backbone, whose weights do not change; ``pooled`` is SDXL's, of any prompt.
         """
-        known: dict[str, Tensor] = self.__dict__.setdefault("_projections", {})
-        if not set(choice.read) <= known.keys():
+        if not set(choice.read) <= self._projections.keys():
             probe = Capture(LayerChoice(choice.read, ()), stop_early=True)
             latent = torch.zeros(1, self.channels, PROBE_LATENT, PROBE_LATENT, device=self.device)
             self.predict_noise(latent, 0, Context(torch.eye(self.context_dim), pooled), probe)
-            known.update({name: attention.key[0] for name, attention in probe.cross.items()})
-        return known
+            self._projections.update({name: attention.key[0] for name, attention in probe.cross.items()})
+        return self._projections
 
 
 def automatic_layers(layers: Sequence[Layer]) -> LayerChoice:

@@ -64,7 +64,7 @@ class Look:
 
     images: Tensor
     digest: str
-    batches: tuple[tuple[slice, tuple[tuple[View, Observation | Tokens], ...]], ...]
+    batches: tuple[tuple[slice, tuple[tuple[View, Seen], ...]], ...]
 
 
 def look_at(
@@ -121,7 +121,7 @@ def _way_of_seeing(
     # Rows that replace the context's own are read as keys like any others.
     rows = [offsets(item) for item in items]
     if any_rows or not isinstance(backbone, ScoresRows):
-        return partial(_observe, backbone, plan)
+        return lambda latents, noise: backbone.observe(latents, plan, noise)
     return lambda latents, noise: backbone.score(latents, plan, noise, rows, [len(item.names) for item in items])
 
 
@@ -130,22 +130,17 @@ def offsets(item: PartEmbeddings) -> Tensor:
     return item.rows - item.plan().condition["context"][0].float() if item.mode == CONTEXT else item.rows
 
 
-def _observe(backbone: Backbone, plan: Plan, latents: Tensor, noise: Tensor) -> Observation:
-    return backbone.observe(latents, plan, noise)
-
-
 def _see_tokens(backbone: Backbone, plan: Plan, latents: Tensor, noise: Tensor) -> Tokens:
     denoiser = text_conditioned(backbone, "The official read-out")
     context = Context.of(plan.condition)
     capture = capture_attention(denoiser, latents, plan.timestep, noise, context, plan.layers)
-    cross, self_ = (tuple(found[name] for name in names) for found, names in
-                    zip((capture.cross, capture.self_), plan.layers, strict=True))  # fmt: skip
-    return Tokens(cross, self_)
+    cross = tuple(capture.cross[name] for name in plan.layers.read)
+    return Tokens(cross, tuple(capture.self_[name] for name in plan.layers.propagate))
 
 
-def keep(part: slice, passes: Passes) -> tuple[slice, tuple[tuple[View, Observation | Tokens], ...]]:
+def keep(part: slice, passes: Passes) -> tuple[slice, tuple[tuple[View, Seen], ...]]:
     """For :class:`Look`: what a sub-batch shows, moved to the CPU."""
-    return part, tuple((view, seen.to("cpu")) for view, seen in passes if not isinstance(seen, Scores))
+    return part, tuple((view, seen.to("cpu")) for view, seen in passes)
 
 
 def read_maps(passes: Passes, items: Sequence[PartEmbeddings], size: tuple[int, int]) -> list[Tensor]:
