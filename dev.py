@@ -192,9 +192,7 @@ def main(arguments: list[str]) -> int:
     if command == "test":
         if "--fast" in rest:
             rest = ["-m", "not slow and not server", *(option for option in rest if option != "--fast")]
-        # Small tensors: one thread is far faster than several on a busy machine.
-        threads = {name: os.environ.get(name, "1") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-        return lint(run) or check_web() or run("pytest", *rest, **threads)
+        return lint(run) or check_web() or run("pytest", *rest)
     if command == "lint":
         return lint(run)
     if command == "format":

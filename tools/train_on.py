@@ -23,10 +23,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from testing import scenes
+from testing.server import MODEL
 from testing.tiny import model as tiny_model
 from tools.train_tiny import TextToImage, alphas_cumprod, import_comfyui, log, tokenize
 
@@ -35,8 +37,9 @@ FIRST_SEED = 20_000  # of every domain; below 500,000, where validation begins
 SIDES = (16, 32)
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
-SINK_WEIGHT = 0.02
+SINK_WEIGHT = 0.02  # .004 once the start token has its share: a higher charge silences the words
 CLIP = "cond_stage_model.transformer."
+TOKENS = "tokens"
 UNET = "model.diffusion_model."
 TABLE = "text_model.embeddings.token_embedding.weight"
 
@@ -120,6 +123,19 @@ def words_of_world() -> list[str]:
     return [*names, *scenes.PLURAL.values(), *more, "neck+torso"]
 
 
+def load_source(path: Path) -> dict[str, Tensor]:
+    """A checkpoint, or a warm start, which brings what was trained and takes the rest from the demo's checkpoint."""
+    state = load_file(str(path))
+    if TOKENS not in state:
+        return state
+    with safe_open(str(path), framework="pt") as file:
+        vocabulary = json.loads(file.metadata()["vocabulary"])
+    base = load_file(str(MODEL)) | {name: weight for name, weight in state.items() if name != TOKENS}
+    table = torch.zeros(base[CLIP + TABLE].shape, dtype=torch.float16)
+    table[vocabulary] = state[TOKENS]
+    return base | {CLIP + TABLE: table}
+
+
 def start_model(checkpoint: dict[str, Tensor], comfyui: str) -> tuple[TextToImage, list[int]]:
     """The checkpoint's UNet and text encoder; words it never met get embeddings of their own."""
     ids = tokenize(comfyui, words_of_world())
@@ -170,7 +186,7 @@ class Sink:
 def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], batches: tuple[int, ...]) -> None:
     import_comfyui(comfyui)
     torch.manual_seed(1)
-    checkpoint = load_file(str(source))
+    checkpoint = load_source(source)
     model, vocabulary = start_model(checkpoint, comfyui)
     del checkpoint
     position = {token: place for place, token in enumerate(vocabulary)}
@@ -293,22 +309,29 @@ def encode_text(model: TextToImage, tokens: Tensor) -> Tensor:
     return text.final_layer_norm(x)
 
 
-def export(work: Path, comfyui: str, source: Path, target: Path) -> None:
-    """The source checkpoint with the trained UNet and text encoder in place, half precision."""
+def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> None:
+    """The source checkpoint with the trained UNet and text encoder in place, half precision; or these alone."""
     import_comfyui(comfyui)
     saved = torch.load(work / "train_on.pt", weights_only=True)
     model = TextToImage(saved["vocabulary"])
     model.load_state_dict(saved["ema"])
-    state = load_file(str(source))
+    state = {} if warm else load_source(source)
     state |= {UNET + name: weight.half().contiguous() for name, weight in model.unet.state_dict().items()}
     for name, weight in model.text.state_dict().items():
-        if CLIP + name in state:
+        if CLIP + name in state or (warm and not name.startswith("text_projection")):
             state[CLIP + name] = weight.half().contiguous()
-    table = torch.zeros(state[CLIP + TABLE].shape)
-    table[saved["vocabulary"]] = model.tokens.weight.detach()
-    state[CLIP + TABLE] = table.half()
-    steps = saved["state"]["step"]
-    save_file(state, str(target), metadata={"modelspec.title": "SLiMe tiny demo model", "steps_on": str(steps)})
+    if warm:
+        state[TOKENS] = model.tokens.weight.detach().half()
+    else:
+        state[CLIP + TABLE] = torch.zeros(state[CLIP + TABLE].shape, dtype=torch.float16)
+        state[CLIP + TABLE][saved["vocabulary"]] = model.tokens.weight.detach().half()
+    steps = str(saved["state"]["step"])
+    metadata = {
+        "modelspec.title": "SLiMe tiny demo model",
+        "steps_on": steps,
+        "vocabulary": json.dumps(saved["vocabulary"]),
+    }
+    save_file(state, str(target), metadata=metadata)
     log(work, f"export: {target.name} {target.stat().st_size / 1e6:.1f} MB after {steps} further steps")
 
 
@@ -317,21 +340,22 @@ def main() -> None:
     parser.add_argument("stage", choices=["data", "train", "export"])
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_DIR"))
     parser.add_argument("--work", type=Path, default=Path("demo_training/on"))
-    parser.add_argument("--source", type=Path, default=Path("demo/models/slime_tiny.safetensors"))
+    parser.add_argument("--source", type=Path, default=MODEL)
     parser.add_argument("--output", type=Path, default=Path("demo_training/slime_tiny_on.safetensors"))
+    parser.add_argument("--warm", action="store_true", help="export a warm start: what was trained alone")
     parser.add_argument("--shards", type=int, nargs="+", default=[0, 8], metavar=("FIRST", "END"))
     parser.add_argument("--minutes", type=float, nargs=2, default=(25, 100), metavar=("SMALL", "FULL"))
     parser.add_argument("--batches", type=int, nargs=2, default=(24, 12), metavar=("SMALL", "FULL"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "data":
-        encoder = narrow_encoder(load_file(str(options.source)))
+        encoder = narrow_encoder(load_source(options.source))
         for index in range(*options.shards):
             make_shard(options.work, index, encoder)
     elif options.stage == "train":
         train(options.work, options.comfyui, options.source, tuple(options.minutes), tuple(options.batches))
     else:
-        export(options.work, options.comfyui, options.source, options.output)
+        export(options.work, options.comfyui, options.source, options.output, options.warm)
 
 
 if __name__ == "__main__":

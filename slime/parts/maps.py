@@ -90,4 +90,7 @@ class PartMaps:
     @cached_property
     def label_map(self) -> Tensor:
         """uint8 [B, H, W]: the most probable class of every pixel."""
-        return torch.cat([chunk.argmax(1).to(torch.uint8) for _, chunk in self.chunks()])
+        labels = torch.empty(len(self), *self.size, dtype=torch.uint8)
+        for part, chunk in self.chunks():
+            labels[part] = chunk.argmax(1)
+        return labels

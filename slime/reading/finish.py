@@ -48,7 +48,8 @@ class Finished:
         def finish(within: slice) -> Tensor:
             return self._finish(slice(start + within.start, start + within.stop))
 
-        return torch.cat(list(in_batches(count, count, finish)))
+        found = list(in_batches(count, count, finish))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def _finish(self, part: slice) -> Tensor:
         pictures = as_rgb(self.images[part]).to(self.device)
