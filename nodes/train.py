@@ -112,11 +112,11 @@ class SLiMeTrain(io.ComfyNode):
             try:
                 embeddings = train(backbone, examples, settings, start=start, on_step=progress)
                 preview = _preview(backbone, examples[0], embeddings, progress.last)
+                losses, shown = {"loss": list(embeddings.losses)}, ui.PreviewImage(preview, cls=cls)
+                return io.NodeOutput(embeddings, losses, to_core(preview), ui=shown)
             except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
                 _autosave(progress.last)
                 raise
-        losses = {"loss": list(embeddings.losses)}
-        return io.NodeOutput(embeddings, losses, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
 
 
 def _expert_inputs() -> list[Any]:

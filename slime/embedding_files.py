@@ -42,8 +42,6 @@ LAYERS_LIMIT = 512
 TEXT_LIMIT = 10_000
 SCRATCH = ".slime-partial"
 LEFT_SECONDS = 3600.0
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 _LAYER = re.compile(r"[a-z_]{1,32}(\.\d{1,4}){1,3}")
 
 
@@ -74,7 +72,7 @@ def _replace(target: Path, data: bytes) -> None:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(scratch, 0o666 & ~_UMASK)  # scratch files are made for their owner alone
+        os.chmod(scratch, 0o644)  # scratch files are made for their owner alone
         os.replace(scratch, target)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)

@@ -338,6 +338,14 @@ def test_cancel_in_the_preview_saves_what_was_learned(nodes, monkeypatch, tmp_pa
     assert load_embeddings(tmp_path / "auto.safetensors").names == ("red", "blue")
 
 
+def test_a_preview_that_cannot_be_written_saves_what_was_learned(nodes, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(nodes.ui, "PreviewImage", broken)
+    monkeypatch.setattr(nodes, "autosave_path", lambda names: tmp_path / "auto.safetensors")
+    with pytest.raises(RuntimeError, match="no picture"):
+        run(nodes)
+    assert load_embeddings(tmp_path / "auto.safetensors").names == ("red", "blue")
+
+
 def test_an_autosave_that_fails_does_not_hide_the_outcome(nodes, monkeypatch) -> None:
     monkeypatch.setattr(nodes, "save_embeddings", broken)
 
