@@ -68,7 +68,7 @@ def run_one_of(*commands: list[str | Path], remedy: str) -> None:
 def changed(marker: Path, files: list[Path]) -> str:
     """The files' checksum if it is not the one in the marker, else an empty text."""
     stamp = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-    return "" if marker.is_file() and marker.read_text() == stamp else stamp
+    return "" if marker.is_file() and marker.read_text(encoding="utf-8") == stamp else stamp
 
 
 def cache_folder() -> Path:
@@ -132,7 +132,7 @@ def ensure_environment() -> tuple[Path, Path]:
                 [python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-r", path],
                 remedy="Check the network and the free disk space (8 GB), then run again: it goes on where it stopped.",
             )
-        marker.write_text(stamp)
+        marker.write_text(stamp, encoding="utf-8")
     return python, comfyui
 
 
@@ -163,7 +163,7 @@ def check_web() -> int:
     if stamp := changed(marker, [ROOT / "package.json"]):
         say("installing the tools that check web/")
         run_one_of([npm, "install", "--silent", "--no-audit", "--no-fund"], remedy="Check the network.")
-        marker.write_text(stamp)
+        marker.write_text(stamp, encoding="utf-8")
     say("npm test")
     return subprocess.run([npm, "test"], cwd=ROOT, check=False).returncode
 
@@ -178,8 +178,13 @@ def main(arguments: list[str]) -> int:
     if command not in COMMANDS:
         fail(f"Unknown command '{command}'. Commands: {', '.join(COMMANDS)}.")
     if command == "benchmark":
-        files = sorted((ROOT / "benchmarks").glob("[a-z]*.py"))
-        names = [path.stem for path in files if "def main(" in path.read_text(encoding="utf-8")]
+        files = (ROOT / "benchmarks").glob("**/*.py")
+        texts = {path: path.read_text(encoding="utf-8") for path in files}
+        names = sorted(
+            path.parent.name if path.stem == "__main__" else path.stem
+            for path, text in texts.items()
+            if "def main(" in text
+        )
         if not rest or rest[0] not in names:
             fail(f"Name a benchmark: {', '.join(names)}.")
     python, comfyui = ensure_environment()

@@ -115,7 +115,7 @@ def comfy_patcher(
         return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
 
 
-def random_backbone(layout: str, width: int = FULL_WIDTH, dtype: torch.dtype = torch.float32) -> Any:
+def random_backbone(layout: str, dtype: torch.dtype = torch.float32) -> Any:
     """A full-size random UNet and VAE behind the extension's adapter; the text encoder gives random rows."""
     from testing.inprocess import NAME, import_comfyui, load_extension
 
@@ -124,17 +124,17 @@ def random_backbone(layout: str, width: int = FULL_WIDTH, dtype: torch.dtype = t
     import comfy.sd
     from comfy.ldm.models.autoencoder import AutoencoderKL
 
-    patcher = comfy_patcher(layout, "v" if layout == "sd2" else "eps", width=width, dtype=dtype)
+    patcher = comfy_patcher(layout, "v" if layout == "sd2" else "eps", width=FULL_WIDTH, dtype=dtype)
     generator = torch.Generator().manual_seed(1)
     with torch.inference_mode():
-        shapes = AutoencoderKL(embed_dim=4, ddconfig=VAE | {"ch": VAE["ch"] * width // FULL_WIDTH // 32 * 32 or 32})
+        shapes = AutoencoderKL(embed_dim=4, ddconfig=VAE)
         vae = comfy.sd.VAE(
             sd={name: random_weight(name, tensor, generator) for name, tensor in shapes.state_dict().items()},
             dtype=dtype,
         )
     config = patcher.model.model_config.unet_config
     rows = torch.randn(1, 77, config["context_dim"], generator=generator) * 0.3
-    pooled = torch.randn(1, POOLED.get(width, 32), generator=generator)
+    pooled = torch.randn(1, POOLED[FULL_WIDTH], generator=generator)
     clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda tokens, return_pooled: (rows, pooled))
     adapter = importlib.import_module(f"{NAME}.nodes.comfy_unet")
     return adapter.ComfyUNet(patcher, vae, clip)

@@ -49,16 +49,22 @@ def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], ov
     """Write one file: rows in float32, the condition in float16, the rest as JSON in the metadata.
 
     Raises:
-        SlimeError: the file exists and ``overwrite`` is False.
+        SlimeError: the file exists and ``overwrite`` is False, or the system refuses to write it.
     """
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not overwrite:
         raise SlimeError(f'"{target.name}" exists already; choose another name or allow overwriting.')
-    target.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"rows": embeddings.rows.detach().float().cpu().contiguous()}
     for name, tensor in (embeddings.condition or {}).items():
         tensors[name] = tensor.detach().half().cpu().contiguous()
-    _replace(target, save_bytes(tensors, metadata=_metadata(embeddings, brief=False)))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _replace(target, save_bytes(tensors, metadata=_metadata(embeddings, brief=False)))
+    except OSError as error:
+        raise SlimeError(
+            f'"{target.name}" could not be written: {error.strerror or error}. Check the free space and the rights of '
+            f"{target.parent}; Windows refuses paths beyond 259 characters (this one has {len(str(target))})."
+        ) from error
     return target
 
 

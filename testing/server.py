@@ -114,6 +114,18 @@ class ComfyServer:
                     os.rmdir(link)
             shutil.rmtree(self.base, ignore_errors=True)
 
+    def kill(self) -> None:
+        """End the process without a chance to clean up."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def resident_bytes(self) -> int:
+        """Memory of the process."""
+        import psutil  # type: ignore[import-untyped]
+
+        return int(psutil.Process(self._process.pid).memory_info().rss) if self._process is not None else 0
+
     def _prepare_folders(self) -> None:
         for name in (
             "custom_nodes",

@@ -21,20 +21,27 @@ LAYERS = (Layer("output.3.0", 4), Layer("output.6.0", 2), Layer("output.9.0", 1)
 class ToyUNet(SDUNet):
     """It works at ``side`` pixels, and counts its passes and the images it encodes."""
 
-    def __init__(self, name: str = "toy", side: int = 128) -> None:
+    def __init__(
+        self,
+        name: str = "toy",
+        side: int = 128,
+        device: torch.device = torch.device("cpu"),  # noqa: B008  immutable
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         g = torch.Generator().manual_seed(3)
         betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
         abar = torch.cumprod(1 - betas, 0)
-        super().__init__(Family(name, DIM, side), "eps", LAYERS, abar, torch.device("cpu"), channels=4, cell=8)
-        self.w_q = {layer.name: torch.randn(4, HEADS * HEAD_DIM, generator=g) for layer in LAYERS}
-        self.w_k = {layer.name: torch.randn(DIM, HEADS * HEAD_DIM, generator=g) for layer in LAYERS}
-        self.w_out = torch.randn(DIM, 4, generator=g) * 0.05
+        super().__init__(Family(name, DIM, side), "eps", LAYERS, abar, device, channels=4, cell=8)
+        queries = {layer.name: torch.randn(4, HEADS * HEAD_DIM, generator=g) for layer in LAYERS}
+        keys = {layer.name: torch.randn(DIM, HEADS * HEAD_DIM, generator=g) for layer in LAYERS}
+        self.w_out = (torch.randn(DIM, 4, generator=g) * 0.05).to(device, dtype)
+        self.w_q, self.w_k = ({name: w.to(device, dtype) for name, w in kind.items()} for kind in (queries, keys))
         self.passes = 0
         self.encoded = 0
 
     def encode_images(self, images: Tensor) -> Tensor:
         self.encoded += len(images)
-        small = F.avg_pool2d(images.movedim(-1, 1).float(), 8) * 4 - 2
+        small = F.avg_pool2d(images.to(self.device).movedim(-1, 1).float(), 8) * 4 - 2
         return torch.cat([small, torch.ones_like(small[:, :1])], 1)
 
     def encode_prompt(self, prompt: str) -> Context:
@@ -43,7 +50,7 @@ class ToyUNet(SDUNet):
 
     def predict_noise(self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None) -> Tensor | None:
         self.passes += 1
-        rows = context.for_batch(len(noisy))
+        noisy, rows = noisy.to(self.w_out), context.for_batch(len(noisy)).to(self.w_out)
         try:
             for layer in LAYERS:
                 size = (max(1, noisy.shape[2] // layer.stride), max(1, noisy.shape[3] // layer.stride))
@@ -56,7 +63,7 @@ class ToyUNet(SDUNet):
         except CaptureComplete:
             return None
         attended = rows[:, : context.tokens]
-        return noisy * 0.5 + (attended.mean(1) @ self.w_out)[:, :, None, None]
+        return (noisy * 0.5 + (attended.mean(1) @ self.w_out)[:, :, None, None]).float()
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         return 4

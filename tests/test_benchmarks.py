@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import ablation, confidence, memory, speed
+from benchmarks import ablation, confidence, device, memory, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import Variant, constants, encode_once, make_methods, remember
 from benchmarks.official_steps import label_maps
@@ -249,3 +249,12 @@ def test_calibration_and_absence_figures(capsys) -> None:
     assert row["auc"] == 0.5 and row["part_miou_0.0"] > 0.8 and row["false_area_0.0"] > 0.05
     confidence.summarise([{"shots": 1} | row])
     assert "| 1 | off |" in capsys.readouterr().out
+
+
+def test_the_costs_of_a_device_are_measured(comfy_path) -> None:
+    """Of ``benchmark device``, on a model that takes no time."""
+    rows: list = []
+    device.costs("toy", ToyUNet(), rows.append)
+    assert not [row for row in rows if "failed" in row]
+    assert {"segment 1", "paper, a step", "paper, a step, checkpointing"} <= {row["what"] for row in rows}
+    assert all(row["s"] > 0 for row in rows) and device.about()["torch"] == torch.__version__

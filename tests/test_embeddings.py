@@ -155,7 +155,7 @@ def test_files_of_version_1_are_read() -> None:
     assert item.names == ("body", "light", "plate", "wheel", "window") and item.backbone == "tiny" and item.side == 256
     assert item.layers.read[0] == "output.3.0" and len(item.layers.read) == 9 and item.row_groups == "layer"
     assert isinstance(item.read_out, Propagated) and 1 < item.read_out.sharpen < 2 and 0.5 < item.sureness < 1
-    text = from_text((GOLDEN / "version1_instant.txt").read_text())
+    text = from_text((GOLDEN / "version1_instant.txt").read_text(encoding="utf-8"))
     torch.testing.assert_close(text.rows, item.rows, rtol=1e-3, atol=1e-4)
     paper = load_embeddings(GOLDEN / "version1_paper.safetensors")
     assert paper.mode == "context" and paper.read_out == Official() and paper.rows.shape == (1, 5, 96)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import random
 import re
 import threading
 import time
@@ -19,6 +20,7 @@ from safetensors.torch import save as save_bytes
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import faults
+from benchmarks.faults.trials import Trials
 from slime import (
     Example,
     PaperSettings,
@@ -159,11 +161,21 @@ def test_the_standing_proof_in_short(extension, task, count) -> None:
     assert not trials.failures and trials.count >= count
 
 
+@pytest.mark.server
+@pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
+def test_interrupts_of_a_server_leave_everything_as_it_was(server) -> None:
+    at = faults.server.Client(server)
+    at.learn()
+    trials = Trials("interrupts")
+    faults.server.interrupt(trials, 4, random.Random(0), at)
+    assert not trials.failures and trials.count == 4 and trials.refused
+
+
 @pytest.mark.server  # it needs none, but takes too long for the fast run
 @pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
 def test_an_error_in_the_middle_of_any_node_leaves_the_model_as_it_was(extension) -> None:
     trials = faults.run("errors", 1)
-    assert not trials.failures and trials.count == trials.refused == faults.SHARE
+    assert not trials.failures and trials.count == trials.refused == faults.nodes.SHARE
 
 
 def test_an_interrupted_checkpointed_step_leaves_no_hooks_behind() -> None:
@@ -245,7 +257,7 @@ def test_a_full_disk_leaves_the_old_file_and_no_scratch(learned, tmp_path, monke
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(SlimeError, match="could not be written: No space"):
         save_embeddings(learned, path, overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["a.safetensors"] and load_embeddings(path).names == learned.names
 

@@ -1,0 +1,133 @@
+"""Errors in the middle of every node, in this process."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from slime import SlimeError
+from testing import splits
+from testing.inprocess import NAME, load_backbone
+from testing.server import MODEL
+
+from .trials import Trials
+
+SHARE = 6  # nodes of a run with one error each
+
+
+class Injected(RuntimeError):
+    """The error that is put into the middle of something."""
+
+
+class RaiseAt(TorchDispatchMode):
+    """Raises at the operation of this number; with none it counts."""
+
+    def __init__(self, number: int | None = None) -> None:
+        super().__init__()
+        self.number, self.count = number, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        if self.count == self.number:
+            raise Injected(f"at operation {self.number}, {func}")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def quiet_nodes(folder: Path) -> Iterator[dict[str, Any]]:
+    """The nodes' classes, callable here: previews go to a folder of their own."""
+    import folder_paths
+
+    folder_paths.set_temp_directory(str(folder))
+    folder_paths.set_output_directory(str(folder))
+    import_module(f"{NAME}.nodes.files").register_folder()
+    folder_paths.folder_names_and_paths["slime"] = ([str(folder)], {".safetensors"})
+    module = import_module(f"{NAME}.nodes.extension")
+    module.SLiMeTrain.hidden = SimpleNamespace(unique_id=None, prompt=None, extra_pnginfo=None)
+    yield vars(module)
+
+
+def errors(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
+    """An error at random operations of every node; afterwards the model is as it was, and works."""
+    backbone = load_backbone(MODEL)
+    with quiet_nodes(folder) as nodes, torch.inference_mode():
+        works, find = node_works(nodes, backbone)
+        if count == 1:  # the test suite's share
+            works = {name: works[name] for name in rng.sample(list(works), SHARE)}
+        before, labels = _state(backbone), find()
+        for name, work in works.items():
+            with RaiseAt() as counting:
+                work()
+            numbers = range(1, counting.count + 1)
+            for number in sorted(rng.sample(numbers, min(count, len(numbers)))):
+                trials.count += 1
+                try:
+                    with RaiseAt(number):
+                        work()
+                except (Injected, SlimeError):
+                    trials.refused += 1
+                except Exception as error:
+                    trials.failures.append(f"errors {name} at {number}: {type(error).__name__}: {str(error)[:200]}")
+                trials.check(f"{name} at {number}: the model is not as it was", _state(backbone) == before)
+            trials.check(f"after {name}: segmentation differs", torch.equal(find(), labels))
+
+
+def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable[[], Any]], Callable[[], Tensor]]:
+    """A call of every node and preset by name, and one that segments a scene and gives its label map."""
+    model, vae, clip = backbone.model, backbone.vae, backbone.clip
+    example = splits.example("car", splits.TEACH)
+    image = splits.example("car", splits.TEST).image[None]
+
+    def teach(name: str, **more: Any) -> Any:
+        widgets = {"steps": 2, "learning_rate": 0.0, "seed": 0, "views": 2} | more
+        return nodes["SLiMeTrain"].execute(model, vae, clip, (example,), name, **widgets).args
+
+    def find(**more: Any) -> Any:
+        return nodes["SLiMeSegment"].execute(model, vae, learned, image, **more).args
+
+    learned = teach("instant", views=8, steps=30)[0]
+    parts = find()[0]
+    look = nodes["SLiMeLook"].execute(model, vae, learned, image).args[0]
+    truth = (example.labels == 4).float()[None]
+    works: dict[str, Callable[[], Any]] = {
+        "train instant": lambda: teach("instant"),
+        "train instant, auto": lambda: teach("instant", cross_layers="auto"),
+        "train paper": lambda: teach("paper"),
+        "train paper, checkpointing": lambda: teach("paper", checkpointing=True),
+        "segment": find,
+        "segment, zoom": lambda: find(zoom=1),
+        "look": lambda: nodes["SLiMeLook"].execute(model, vae, learned, image),
+        "read parts": lambda: nodes["SLiMeReadParts"].execute(look, learned),
+        "part mask": lambda: nodes["SLiMePartMask"].execute(parts, "wheel", "soft", grow=3, feather=2),
+        "part list": lambda: nodes["SLiMePartList"].execute(parts),
+        "part boxes": lambda: nodes["SLiMePartBoxes"].execute(parts),
+        "part segs": lambda: nodes["SLiMePartSegs"].execute(parts),
+        "overlay": lambda: nodes["SLiMeOverlay"].execute(parts),
+        "steady": lambda: nodes["SLiMeSteadyParts"].execute(parts),
+        "evaluate": lambda: nodes["SLiMeEvaluate"].execute(parts, truth, "wheel"),
+        "example": lambda: nodes["SLiMeExample"].execute(image, truth, "wheel"),
+        "save": lambda: nodes["SLiMeSaveEmbeddings"].execute(learned, "x", True),
+        "to text": lambda: nodes["SLiMeEmbeddingsToText"].execute(learned),
+        "merge": lambda: nodes["SLiMeEmbeddingsMerge"].execute(learned, None, "wheel = tyre"),
+    }
+    return works, lambda: find()[0].maps.label_map.clone()
+
+
+def _state(backbone: Any) -> tuple[Any, ...]:
+    """Identity of every weight, of every function that may be replaced, and torch's modes."""
+    modules = list(backbone.model.model.modules())
+    weights = tuple(
+        (id(p), p.requires_grad) for module in modules for p in module._parameters.values() if p is not None
+    )
+    replaced = tuple(name for module in modules for name in vars(module) if name == "forward")
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return weights, replaced, hooks is None, torch.is_inference_mode_enabled(), torch.is_grad_enabled()
