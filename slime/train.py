@@ -57,6 +57,7 @@ def train(
     settings: Settings | None = None,
     *,
     start: PartEmbeddings | None = None,
+    validation: Sequence[Example] = (),
     on_step: OnStep | None = None,
 ) -> PartEmbeddings:
     """Learn one row a part from one or a few labelled images.
@@ -67,6 +68,8 @@ def train(
         settings: :class:`InstantSettings` or :class:`PaperSettings`, which choose the trainer; default is what the
             backbone recommends for the instant one.
         start: embeddings of the same parts to continue from.
+        validation: further labelled images by which the paper's trainer chooses among its rows, as the official code
+            does with ten examples; with none the examples themselves, as it does with one.
         on_step: progress; what it raises ends the training.
 
     Raises:
@@ -77,8 +80,9 @@ def train(
     if not examples:
         raise SlimeError("No example given: connect at least one SLiMe Example.")
     names = examples[0].names
-    if any(example.names != names for example in examples):
-        raise SlimeError(f"All examples must name the same parts; got {sorted({e.names for e in examples})}.")
+    if any(example.names != names for example in (*examples, *validation)):
+        named = sorted({example.names for example in (*examples, *validation)})
+        raise SlimeError(f"All examples must name the same parts; got {named}.")
     if start is not None:
         start.check_model(backbone)
         if start.names != names:
@@ -110,14 +114,15 @@ def train(
     denoiser = text_conditioned(backbone, "The preset paper")
     settings = with_probed_layers(backbone, examples, settings, prompt)
     try:
-        return train_by_gradient(denoiser, examples, settings, start, on_step)
+        return train_by_gradient(denoiser, examples, settings, start, validation, on_step)
     except OUT_OF_MEMORY:
         if settings.checkpointing:
             raise SlimeError(_NO_MEMORY) from None
     # Outside the handler, whose traceback would keep the tensors of the failed step alive.
     logger.warning("SLiMe: out of memory; training starts again with checkpointing, which needs less and takes longer.")
     free_memory()
+    lighter = replace(settings, checkpointing=True)
     try:
-        return train_by_gradient(denoiser, examples, replace(settings, checkpointing=True), start, on_step)
+        return train_by_gradient(denoiser, examples, lighter, start, validation, on_step)
     except OUT_OF_MEMORY as error:
         raise SlimeError(_NO_MEMORY) from error

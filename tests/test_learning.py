@@ -6,6 +6,7 @@ import random
 import traceback
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -449,3 +450,17 @@ def test_the_host_does_not_wait_in_loops() -> None:
     with HostReads() as seen:
         segment(ToyUNet(), images, embeddings, SegmentSettings(batch_size=2))
     assert +seen.files == {"batches": 4, "images": 2 * 8}, "one look for NaN a sub-batch, and one at each image"
+
+
+def test_the_papers_rows_are_chosen_on_validation_images() -> None:
+    seen = []
+
+    class Counting(ToyUNet):
+        def encode_images(self, images):
+            seen.append(images.clone())
+            return super().encode_images(images)
+
+    train(Counting(), [picture(0)], PaperSettings(views=1, steps=1), validation=[picture(1), picture(2)])
+    assert torch.equal(torch.cat(seen)[1:], torch.stack([picture(1).image, picture(2).image]))
+    with pytest.raises(SlimeError, match="same parts"):
+        train(ToyUNet(), [picture(0)], PaperSettings(), validation=[replace(picture(1), names=("a", "b"))])

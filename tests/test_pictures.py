@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from slime.examples import Example
 from slime.images import soft_labels, working_size
 from slime.parts.draw import color_labels, loss_curve, overlay
 from slime.reading.refine import refine_maps
-from slime.settings import InstantSettings
-from slime.training.augment import augmented_view, flip_allowed, rotate
+from slime.settings import InstantSettings, PaperSettings
+from slime.training.augment import augmented_view, flip_allowed, official_view, rotate
 from testing import scenes, splits
 
 from .toy import ToyUNet
@@ -191,3 +192,23 @@ def test_natural_scenes_have_usual_colours_fine_parts_and_leave_much_unsaid(doma
     if domain == "car":
         wheels = [scene.image[scene.labels == 4].mean() for scene in found]
         assert np.median(wheels) < 80, "most wheels are dark"
+
+
+def test_views_of_the_official_code() -> None:
+    """Corners that a rotation leaves are black and background, and every class in turn is in its crop."""
+    labels = torch.zeros(64, 64, dtype=torch.int64)
+    labels[8:30, 4:28], labels[30:60, 36:60] = 1, 2
+    example = Example.from_label_map(torch.ones(64, 64, 3), labels, ["red", "blue"])
+    settings = PaperSettings(crop=0.3, blur=0.0)
+    turned = 0
+    for turn in range(30):
+        rng = random.Random(turn)
+        image, found = official_view(example, settings, rng, (64, 64), (64, 64), turn)
+        assert torch.equal(found.sum(0), torch.ones(64, 64)) and found[turn % 3].any()
+        black = image.amax(-1) == 0
+        turned += bool(black.any())
+        assert found[1:, black].sum() < 5  # images and labels are turned on grids of their own
+    assert 8 <= turned <= 22
+    still = replace(settings, rotation=0.0, crop=1.0, flip=False)
+    image, found = official_view(example, still, random.Random(0), (64, 64), (64, 64), 0)
+    assert torch.equal(found.argmax(0), example.labels) and torch.allclose(image, example.image)

@@ -16,6 +16,8 @@ from torch import Tensor
 from ..backbones.attention import Attention, was_maps
 from ..images import resize_maps
 
+CELL = 8  # pixels of the picture that the official code brings its maps to, a cell
+
 
 def token_maps(attentions: Sequence[Attention], count: int, grid: tuple[int, int]) -> Tensor:
     """Attention probabilities of the first ``count`` tokens, mean over heads and layers: [B, count, *grid]."""
@@ -47,7 +49,7 @@ def official_maps(
         gate: a class counts where its map reaches this somewhere; the others get zeros.
         subtract_mean: among the classes that count the first one (usually the background) keeps only what lies above
             its mean.
-        rescale: every WAS map is stretched to the range of its own attention map.
+        rescale: every WAS map is stretched, by its range at full size, to the range of its own attention map.
     """
     low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
     passed = high >= gate
@@ -57,6 +59,7 @@ def official_maps(
         kept = torch.where(first & (maps <= maps.mean((2, 3), keepdim=True)), 0.0, kept)
     was = was_maps(self_attention, kept, order)
     if rescale:
-        was_low, was_high = was.amin((2, 3), keepdim=True), was.amax((2, 3), keepdim=True)
+        full = resize_maps(was, (CELL * was.shape[2], CELL * was.shape[3]))
+        was_low, was_high = full.amin((2, 3), keepdim=True), full.amax((2, 3), keepdim=True)
         was = (was - was_low) * ((high - low) / (was_high - was_low).clamp(min=1e-12)) + low
     return torch.where(passed, was, 0 * maps)  # zeros, but NaN stays NaN, to be noticed later

@@ -1,4 +1,4 @@
-"""Seeded augmented views of an example: crop, flip, rotation, blur (paper, section 4)."""
+"""Seeded augmented views of an example: crop, flip, rotation, blur; ours, and the official code's."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ SIDED = re.compile(
     re.IGNORECASE,
 )
 
+KEPT = 0.3
+DRAWS = 1000  # of a crop; one of them is wide enough
+
 
 def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
     if settings.flip is not None:
@@ -37,12 +40,10 @@ def augmented_view(
     """One random view.
 
     Returns:
-        Image [h, w, 3] of ``size`` and label maps [K + 1, *grid]: soft, or one-hot by the nearest pixel.
+        Image [h, w, 3] of ``size`` and soft label maps [K + 1, *grid].
     """
-    height, width = example.labels.shape
     share = math.exp(rng.uniform(math.log(settings.crop), 0.0))
-    rows, columns = window(height, share, rng), window(width, share, rng)
-    image, labels = example.image[rows, columns], example.labels[rows, columns]
+    image, labels = crop(example, share, rng)
     if settings.recolor:
         image = recolor(image, labels, settings.recolor, rng)
     if flip_allowed(settings, example.names) and rng.random() < 0.5:
@@ -53,11 +54,48 @@ def augmented_view(
         image, labels = rotate(image, labels, angle)
     if rng.random() < settings.blur:
         image = gaussian_blur(image, rng.uniform(0.3, 1.5) * min(size) / 512)
+    return image, soft_labels(labels, len(example.names) + 1, grid)
+
+
+def official_view(
+    example: Example,
+    settings: ViewSettings,
+    rng: random.Random,
+    size: tuple[int, int],
+    grid: tuple[int, int],
+    turn: int,
+) -> tuple[Tensor, Tensor]:
+    """One random view as the official code draws it (src/dataset.py).
+
+    A crop of uniformly drawn size, drawn again until it holds .3 of the class whose ``turn`` it is; half of the views
+    are turned, with black corners that count as background; blur has a kernel of 1, 3 or 5 pixels at 512.
+
+    Returns:
+        Image [h, w, 3] of ``size`` and one-hot label maps [K + 1, *grid] of the nearest pixels.
+    """
     classes = len(example.names) + 1
-    if settings.area_labels:
-        return image, soft_labels(labels, classes, grid)
+    wanted = KEPT * (example.labels.numpy() == turn % classes).sum()
+    for _ in range(DRAWS):
+        image, labels = crop(example, rng.uniform(settings.crop, 1.0), rng)
+        if not wanted or (labels.numpy() == turn % classes).sum() > wanted:
+            break
+    if flip_allowed(settings, example.names) and rng.random() < 0.5:
+        image, labels = image.flip(1), labels.flip(1)
+    image = resize_image(image[None], size)[0]
+    if rng.random() < settings.blur and (radius := rng.randint(0, 2)):
+        image = gaussian_blur(image, (0.3 * (radius - 1) + 0.8) * min(size) / 512)  # OpenCV's sigma of such a kernel
+    if rng.random() < 0.5:
+        angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
+        image, labels = rotate(image, labels, angle, mirrored=False)
     nearest = F.interpolate(labels[None, None].float(), size=grid, mode="nearest")[0, 0].long()
     return image, torch.stack([(nearest == k) for k in range(classes)]).float()
+
+
+def crop(example: Example, share: float, rng: random.Random) -> tuple[Tensor, Tensor]:
+    """A random window of image and labels whose sides are ``share`` times the image's."""
+    height, width = example.labels.shape
+    rows, columns = window(height, share, rng), window(width, share, rng)
+    return example.image[rows, columns], example.labels[rows, columns]
 
 
 def window(length: int, share: float, rng: random.Random) -> slice:
@@ -95,15 +133,17 @@ def recolor(image: Tensor, labels: Tensor, strength: float, rng: random.Random) 
     return result.clamp(0, 1)
 
 
-def rotate(image: Tensor, labels: Tensor, angle: float) -> tuple[Tensor, Tensor]:
-    """Rotate image [h, w, 3] and labels [H, W] about their centres by ``angle`` radians; corners mirror the inside."""
+def rotate(image: Tensor, labels: Tensor, angle: float, mirrored: bool = True) -> tuple[Tensor, Tensor]:
+    """Rotate image [h, w, 3] and labels [H, W] about their centres by ``angle`` radians; corners mirror the inside, or
+    are black and background."""
+    padding = "reflection" if mirrored else "zeros"
 
     def turn(x: Tensor, mode: str) -> Tensor:
         h, w = x.shape[-2:]
         c, s = math.cos(angle), math.sin(angle)
         theta = torch.tensor([[[c, -s * h / w, 0.0], [s * w / h, c, 0.0]]])
         where = F.affine_grid(theta, [1, 1, h, w], align_corners=False)
-        return F.grid_sample(x[None], where, mode=mode, padding_mode="reflection", align_corners=False)[0]
+        return F.grid_sample(x[None], where, mode=mode, padding_mode=padding, align_corners=False)[0]
 
     turned = turn(labels[None].float(), "nearest")[0].long().clamp(0, IGNORE)
     return turn(image.movedim(-1, 0), "bilinear").movedim(0, -1).clamp(0, 1), turned

@@ -26,7 +26,7 @@ from .template import paper_template
 from .views import EncodedView, encode_views, view_count
 
 WAS_WEIGHT, GUARD_WEIGHT, GUIDANCE = 1.0, 0.005, 100.0  # the paper's alpha and beta, and the guidance in its "SD loss"
-JUDGED_STEPS = 10  # rows are judged on the examples themselves every so many steps
+JUDGED_STEPS = 10  # rows are judged every so many steps
 GRADIENT_SCALE = 1024.0  # keeps small gradients of half-precision UNets from vanishing
 REPORTED_STEPS = 10  # the host waits for the device only so often
 
@@ -54,6 +54,7 @@ def train_by_gradient(
     examples: Sequence[Example],
     settings: PaperSettings,
     start: PartEmbeddings | None,
+    validation: Sequence[Example],
     on_step: OnStep,
 ) -> PartEmbeddings:
     """The paper's training, section 3: the rows stand in the UNet's context, Adam minimises
@@ -67,7 +68,8 @@ def train_by_gradient(
     prompt = Context.of(template.condition or {}).to(device)
     # Rows start as the prompt's own words, "part" each (official src/slime.py).
     pool = _make_pool(denoiser, examples, settings, on_step)
-    plain = encode_views(denoiser, examples, settings, len(examples), plain=len(examples))
+    shown = validation or examples
+    plain = encode_views(denoiser, shown, settings, len(shown), plain=len(shown))
     judged = [_entry(denoiser, view, settings.seed, template.timestep) for view in plain]
     initial = prompt.rows[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing), _frames_cleared():
@@ -168,7 +170,7 @@ def _was_maps(capture: Capture, maps: Tensor) -> Tensor:
 
 
 class _Best:
-    """The rows of the highest IoU on the examples, as in the official code. Nothing here waits for the device."""
+    """The rows of the highest IoU on labelled images, as in the official code. Nothing here waits for the device."""
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows.detach().clone()

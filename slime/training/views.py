@@ -17,7 +17,7 @@ from ..batches import in_batches
 from ..examples import Example
 from ..images import resize_image, soft_labels, working_size
 from ..settings import ViewSettings
-from .augment import augmented_view
+from .augment import augmented_view, official_view
 
 VIEW_BATCH = 4
 
@@ -44,6 +44,8 @@ def make_view(
     size = view_size(example, info)
     grid = (size[0] // info.cell, size[1] // info.cell)
     if index >= plain:
+        if settings.official_views:
+            return AugmentedView(*official_view(example, settings, rng, size, grid, index), rng)
         return AugmentedView(*augmented_view(example, settings, rng, size, grid), rng)
     labels = soft_labels(example.labels, len(example.names) + 1, grid)
     return AugmentedView(resize_image(example.image[None], size)[0], labels, rng)
