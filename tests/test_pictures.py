@@ -207,7 +207,7 @@ def test_views_of_the_official_code() -> None:
         assert torch.equal(found.sum(0), torch.ones(64, 64)) and found[turn % 3].any()
         black = image.amax(-1) == 0
         turned += bool(black.any())
-        assert found[1:, black].sum() < 5  # images and labels are turned on grids of their own
+        assert found[1:, black].sum() < 0.05 * found[1:].sum()  # images and labels are turned on grids of their own
     assert 8 <= turned <= 22
     still = replace(settings, rotation=0.0, crop=1.0, flip=False)
     image, found = official_view(example, still, random.Random(0), (64, 64), (64, 64), 0)
