@@ -21,6 +21,7 @@ from slime.backbones.base import Backbone
 from slime.images import resize_image, working_size
 from slime.read_out import Official, Propagated
 from slime.training import gradient
+from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone
 from testing.tiny.untrained import write_untrained
@@ -29,9 +30,16 @@ from .official_steps import label_maps
 from .rivals import feature_neighbours
 from .sources import as_tensor
 
+# Of the paper's recipe, by the parts that are learned (official README and src/dataset.py): crop, rotation, and faces
+# in 2 x 2 crops of 400 pixels of 512.
+RECIPES: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
+    scenes.PARTS["car"]: {"train": {"crop": 0.6}},
+    scenes.PARTS["horse"]: {"train": {"crop": 0.8}},
+    scenes.PARTS["face"]: {"train": {"crop": 0.6, "rotation": 10.0}, "segment": {"crops": 2, "overlap": 0.72}},
+}
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
 MODEL_FREE = ("colour neighbours", "mean mask", "all background")
-Learn = Callable[[Sequence[Example], int], Predict]
+Learn = Callable[..., Predict]  # of examples, a seed and, where there are some, validation images
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,17 @@ class Variant:
     constants: dict[str, float] = field(default_factory=dict)
     official: dict[str, Any] | None = None
 
-    def fit(self, backbone: Backbone, examples: Sequence[Example], seed: int) -> PartEmbeddings:
-        settings = preset(self.preset, backbone.info, **({"seed": seed} | self.train))
+    def recipe(self, names: Sequence[str], of: str) -> dict[str, Any]:
+        """The paper's settings for these parts."""
+        return RECIPES.get(tuple(names), {}).get(of, {}) if self.preset == "paper" else {}
+
+    def fit(
+        self, backbone: Backbone, examples: Sequence[Example], seed: int, validation: Sequence[Example] = ()
+    ) -> PartEmbeddings:
+        recipe = self.recipe(examples[0].names, "train")
+        settings = preset(self.preset, backbone.info, **({"seed": seed} | recipe | self.train))
         with constants(self.constants), torch.inference_mode():
-            return train(backbone, examples, settings)
+            return train(backbone, examples, settings, validation=validation)
 
     def find(self, backbone: Backbone, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
         read_out = embeddings.read_out
@@ -68,7 +83,8 @@ class Variant:
             read_out = dataclasses.replace(known, **self.read_out)
         changed = dataclasses.replace(embeddings, read_out=read_out, **self.embeddings)
         plain = {"refine": "off"} if isinstance(read_out, Official) else {}
-        settings = SegmentSettings(**({"seed": seed} | plain | self.segment))
+        recipe = self.recipe(embeddings.names, "segment")
+        settings = SegmentSettings(**({"seed": seed} | plain | recipe | self.segment))
         with torch.inference_mode():
             if self.official is not None:
                 return list(label_maps(backbone, as_tensor(images), changed, settings, **self.official).numpy())
@@ -149,8 +165,8 @@ def untrained(checkpoint: Path) -> Any:
 
 
 def learned(get_backbone: Callable[[], Any], variant: Variant) -> Learn:
-    def learn(examples: Sequence[Example], seed: int) -> Predict:
-        embeddings = variant.fit(get_backbone(), examples, seed)
+    def learn(examples: Sequence[Example], seed: int, validation: Sequence[Example] = ()) -> Predict:
+        embeddings = variant.fit(get_backbone(), examples, seed, validation)
         return lambda images: variant.find(get_backbone(), embeddings, images, seed)
 
     return learn
@@ -172,12 +188,12 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
         "paper": learned(ours, variant("paper")),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False})),
         "untrained": learned(raw, variant("instant")),
-        "feature neighbours": lambda examples, seed: (
+        "feature neighbours": lambda examples, seed, *_: (
             lambda images: feature_neighbours(ours(), examples, as_tensor(images), seed=seed)
         ),
-        "colour neighbours": lambda examples, seed: lambda images: color_neighbours(examples, images),
-        "mean mask": lambda examples, seed: lambda images: [mean_mask(examples)] * len(images),
-        "all background": lambda examples, seed: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),
+        "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
+        "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
+        "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),
     }
 
 

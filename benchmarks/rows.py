@@ -34,9 +34,13 @@ def say_row(row: Row) -> None:
 def say_table(head: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> None:
     """Print a markdown table."""
     sys.stdout.write(f"\n{title}\n" if title else "")
-    sys.stdout.write(f"\n| {' | '.join(head)} |\n|{'---|' * len(head)}\n")
-    for cells in lines:
-        sys.stdout.write(f"| {' | '.join(cells)} |\n")
+    sys.stdout.write("\n" + "\n".join(table_lines(head, lines)) + "\n")
+
+
+def table_lines(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
+    """Lines of a markdown table."""
+    body = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *body]
 
 
 def _rounded(value: Any) -> Any:

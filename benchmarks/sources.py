@@ -29,11 +29,12 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Task:
-    """One domain: teaching examples and test sets by name."""
+    """One domain: teaching examples, test sets by name, and labelled images to choose a checkpoint by."""
 
     domain: str
     examples: tuple[Example, ...]
     tests: Mapping[str, LabelledImages]
+    validation: tuple[Example, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -68,11 +69,11 @@ def scene_set(domain: str, name: str, count: int, split: str) -> LabelledImages:
     return LabelledImages(np.stack([scene.image for scene in rendered]), truths)
 
 
-def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> Task:
+def folder_task(root: Path, domain: str, shots: int, seed: int, split: str, limit: int = 0) -> Task:
     """The official layout: ``root/{car,horse,celeba}/{train_1,train_10,val,test}`` with PNG images and NPY label maps.
 
     Images are squashed to 512 x 512, labels brought there by the nearest pixel, as the paper does. With fewer shots
-    than the training folder holds, the seed chooses them.
+    than the training folder holds, the seed chooses them. ``limit`` test images at most; 0 for all.
 
     Raises:
         SlimeError: a folder is missing or empty, an image has no label map, or there are too few examples.
@@ -83,18 +84,25 @@ def folder_task(root: Path, domain: str, shots: int, seed: int, split: str) -> T
     if len(pairs) < shots:
         raise SlimeError(f"{train} holds {len(pairs)} labelled images; {shots} are asked for.")
     order = np.random.default_rng(seed).permutation(len(pairs))[:shots]
-    examples = tuple(
-        Example.from_label_map(torch.from_numpy(pairs[i][0]).float() / 255, torch.from_numpy(pairs[i][1]), names)
-        for i in order
-    )
-    tests = read_folder(root / domain / ("val" if split == "validation" else "test"))
+
+    def example(image: np.ndarray, labels: np.ndarray) -> Example:
+        return Example.from_label_map(torch.from_numpy(image).float() / 255, torch.from_numpy(labels), names)
+
+    tests = read_folder(root / domain / ("val" if split == "validation" else "test"), limit)
     found = LabelledImages(np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
-    return Task(domain, examples, {"plain": found})
+    # With one example the official code takes its checkpoint by that example, else by validation images.
+    held = read_folder(root / domain / "val") if shots > 1 and (root / domain / "val").is_dir() else []
+    return Task(
+        domain,
+        tuple(example(*pairs[i]) for i in order),
+        {"plain": found},
+        tuple(example(*pair) for pair in held),
+    )
 
 
-def read_folder(folder: Path, side: int = OFFICIAL_SIDE) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 [side, side, 3] and label maps [side, side] of a folder, in order of their names."""
-    files = sorted(folder.glob("*.png"))
+def read_folder(folder: Path, limit: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Images uint8 [512, 512, 3] and label maps [512, 512] of a folder, in order of their names."""
+    files, side = sorted(folder.glob("*.png"))[: limit or None], OFFICIAL_SIDE
     if not files:
         raise SlimeError(f"There are no PNG images in {folder}.")
     pairs = []

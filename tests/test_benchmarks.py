@@ -16,7 +16,15 @@ from benchmarks.methods import Variant, constants, encode_once, make_methods, re
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
 from benchmarks.rows import read_rows, write_rows
-from benchmarks.sources import OTHER, LabelledImages, Task, as_tensor, folder_task, read_folder, scene_task
+from benchmarks.sources import (
+    OTHER,
+    LabelledImages,
+    Task,
+    as_tensor,
+    folder_task,
+    read_folder,
+    scene_task,
+)
 from benchmarks.speed import Bench
 from slime import Example, SegmentSettings, SlimeError
 from slime.backbones.text import Capture, Context, add_noise
