@@ -143,8 +143,8 @@ def celeba(annotations: Path) -> Iterator[Labelled]:
     images = _beside(annotations, "CelebA-HQ-img")
     masks: dict[int, dict[str, Path]] = {}
     for path in annotations.rglob("*.png"):
-        number, _, part = path.stem.partition("_")
-        masks.setdefault(int(number), {})[part] = path
+        written, _, part = path.stem.partition("_")
+        masks.setdefault(int(written), {})[part] = path
     first = sorted(masks)[-min(FACES_FOR_TESTING, len(masks) // 2)] if masks else 0
     for number in sorted(masks):
         if set(masks[number]) & set(CELEBA):
@@ -154,10 +154,11 @@ def celeba(annotations: Path) -> Iterator[Labelled]:
 def _face(path: Path, masks: Mapping[str, Path]) -> tuple[np.ndarray, np.ndarray]:
     names = OFFICIAL_PARTS["celeba"]
     found = {part: np.asarray(Image.open(masks[part]).convert("L")) > 127 for part in CELEBA if part in masks}
-    labels = np.zeros(next(iter(found.values())).shape, np.uint8)
+    height, width = next(iter(found.values())).shape
+    labels = np.zeros((height, width), np.uint8)
     for part, mask in found.items():
         labels[mask] = 1 + names.index(CELEBA[part])
-    picture = Image.open(path).convert("RGB").resize(labels.shape[::-1], Image.Resampling.BILINEAR)
+    picture = Image.open(path).convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
     return np.asarray(picture), labels
 
 

@@ -136,8 +136,10 @@ def main() -> None:
         for shots in options.shots:
             for seed in range(options.seeds):
                 wanted = [m for m in options.methods if (m, domain, shots, seed) not in done]
-                task = folder_task(options.data, domain, shots, seed, "test", options.images) if wanted else None
-                for method in wanted if task is not None else ():
+                if not wanted:
+                    continue
+                task = folder_task(options.data, domain, shots, seed, "test", options.images)
+                for method in wanted:
                     rows.append(measure(task, method, methods[method], shots, seed))
                     say_row(rows[-1])
                     write_rows(options.json, rows)
