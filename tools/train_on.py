@@ -37,7 +37,8 @@ FIRST_SEED = 20_000  # of every domain; below 500,000, where validation begins
 SIDES = (16, 32)
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
-SINK_WEIGHT = 0.004  # .02 until the start token has its share; kept up, that silences the words
+SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
+SINK_SHARE = 0.7  # of the start token, from which on nothing is charged
 CLIP = "cond_stage_model.transformer."
 TOKENS = "tokens"
 UNET = "model.diffusion_model."
@@ -257,7 +258,8 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             loss = (predicted - (a * noise - s * clean)).square().mean()
             share = torch.stack(sink.shares).mean()
             optimizer.zero_grad(set_to_none=True)
-            (loss + SINK_WEIGHT * share).backward()
+            charge = SINK_WEIGHT if mean_share is None or mean_share < SINK_SHARE else 0.0
+            (loss + charge * share).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
