@@ -14,6 +14,7 @@ from slime.backbones.attention import (
     score_features,
     was_maps,
 )
+from slime.images import resize_maps
 from slime.reading.official import official_maps, token_maps
 
 
@@ -86,7 +87,8 @@ def test_one_call_attends_and_propagates() -> None:
 
 
 def test_official_read_out_by_hand() -> None:
-    """All-token softmax per head, gate 0.2, first passed class above its mean, WAS stretched to the map's range."""
+    """All-token softmax per head, gate 0.2, first passed class above its mean, WAS stretched to the map's range by its
+    own range at eight times the size."""
     cross, self_ = attention(tokens=6, batch=1, seed=8), attention(batch=1, seed=9)
     sharp = cross._replace(query=cross.query * 3)
     scores = dense_scores(sharp)
@@ -103,7 +105,8 @@ def test_official_read_out_by_hand() -> None:
         kept = np.where(values > values.mean(), values, 0) if first else values
         first = False
         was = matrix @ kept
-        expected[index] = (was - was.min()) / (was.max() - was.min()) * (values.max() - values.min()) + values.min()
+        full = resize_maps(torch.from_numpy(was.reshape(1, 1, 5, 4)), (40, 32)).numpy()
+        expected[index] = (was - full.min()) / (full.max() - full.min()) * (values.max() - values.min()) + values.min()
     found = official_maps(token_maps([sharp], 4, (5, 4)), [self_])[0].reshape(4, 20).numpy()
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
     faint = sharp._replace(query=sharp.query * 0)

@@ -25,7 +25,7 @@ SIDED = re.compile(
 )
 
 KEPT = 0.3
-DRAWS = 1000  # of a crop; one of them is wide enough
+DRAWS = 100  # of a crop; one of them is wide enough
 
 
 def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
