@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -165,7 +165,8 @@ def test_files_of_version_2_are_read_unknown_keys_included(tmp_path) -> None:
     item, old = (load_embeddings(GOLDEN / f"version{v}_instant.safetensors") for v in (2, 1))
     assert torch.equal(item.rows, old.rows) and torch.equal(item.condition["context"], old.condition["context"])
     assert item.condition.keys() == old.condition.keys()
-    assert replace(item, rows=old.rows, condition=old.condition) == old, "names, layers and all the rest"
+    rest = [field.name for field in fields(item) if field.name not in ("rows", "condition")]
+    assert [getattr(item, name) for name in rest] == [getattr(old, name) for name in rest]
     with safe_open(str(GOLDEN / "version2_instant.safetensors"), framework="pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     body = json.loads(metadata["embeddings"]) | {"later": 1}
