@@ -30,6 +30,7 @@ from testing import scenes
 from testing.server import MODEL
 
 from .methods import MODEL_FREE, Learn, Variant, assignments, make_methods, remember, trained
+from .rivals import RULES
 from .rows import Row, read_rows, say_table, write_rows
 from .sources import OFFICIAL_PARTS, OTHER, LabelledImages, Task, folder_task, scene_set, scene_task
 
@@ -38,7 +39,8 @@ CEILING = "grid ceiling"  # needs the truth
 DEFAULT_METHODS = (
     "default",
     "paper",
-    "feature neighbours",
+    "paper, softmax over the parts",
+    *RULES,
     "untrained",
     "colour neighbours",
     "mean mask",
@@ -47,7 +49,7 @@ DEFAULT_METHODS = (
 )
 GRID_PICTURES = 4
 # Measured on plain scenes alone: rivals that say little elsewhere.
-PLAIN_ONLY = ("feature neighbours", "untrained", *MODEL_FREE)
+PLAIN_ONLY = (*RULES, "untrained", *MODEL_FREE)
 
 
 def grid_ceiling(test: LabelledImages, classes: int) -> list[np.ndarray]:

@@ -27,7 +27,7 @@ from testing.inprocess import load_backbone
 from testing.tiny.untrained import write_untrained
 
 from .official_steps import label_maps
-from .rivals import feature_neighbours
+from .rivals import RULES, by_descriptors
 from .sources import as_tensor
 
 # Of the paper's recipe, by the parts that are learned (official README and src/dataset.py): crop, rotation, and faces
@@ -172,6 +172,13 @@ def learned(get_backbone: Callable[[], Any], variant: Variant) -> Learn:
     return learn
 
 
+def compared(get_backbone: Callable[[], Any], rule: str) -> Learn:
+    """A rival that compares descriptors."""
+    return lambda examples, seed, *_: (
+        lambda images: by_descriptors(rule, get_backbone(), examples, as_tensor(images), seed=seed)
+    )
+
+
 def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
     """Methods by name; ``changes`` apply to the learned ones."""
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
@@ -188,9 +195,7 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
         "paper": learned(ours, variant("paper")),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False})),
         "untrained": learned(raw, variant("instant")),
-        "feature neighbours": lambda examples, seed, *_: (
-            lambda images: feature_neighbours(ours(), examples, as_tensor(images), seed=seed)
-        ),
+        **{rule: compared(ours, rule) for rule in RULES},
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
         "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
         "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),

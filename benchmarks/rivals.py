@@ -1,8 +1,8 @@
-"""Training-free rivals that use the same UNet."""
+"""Training-free rivals that use the same UNet, and other ways to refine maps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -36,11 +36,46 @@ def descriptors(backbone: TextConditioned, images: Tensor, timestep: int, seed: 
     return F.normalize(torch.cat(maps, 1), dim=1)
 
 
+def neighbours(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """Scores [N, K] of descriptors [N, D]: the mean label of the 5 nearest of the bank [M, D] with labels [M, K]."""
+    return labels[(query @ bank.T).topk(NEIGHBOURS, dim=1).indices].mean(1)
+
+
+def prototypes(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """Likeness to the mean descriptor of every class, as in PerSAM and INSID3, the background's included."""
+    return query @ F.normalize(labels.T @ bank, dim=1).T
+
+
+def density_ratio(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
+    """Log density of every class on the unit sphere, equal priors, as in FROST (arXiv 2606.31136).
+
+    The kernel's concentration comes from the bank itself: one over the median distance of a descriptor to its nearest
+    neighbour. FROST's spatial gate, made for one class, is left out.
+    """
+    likeness = bank @ bank.T
+    likeness.fill_diagonal_(-1)
+    concentration = 1 / (1 - likeness.amax(1)).median().clamp(min=1e-3)
+    logits = concentration * (query @ bank.T)
+    return torch.stack([(logits + one.log()).logsumexp(1) - one.sum().log() for one in labels.T], 1)
+
+
+RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "feature neighbours": neighbours,
+    "prototypes": prototypes,
+    "density ratio": density_ratio,
+}
+
+
 @torch.inference_mode()
-def feature_neighbours(
-    backbone: TextConditioned, examples: Sequence[Example], images: Tensor, timestep: int = 100, seed: int = 0
+def by_descriptors(
+    rule: str,
+    backbone: TextConditioned,
+    examples: Sequence[Example],
+    images: Tensor,
+    timestep: int = 100,
+    seed: int = 0,
 ) -> list[np.ndarray]:
-    """Label maps of images [B, H, W, 3] by the 5 nearest example positions in descriptor space."""
+    """Label maps of images [B, H, W, 3] by comparing their descriptors with those of the examples."""
     classes = len(examples[0].names) + 1
     known, labels = [], []
     for example in examples:
@@ -48,13 +83,12 @@ def feature_neighbours(
         known.append(maps.flatten(1).T)
         labels.append(soft_labels(example.labels, classes, (maps.shape[1], maps.shape[2])).flatten(1).T)
     bank = torch.cat(known)
-    votes = torch.cat(labels).to(bank.device)
+    shown = torch.cat(labels).to(bank.device)
     found = []
     for image in images:
         maps = descriptors(backbone, image[None], timestep, seed)[0]
-        nearest = (maps.flatten(1).T @ bank.T).topk(NEIGHBOURS, dim=1).indices
-        probability = votes[nearest].mean(1).T.unflatten(1, (maps.shape[1], maps.shape[2]))
-        found.append(resize_maps(probability[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
+        scores = RULES[rule](maps.flatten(1).T, bank, shown).T.unflatten(1, (maps.shape[1], maps.shape[2]))
+        found.append(resize_maps(scores[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
     return found
 
 

@@ -34,7 +34,7 @@ from testing.baselines import mean_mask
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 
-from .rivals import feature_neighbours
+from .rivals import RULES, by_descriptors
 from .rows import Row, say_row, say_table, write_rows
 from .sources import as_tensor
 
@@ -90,10 +90,8 @@ def one_shot(backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scen
         found = list(segment(backbone, images, learned)[0].label_map.numpy())
     paper = evaluate(found, truths, classes)
     row: Row = {"background": float(paper.per_class[0]), "paper": paper.part_miou}
-    rivals = {
-        "feature neighbours": feature_neighbours(backbone, [example], images),
-        "mean mask": [mean_mask([example])] * len(tests),
-    }
+    rivals = {name: by_descriptors(name, backbone, [example], images) for name in RULES}
+    rivals["mean mask"] = [mean_mask([example])] * len(tests)
     return row | {name: evaluate(maps, truths, classes).part_miou for name, maps in rivals.items()}
 
 

@@ -15,6 +15,7 @@ from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import Variant, constants, encode_once, make_methods, remember
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
+from benchmarks.rivals import RULES, by_descriptors
 from benchmarks.rows import read_rows, write_rows
 from benchmarks.sources import (
     OTHER,
@@ -266,3 +267,9 @@ def test_the_costs_of_a_device_are_measured(comfy_path) -> None:
     assert not [row for row in rows if "failed" in row]
     assert {"segment 1", "paper, a step", "paper, a step, checkpointing"} <= {row["what"] for row in rows}
     assert all(row["s"] > 0 for row in rows) and device.about()["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rivals_find_what_looks_alike(rule) -> None:
+    found = by_descriptors(rule, ToyUNet(), [picture(0)], picture(1).image[None])[0]
+    assert (found == picture(1).labels.numpy()).mean() > 0.9
