@@ -394,6 +394,7 @@ def painting(width, height, runs="AAAA", **more) -> str:
     "text",
     [
         painting(50_000, 60_000, "AIC8g6AL"),
+        painting(30_000, 30_000, "AYDSk60D"),
         painting(10**6, 10**6),
         painting(-1, 5),
         painting(4.5, 2),
@@ -405,7 +406,7 @@ def painting(width, height, runs="AAAA", **more) -> str:
         painting(4, 4, image={"subfolder": 1, "name": [], "type": {}}),
         painting(4, 4, image={"subfolder": "", "name": "a\0.png", "type": "input"}),
         "[" * 100_000,
-        "x" * (17 * 2**20),
+        painting(4, 4, "A" * 2**25),
     ],
 )
 def test_hostile_paintings_are_refused_before_anything_is_made(extension, text) -> None:
