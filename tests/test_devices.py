@@ -49,15 +49,19 @@ def test_simulated_devices_in_a_process_of_their_own() -> None:
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout[-4000:]
 
 
+DEVICES = {
+    "mps-float32": (False, torch.float32, tuple(TRAINERS)),
+    "cuda-float16": (True, torch.float16, ("instant", "paper")),
+    "cuda-bfloat16": (True, torch.bfloat16, ("instant", "paper")),
+}
+
+
 @there
-@pytest.mark.parametrize("trainer", TRAINERS)
-@pytest.mark.parametrize(
-    ("float64", "dtype"),
-    [(True, torch.float16), (True, torch.bfloat16), (False, torch.float32)],
-)
-def test_the_whole_road_on_another_device(float64, dtype, trainer) -> None:
+@pytest.mark.parametrize(("name", "trainer"), [(name, one) for name, (*_, some) in DEVICES.items() for one in some])
+def test_the_whole_road_on_another_device(name, trainer) -> None:
     from testing.devices import simulated_device
 
+    float64, dtype, _ = DEVICES[name]
     with simulated_device(float64) as device:
         found = walk(ToyUNet(device=device, dtype=dtype), trainer)
     wanted = walk(ToyUNet(dtype=dtype), trainer)

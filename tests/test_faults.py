@@ -167,8 +167,8 @@ def test_interrupts_of_a_server_leave_everything_as_it_was(server) -> None:
     at = faults.server.Client(server)
     at.learn()
     trials = Trials("interrupts")
-    faults.server.interrupt(trials, 4, random.Random(0), at)
-    assert not trials.failures and trials.count == 4 and trials.refused
+    faults.server.interrupt(trials, 3, random.Random(0), at)
+    assert not trials.failures and trials.count == 3 and trials.refused
 
 
 @pytest.mark.server  # it needs none, but takes too long for the fast run
