@@ -68,7 +68,8 @@ def errors(trials: Trials, count: int, rng: random.Random, folder: Path) -> None
             with RaiseAt() as counting:
                 work()
             numbers = range(1, counting.count + 1)
-            for number in sorted(rng.sample(numbers, min(count, len(numbers)))):
+            ways = sum(node_of(other) == node_of(name) for other in works)  # which share a node's errors
+            for number in sorted(rng.sample(numbers, min(-(-count // ways), len(numbers)))):
                 trials.count += 1
                 try:
                     with RaiseAt(number):
@@ -79,6 +80,11 @@ def errors(trials: Trials, count: int, rng: random.Random, folder: Path) -> None
                     trials.failures.append(f"errors {name} at {number}: {type(error).__name__}: {str(error)[:200]}")
                 trials.check(f"{name} at {number}: the model is not as it was", _state(backbone) == before)
             trials.check(f"after {name}: segmentation differs", torch.equal(find(), labels))
+
+
+def node_of(name: str) -> str:
+    """Node of a call of :func:`node_works`."""
+    return "train" if name.startswith("train") else name.split(",")[0]
 
 
 def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable[[], Any]], Callable[[], Tensor]]:
