@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -250,12 +251,17 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
     save_embeddings(versions[0], target)
     for index in range(count):
         with ComfyServer(base=folder) as server:
-            for turn in range(rng.randint(10, 60)):
+            for turn in range(rng.randint(20, 60)):
                 builder = PromptBuilder({})
                 loaded = builder.add("SLiMeLoadEmbeddings", filename=f"version_{(index + turn) % 2}.safetensors")
                 builder.add("SLiMeSaveEmbeddings", embeddings=[loaded, 0], filename="target", overwrite=True)
                 server.queue(builder.prompt)
-            time.sleep(rng.uniform(0, 0.05))
+            if index % 2:
+                time.sleep(rng.uniform(0, 0.05))
+            else:  # at the sight of a half-written file
+                deadline = time.monotonic() + 5
+                while time.monotonic() < deadline and not any(n.endswith(SCRATCH) for n in os.listdir(saved)):
+                    pass
             server.kill()
         trials.count += 1
         for scratch in saved.glob(f"*{SCRATCH}"):
