@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import http.client
 import io
 import itertools
 import os
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -251,18 +253,19 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
     save_embeddings(versions[0], target)
     for index in range(count):
         with ComfyServer(base=folder) as server:
-            for turn in range(rng.randint(20, 60)):
+            # Half of the kills come at a random moment, half at the sight of a half-written file.
+            moment = rng.uniform(0.05, 0.6) if index % 2 else 5.0
+            killer = threading.Thread(target=_kill, args=(server, saved, moment, index % 2 == 0))
+            killer.start()
+            for turn in range(200):
                 builder = PromptBuilder({})
                 loaded = builder.add("SLiMeLoadEmbeddings", filename=f"version_{(index + turn) % 2}.safetensors")
                 builder.add("SLiMeSaveEmbeddings", embeddings=[loaded, 0], filename="target", overwrite=True)
-                server.queue(builder.prompt)
-            if index % 2:
-                time.sleep(rng.uniform(0, 0.05))
-            else:  # at the sight of a half-written file
-                deadline = time.monotonic() + 5
-                while time.monotonic() < deadline and not any(n.endswith(SCRATCH) for n in os.listdir(saved)):
-                    pass
-            server.kill()
+                try:
+                    server.queue(builder.prompt)
+                except (OSError, http.client.HTTPException):  # it is dead
+                    break
+            killer.join()
         trials.count += 1
         for scratch in saved.glob(f"*{SCRATCH}"):
             scratch.unlink()
@@ -272,6 +275,16 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
     with client(folder) as at:
         trials.check("the server does not segment any more", bool(at.segmented().any()))
     trials.remark = f"{left} of the kills came in the middle of a write"
+
+
+def _kill(server: ComfyServer, saved: Path, seconds: float, at_sight: bool) -> None:
+    """After so long, or as soon as a half-written file is seen."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if at_sight and any(name.endswith(SCRATCH) for name in os.listdir(saved)):
+            break
+        time.sleep(0 if at_sight else 0.01)
+    server.kill()
 
 
 def queue(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
