@@ -21,19 +21,19 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from demo.pack.shapes import SLIME_FAMILY
 from slime import SegmentSettings, segment
 from slime.parts.metrics import boundary_f, evaluate
 from slime.reading import refine as refinement
 from testing import scenes
 from testing.server import MODEL
 
-from .methods import Variant, remember, trained
+from .methods import PAPER_LAYERS, Variant, remember, trained
 from .rivals import bilateral, pamr
 from .rows import Row, read_rows, say_row, say_table, write_rows
 from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
 
 OFF, FAST, ALL = {"refine": "off"}, {"refine": "fast"}, "input.0-11, middle.0, output.0-11"
-PAPER_LAYERS = {"read_layers": "output.3-7", "propagate_layers": "output.9-11"}
 OURS = {"mix": 0.5}  # the default of our read-out, which then reads the rows of the preset paper too
 
 PAPER_READ_OUT = {
@@ -68,7 +68,9 @@ PAPER_TRAINING = {
     "recoloured views": Variant("paper", {"recolor": 1.0}, **_READ),
     "20 views": Variant("paper", {"views": 20}, **_READ),
     "40 views": Variant("paper", {"views": 40}, **_READ),
-    "the paper's layers": Variant("paper", PAPER_LAYERS, **_READ),
+    "the tiny model's layers": Variant(
+        "paper", {"read_layers": SLIME_FAMILY["cross"], "propagate_layers": SLIME_FAMILY["self_"]}, **_READ
+    ),
 }
 
 DEFAULT = {

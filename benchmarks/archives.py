@@ -21,7 +21,8 @@ from .sources import OFFICIAL_PARTS
 
 OPEN = (
     "PASCAL-Part: which images are left out (here: objects whose box is smaller than 50 pixels, and objects without "
-    "any of the parts), the margin around the box (none), one picture an object",
+    "any of the parts), the margin around the box (none), one picture an object; where annotated parts overlap, the "
+    "later class of the paper's list lies on top",
     "PASCAL-Part: training and validation images come from VOC's list train, test images from its list val",
     "CelebAMask-HQ: which images are for testing (here: the last 2,000 numbers)",
     "which images are the one and the ten examples (here: drawn by the seed from the training images)",
@@ -123,9 +124,11 @@ def pascal(annotations: Path, domain: str) -> Iterator[Labelled]:
                 continue
             mask = np.asarray(one["mask"]) > 0
             labels = np.zeros(mask.shape, np.uint8)
-            for part in np.atleast_1d(one["parts"]):
-                if part.dtype.names and (kind := classes.get(str(part["part_name"]).split("_")[0])):
-                    labels[np.asarray(part["mask"]) > 0] = 1 + names.index(kind)
+            parts = [part for part in np.atleast_1d(one["parts"]) if part.dtype.names]
+            known = [(classes.get(str(part["part_name"]).split("_")[0]), part["mask"]) for part in parts]
+            for label, name in enumerate(names, start=1):
+                for covered in (found for kind, found in known if kind == name):
+                    labels[np.asarray(covered) > 0] = label
             rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
             if len(rows) < SMALLEST or len(columns) < SMALLEST or not labels.any():
                 continue

@@ -11,7 +11,7 @@ from slime import PartEmbeddings, SegmentSettings
 from slime.backbones.attention import cross_scores
 from slime.backbones.base import Backbone
 from slime.images import resize_maps
-from slime.reading.look import Tokens
+from slime.reading.look import Seen, Tokens, read_maps
 from slime.reading.official import official_maps, token_maps
 from slime.segment import look
 
@@ -24,7 +24,7 @@ def label_maps(
     all_tokens: bool = True,
     **steps: Any,
 ) -> Tensor:
-    """Label maps [B, H, W] of images [B, H, W, 3], each looked at once as a whole.
+    """Label maps [B, H, W] of images [B, H, W, 3].
 
     Args:
         embeddings: learned by the preset paper.
@@ -33,17 +33,19 @@ def label_maps(
         steps: changes of :func:`slime.reading.official.official_maps`: order, gate, subtract_mean, rescale.
     """
     size, classes = (images.shape[1], images.shape[2]), len(embeddings.names) + 1
+
+    def read(seen: Seen, item: PartEmbeddings, index: int) -> Tensor:
+        if not isinstance(seen, Tokens):
+            raise TypeError("only embeddings of the preset paper are read by the official steps")
+        grid = max((a.height, a.width) for a in (*seen.cross, *seen.attention))
+        maps = token_maps(seen.cross, classes, grid) if all_tokens else part_maps(seen, classes, grid)
+        return official_maps(maps, seen.attention, **steps)
+
     found = []
     for _, views in look(backbone, images, embeddings, settings).batches:
-        for _, seen in views:
-            if not isinstance(seen, Tokens):
-                raise TypeError("only embeddings of the preset paper are read by the official steps")
-            seen = seen.to(backbone.device)
-            grid = max((a.height, a.width) for a in (*seen.cross, *seen.attention))
-            maps = token_maps(seen.cross, classes, grid) if all_tokens else part_maps(seen, classes, grid)
-            maps = official_maps(maps, seen.attention, **steps)
-            maps = maps / maps.sum(1, keepdim=True).clamp(min=1e-6)
-            found.append(resize_maps(maps, size).argmax(1).cpu())
+        passes = ((view, seen.to(backbone.device)) for view, seen in views)
+        (maps,) = read_maps(passes, [embeddings], size, read)
+        found.append(resize_maps(maps, size).argmax(1).cpu())
     return torch.cat(found)
 
 

@@ -68,14 +68,14 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 @torch.inference_mode()
 def by_descriptors(
-    rule: str,
+    rules: Sequence[str],
     backbone: TextConditioned,
     examples: Sequence[Example],
     images: Tensor,
     timestep: int = 100,
     seed: int = 0,
-) -> list[np.ndarray]:
-    """Label maps of images [B, H, W, 3] by comparing their descriptors with those of the examples."""
+) -> dict[str, list[np.ndarray]]:
+    """Label maps of images [B, H, W, 3] by comparing their descriptors with those of the examples, by each rule."""
     classes = len(examples[0].names) + 1
     known, labels = [], []
     for example in examples:
@@ -84,11 +84,12 @@ def by_descriptors(
         labels.append(soft_labels(example.labels, classes, (maps.shape[1], maps.shape[2])).flatten(1).T)
     bank = torch.cat(known)
     shown = torch.cat(labels).to(bank.device)
-    found = []
+    found: dict[str, list[np.ndarray]] = {rule: [] for rule in rules}
     for image in images:
         maps = descriptors(backbone, image[None], timestep, seed)[0]
-        scores = RULES[rule](maps.flatten(1).T, bank, shown).T.unflatten(1, (maps.shape[1], maps.shape[2]))
-        found.append(resize_maps(scores[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
+        for rule, mine in found.items():
+            scores = RULES[rule](maps.flatten(1).T, bank, shown).T.unflatten(1, (maps.shape[1], maps.shape[2]))
+            mine.append(resize_maps(scores[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
     return found
 
 

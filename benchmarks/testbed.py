@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from slime import preset, segment, train
 from slime.backbones.base import seeded_noise
 from slime.backbones.layers import LayerChoice
 from slime.backbones.text import Context, TextConditioned, capture_attention, text_conditioned
@@ -34,6 +33,7 @@ from testing.baselines import mean_mask
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 
+from .methods import Variant
 from .rivals import RULES, by_descriptors
 from .rows import Row, say_row, say_table, write_rows
 from .sources import as_tensor
@@ -84,13 +84,12 @@ def one_shot(backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scen
     """The paper's recipe beside rivals that are not trained, from one example."""
     classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
     example = splits.example(domain, splits.VALIDATION_TEACH, natural=True)
-    images = as_tensor([scene.image for scene in tests])
-    with torch.inference_mode():
-        learned = train(backbone, [example], preset("paper", steps=steps, views=steps))
-        found = list(segment(backbone, images, learned)[0].label_map.numpy())
+    method = Variant("paper", {"steps": steps, "views": steps})
+    pixels = np.stack([scene.image for scene in tests])
+    found = method.find(backbone, method.fit(backbone, [example], 0), pixels, 0)
     paper = evaluate(found, truths, classes)
     row: Row = {"background": float(paper.per_class[0]), "paper": paper.part_miou}
-    rivals = {name: by_descriptors(name, backbone, [example], images) for name in RULES}
+    rivals = by_descriptors(list(RULES), backbone, [example], as_tensor(pixels))
     rivals["mean mask"] = [mean_mask([example])] * len(tests)
     return row | {name: evaluate(maps, truths, classes).part_miou for name, maps in rivals.items()}
 

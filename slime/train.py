@@ -98,7 +98,7 @@ def train(
             "Every pixel of the examples belongs to a part, so nothing shows what is no part. Is the mask inverted, or "
             "does it cover the whole image? Leave some background unpainted."
         )
-    examples = [example.taught() for example in examples]
+    examples, validation = ([example.taught() for example in kind] for kind in (examples, validation))
     if not any((example.labels == 0).any() for example in examples):
         raise SlimeError(
             "No pixel teaches the background: every example ignores what is not labelled. Label all parts in one "

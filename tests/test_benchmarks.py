@@ -271,5 +271,5 @@ def test_the_costs_of_a_device_are_measured(comfy_path) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rivals_find_what_looks_alike(rule) -> None:
-    found = by_descriptors(rule, ToyUNet(), [picture(0)], picture(1).image[None])[0]
+    found = by_descriptors([rule], ToyUNet(), [picture(0)], picture(1).image[None])[rule][0]
     assert (found == picture(1).labels.numpy()).mean() > 0.9

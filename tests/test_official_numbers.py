@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from safetensors.torch import load_file
 
-from slime.backbones.base import choose_layers
+from slime.backbones.sd_unet import PAPER_LAYERS
 from slime.backbones.text import Capture, Context, add_noise
 from slime.images import resize_maps
 from slime.reading.official import official_maps, token_maps
@@ -20,7 +20,6 @@ from testing.inprocess import load_backbone
 from testing.server import MODEL
 from tools.official_numbers import SIDE, STRIDE, TARGET, TEST_TIMESTEP, TIMESTEP
 
-PAPER = ("output.3-7", "output.9-11")
 pytestmark = [
     pytest.mark.server,  # it needs none, but the demo model and ComfyUI
     pytest.mark.skipif(not (MODEL.is_file() and Path(TARGET).is_file()), reason="the tiny model is not there"),
@@ -34,10 +33,9 @@ def replay(extension):
     parts = len(official["rows"])
     labels = F.one_hot(official["labels"].long(), parts + 1).movedim(-1, 0)[None].float()
     prompt = backbone.encode_prompt(part_prompt([""] * parts)).rows
-    layers = choose_layers(backbone, *PAPER)
 
     def look(rows, timestep):
-        capture = Capture(layers)
+        capture = Capture(PAPER_LAYERS)
         noisy = add_noise(backbone, official["latents"].float(), official["noise"].float(), timestep)
         context = Context(torch.cat([prompt[:1], rows, prompt[parts + 1 :]]))
         return capture, backbone.predict_noise(noisy, timestep, context, capture)

@@ -212,3 +212,5 @@ def test_views_of_the_official_code() -> None:
     still = replace(settings, rotation=0.0, crop=1.0, flip=False)
     image, found = official_view(example, still, random.Random(0), (64, 64), (64, 64), 0)
     assert torch.equal(found.argmax(0), example.labels) and torch.allclose(image, example.image)
+    colored, _ = official_view(example, replace(still, recolor=1.0), random.Random(0), (64, 64), (64, 64), 0)
+    assert not torch.allclose(colored, image, atol=0.05)

@@ -93,10 +93,10 @@ def main() -> None:
 
     sd = stable.StableDiffusion.__new__(stable.StableDiffusion)
     nn.Module.__init__(sd)
-    sd.attention_maps, sd.device, sd.device1 = {}, "cpu", "cpu"
+    shared: dict[str, Tensor] = {}
+    sd.attention_maps, sd.device, sd.device1 = shared, "cpu", "cpu"
     for name in (*CROSS, *SELF):
-        block = eval("tiny.unet." + name)  # noqa: S307  the official code names its layers so
-        block.processor = Scores(sd.attention_maps, name)
+        tiny.unet.get_submodule(name.replace("[", ".").replace("]", "")).processor = Scores(sd.attention_maps, name)
     abar = tiny.alphas_cumprod.float()
     sd.scheduler = SimpleNamespace(
         add_noise=lambda clean, noise, t: abar[t].sqrt() * clean + (1 - abar[t]).sqrt() * noise
@@ -105,10 +105,8 @@ def main() -> None:
     def unet(noisy: Tensor, t: Tensor, encoder_hidden_states: Tensor) -> Any:
         sd.attention_maps.clear()
         v = tiny.unet(noisy, t, encoder_hidden_states=encoder_hidden_states).sample
-        kept.update(sd.attention_maps)
         return SimpleNamespace(sample=abar[t].sqrt() * v + (1 - abar[t]).sqrt() * noisy)
 
-    kept: dict[str, Tensor] = {}
     sd.unet, sd.encode_imgs = unet, lambda images: latents
     torch.randn_like = lambda like, **_: noise  # type: ignore[assignment]
     found: dict[str, Tensor] = {}
@@ -121,7 +119,6 @@ def main() -> None:
             found["cross"], found["self"] = result[2].detach(), result[3].detach()
         return result
 
-    shared = sd.attention_maps
     config = SimpleNamespace(
         train_t=[TIMESTEP, TIMESTEP], test_t=[TEST_TIMESTEP], train_mask_size=CELLS, part_names=["background", *names],
         sd_loss_coef=0.005, self_attention_loss_coef=1.0, patch_size=SIDE, num_patchs_per_side=1, patch_threshold=0.2,

@@ -311,7 +311,13 @@ def encode_text(model: TextToImage, tokens: Tensor) -> Tensor:
 
 
 def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> None:
-    """The source checkpoint with the trained UNet and text encoder in place, half precision; or these alone."""
+    """The source checkpoint with the trained UNet and text encoder in place, half precision; or these alone.
+
+    Where nothing was trained the source itself: a warm start becomes a whole checkpoint.
+    """
+    if not (work / "train_on.pt").exists():
+        save_file(load_source(source), str(target))
+        return
     import_comfyui(comfyui)
     saved = torch.load(work / "train_on.pt", weights_only=True)
     model = TextToImage(saved["vocabulary"])

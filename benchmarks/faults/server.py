@@ -304,8 +304,8 @@ def queue(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
         starts: tuple[Start, ...] = ({}, {"checkpoint": OTHER_MODEL}, {"lora": LORA})
 
         def taught(start: Start) -> Tensor:
-            at.server.run(at.teach("queued", start, seed=rng.randrange(10**6), **SMALL))
-            return torch.zeros(())  # another seed every time; the next segmentation shows whether all is as it was
+            at.server.run(at.teach("queued", start, **SMALL))
+            return load_embeddings(folder / "models" / "slime" / "queued.safetensors").rows
 
         works: list[tuple[Callable[[Start], np.ndarray | Tensor], Start]] = [
             (work, start) for start in starts for work in (at.sampled, at.segmented, taught)

@@ -50,6 +50,7 @@ class Tokens:
 
 Seen = Observation | Scores | Tokens
 Passes = Iterator[tuple[View, Seen]]
+ReadOne = Callable[[Seen, PartEmbeddings, int], Tensor]
 
 
 @dataclass(frozen=True)
@@ -143,12 +144,18 @@ def keep(part: slice, passes: Passes) -> tuple[slice, tuple[tuple[View, Seen], .
     return part, tuple((view, seen.to("cpu")) for view, seen in passes)
 
 
-def read_maps(passes: Passes, items: Sequence[PartEmbeddings], size: tuple[int, int]) -> list[Tensor]:
-    """Part maps [b, K, h, w] of images of ``size``, one for each of the embeddings: the mean over views and draws."""
+def read_maps(
+    passes: Passes, items: Sequence[PartEmbeddings], size: tuple[int, int], read_one: ReadOne | None = None
+) -> list[Tensor]:
+    """Part maps [b, K, h, w] of images of ``size``, one for each of the embeddings: the mean over views and draws.
+
+    ``read_one`` gives the maps of one view by the embeddings of an index; the embeddings' own read-out by default.
+    """
+    read_one = read_one or _read
     merged: list[Tensor] = []
     counts: list[Tensor] = []
     for view, seen in passes:
-        maps = [_read(seen, item, index) for index, item in enumerate(items)]
+        maps = [read_one(seen, item, index) for index, item in enumerate(items)]
         found = [_counted(one, item) for one, item in zip(maps, items, strict=True)]
         placed = [_place(one, view, size) for one in maps]
         weights = [_place(one, view, size) for one in found]

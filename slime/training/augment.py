@@ -24,8 +24,8 @@ SIDED = re.compile(
     re.IGNORECASE,
 )
 
-KEPT = 0.3
-DRAWS = 100  # of a crop; one of them is wide enough
+KEPT = 0.3  # of a class must be in an official crop
+DRAWS = 100  # of such a crop at most
 
 
 def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
@@ -79,6 +79,8 @@ def official_view(
         image, labels = crop(example, rng.uniform(settings.crop, 1.0), rng)
         if not wanted or (labels.numpy() == turn % classes).sum() > wanted:
             break
+    if settings.recolor:  # the official code has no such thing
+        image = recolor(image, labels, settings.recolor, rng)
     if flip_allowed(settings, example.names) and rng.random() < 0.5:
         image, labels = image.flip(1), labels.flip(1)
     image = resize_image(image[None], size)[0]
