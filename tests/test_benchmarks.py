@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import ablation, confidence, device, memory, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
-from benchmarks.methods import Variant, constants, encode_once, make_methods, remember
+from benchmarks.methods import Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
 from benchmarks.rivals import RULES, by_descriptors
@@ -187,8 +187,10 @@ def test_the_official_steps_are_the_official_read_out() -> None:
     toy, task = ToyUNet(), toy_task()
     variant = Variant("paper", {"views": 2, "steps": 4})
     embeddings, images = variant.fit(toy, task.examples, 0), task.tests["plain"].images
-    steps = replace(variant, official={}).find(toy, embeddings, images, 0)
-    assert np.array_equal(steps[0], variant.find(toy, embeddings, images, 0)[0])
+    for segment in ({}, {"crops": 2, "overlap": 0.72}):  # the second is how the paper looks at faces
+        whole = replace(variant, segment=segment)
+        steps = replace(whole, official={}).find(toy, embeddings, images, 0)
+        assert np.array_equal(steps, whole.find(toy, embeddings, images, 0))
     bare = {"gate": 0.0, "subtract_mean": False, "rescale": False, "order": 0, "all_tokens": False}
     (labels,) = label_maps(toy, as_tensor(images), embeddings, SegmentSettings(), **bare)
     assert labels.unique().tolist() != [0] and labels.shape == (96, 96)
@@ -273,3 +275,15 @@ def test_the_costs_of_a_device_are_measured(comfy_path) -> None:
 def test_rivals_find_what_looks_alike(rule) -> None:
     found = by_descriptors([rule], ToyUNet(), [picture(0)], picture(1).image[None])[rule][0]
     assert (found == picture(1).labels.numpy()).mean() > 0.9
+
+
+def test_the_papers_recipe_is_that_of_its_domain_and_is_learned_once() -> None:
+    assert Variant("paper").recipe(scenes.PARTS["face"], "segment") == {"crops": 2, "overlap": 0.72}
+    assert Variant("paper").recipe(scenes.PARTS["horse"], "train") == {"crop": 0.8}
+    assert not Variant("instant").recipe(scenes.PARTS["horse"], "train")
+    toy, task = ToyUNet(), toy_task()
+    fit = fitted(lambda: toy, Variant("paper", {"views": 1, "steps": 1}))
+    first = fit(task.examples, 0, ())
+    passes = toy.passes
+    assert fit(task.examples, 0, ()) is first and toy.passes == passes
+    assert fit(task.examples, 1, ()) is not first
