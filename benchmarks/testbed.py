@@ -83,7 +83,7 @@ def _image(scene: scenes.Scene) -> Tensor:
 def one_shot(backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int) -> Row:
     """The paper's recipe beside rivals that are not trained, from one example."""
     classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
-    example = splits.example(domain, splits.VALIDATION_TEACH, natural=True)
+    example = splits.example(domain, splits.VALIDATION_TEACH, style="natural")
     method = Variant("paper", {"steps": steps, "views": steps})
     pixels = np.stack([scene.image for scene in tests])
     found = method.find(backbone, method.fit(backbone, [example], 0), pixels, 0)
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     backbone = text_conditioned(load_backbone(options.checkpoint), "This benchmark")
     tests = {
-        domain: [scenes.render(domain, splits.VALIDATION + i, natural=True) for i in range(options.scenes)]
+        domain: [scenes.render(domain, splits.VALIDATION + i, style="natural") for i in range(options.scenes)]
         for domain in scenes.DOMAINS
     }
     some = [scene for found in tests.values() for scene in found[:4]]

@@ -16,10 +16,10 @@ TEST = 1_000_000  # scenes on which figures are reported
 
 
 def example(
-    domain: str, seed: int, variation: scenes.Variation = scenes.VARIATIONS["plain"], natural: bool = False
+    domain: str, seed: int, variation: scenes.Variation = scenes.VARIATIONS["plain"], style: str = "free"
 ) -> Example:
     """A scene as a labelled example."""
-    scene = scenes.render(domain, seed, variation, natural=natural)
+    scene = scenes.render(domain, seed, variation, style=style)
     return Example.from_label_map(
         torch.from_numpy(scene.image).float() / 255, torch.from_numpy(scene.labels), scenes.PARTS[domain]
     )

@@ -179,8 +179,8 @@ def test_variations_change_what_they_say() -> None:
 
 @pytest.mark.parametrize("domain", scenes.DOMAINS)
 def test_natural_scenes_have_usual_colours_fine_parts_and_leave_much_unsaid(domain: str) -> None:
-    found = [scenes.render(domain, 600_000 + i, natural=True) for i in range(30)]
-    again = scenes.render(domain, 600_000, natural=True)
+    found = [scenes.render(domain, 600_000 + i, style="natural") for i in range(30)]
+    again = scenes.render(domain, 600_000, style="natural")
     assert np.array_equal(found[0].image, again.image) and found[0].caption == again.caption
     for label, _ in enumerate(scenes.FINE[domain], start=1):
         assert sum((scene.fine == label).any() for scene in found) >= 25

@@ -5,15 +5,20 @@
     python -m tools.train_on export --work FOLDER
 
 Scenes of the natural world are rendered and encoded in shards; training takes whatever shards there are, first on
-latents of 16 x 16, then of 32 x 32, and continues from its last checkpoint. Beside the usual loss, attention of the
-cross-attention layers is charged for every row but the start token's, so that a place asks for words only where they
-pay: the start token becomes the sink that stands for the background.
+latents of 16 x 16, then of 32 x 32, and continues from its last checkpoint. Two losses join the usual one:
+
+- attention of the cross-attention layers is charged for every row but the start token's, so that a place asks for words
+  only where they pay: the start token becomes the sink that stands for the background;
+- every scene comes as a pair, the second a crop of the same shapes in other colours, place and light, and the decoder's
+  queries at the same spot of both are to fall into the same cluster (:class:`Clusters`). What a place is, whatever its
+  colour, Stable Diffusion learns from its billions of images; minutes on rendered scenes do not. No masks are used.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -23,6 +28,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +43,9 @@ FIRST_SEED = 20_000  # of every domain; below 500,000, where validation begins
 SIDES = (16, 32)
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
+CLUSTERS, POINTS = 128, 512  # of the decoder's queries, and points of a pair that are compared
+CLUSTER_WEIGHT = 0.05
+CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
 SINK_SHARE = 0.7  # of the start token, from which on nothing is charged
 CLIP = "cond_stage_model.transformer."
@@ -63,21 +72,42 @@ def narrow_encoder(checkpoint: dict[str, Tensor]) -> nn.Sequential:
     return encoder.eval()
 
 
+def crop_box(rng: np.random.Generator) -> tuple[float, float, float, bool]:
+    """Left, top and side of a square as shares of the image, and whether it is mirrored."""
+    side = float(rng.uniform(0.5, 1))
+    left, top = rng.uniform(0, 1 - side, 2)
+    return float(left), float(top), side, bool(rng.random() < 0.5)
+
+
+def cut(image: np.ndarray, box: tuple[float, float, float, bool]) -> np.ndarray:
+    """The box of an image, at the image's size."""
+    size, (left, top, side, mirrored) = len(image), box
+    edges = (size * left, size * top, size * (left + side), size * (top + side))
+    found = np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, edges))
+    return found[:, ::-1].copy() if mirrored else found
+
+
 @torch.inference_mode()
 def make_shard(work: Path, index: int, encoder: nn.Sequential) -> None:
-    """Latents float16 [N, 4, 32, 32] and [N, 4, 16, 16] of natural scenes, and their captions."""
+    """Latents float16 [N, 4, 32, 32] and [N, 4, 16, 16] of natural scenes, their captions, and the boxes [N / 2, 4].
+
+    Scenes come in pairs, the second the box of the first in other colours.
+    """
     target = work / f"shard_{index:03d}.npz"
     if target.exists():
         return
-    start, captions = time.time(), []
+    start, captions, boxes = time.time(), [], []
     latents: dict[int, list[np.ndarray]] = {side: [] for side in SIDES}
     pending: list[np.ndarray] = []
-    for number in range(index * SHARD, (index + 1) * SHARD):
+    for number in range(index * SHARD // 2, (index + 1) * SHARD // 2):
         rng = np.random.default_rng([number, 7])
         domain, seed = scenes.DOMAINS[number % 3], FIRST_SEED + number // 3
-        scene = scenes.render(domain, seed, variation(rng), natural=True)
-        captions.append(scene.caption)
-        pending.append(scene.image)
+        changed = variation(rng)
+        scene = scenes.render(domain, seed, changed, style="natural")
+        other = scenes.render(domain, seed, changed, style="natural", repaint=number)
+        boxes.append(crop_box(rng))
+        captions += [scene.caption, other.caption]
+        pending += [scene.image, cut(other.image, boxes[-1])]
         if len(pending) == 20:
             pixels = torch.from_numpy(np.stack(pending)).permute(0, 3, 1, 2).float().div(255)
             pending = []
@@ -86,6 +116,7 @@ def make_shard(work: Path, index: int, encoder: nn.Sequential) -> None:
                 latents[side].append(encoder(small.contiguous(memory_format=torch.channels_last)).half().numpy())
     scratch = target.with_suffix(".tmp.npz")
     arrays = {f"side_{side}": np.concatenate(latents[side]) for side in SIDES}
+    arrays["boxes"] = np.array(boxes, np.float32)
     np.savez(scratch, captions=np.array(json.dumps(captions)), **arrays)  # type: ignore[arg-type]
     os.replace(scratch, target)
     log(work, f"shard {index}: {time.time() - start:.0f} s")
@@ -97,6 +128,7 @@ class Shards:
     def __init__(self, work: Path, side: int) -> None:
         self.work, self.side = work, side
         self.latents: list[np.ndarray] = []
+        self.boxes: list[np.ndarray] = []
         self.captions: list[str] = []
         self._read: set[str] = set()
         self.refresh()
@@ -106,13 +138,17 @@ class Shards:
             if path.name not in self._read:
                 with np.load(path) as data:
                     self.latents.append(data[f"side_{self.side}"])
+                    self.boxes.append(data["boxes"])
                     self.captions += json.loads(str(data["captions"]))
                 self._read.add(path.name)
 
-    def draw(self, rng: np.random.Generator, batch: int) -> tuple[Tensor, list[str]]:
-        picks = rng.integers(len(self.captions), size=batch)
-        clean = np.stack([self.latents[i // SHARD][i % SHARD] for i in picks]).astype(np.float32)
-        return torch.from_numpy(clean), [self.captions[i] for i in picks]
+    def draw(self, rng: np.random.Generator, pairs: int) -> tuple[Tensor, list[str], Tensor]:
+        """Latents [2 P, 4, h, w] and captions of P pairs, one after the other, and the boxes [P, 4]."""
+        picks = rng.integers(len(self.captions) // 2, size=pairs)
+        images = [image for pick in picks for image in (2 * pick, 2 * pick + 1)]
+        clean = np.stack([self.latents[i // SHARD][i % SHARD] for i in images]).astype(np.float32)
+        boxes = np.stack([self.boxes[2 * i // SHARD][i % (SHARD // 2)] for i in picks])
+        return torch.from_numpy(clean), [self.captions[i] for i in images], torch.from_numpy(boxes)
 
 
 def words_of_world() -> list[str]:
@@ -160,28 +196,92 @@ def start_model(checkpoint: dict[str, Tensor], comfyui: str) -> tuple[TextToImag
     return model, vocabulary
 
 
-class Sink:
-    """Cross-attention computed openly, with the mean share of attention that does not go to the start token."""
+class Watch:
+    """The decoder's queries, and the mean share of cross-attention, computed openly, that leaves the start token."""
 
     def __init__(self) -> None:
         self.shares: list[Tensor] = []
+        self.queries: dict[str, Tensor] = {}  # [B, h * w, D]
 
     def options(self) -> dict[str, Any]:
         from comfy.ldm.modules.attention import attention_pytorch
 
-        places = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0)] + [("output", n) for n in range(3, 12)]
-        self.shares = []
+        decoder = [("output", n) for n in range(3, 12)]
+        places = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0), *decoder]
+        self.shares, self.queries = [], {}
         return {
             "optimized_attention_override": lambda _f, *args, **kwargs: attention_pytorch(*args, **kwargs),
-            "patches_replace": {"attn2": {place: self._attend for place in places}},
+            "patches_replace": {
+                "attn2": {place: functools.partial(self._cross, place) for place in places},
+                "attn1": {place: functools.partial(self._self, place) for place in decoder},
+            },
         }
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+    def _cross(
+        self, place: tuple[str, int], query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]
+    ) -> Tensor:
+        if place[0] == "output":
+            self.queries[f"cross{place[1]}"] = query
         heads = extra["n_heads"]
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         shares = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
-        self.shares.append(1 - shares[..., 0].mean())
-        return (shares @ v).transpose(1, 2).flatten(2)
+        self.shares.append(1 - shares[..., 0].float().mean())
+        return (shares.to(v.dtype) @ v).transpose(1, 2).flatten(2)
+
+    def _self(self, place: tuple[str, int], query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
+        from comfy.ldm.modules.attention import attention_pytorch
+
+        self.queries[f"self{place[1]}"] = query
+        return attention_pytorch(query, key, value, extra["n_heads"])
+
+
+class Clusters(nn.Module):
+    """Swapped prediction (SwAV, Caron et al. 2020) of clusters of single places, from every layer's queries.
+
+    A place's cluster is found from all layers together, balanced over the batch by Sinkhorn's iterations, and must be
+    told by each layer's queries at the same place of the pair's other image.
+    """
+
+    def __init__(self, widths: dict[str, int]) -> None:
+        super().__init__()
+        self.centres = nn.ParameterDict({name: 0.1 * torch.randn(CLUSTERS, width) for name, width in widths.items()})
+
+    def forward(self, queries: dict[str, Tensor], boxes: Tensor) -> Tensor:
+        """Loss of queries [2 P, h * w, D] of P pairs whose second images are the boxes [P, 4] of the first."""
+        spots = torch.rand(len(boxes), POINTS, 2)  # of the second image
+        within = torch.where(boxes[:, None, 3:] > 0, torch.stack([1 - spots[..., 0], spots[..., 1]], -1), spots)
+        first = boxes[:, None, :2] + within * boxes[:, None, 2:3]
+        likeness = {}
+        for name, query in queries.items():
+            side = math.isqrt(query.shape[1])
+            maps = query.float().transpose(1, 2).unflatten(2, (side, side))
+            pair = [sample(maps[0::2], first), sample(maps[1::2], spots)]
+            centres = nn.functional.normalize(self.centres[name], dim=1)
+            likeness[name] = [nn.functional.normalize(one, dim=-1).flatten(0, 1) @ centres.T for one in pair]
+        with torch.no_grad():
+            joint = [torch.stack([pair[view] for pair in likeness.values()]).mean(0) for view in (0, 1)]
+            targets = [sinkhorn(one) for one in joint]
+        losses = [
+            -(targets[1 - view] * (pair[view] / 0.1).log_softmax(1)).sum(1).mean()
+            for pair in likeness.values()
+            for view in (0, 1)
+        ]
+        return torch.stack(losses).mean()
+
+
+def sample(maps: Tensor, spots: Tensor) -> Tensor:
+    """Maps [P, D, h, w] at spots [P, N, 2], x and y in 0..1, as [P, N, D]."""
+    found = nn.functional.grid_sample(maps, 2 * spots[:, :, None] - 1, align_corners=False, padding_mode="border")
+    return found[..., 0].transpose(1, 2)
+
+
+def sinkhorn(likeness: Tensor, rounds: int = 3) -> Tensor:
+    """Soft clusters [N, K] of likeness [N, K]: every row sums to 1, all clusters are of like size."""
+    shares = (likeness / 0.05).exp()
+    for _ in range(rounds):
+        shares = shares / shares.sum(0, keepdim=True)
+        shares = shares / shares.sum(1, keepdim=True)
+    return shares
 
 
 def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], batches: tuple[int, ...]) -> None:
@@ -204,7 +304,9 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
 
     end = position[49407]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    decay = [p for p in model.parameters() if p.ndim > 1]
+    watch = Watch()
+    clusters = Clusters(decoder_widths(model, watch))
+    decay = [p for p in (*model.parameters(), *clusters.parameters()) if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
@@ -214,19 +316,24 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
     if saved_at.exists():
         saved = torch.load(saved_at, weights_only=True)
         model.load_state_dict(saved["model"])
+        clusters.load_state_dict(saved["clusters"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
         state = saved["state"]
         log(work, f"continuing at step {state['step']}")
 
     def save() -> None:
-        states = {"model": model.state_dict(), "ema": ema.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(states | {"state": state, "vocabulary": vocabulary}, saved_at.with_suffix(".tmp"))
+        states: dict[str, Any] = {
+            "model": model.state_dict(),
+            "ema": ema.state_dict(),
+            "clusters": clusters.state_dict(),
+        }
+        states |= {"optimizer": optimizer.state_dict(), "state": state, "vocabulary": vocabulary}
+        torch.save(states, saved_at.with_suffix(".tmp"))
         saved_at.with_suffix(".tmp").replace(saved_at)
 
     rng = np.random.default_rng(state["step"])
     torch.manual_seed(state["step"])
-    sink = Sink()
     for phase in range(state["phase"], len(SIDES)):
         shards, limit, batch, peak = (
             Shards(work, SIDES[phase]),
@@ -234,7 +341,7 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             batches[phase],
             (6e-4, 5e-4)[phase],
         )
-        mean_loss = mean_share = None
+        mean_loss = mean_share = mean_told = None
         last_save = last_log = time.time()
         seen = 0
         while state["elapsed"][phase] < limit:
@@ -243,23 +350,27 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             shape = 1 - 0.3 * progress if phase == 0 else 0.5 * (1 + math.cos(math.pi * progress)) + 0.01
             for group in optimizer.param_groups:
                 group["lr"] = peak * warm * shape
-            clean, captions = shards.draw(rng, batch)
+            clean, captions, boxes = shards.draw(rng, batch // 2)
             captions = ["" if rng.random() < DROPPED else caption for caption in captions]
             tokens = ids_of(captions)
             if rng.random() < WITHOUT_PADDING:
                 longest = int((tokens != end).sum(1).max()) + 1
                 tokens = tokens[:, :longest]
-            t = ((torch.arange(batch) + torch.rand(batch)) / batch * 1000).long().clamp(max=999)
+            strata = torch.arange(batch) // 2  # the images of a pair are about as noisy
+            t = ((strata + torch.rand(batch)) / (batch // 2) * 1000).long().clamp(max=999)
             noise = torch.randn_like(clean)
             a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
             context = encode_text(model, tokens)
             noisy = a * clean + s * noise
-            predicted = model.unet(noisy, t, context=context, transformer_options=sink.options())
-            loss = (predicted - (a * noise - s * clean)).square().mean()
-            share = torch.stack(sink.shares).mean()
+            with torch.autocast("cpu", torch.bfloat16):
+                predicted = model.unet(noisy, t, context=context, transformer_options=watch.options())
+            loss = (predicted.float() - (a * noise - s * clean)).square().mean()
+            share = torch.stack(watch.shares).mean()
+            clear = t.view(-1, 2).amax(1) < CLUSTER_NOISE
+            told = clusters({n: q[clear.repeat_interleave(2)] for n, q in watch.queries.items()}, boxes[clear])
             optimizer.zero_grad(set_to_none=True)
             charge = SINK_WEIGHT if mean_share is None or mean_share < SINK_SHARE else 0.0
-            (loss + charge * share).backward()
+            (loss + charge * share + CLUSTER_WEIGHT * told).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
@@ -270,12 +381,14 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             seen += batch
             mean_loss = _running(mean_loss, float(loss))
             mean_share = _running(mean_share, 1 - float(share))
+            mean_told = _running(mean_told, float(told))
             if time.time() - last_log > 60:
                 speed = seen / (time.time() - last_log)
                 log(
                     work,
                     f"{SIDES[phase]}x{SIDES[phase]} step {state['step']} loss {mean_loss:.4f} start token "
-                    f"{mean_share:.3f} {state['elapsed'][phase] / 60:.1f} min {speed:.1f} images/s",
+                    f"{mean_share:.3f} clusters {mean_told:.3f} {state['elapsed'][phase] / 60:.1f} min "
+                    f"{speed:.1f} images/s",
                 )
                 last_log, seen = time.time(), 0
             if time.time() - last_save > 300:
@@ -284,6 +397,14 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
                 last_save = time.time()
         state["phase"] = phase + 1
         save()
+
+
+@torch.no_grad()
+def decoder_widths(model: TextToImage, watch: Watch) -> dict[str, int]:
+    """Width of the queries of every layer that ``watch`` sees."""
+    latents, context = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, tiny_model.CONTEXT_DIM)
+    model.unet(latents, torch.zeros(1), context=context, transformer_options=watch.options())
+    return {name: query.shape[-1] for name, query in watch.queries.items()}
 
 
 def _tokenizer(comfyui: str) -> Any:

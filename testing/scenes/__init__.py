@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import car, face, horse
+from . import car, face, horse, ink
 from .canvas import SIZE, Canvas
-from .natural import light_naturally, natural_painter, sparse_caption
+from .natural import Repainter, light_naturally, natural_painter, sparse_caption
 from .painter import Painter
 from .place import PLACES, light_up, paint_background, paint_bar
 
@@ -37,6 +37,9 @@ class Scene:
     caption: str
     domain: str
     fine: np.ndarray
+
+
+STYLES: dict[str, tuple[int, ...]] = {"free": (), "natural": (1,), "ink": (3,)}  # what their seeds begin with
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,8 @@ def render(
     seed: int,
     variation: Variation = VARIATIONS["plain"],
     size: int = SIZE,
-    natural: bool = False,
+    style: str = "free",
+    repaint: int | None = None,
 ) -> Scene:
     """Draw one scene. The same arguments give the same pixels.
 
@@ -94,11 +98,20 @@ def render(
         seed: any non-negative integer.
         variation: see ``VARIATIONS``.
         size: side of the square image in pixels.
-        natural: a scene of the natural world, see :mod:`.natural`.
+        style: "natural", as the world looks, see :mod:`.natural`; "free", where every part has a colour of its own; or
+            "ink", another renderer's, see :mod:`.ink`.
+        repaint: of natural scenes: the same shapes in colours, place and light drawn from this seed.
     """
-    rng = np.random.default_rng([DOMAINS.index(domain), seed, 1] if natural else [DOMAINS.index(domain), seed])
-    painter = natural_painter(rng) if natural else Painter(rng)
+    rng = np.random.default_rng([DOMAINS.index(domain), seed, *STYLES[style]])
+    painter = Painter(rng) if style == "free" else natural_painter(rng)
+    if style == "ink":
+        return draw_in_ink(domain, painter, variation, size)
+    natural = style == "natural"
     place = str(rng.choice(list(PLACES)))
+    if repaint is not None:
+        rng = np.random.default_rng([repaint, 2])
+        painter = Repainter(painter, natural_painter(rng))
+        place = str(rng.choice(list(PLACES)))
 
     canvas = Canvas(size)
     PAINT[domain](canvas, painter, variation.scale)
@@ -118,3 +131,16 @@ def render(
     return Scene(
         light_naturally(image, labels, rng) if natural else light_up(image, rng), labels, caption, domain, fine
     )
+
+
+def draw_in_ink(domain: str, painter: Painter, variation: Variation, size: int) -> Scene:
+    """A scene of the other renderer."""
+    canvas, backdrop = ink.InkCanvas(size), Canvas(size)
+    ink.PAINT[domain](canvas, painter, variation.scale)
+    ink.paint_paper(backdrop, painter)
+    backdrop.color.paste(canvas.color, mask=canvas.drawn)
+    backdrop.label, backdrop.fine = canvas.label, canvas.fine
+    if variation.occlusion:
+        paint_bar(backdrop, painter)
+    image, labels, fine = backdrop.finish(size)
+    return Scene(ink.print_on_paper(image, painter.rng), labels, f"a {domain}", domain, fine)

@@ -93,6 +93,21 @@ def natural_painter(rng: np.random.Generator) -> Painter:
     return FreePainter(rng) if rng.random() < FREE_SHARE else NaturalPainter(rng)
 
 
+class Repainter(Painter):
+    """The shapes of one painter in the colours of another."""
+
+    mane = True
+
+    def __init__(self, shapes: Painter, paint: Painter) -> None:
+        self.rng, self.names, self.colors = shapes.rng, paint.names, paint.colors
+        self._shapes, self._paint = shapes, paint
+
+    def choose(self, part: str, differs_from: tuple[str, ...] = ()) -> Color:
+        """The colour that ``paint`` gives; ``shapes`` draws one too, so that what it draws next is as it was."""
+        self._shapes.choose(part, differs_from)
+        return self._paint.choose(part, differs_from)
+
+
 def texture(rng: np.random.Generator, size: int, finest: int) -> np.ndarray:
     """Smooth noise of several scales, [size, size], mean about 0, deviation about 1."""
     total = np.zeros((size, size), np.float32)
