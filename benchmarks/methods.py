@@ -27,7 +27,7 @@ from testing.inprocess import load_backbone
 from testing.tiny.untrained import write_untrained
 
 from .official_steps import label_maps
-from .rivals import RULES, by_descriptors
+from .rivals import RULES, Bank, Sight, best_sights
 from .sources import as_tensor
 
 # The paper's, of every UNet of SD1.5's and SD2.1's block layout.
@@ -193,11 +193,30 @@ def learned(get_backbone: Callable[[], Any], variant: Variant, fit: Fit | None =
     return learn
 
 
-def compared(get_backbone: Callable[[], Any], rule: str) -> Learn:
-    """A rival that compares descriptors."""
-    return lambda examples, seed, *_: (
-        lambda images: by_descriptors([rule], get_backbone(), examples, as_tensor(images), seed=seed)[rule]
-    )
+@functools.cache
+def sights_of(checkpoint: Path) -> dict[str, Sight]:
+    return best_sights(trained(checkpoint))
+
+
+def compared(checkpoint: Path) -> dict[str, Learn]:
+    """The rivals that compare descriptors; what one of them looks at, the others are given."""
+    banks: list[tuple[Sequence[Example], int, Bank]] = []
+    kept: list[tuple[Bank, np.ndarray, dict[str, list[np.ndarray]]]] = []
+
+    def find(bank: Bank, images: np.ndarray) -> dict[str, list[np.ndarray]]:
+        if not (kept and kept[0][0] is bank and kept[0][1] is images):
+            wanted = list(sights_of(checkpoint).items())
+            kept[:] = [(bank, images, {pair[0]: m for pair, m in bank.find(as_tensor(images), wanted).items()})]
+        return kept[0][2]
+
+    def learn(rule: str, examples: Sequence[Example], seed: int, _validation: Sequence[Example] = ()) -> Predict:
+        if not (banks and banks[0][0] is examples and banks[0][1] == seed):
+            chosen = list(dict.fromkeys(sights_of(checkpoint).values()))
+            banks[:] = [(examples, seed, Bank(trained(checkpoint), examples, chosen, seed))]
+        bank = banks[0][2]
+        return lambda images: find(bank, images)[rule]
+
+    return {rule: functools.partial(learn, rule) for rule in RULES}
 
 
 def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
@@ -217,7 +236,7 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
         "paper": learned(ours, variant("paper"), paper),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False}), paper),
         "untrained": learned(raw, variant("instant")),
-        **{rule: compared(ours, rule) for rule in RULES},
+        **compared(checkpoint),
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
         "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
         "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,26 +16,54 @@ from slime.backbones.base import seeded_noise
 from slime.backbones.layers import LayerChoice
 from slime.backbones.text import TextConditioned, capture_attention
 from slime.images import resize_image, resize_maps, soft_labels, working_size
+from slime.parts.metrics import evaluate
+from testing import scenes
+
+from .sources import as_tensor, scene_task
 
 NEIGHBOURS = 5
 
 
-def descriptors(backbone: TextConditioned, images: Tensor, timestep: int, seed: int) -> Tensor:
-    """DIFT-style descriptors of unit length, [B, D, h, w]: self-attention queries of the decoder on its finest grid.
+@dataclass(frozen=True)
+class Sight:
+    """What descriptors are taken from: self-attention layers of the decoder, and the noise's timestep."""
+
+    layers: tuple[str, ...]
+    timestep: int
+
+
+DIFT = 261  # the timestep of DIFT's semantic correspondences (Tang et al. 2023)
+TIMESTEPS = (50, 100, DIFT)
+
+
+def sights(backbone: TextConditioned) -> list[Sight]:
+    """All decoder layers together and each alone, at every timestep."""
+    names = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
+    return [Sight(layers, timestep) for timestep in TIMESTEPS for layers in (names, *((name,) for name in names))]
+
+
+def descriptors(backbone: TextConditioned, images: Tensor, chosen: Sequence[Sight], seed: int) -> dict[Sight, Tensor]:
+    """DIFT-style descriptors of unit length, [B, D, h, w] each: self-attention queries on their layers' finest grid.
 
     DIFT takes the decoder's activations; the queries are a linear map of them, and both hosts give them.
     """
-    layers = LayerChoice((), tuple(layer.name for layer in backbone.layers if layer.name.startswith("output.")))
     size = working_size(images.shape[1], images.shape[2], backbone.info.side, backbone.info.multiple)
     latents = backbone.encode_images(resize_image(images, size).to(backbone.device))
     noise = seeded_noise(latents.shape, seed, latents.device)
-    seen = capture_attention(backbone, latents, timestep, noise, backbone.encode_prompt(""), layers).self_.values()
-    grid = max((attention.height, attention.width) for attention in seen)
-    maps = []
-    for attention in seen:
-        query = attention.query.float().transpose(1, 2).unflatten(2, (attention.height, attention.width))
-        maps.append(F.normalize(resize_maps(query, grid), dim=1))
-    return F.normalize(torch.cat(maps, 1), dim=1)
+    found = {}
+    for timestep in sorted({sight.timestep for sight in chosen}):
+        mine = [sight for sight in chosen if sight.timestep == timestep]
+        layers = LayerChoice((), tuple(dict.fromkeys(name for sight in mine for name in sight.layers)))
+        seen = capture_attention(backbone, latents, timestep, noise, backbone.encode_prompt(""), layers).self_
+        for sight in mine:
+            attentions = [seen[name] for name in sight.layers]
+            grid = max((attention.height, attention.width) for attention in attentions)
+            maps = []
+            for attention in attentions:
+                query = attention.query.float().transpose(1, 2).unflatten(2, (attention.height, attention.width))
+                maps.append(F.normalize(resize_maps(query, grid), dim=1))
+            found[sight] = F.normalize(torch.cat(maps, 1), dim=1)
+    return found
 
 
 def neighbours(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
@@ -66,31 +96,55 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@torch.inference_mode()
-def by_descriptors(
-    rules: Sequence[str],
-    backbone: TextConditioned,
-    examples: Sequence[Example],
-    images: Tensor,
-    timestep: int = 100,
-    seed: int = 0,
-) -> dict[str, list[np.ndarray]]:
-    """Label maps of images [B, H, W, 3] by comparing their descriptors with those of the examples, by each rule."""
-    classes = len(examples[0].names) + 1
-    known, labels = [], []
-    for example in examples:
-        maps = descriptors(backbone, example.image[None], timestep, seed)[0]
-        known.append(maps.flatten(1).T)
-        labels.append(soft_labels(example.labels, classes, (maps.shape[1], maps.shape[2])).flatten(1).T)
-    bank = torch.cat(known)
-    shown = torch.cat(labels).to(bank.device)
-    found: dict[str, list[np.ndarray]] = {rule: [] for rule in rules}
-    for image in images:
-        maps = descriptors(backbone, image[None], timestep, seed)[0]
-        for rule, mine in found.items():
-            scores = RULES[rule](maps.flatten(1).T, bank, shown).T.unflatten(1, (maps.shape[1], maps.shape[2]))
-            mine.append(resize_maps(scores[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
-    return found
+class Bank:
+    """Descriptors of examples and their labels, for every sight; of one noise for all images."""
+
+    @torch.inference_mode()
+    def __init__(
+        self, backbone: TextConditioned, examples: Sequence[Example], chosen: Sequence[Sight], seed: int = 0
+    ) -> None:
+        self.backbone, self.seed = backbone, seed
+        classes = len(examples[0].names) + 1
+        known: dict[Sight, list[tuple[Tensor, Tensor]]] = {sight: [] for sight in chosen}
+        for example in examples:
+            for sight, (maps,) in descriptors(backbone, example.image[None], chosen, seed).items():
+                labels = soft_labels(example.labels, classes, (maps.shape[1], maps.shape[2])).to(maps.device)
+                known[sight].append((maps.flatten(1).T, labels.flatten(1).T))
+        self._known = {sight: tuple(map(torch.cat, zip(*pairs, strict=True))) for sight, pairs in known.items()}
+
+    @torch.inference_mode()
+    def find(self, images: Tensor, wanted: Sequence[tuple[str, Sight]]) -> dict[tuple[str, Sight], list[np.ndarray]]:
+        """Label maps of images [B, H, W, 3] by each rule at its sight."""
+        found: dict[tuple[str, Sight], list[np.ndarray]] = {one: [] for one in wanted}
+        for image in images:
+            seen = descriptors(self.backbone, image[None], list(self._known), self.seed)
+            for (rule, sight), mine in found.items():
+                (maps,) = seen[sight]
+                scores = RULES[rule](maps.flatten(1).T, *self._known[sight]).T.unflatten(1, tuple(maps.shape[1:]))
+                mine.append(resize_maps(scores[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
+        return found
+
+
+def best_sights(backbone: TextConditioned, images: int = 6) -> dict[str, Sight]:
+    """For every rule the sight with the highest part mIoU on validation scenes; DIFT's timestep for a large model.
+
+    A rival is shown at its best layer, as its author would choose it.
+    """
+    everything = sights(backbone)
+    if backbone.info.id != "tiny":
+        return dict.fromkeys(RULES, next(sight for sight in everything if sight.timestep == DIFT))
+    pairs = [(rule, sight) for rule in RULES for sight in everything]
+    scores = dict.fromkeys(pairs, 0.0)
+    for domain in scenes.DOMAINS:
+        task = scene_task(domain, 1, 0, images, "validation")
+        test = task.tests["plain"]
+        found = Bank(backbone, task.examples, everything).find(as_tensor(test.images), pairs)
+        for pair, maps in found.items():
+            scores[pair] += evaluate(maps, test.truths, len(task.names) + 1).part_miou / len(scenes.DOMAINS)
+    best = {rule: max(everything, key=lambda sight: scores[rule, sight]) for rule in RULES}  # noqa: B023
+    for rule, sight in best.items():
+        sys.stdout.write(f"{rule}: best of {len(everything)} sights {sight}, {scores[rule, sight]:.3f} on validation\n")
+    return best
 
 
 def bilateral(maps: Tensor, images: Tensor) -> Tensor:

@@ -42,31 +42,60 @@ class Task:
 
 
 OTHER = "other objects"  # images of the other domains: every part is absent
+INK = "another style"  # of the second renderer, never trained on
+SETS = (*scenes.VARIATIONS, INK, OTHER)
+DETAILS = " details"  # after a domain's name: its parts are those that no caption ever named
+SCENE_DOMAINS = (*scenes.DOMAINS, *(domain + DETAILS for domain in scenes.DOMAINS))
 
 
-def scene_task(domain: str, shots: int, seed: int, count: int, split: str, sets: Sequence[str] = ("plain",)) -> Task:
+def scene_task(
+    domain: str,
+    shots: int,
+    seed: int,
+    count: int,
+    split: str,
+    sets: Sequence[str] = ("plain",),
+    style: str = "natural",
+) -> Task:
     """Rendered scenes; every seed has teaching examples of its own, the test scenes stay.
 
-    ``count`` plain scenes, half as many of every other set: the stress sets of ``testing.scenes.VARIATIONS``, and
-    ``OTHER``.
+    ``count`` plain scenes, half as many of every other of ``SETS``. Domains are ``SCENE_DOMAINS``.
     """
     teach = splits.VALIDATION_TEACH if split == "validation" else splits.TEACH
-    examples = tuple(splits.example(domain, teach + 100 * seed + i) for i in range(shots))
-    return Task(domain, examples, {name: scene_set(domain, name, count, split) for name in sets})
+    examples = tuple(scene_example(domain, teach + 100 * seed + i, style) for i in range(shots))
+    return Task(domain, examples, {name: scene_set(domain, name, count, split, style) for name in sets})
+
+
+def scene_example(domain: str, seed: int, style: str) -> Example:
+    """A scene as a labelled example, of a domain or of its details."""
+    scene = scenes.render(domain.removesuffix(DETAILS), seed, style=style)
+    names = scenes.FINE[scene.domain] if domain.endswith(DETAILS) else scenes.PARTS[domain]
+    return Example.from_label_map(as_tensor([scene.image])[0], torch.from_numpy(truth_of(scene, domain)), names)
+
+
+def truth_of(scene: scenes.Scene, domain: str) -> np.ndarray:
+    return scene.fine if domain.endswith(DETAILS) else scene.labels
 
 
 @functools.cache
-def scene_set(domain: str, name: str, count: int, split: str) -> LabelledImages:
+def scene_set(domain: str, name: str, count: int, split: str, style: str = "natural") -> LabelledImages:
     first = splits.VALIDATION if split == "validation" else splits.TEST
     count = count if name == "plain" else max(1, count // 2)
+    shown = domain.removesuffix(DETAILS)
+    others = [other for other in scenes.DOMAINS if other != shown]
+    rendered = [
+        scenes.render(
+            others[i % len(others)] if name == OTHER else shown,
+            first + i,
+            scenes.VARIATIONS.get(name, scenes.VARIATIONS["plain"]),
+            style="ink" if name == INK else style,
+        )
+        for i in range(count)
+    ]
+    truths = [truth_of(scene, domain) for scene in rendered]
     if name == OTHER:
-        others = [other for other in scenes.DOMAINS if other != domain]
-        rendered = [scenes.render(others[i % len(others)], first + i) for i in range(count)]
-        truths = tuple(np.zeros_like(scene.labels) for scene in rendered)
-    else:
-        rendered = [scenes.render(domain, first + i, scenes.VARIATIONS[name]) for i in range(count)]
-        truths = tuple(scene.labels for scene in rendered)
-    return LabelledImages(np.stack([scene.image for scene in rendered]), truths)
+        truths = [np.zeros_like(truth) for truth in truths]
+    return LabelledImages(np.stack([scene.image for scene in rendered]), tuple(truths))
 
 
 def folder_task(root: Path, domain: str, shots: int, seed: int, split: str, limit: int = 0) -> Task:

@@ -34,7 +34,7 @@ from testing.inprocess import load_backbone
 from testing.server import MODEL
 
 from .methods import Variant
-from .rivals import RULES, by_descriptors
+from .rivals import Bank, Sight, best_sights
 from .rows import Row, say_row, say_table, write_rows
 from .sources import as_tensor
 
@@ -80,7 +80,9 @@ def _image(scene: scenes.Scene) -> Tensor:
     return torch.from_numpy(scene.image).float() / 255
 
 
-def one_shot(backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int) -> Row:
+def one_shot(
+    backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int, chosen: dict[str, Sight]
+) -> Row:
     """The paper's recipe beside rivals that are not trained, from one example."""
     classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
     example = splits.example(domain, splits.VALIDATION_TEACH, style="natural")
@@ -89,7 +91,8 @@ def one_shot(backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scen
     found = method.find(backbone, method.fit(backbone, [example], 0), pixels, 0)
     paper = evaluate(found, truths, classes)
     row: Row = {"background": float(paper.per_class[0]), "paper": paper.part_miou}
-    rivals = by_descriptors(list(RULES), backbone, [example], as_tensor(pixels))
+    bank = Bank(backbone, [example], list(dict.fromkeys(chosen.values())))
+    rivals = {pair[0]: maps for pair, maps in bank.find(as_tensor(pixels), list(chosen.items())).items()}
     rivals["mean mask"] = [mean_mask([example])] * len(tests)
     return row | {name: evaluate(maps, truths, classes).part_miou for name, maps in rivals.items()}
 
@@ -118,8 +121,9 @@ def main() -> None:
     missed = [f"{name} {value:.3f}, at least {SHARE}" for name, value in shares.items() if value < SHARE]
     if figures["change of queries"] > CHANGE:
         missed.append(f"change of queries {figures['change of queries']:.3f}, at most {CHANGE}")
+    chosen = best_sights(backbone)
     for domain, found in tests.items():
-        row: Row = {"domain": domain} | one_shot(backbone, domain, found, options.steps)
+        row: Row = {"domain": domain} | one_shot(backbone, domain, found, options.steps, chosen)
         say_row(row)
         rows.append(row)
         if row["background"] < BACKGROUND:

@@ -15,7 +15,7 @@ from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
-from benchmarks.rivals import RULES, by_descriptors
+from benchmarks.rivals import RULES, Bank, best_sights
 from benchmarks.rows import read_rows, write_rows
 from benchmarks.sources import (
     OTHER,
@@ -273,7 +273,9 @@ def test_the_costs_of_a_device_are_measured(comfy_path) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 def test_rivals_find_what_looks_alike(rule) -> None:
-    found = by_descriptors([rule], ToyUNet(), [picture(0)], picture(1).image[None])[rule][0]
+    toy = ToyUNet()
+    sight = best_sights(toy)[rule]
+    found = Bank(toy, [picture(0)], [sight]).find(picture(1).image[None], [(rule, sight)])[rule, sight][0]
     assert (found == picture(1).labels.numpy()).mean() > 0.9
 
 

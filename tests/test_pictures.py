@@ -91,6 +91,24 @@ def test_refinement_moves_the_border_to_the_edge() -> None:
     assert refine_maps(torch.rand(1, 2, 8, 8), torch.rand(1, 17, 40, 3), "fast").shape == (1, 2, 17, 40)
 
 
+def test_refinement_works_with_kornia_before_0_9(monkeypatch) -> None:
+    """There is no ``separable`` then, and sizes must be multiples of the subsampling; ComfyUI asks for 0.7.1."""
+    import kornia.filters
+
+    today, steps = kornia.filters.guided_blur, []
+
+    def then(guidance, input, kernel_size, eps, border_type="reflect", subsample=1):
+        assert guidance.shape[2] % subsample == guidance.shape[3] % subsample == 0
+        steps.append(subsample)
+        return today(guidance, input, kernel_size, eps, border_type, subsample)
+
+    maps, image = torch.rand(1, 3, 8, 8).softmax(1), torch.rand(1, 66, 131, 3)
+    expected = refine_maps(maps, image, "fast")
+    monkeypatch.setattr(kornia.filters, "guided_blur", then)
+    torch.testing.assert_close(refine_maps(maps, image, "fast"), expected, rtol=1e-3, atol=1e-4)
+    assert steps == [4]
+
+
 def test_label_colors_are_exact_and_overlay_leaves_the_rest() -> None:
     labels = np.zeros((64, 64), int)
     labels[16:48, 16:48] = 2

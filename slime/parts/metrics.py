@@ -16,10 +16,12 @@ class Scores:
     Attributes:
         per_class: [K] the paper's: mean over the images that hold the class; NaN where none does.
         pooled: [K] intersections over unions summed over all images.
+        per_image: [B, K], NaN where an image does not hold the class.
     """
 
     per_class: np.ndarray
     pooled: np.ndarray
+    per_image: np.ndarray
 
     @property
     def part_miou(self) -> float:
@@ -115,6 +117,11 @@ def evaluate(
             if real.any():
                 rows[index, k] = both / either
     with np.errstate(invalid="ignore", divide="ignore"):
-        held = ~np.isnan(rows)
-        per_class = np.where(held.any(0), np.nansum(rows, 0) / held.sum(0), np.nan)
-        return Scores(per_class, np.where(union > 0, inter / union, np.nan))
+        return Scores(mean_known(rows), np.where(union > 0, inter / union, np.nan), rows)
+
+
+def mean_known(rows: np.ndarray) -> np.ndarray:
+    """Mean over the first axis of the values that are not NaN; NaN where all are."""
+    held = ~np.isnan(rows)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return np.where(held.any(0), np.nansum(rows, 0) / held.sum(0), np.nan)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from inspect import signature
+
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..images import resize_maps
@@ -27,17 +30,23 @@ def refine_maps(maps: Tensor, images: Tensor, method: str) -> Tensor:
     smooth = resize_maps(maps, (height, width))
     if method == "off":
         return smooth
-    from kornia.filters import guided_blur  # imported late: it adds to ComfyUI's start
-
     cell = max(height / maps.shape[-2], width / maps.shape[-1])
     subsample = max(1, round(cell / 4)) if method == "fast" else 1
     shortest = min(height, width) // subsample
     radius = max(1, min(round(RADIUS * cell), (shortest // 2 - 1) * subsample))
     guide = images.movedim(-1, 1).to(smooth)
-    size = 2 * radius + 1
-    groups = [
-        guided_blur(guide, part, size, EDGE, subsample=subsample, separable=True) for part in smooth.split(GROUP, 1)
-    ]
+    groups = [_guided_filter(guide, part, 2 * radius + 1, subsample) for part in smooth.split(GROUP, 1)]
     refined = torch.cat(groups, 1)
     refined = torch.nan_to_num(refined).clamp(min=0)
     return refined / refined.sum(1, keepdim=True).clamp(min=1e-6)
+
+
+def _guided_filter(guide: Tensor, maps: Tensor, size: int, subsample: int) -> Tensor:
+    """Kornia's filter, from 0.7.1 on: before 0.9 it is slower, and wants multiples of ``subsample``."""
+    from kornia.filters import guided_blur  # imported late: it adds to ComfyUI's start
+
+    height, width = guide.shape[-2:]
+    more = (0, -width % subsample, 0, -height % subsample)
+    guide, maps = (F.pad(x, more, mode="replicate") if any(more) else x for x in (guide, maps))
+    quick = {"separable": True} if "separable" in signature(guided_blur).parameters else {}
+    return guided_blur(guide, maps, size, EDGE, subsample=subsample, **quick)[..., :height, :width]
