@@ -26,9 +26,10 @@ from slime import SegmentSettings, segment
 from slime.parts.metrics import boundary_f, evaluate
 from slime.reading import refine as refinement
 from testing import scenes
+from testing.recipes import PAPER_LAYERS
 from testing.server import MODEL
 
-from .methods import PAPER_LAYERS, Variant, remember, trained
+from .methods import Variant, remember, trained
 from .rivals import bilateral, pamr
 from .rows import Row, read_rows, say_row, say_table, write_rows
 from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task

@@ -21,24 +21,16 @@ from slime.backbones.base import Backbone
 from slime.images import resize_image, working_size
 from slime.read_out import Official, Propagated
 from slime.training import gradient
-from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone
+from testing.recipes import PAPER_LAYERS, RECIPES
 from testing.tiny.untrained import write_untrained
 
 from .official_steps import label_maps
 from .rivals import RULES, Bank, Sight, best_sights
 from .sources import as_tensor
 
-# The paper's, of every UNet of SD1.5's and SD2.1's block layout.
-PAPER_LAYERS = {"read_layers": "output.3-7", "propagate_layers": "output.9-11"}
-# Of the paper's recipe, by the parts that are learned (official README and src/dataset.py): crop, rotation, and faces
-# in 2 x 2 crops of 400 pixels of 512.
-RECIPES: dict[tuple[str, ...], dict[str, dict[str, Any]]] = {
-    scenes.PARTS["car"]: {"train": {"crop": 0.6}, "segment": {}},
-    scenes.PARTS["horse"]: {"train": {"crop": 0.8}, "segment": {}},
-    scenes.PARTS["face"]: {"train": {"crop": 0.6, "rotation": 10.0}, "segment": {"crops": 2, "overlap": 0.72}},
-}
+EMPTY: Mapping[str, Any] = {}
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
 MODEL_FREE = ("colour neighbours", "mean mask", "all background")
 Learn = Callable[..., Predict]  # of examples, a seed and, where there are some, validation images
@@ -223,9 +215,16 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
     """Methods by name; ``changes`` apply to the learned ones."""
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
 
-    def variant(name: str, official: dict[str, Any] | None = None, **segment_changes: Any) -> Variant:
-        segment = changes.segment | segment_changes
-        return dataclasses.replace(changes, preset=name, segment=segment, official=official)
+    def variant(
+        name: str, official: dict[str, Any] | None = None, train: Mapping[str, Any] = EMPTY, **segment: Any
+    ) -> Variant:
+        return dataclasses.replace(
+            changes,
+            preset=name,
+            train={**changes.train, **train},
+            segment=changes.segment | segment,
+            official=official,
+        )
 
     paper = fitted(ours, variant("paper"))  # is learned once for both ways to read it
     return {
@@ -235,6 +234,8 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
         "default + best": learned(ours, variant("instant", flip=True, draws=2, refine="best")),
         "paper": learned(ours, variant("paper"), paper),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False}), paper),
+        "default, colours kept": learned(ours, variant("instant", train={"recolor": 0.0})),
+        "paper, recoloured": learned(ours, variant("paper", train={"recolor": 1.0})),
         "untrained": learned(raw, variant("instant")),
         **compared(checkpoint),
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
