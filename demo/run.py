@@ -221,7 +221,9 @@ def run_own(server: ComfyServer, template: Prompt, options: argparse.Namespace) 
     for index, text in enumerate(options.mask, start=1):
         part, _, file = text.rpartition("=")
         part = part or (f"part {index}" if len(options.mask) > 1 else "part")
-        pixels = np.asarray(Image.open(file).convert("L").resize(image.shape[1::-1], Image.Resampling.NEAREST))
+        pixels = np.asarray(
+            Image.open(file).convert("L").resize((image.shape[1], image.shape[0]), Image.Resampling.NEAREST)
+        )
         masks[part] = put_image(server, f"own_mask_{index}.png", np.repeat(pixels[..., None], 3, -1))
     files = sorted(path for path in Path(options.targets).iterdir() if path.suffix.lower() in SUFFIXES)
     if not files:
