@@ -17,7 +17,7 @@ from .parts.maps import PartMaps
 from .read_out import Official, Propagated
 from .reading.finish import Finished
 from .reading.look import Look, Passes, keep, look_at, read_maps
-from .reading.zoom import Seen, look_closer, peaks
+from .reading.zoom import Seen, look_closer, peaks, unsure
 from .settings import LookSettings, ReadSettings, SegmentSettings
 
 OnBatch = Callable[[int, int], None]
@@ -178,7 +178,8 @@ def _finished(
     highest, closer = maps[:, 1:].amax((2, 3)), []
     if backbone is not None and isinstance(settings, SegmentSettings) and settings.zoom:
         if isinstance(item.read_out, Propagated):
-            closer = _closer_looks(backbone, images, maps, item, settings)
+            wanted = unsure(highest, item.sureness)
+            closer = _closer_looks(backbone, images, maps, wanted, item, settings)
             highest = torch.stack([peaks(one, seen) for one, seen in zip(maps, closer, strict=True)])
     present = highest.mean(1) >= settings.min_confidence * item.sureness
     exponent = 1.0 if isinstance(item.read_out, Official) else item.read_out.sharpen
@@ -187,10 +188,15 @@ def _finished(
 
 
 def _closer_looks(
-    backbone: Backbone, images: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
+    backbone: Backbone, images: Tensor, maps: Tensor, wanted: Tensor, item: PartEmbeddings, settings: SegmentSettings
 ) -> list[list[Seen]]:
+    """Of every image what closer looks showed; none for those that are not wanted, [B]."""
+
     def closer(crops: Tensor) -> Tensor:
         return torch.cat([found.cpu() for _, (found,) in _part_maps(backbone, crops, [item], settings)])
 
     look_at_one = partial(look_closer, closer, objects=settings.zoom)
-    return [look_at_one(as_rgb(image), coarse=one) for image, one in zip(images, maps, strict=True)]
+    return [
+        look_at_one(as_rgb(image), coarse=one) if want else []
+        for image, one, want in zip(images, maps, wanted.tolist(), strict=True)
+    ]

@@ -15,6 +15,7 @@ from slime.backbones.text import Capture
 from slime.errors import SlimeError
 from slime.examples import IGNORE, Example, merge_examples
 from slime.images import resize_maps
+from slime.reading import zoom
 from slime.reading.official import official_maps
 from slime.reading.read import calibrate, calibrating_exponent, part_logits
 from slime.reading.zoom import Window, compose, look_closer, peaks, spots, sureness, windows
@@ -79,13 +80,28 @@ def test_zoom_never_fails_where_nothing_is_found() -> None:
     assert closer == [] and found.shape == (2, 32, 48) and not found.argmax(0).any()
 
 
-def test_zoom_of_several_objects_in_the_whole_pipeline() -> None:
+def test_zoom_of_several_objects_in_the_whole_pipeline(monkeypatch) -> None:
+    monkeypatch.setattr(zoom, "UNSURE", 2.0)
     toy = ToyUNet()
     embeddings = train(toy, [picture(0)], preset("instant", views=4))
     images = torch.stack([picture(5).image, picture(6).image])
     plain, zoomed = (segment(toy, images, embeddings, SegmentSettings(zoom=n))[0] for n in (0, 2))
     assert zoomed.probabilities.shape == plain.probabilities.shape
     assert torch.allclose(zoomed.probabilities.sum(1), torch.ones(2, *images.shape[1:3]), atol=1e-4)
+
+
+def test_only_images_that_are_unsure_are_looked_at_more_closely(monkeypatch) -> None:
+    toy = ToyUNet()
+    embeddings = train(toy, [picture(0)], preset("instant", views=4))
+    images = torch.stack([picture(0).image, torch.full_like(picture(0).image, 0.5)])
+    sure, unsure = segment(toy, images, embeddings)[0].confidence.tolist()
+    monkeypatch.setattr(zoom, "UNSURE", (sure + unsure) / 2)
+    passes = []
+    for image in images:
+        before = toy.passes
+        segment(toy, image[None], embeddings, SegmentSettings(zoom=1, batch_size=1))
+        passes.append(toy.passes - before)
+    assert passes[0] == 1 < passes[1]
 
 
 def test_probe_prefers_layers_that_know_the_parts() -> None:

@@ -3,6 +3,7 @@
     python -m tools.train_on data --work FOLDER --shards 8
     python -m tools.train_on train --work FOLDER --minutes 25 100
     python -m tools.train_on export --work FOLDER
+    python -m tools.train_on samples --source CHECKPOINT --output samples.jpg
 
 Scenes of the natural world are rendered and encoded in shards; training takes whatever shards there are, first on
 latents of 16 x 16, then of 32 x 32, and continues from its last checkpoint. Two losses join the usual one:
@@ -22,6 +23,7 @@ import functools
 import json
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ from torch import Tensor, nn
 from testing import scenes
 from testing.server import MODEL
 from testing.tiny import model as tiny_model
-from tools.train_tiny import TextToImage, alphas_cumprod, import_comfyui, log, tokenize
+from tools.train_tiny import TextToImage, alphas_cumprod, import_comfyui, log, paint, tokenize
 
 SHARD = 1500
 FIRST_SEED = 20_000  # of every domain; below 500,000, where validation begins
@@ -44,7 +46,7 @@ SIDES = (16, 32)
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
 CLUSTERS, POINTS = 128, 512  # of the decoder's queries, and points of a pair that are compared
-CLUSTER_WEIGHT = 0.05
+CLUSTER_WEIGHT, ALIKE_WEIGHT = 0.05, 1.0
 CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
 SINK_SHARE = 0.7  # of the start token, from which on nothing is charged
@@ -60,16 +62,15 @@ def variation(rng: np.random.Generator) -> scenes.Variation:
     return scenes.Variation(scale, bool(rng.random() < 0.12), bool(rng.random() < 0.05))
 
 
-def narrow_encoder(checkpoint: dict[str, Tensor]) -> nn.Sequential:
-    """The narrow encoder that was written zero-padded into the checkpoint."""
-    encoder = tiny_model.narrow_encoder()
-    prefix = "first_stage_model.taesd_encoder."
-    state = {}
-    for name, weight in encoder.state_dict().items():
+def narrow(checkpoint: dict[str, Tensor], half: str) -> nn.Sequential:
+    """The narrow "encoder" or "decoder" that was written zero-padded into the checkpoint."""
+    model = tiny_model.narrow_encoder() if half == "encoder" else tiny_model.narrow_decoder()
+    prefix, state = f"first_stage_model.taesd_{half}.", {}
+    for name, weight in model.state_dict().items():
         wide = checkpoint[prefix + name].float()
         state[name] = wide[tuple(slice(0, size) for size in weight.shape)]
-    encoder.load_state_dict(state)
-    return encoder.eval()
+    model.load_state_dict(state)
+    return model.eval()
 
 
 def crop_box(rng: np.random.Generator) -> tuple[float, float, float, bool]:
@@ -246,18 +247,24 @@ class Clusters(nn.Module):
         super().__init__()
         self.centres = nn.ParameterDict({name: 0.1 * torch.randn(CLUSTERS, width) for name, width in widths.items()})
 
-    def forward(self, queries: dict[str, Tensor], boxes: Tensor) -> Tensor:
-        """Loss of queries [2 P, h * w, D] of P pairs whose second images are the boxes [P, 4] of the first."""
+    def forward(self, queries: dict[str, Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss of queries [2 P, h * w, D] of P pairs whose second images are the boxes [P, 4] of the first.
+
+        And how unlike the queries of one place are, relative to how all queries vary, mean over layers: near 0
+        where the place says all, 1 where it says nothing.
+        """
         spots = torch.rand(len(boxes), POINTS, 2)  # of the second image
         within = torch.where(boxes[:, None, 3:] > 0, torch.stack([1 - spots[..., 0], spots[..., 1]], -1), spots)
         first = boxes[:, None, :2] + within * boxes[:, None, 2:3]
-        likeness = {}
+        likeness, unlike = {}, []
         for name, query in queries.items():
             side = math.isqrt(query.shape[1])
             maps = query.float().transpose(1, 2).unflatten(2, (side, side))
             pair = [sample(maps[0::2], first), sample(maps[1::2], spots)]
             centres = nn.functional.normalize(self.centres[name], dim=1)
             likeness[name] = [nn.functional.normalize(one, dim=-1).flatten(0, 1) @ centres.T for one in pair]
+            both = torch.stack(pair).flatten(1, 2)  # [2, P * N, D]
+            unlike.append((both[0] - both[1]).square().sum() / (both - both.mean((0, 1))).square().sum())
         with torch.no_grad():
             joint = [torch.stack([pair[view] for pair in likeness.values()]).mean(0) for view in (0, 1)]
             targets = [sinkhorn(one) for one in joint]
@@ -266,7 +273,7 @@ class Clusters(nn.Module):
             for pair in likeness.values()
             for view in (0, 1)
         ]
-        return torch.stack(losses).mean()
+        return torch.stack(losses).mean(), torch.stack(unlike).mean()
 
 
 def sample(maps: Tensor, spots: Tensor) -> Tensor:
@@ -341,7 +348,7 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             batches[phase],
             (6e-4, 5e-4)[phase],
         )
-        mean_loss = mean_share = mean_told = None
+        mean_loss = mean_share = mean_told = mean_unlike = None
         last_save = last_log = time.time()
         seen = 0
         while state["elapsed"][phase] < limit:
@@ -367,10 +374,10 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             loss = (predicted.float() - (a * noise - s * clean)).square().mean()
             share = torch.stack(watch.shares).mean()
             clear = t.view(-1, 2).amax(1) < CLUSTER_NOISE
-            told = clusters({n: q[clear.repeat_interleave(2)] for n, q in watch.queries.items()}, boxes[clear])
+            told, unlike = clusters({n: q[clear.repeat_interleave(2)] for n, q in watch.queries.items()}, boxes[clear])
             optimizer.zero_grad(set_to_none=True)
             charge = SINK_WEIGHT if mean_share is None or mean_share < SINK_SHARE else 0.0
-            (loss + charge * share + CLUSTER_WEIGHT * told).backward()
+            (loss + charge * share + CLUSTER_WEIGHT * told + ALIKE_WEIGHT * unlike).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
@@ -382,13 +389,14 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             mean_loss = _running(mean_loss, float(loss))
             mean_share = _running(mean_share, 1 - float(share))
             mean_told = _running(mean_told, float(told))
+            mean_unlike = _running(mean_unlike, float(unlike))
             if time.time() - last_log > 60:
                 speed = seen / (time.time() - last_log)
                 log(
                     work,
                     f"{SIDES[phase]}x{SIDES[phase]} step {state['step']} loss {mean_loss:.4f} start token "
-                    f"{mean_share:.3f} clusters {mean_told:.3f} {state['elapsed'][phase] / 60:.1f} min "
-                    f"{speed:.1f} images/s",
+                    f"{mean_share:.3f} clusters {mean_told:.3f} unlike {mean_unlike:.3f} "
+                    f"{state['elapsed'][phase] / 60:.1f} min {speed:.1f} images/s",
                 )
                 last_log, seen = time.time(), 0
             if time.time() - last_save > 300:
@@ -463,9 +471,19 @@ def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> 
     log(work, f"export: {target.name} {target.stat().st_size / 1e6:.1f} MB after {steps} further steps")
 
 
+def samples(comfyui: str, source: Path, target: Path) -> None:
+    """What a checkpoint paints for captions of natural scenes it has not seen: four of every domain."""
+    import_comfyui(comfyui)
+    checkpoint = load_source(source)
+    captions = [scenes.render(d, 900_000 + i, style="natural").caption for d in scenes.DOMAINS for i in range(4)]
+    model = start_model(checkpoint, comfyui)[0].eval()
+    paint(model, narrow(checkpoint, "decoder"), comfyui, captions, 4).save(target, quality=90)
+    sys.stdout.write("\n".join(captions) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["data", "train", "export"])
+    parser.add_argument("stage", choices=["data", "train", "export", "samples"])
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_DIR"))
     parser.add_argument("--work", type=Path, default=Path("demo_training/on"))
     parser.add_argument("--source", type=Path, default=MODEL)
@@ -477,11 +495,13 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "data":
-        encoder = narrow_encoder(load_source(options.source))
+        encoder = narrow(load_source(options.source), "encoder")
         for index in range(*options.shards):
             make_shard(options.work, index, encoder)
     elif options.stage == "train":
         train(options.work, options.comfyui, options.source, tuple(options.minutes), tuple(options.batches))
+    elif options.stage == "samples":
+        samples(options.comfyui, options.source, options.output)
     else:
         export(options.work, options.comfyui, options.source, options.output, options.warm)
 

@@ -378,18 +378,30 @@ def export(work: Path, comfyui: str, target: Path) -> None:
     log(work, f"export: {target.name} {target.stat().st_size / 1e6:.1f} MB after {saved['state']['step']} steps")
 
 
-@torch.inference_mode()
-def sample_grid(
-    work: Path, comfyui: str, target: Path, device: torch.device, steps: int = 30, guidance: float = 3.0
-) -> None:
-    """Two captions a domain, DDIM with guidance, decoded and written as one picture."""
+def sample_grid(work: Path, comfyui: str, target: Path, device: torch.device) -> None:
+    """What the trained model paints for captions of scenes it has not seen."""
     import_comfyui(comfyui)
     saved = torch.load(work / "unet.pt", weights_only=True, map_location="cpu")
-    model = TextToImage(saved["vocabulary"]).to(device)
+    model = TextToImage(saved["vocabulary"])
     model.load_state_dict(saved["ema"])
-    decoder = load_autoencoder(work)[1].to(device)
     captions = [scenes.render(d, 900_000 + i).caption for d in scenes.DOMAINS for i in range(4)]
-    index = {token: i for i, token in enumerate(saved["vocabulary"])}
+    paint(model.to(device), load_autoencoder(work)[1].to(device), comfyui, captions, 4).save(target)
+    log(work, "samples: " + " | ".join(captions))
+
+
+@torch.inference_mode()
+def paint(
+    model: TextToImage,
+    decoder: nn.Module,
+    comfyui: str,
+    captions: list[str],
+    columns: int,
+    steps: int = 30,
+    guidance: float = 3.0,
+) -> Image.Image:
+    """A picture a caption, by DDIM with guidance, in rows of ``columns``."""
+    device = model.tokens.weight.device
+    index = {token: i for i, token in enumerate(model.vocabulary)}
     ids = tokenize(comfyui, [*captions, *[""] * len(captions)])
     tokens = torch.tensor([[index[int(i)] for i in row] for row in ids], device=device)
     abar = alphas_cumprod().to(device)
@@ -403,9 +415,8 @@ def sample_grid(
         clean, noise = a * x - s * v, s * x + a * v
         x = abar[following].sqrt() * clean + (1 - abar[following]).sqrt() * noise
     pixels = decoder(x).clamp(0, 1).mul(255).byte().permute(0, 2, 3, 1).cpu().numpy()
-    rows = [np.hstack(list(pixels[i : i + 4])) for i in range(0, len(captions), 4)]
-    Image.fromarray(np.vstack(rows)).save(target)
-    log(work, "samples: " + " | ".join(captions))
+    rows = [np.hstack(list(pixels[i : i + columns])) for i in range(0, len(captions), columns)]
+    return Image.fromarray(np.vstack(rows))
 
 
 def main() -> None:

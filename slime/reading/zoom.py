@@ -17,6 +17,7 @@ from torch import Tensor
 from ..images import resize_image
 from .refine import refine_maps
 
+UNSURE = 0.8  # share of the examples' sureness, below which an image is looked at more closely
 FACTORS = (0.75, 0.56, 0.42, 0.33, 0.25)  # sides of the windows relative to the image's
 SECOND = 0.85  # a further object must be at least this sure, relative to the surest
 SPARE = 1  # more spots are looked at than objects are wanted: the first look errs on small ones
@@ -40,6 +41,12 @@ class Window(NamedTuple):
         high = min(self.top + self.height, other.top + other.height) - max(self.top, other.top)
         wide = min(self.left + self.width, other.left + other.width) - max(self.left, other.left)
         return max(0, high) * max(0, wide) / min(self.height * self.width, other.height * other.width)
+
+
+def unsure(highest: Tensor, examples: float) -> Tensor:
+    """Images [B] that deserve closer looks: their parts' peaks [B, P] stay behind those of the ``examples``, 0 if
+    unknown."""
+    return highest.mean(1) < UNSURE * (examples or 1.0)
 
 
 def sureness(maps: Tensor) -> Tensor:
