@@ -81,8 +81,9 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="folder in the official layout; default is rendered scenes")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), help=", ".join([*methods, CEILING]))
     known = list(dict.fromkeys((*SCENE_DOMAINS, *OFFICIAL_PARTS)))
-    parser.add_argument("--domains", nargs="+", choices=known, default=list(SCENE_DOMAINS))
+    parser.add_argument("--domains", nargs="+", choices=known, help="default: all that the style has")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--style", choices=[s for s in scenes.STYLES if s != "ink"], default=scenes.WORLD)
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--seeds", type=int, default=5, help="sets of teaching examples")
     parser.add_argument("--scenes", type=int, default=60, help="plain test scenes a domain; half as many of other sets")
@@ -95,6 +96,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
     options = parser.parse_args()
+    options.domains = options.domains or list(SCENE_DOMAINS if options.style == "natural" else scenes.DOMAINS)
     if options.quick:
         options.seeds, options.scenes, options.shots, options.sets = 1, 20, [1], ["plain"]
         options.domains = list(scenes.DOMAINS)
@@ -109,7 +111,7 @@ def main() -> None:
     changes = Variant(
         "instant", assignments(options.set), {}, assignments(options.read_out), assignments(options.segment)
     )
-    methods = make_methods(options.checkpoint, changes)
+    methods = make_methods(options.checkpoint, changes, options.style)
     if options.determinism:
         check_determinism(methods["default"])
         return
@@ -128,7 +130,7 @@ def main() -> None:
                     task = folder_task(options.data, domain, shots, seed, options.split)
                 else:
                     sets = ["plain"] if domain.endswith(DETAILS) else options.sets
-                    task = scene_task(domain, shots, seed, options.scenes, options.split, sets)
+                    task = scene_task(domain, shots, seed, options.scenes, options.split, sets, options.style)
                 if not set(wanted) <= {*MODEL_FREE, CEILING}:
                     for test in task.tests.values():
                         remember(trained(options.checkpoint), test.images)

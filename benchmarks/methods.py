@@ -21,6 +21,7 @@ from slime.backbones.base import Backbone
 from slime.images import resize_image, working_size
 from slime.read_out import Official, Propagated
 from slime.training import gradient
+from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone
 from testing.recipes import PAPER_LAYERS, RECIPES
@@ -186,24 +187,24 @@ def learned(get_backbone: Callable[[], Any], variant: Variant, fit: Fit | None =
 
 
 @functools.cache
-def sights_of(checkpoint: Path) -> dict[str, Sight]:
-    return best_sights(trained(checkpoint))
+def sights_of(checkpoint: Path, style: str) -> dict[str, Sight]:
+    return best_sights(trained(checkpoint), style)
 
 
-def compared(checkpoint: Path) -> dict[str, Learn]:
+def compared(checkpoint: Path, style: str) -> dict[str, Learn]:
     """The rivals that compare descriptors; what one of them looks at, the others are given."""
     banks: list[tuple[Sequence[Example], int, Bank]] = []
     kept: list[tuple[Bank, np.ndarray, dict[str, list[np.ndarray]]]] = []
 
     def find(bank: Bank, images: np.ndarray) -> dict[str, list[np.ndarray]]:
         if not (kept and kept[0][0] is bank and kept[0][1] is images):
-            wanted = list(sights_of(checkpoint).items())
+            wanted = list(sights_of(checkpoint, style).items())
             kept[:] = [(bank, images, {pair[0]: m for pair, m in bank.find(as_tensor(images), wanted).items()})]
         return kept[0][2]
 
     def learn(rule: str, examples: Sequence[Example], seed: int, _validation: Sequence[Example] = ()) -> Predict:
         if not (banks and banks[0][0] is examples and banks[0][1] == seed):
-            chosen = list(dict.fromkeys(sights_of(checkpoint).values()))
+            chosen = list(dict.fromkeys(sights_of(checkpoint, style).values()))
             banks[:] = [(examples, seed, Bank(trained(checkpoint), examples, chosen, seed))]
         bank = banks[0][2]
         return lambda images: find(bank, images)[rule]
@@ -211,7 +212,7 @@ def compared(checkpoint: Path) -> dict[str, Learn]:
     return {rule: functools.partial(learn, rule) for rule in RULES}
 
 
-def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
+def make_methods(checkpoint: Path, changes: Variant, style: str = scenes.WORLD) -> dict[str, Learn]:
     """Methods by name; ``changes`` apply to the learned ones."""
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
 
@@ -237,7 +238,7 @@ def make_methods(checkpoint: Path, changes: Variant) -> dict[str, Learn]:
         "default, colours kept": learned(ours, variant("instant", train={"recolor": 0.0})),
         "paper, recoloured": learned(ours, variant("paper", train={"recolor": 1.0})),
         "untrained": learned(raw, variant("instant")),
-        **compared(checkpoint),
+        **compared(checkpoint, style),
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
         "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
         "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),

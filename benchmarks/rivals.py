@@ -125,7 +125,7 @@ class Bank:
         return found
 
 
-def best_sights(backbone: TextConditioned, images: int = 6) -> dict[str, Sight]:
+def best_sights(backbone: TextConditioned, style: str = scenes.WORLD, images: int = 6) -> dict[str, Sight]:
     """For every rule the sight with the highest part mIoU on validation scenes; DIFT's timestep for a large model.
 
     A rival is shown at its best layer, as its author would choose it.
@@ -136,7 +136,7 @@ def best_sights(backbone: TextConditioned, images: int = 6) -> dict[str, Sight]:
     pairs = [(rule, sight) for rule in RULES for sight in everything]
     scores = dict.fromkeys(pairs, 0.0)
     for domain in scenes.DOMAINS:
-        task = scene_task(domain, 1, 0, images, "validation")
+        task = scene_task(domain, 1, 0, images, "validation", style=style)
         test = task.tests["plain"]
         found = Bank(backbone, task.examples, everything).find(as_tensor(test.images), pairs)
         for pair, maps in found.items():

@@ -55,7 +55,7 @@ def scene_task(
     count: int,
     split: str,
     sets: Sequence[str] = ("plain",),
-    style: str = "natural",
+    style: str = scenes.WORLD,
 ) -> Task:
     """Rendered scenes; every seed has teaching examples of its own, the test scenes stay.
 
@@ -78,7 +78,7 @@ def truth_of(scene: scenes.Scene, domain: str) -> np.ndarray:
 
 
 @functools.cache
-def scene_set(domain: str, name: str, count: int, split: str, style: str = "natural") -> LabelledImages:
+def scene_set(domain: str, name: str, count: int, split: str, style: str = scenes.WORLD) -> LabelledImages:
     first = splits.VALIDATION if split == "validation" else splits.TEST
     count = count if name == "plain" else max(1, count // 2)
     shown = domain.removesuffix(DETAILS)

@@ -16,7 +16,7 @@ TEST = 1_000_000  # scenes on which figures are reported
 
 
 def example(
-    domain: str, seed: int, variation: scenes.Variation = scenes.VARIATIONS["plain"], style: str = "free"
+    domain: str, seed: int, variation: scenes.Variation = scenes.VARIATIONS["plain"], style: str = scenes.WORLD
 ) -> Example:
     """A scene as a labelled example."""
     scene = scenes.render(domain, seed, variation, style=style)

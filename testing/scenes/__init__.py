@@ -18,7 +18,19 @@ from .natural import Repainter, light_naturally, natural_painter, sparse_caption
 from .painter import Painter
 from .place import PLACES, light_up, paint_background, paint_bar
 
-__all__ = ["DOMAINS", "FINE", "PARTS", "PLACES", "SIZE", "VARIATIONS", "Scene", "Variation", "render"]
+__all__ = [
+    "DOMAINS",
+    "FINE",
+    "PARTS",
+    "PLACES",
+    "SIZE",
+    "STYLES",
+    "VARIATIONS",
+    "WORLD",
+    "Scene",
+    "Variation",
+    "render",
+]
 
 PARTS: dict[str, tuple[str, ...]] = {"car": car.PARTS, "horse": horse.PARTS, "face": face.PARTS}
 FINE: dict[str, tuple[str, ...]] = {"car": car.FINE, "horse": horse.FINE, "face": face.FINE}
@@ -40,6 +52,7 @@ class Scene:
 
 
 STYLES: dict[str, tuple[int, ...]] = {"free": (), "natural": (1,), "ink": (3,)}  # what their seeds begin with
+WORLD = "free"  # the style that the demo model was trained on
 
 
 @dataclass(frozen=True)
@@ -88,7 +101,7 @@ def render(
     seed: int,
     variation: Variation = VARIATIONS["plain"],
     size: int = SIZE,
-    style: str = "free",
+    style: str = WORLD,
     repaint: int | None = None,
 ) -> Scene:
     """Draw one scene. The same arguments give the same pixels.
