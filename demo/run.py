@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ from slime.parts.draw import color_labels, loss_curve
 from slime.parts.metrics import Scores, evaluate
 from testing import scenes, splits
 from testing.baselines import color_neighbours, mean_mask
+from testing.recipes import PAPER_LAYERS, RECIPES
 from testing.server import MODEL, ROOT, ComfyServer
-from testing.tiny.untrained import write_untrained
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
 OUTPUT = ROOT / "demo_output"
 SHOTS = (1, 10)
 GRID_COLUMNS = 4
+NONE: Mapping[str, Any] = {}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 
 
@@ -53,7 +54,14 @@ class Shot:
 
 
 def build_prompt(
-    template: Prompt, checkpoint: str, shots: Sequence[Shot], targets: Sequence[str], name: str, seed: int = 0
+    template: Prompt,
+    checkpoint: str,
+    shots: Sequence[Shot],
+    targets: Sequence[str],
+    name: str,
+    seed: int = 0,
+    train_changes: Mapping[str, Any] = NONE,
+    segment_changes: Mapping[str, Any] = NONE,
 ) -> tuple[Prompt, list[tuple[str, str]]]:
     """The bundled "learn and segment" workflow with these examples and every target, and the nodes to read.
 
@@ -65,7 +73,7 @@ def build_prompt(
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = checkpoint
     prompt[find(prompt, "SLiMeSaveEmbeddings")]["inputs"].update(filename=name, overwrite=True)
     train = prompt[find(prompt, "SLiMeTrain")]["inputs"]
-    train["seed"] = seed
+    train.update({"seed": seed} | dict(train_changes))
     segment = find(prompt, "SLiMeSegment")
     # The template's own example and target go; the chain and the targets take their places.
     first_example, first_target = find(prompt, "SLiMeExample"), prompt[segment]["inputs"]["image"][0]
@@ -78,7 +86,7 @@ def build_prompt(
             inputs = {"image": [image, 0], "mask": [loaded, 0], "names": part}
             chain = [builder.add("SLiMeExample", **inputs, **({"previous": chain} if chain else {})), 0]
     train["examples"] = chain
-    kept = {key: value for key, value in prompt[segment]["inputs"].items() if key != "image"}
+    kept = {key: value for key, value in prompt[segment]["inputs"].items() if key != "image"} | dict(segment_changes)
     removed |= _after(prompt, segment) | {segment}
     results = []
     for target in targets:
@@ -140,9 +148,13 @@ def learn_and_find(
     targets: Sequence[str],
     name: str,
     folder: Path,
+    train_changes: Mapping[str, Any] = NONE,
+    segment_changes: Mapping[str, Any] = NONE,
 ) -> tuple[PartEmbeddings, list[np.ndarray], float]:
     """Queue one prompt, write its results to ``folder``; returns embeddings, label maps and seconds."""
-    prompt, nodes = build_prompt(template, checkpoint, shots, targets, name)
+    prompt, nodes = build_prompt(
+        template, checkpoint, shots, targets, name, train_changes=train_changes, segment_changes=segment_changes
+    )
     start = time.monotonic()
     outputs = server.run(prompt, 1800)
     seconds = time.monotonic() - start
@@ -167,9 +179,8 @@ def row(label: str, scores: Scores, names: Sequence[str]) -> str:
     return f"  {label:<34} part mIoU {scores.part_miou:.3f}   {parts}"
 
 
-def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Sequence[str]) -> None:
+def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Sequence[str], paper: bool = False) -> None:
     """The tiny model on the rendered domains."""
-    untrained = server.add_checkpoint(write_untrained(MODEL, server.base / "slime_untrained.safetensors"))
     rows: list[np.ndarray] = []
     means: dict[str, list[float]] = {}
     for domain in domains:
@@ -180,29 +191,41 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
         for shots in SHOTS:
             examples = [splits.example(domain, splits.TEACH + i) for i in range(shots)]
             given = [put_example(server, f"{domain}_teach_{i}", example) for i, example in enumerate(examples)]
-            folder = OUTPUT / f"{domain}_{shots}_shot"
-            embeddings, found, seconds = learn_and_find(
-                server, template, MODEL.name, given, targets, f"{domain}_{shots}", folder
-            )
-            results = {
-                f"SLiMe, instant ({seconds:.0f} s in all)": found,
-                "mean mask": [mean_mask(examples)] * count,
-                "colour and position neighbours": color_neighbours(examples, [scene.image for scene in tests]),
-                "SLiMe on an untrained UNet": learn_and_find(
-                    server, template, untrained, given, targets, "untrained", server.base / "untrained"
-                )[1],
-            }
+            results: dict[str, Sequence[np.ndarray]] = {}
+            recipes: dict[str, dict[str, dict[str, Any]]] = {"instant": {}}
+            if paper and shots == 1:
+                recipes["paper"] = papers_recipe(domain)
+            for preset, changes in recipes.items():
+                name = f"{domain}_{shots}_shot" + ("_paper" if preset == "paper" else "")
+                learned, found, seconds = learn_and_find(
+                    server, template, MODEL.name, given, targets, name, OUTPUT / name, **changes
+                )
+                results[f"SLiMe, {preset} ({seconds:.0f} s in all)"] = found
+                if preset == "instant":
+                    embeddings, shown = learned, found
+            results["mean mask"] = [mean_mask(examples)] * count
+            results["colour and position neighbours"] = color_neighbours(examples, [scene.image for scene in tests])
             say(f"{domain}, learned from {shots} image{'s' if shots > 1 else ''}, {count} held-out scenes:")
             for label, predictions in results.items():
                 scores = evaluate(predictions, truths, len(names) + 1)
                 say(row(label, scores, names))
                 means.setdefault(f"{shots}-shot {label.split(' (')[0]}", []).append(scores.part_miou)
-        rows += grid_rows(tests[:GRID_COLUMNS], found[:GRID_COLUMNS], embeddings)
+        rows += grid_rows(tests[:GRID_COLUMNS], shown[:GRID_COLUMNS], embeddings)
     Image.fromarray(np.vstack(rows)).save(OUTPUT / "grid.png")
     say("Mean over the domains:")
     for label, values in means.items():
         say(f"  {label:<40} part mIoU {np.mean(values):.3f}")
     say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, learned from {SHOTS[-1]})")
+
+
+def papers_recipe(domain: str) -> dict[str, dict[str, Any]]:
+    """What the paper's authors set for these parts, as inputs of the nodes."""
+    recipe = RECIPES[scenes.PARTS[domain]]
+    layers = {"cross_layers": PAPER_LAYERS["read_layers"], "self_layers": PAPER_LAYERS["propagate_layers"]}
+    return {
+        "train_changes": {"preset": "paper"} | layers | recipe["train"],
+        "segment_changes": {"refine": "off"} | recipe["segment"],
+    }
 
 
 def grid_rows(
@@ -246,6 +269,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=12, help="held-out scenes a domain (default 12)")
     parser.add_argument("--domains", nargs="+", choices=scenes.DOMAINS, default=list(scenes.DOMAINS))
+    parser.add_argument("--paper", action="store_true", help="beside it the paper's own recipe, from one example")
     parser.add_argument("--serve", action="store_true", help="leave the server up afterwards")
     parser.add_argument("--checkpoint", type=Path, help="your own Stable Diffusion checkpoint")
     parser.add_argument("--image", type=Path, help="with --checkpoint: the picture to learn from")
@@ -268,7 +292,7 @@ def main() -> None:
         if options.checkpoint:
             run_own(server, template, options)
         else:
-            run_scenes(server, template, options.scenes, options.domains)
+            run_scenes(server, template, options.scenes, options.domains, options.paper)
         say(f"done in {time.monotonic() - start:.0f} s; everything is in {OUTPUT}")
         if options.serve:
             say(f"The server stays up at {server.address}; Ctrl+C ends it.")

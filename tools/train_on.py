@@ -386,10 +386,10 @@ def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], ba
             state["step"] += 1
             state["elapsed"][phase] += time.process_time() - began
             seen += batch
-            mean_loss = _running(mean_loss, float(loss))
-            mean_share = _running(mean_share, 1 - float(share))
-            mean_told = _running(mean_told, float(told))
-            mean_unlike = _running(mean_unlike, float(unlike))
+            mean_loss = _running(mean_loss, float(loss.detach()))
+            mean_share = _running(mean_share, 1 - float(share.detach()))
+            mean_told = _running(mean_told, float(told.detach()))
+            mean_unlike = _running(mean_unlike, float(unlike.detach()))
             if time.time() - last_log > 60:
                 speed = seen / (time.time() - last_log)
                 log(
