@@ -1,18 +1,19 @@
 """Train the tiny model on, from a checkpoint, until its attention behaves as Stable Diffusion's does.
 
-    python -m tools.train_on data --work FOLDER --shards 8
-    python -m tools.train_on train --work FOLDER --minutes 25 100
+    python -m tools.train_on train --work FOLDER --minutes 7 --batch 256 --workers 12     (a large GPU)
+    python -m tools.train_on train --work FOLDER --minutes 300                            (two CPU cores)
     python -m tools.train_on export --work FOLDER
     python -m tools.train_on samples --source CHECKPOINT --output samples.jpg
 
-Scenes of the natural world are rendered and encoded in shards; training takes whatever shards there are, first on
-latents of 16 x 16, then of 32 x 32, and continues from its last checkpoint. Two losses join the usual one:
+Scenes of the natural world are rendered while it trains; training continues from its last checkpoint. Two losses join
+the usual one:
 
 - attention of the cross-attention layers is charged for every row but the start token's, so that a place asks for words
   only where they pay: the start token becomes the sink that stands for the background;
 - every scene comes as a pair, the second a crop of the same shapes in other colours, place and light, and the decoder's
-  queries at the same spot of both are to fall into the same cluster (:class:`Clusters`). What a place is, whatever its
-  colour, Stable Diffusion learns from its billions of images; minutes on rendered scenes do not. No masks are used.
+  queries at the same spot of both are to be alike and to fall into the same cluster (:class:`Clusters`). What a place
+  is, whatever its colour, Stable Diffusion learns from its billions of images; minutes on rendered scenes do not. No
+  masks are used.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import math
 import os
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +38,23 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from testing import scenes
 from testing.server import MODEL
 from testing.tiny import model as tiny_model
 from tools.train_tiny import TextToImage, alphas_cumprod, import_comfyui, log, paint, tokenize
 
-SHARD = 1500
-FIRST_SEED = 20_000  # of every domain; below 500,000, where validation begins
-SIDES = (16, 32)
+FIRST_SEED, LAST_SEED = 20_000, 500_000  # of every domain; there validation begins
+FEWEST = 3_000  # images to begin with
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
 CLUSTERS, POINTS = 128, 512  # of the decoder's queries, and points of a pair that are compared
-CLUSTER_WEIGHT, ALIKE_WEIGHT = 0.05, 1.0
+WEIGHTS = (0.05, 1.0)  # of the clusters and of how unlike the queries of one place are
 CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
-SINK_SHARE = 0.7  # of the start token, from which on nothing is charged
+SINK_SHARE = 0.6  # of the start token, from which on words are not charged
+PADDING_WEIGHT = 0.02  # of attention to the rows that end and pad a text
 CLIP = "cond_stage_model.transformer."
 TOKENS = "tokens"
 UNET = "model.diffusion_model."
@@ -88,68 +93,83 @@ def cut(image: np.ndarray, box: tuple[float, float, float, bool]) -> np.ndarray:
     return found[:, ::-1].copy() if mirrored else found
 
 
-@torch.inference_mode()
-def make_shard(work: Path, index: int, encoder: nn.Sequential) -> None:
-    """Latents float16 [N, 4, 32, 32] and [N, 4, 16, 16] of natural scenes, their captions, and the boxes [N / 2, 4].
+class Scenes(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
+    """Pairs of natural scenes without end, ten at a time, the second of a pair the box of the first in other colours.
 
-    Scenes come in pairs, the second the box of the first in other colours.
+    Pixels uint8 [20, H, W, 3], tokens [20, 77] as positions in the vocabulary, boxes [10, 4]. Workers share the pairs.
     """
-    target = work / f"shard_{index:03d}.npz"
-    if target.exists():
-        return
-    start, captions, boxes = time.time(), [], []
-    latents: dict[int, list[np.ndarray]] = {side: [] for side in SIDES}
-    pending: list[np.ndarray] = []
-    for number in range(index * SHARD // 2, (index + 1) * SHARD // 2):
-        rng = np.random.default_rng([number, 7])
-        domain, seed = scenes.DOMAINS[number % 3], FIRST_SEED + number // 3
-        changed = variation(rng)
-        scene = scenes.render(domain, seed, changed, style="natural")
-        other = scenes.render(domain, seed, changed, style="natural", repaint=number)
-        boxes.append(crop_box(rng))
-        captions += [scene.caption, other.caption]
-        pending += [scene.image, cut(other.image, boxes[-1])]
-        if len(pending) == 20:
-            pixels = torch.from_numpy(np.stack(pending)).permute(0, 3, 1, 2).float().div(255)
-            pending = []
-            for side in SIDES:
-                small = pixels if side == 32 else nn.functional.avg_pool2d(pixels, 2)
-                latents[side].append(encoder(small.contiguous(memory_format=torch.channels_last)).half().numpy())
-    scratch = target.with_suffix(".tmp.npz")
-    arrays = {f"side_{side}": np.concatenate(latents[side]) for side in SIDES}
-    arrays["boxes"] = np.array(boxes, np.float32)
-    np.savez(scratch, captions=np.array(json.dumps(captions)), **arrays)  # type: ignore[arg-type]
-    os.replace(scratch, target)
-    log(work, f"shard {index}: {time.time() - start:.0f} s")
+
+    def __init__(self, comfyui: str, vocabulary: list[int], first: int) -> None:
+        self.comfyui, self.vocabulary, self.first = comfyui, vocabulary, first
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        torch.set_num_threads(1)
+        worker = get_worker_info()
+        share, of = (worker.id, worker.num_workers) if worker else (0, 1)
+        position = {token: place for place, token in enumerate(self.vocabulary)}
+        for number in itertools.count(self.first // 20 + share, of):
+            images, captions, boxes = [], [], []
+            for pair in range(10 * number, 10 * number + 10):
+                rng = np.random.default_rng([pair, 7])
+                domain, seed = scenes.DOMAINS[pair % 3], FIRST_SEED + pair // 3
+                if seed >= LAST_SEED:
+                    return
+                changed = variation(rng)
+                scene = scenes.render(domain, seed, changed, style="natural")
+                other = scenes.render(domain, seed, changed, style="natural", repaint=pair)
+                boxes.append(crop_box(rng))
+                captions += [scene.caption, other.caption]
+                images += [scene.image, cut(other.image, boxes[-1])]
+            ids = [[position[int(token)] for token in row] for row in tokenize(self.comfyui, captions)]
+            yield torch.from_numpy(np.stack(images)), torch.tensor(ids), torch.tensor(boxes)
 
 
-class Shards:
-    """All shards that are there; new ones are picked up."""
+class Pool:
+    """The scenes that were rendered and encoded so far, at most ``size`` images; new ones replace the oldest.
 
-    def __init__(self, work: Path, side: int) -> None:
-        self.work, self.side = work, side
-        self.latents: list[np.ndarray] = []
-        self.boxes: list[np.ndarray] = []
-        self.captions: list[str] = []
-        self._read: set[str] = set()
-        self.refresh()
+    A thread fills it. Latents float16 [size, 4, 32, 32], tokens [size, 77], boxes [size / 2, 4], on the device.
+    """
 
-    def refresh(self) -> None:
-        for path in sorted(self.work.glob("shard_[0-9][0-9][0-9].npz")):
-            if path.name not in self._read:
-                with np.load(path) as data:
-                    self.latents.append(data[f"side_{self.side}"])
-                    self.boxes.append(data["boxes"])
-                    self.captions += json.loads(str(data["captions"]))
-                self._read.add(path.name)
+    def __init__(self, source: DataLoader[Any], encoder: nn.Sequential, size: int, device: torch.device) -> None:
+        side = scenes.SIZE // tiny_model.DOWNSCALE
+        self.latents = torch.zeros(size, 4, side, side, dtype=torch.float16, device=device)
+        self.tokens = torch.zeros(size, 77, dtype=torch.long, device=device)
+        self.boxes = torch.zeros(size // 2, 4, device=device)
+        self.size, self.made = size, 0
+        self._encoder = encoder.to(device)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._fill, args=(iter(source),), daemon=True)
+        self._thread.start()
 
-    def draw(self, rng: np.random.Generator, pairs: int) -> tuple[Tensor, list[str], Tensor]:
-        """Latents [2 P, 4, h, w] and captions of P pairs, one after the other, and the boxes [P, 4]."""
-        picks = rng.integers(len(self.captions) // 2, size=pairs)
-        images = [image for pick in picks for image in (2 * pick, 2 * pick + 1)]
-        clean = np.stack([self.latents[i // SHARD][i % SHARD] for i in images]).astype(np.float32)
-        boxes = np.stack([self.boxes[2 * i // SHARD][i % (SHARD // 2)] for i in picks])
-        return torch.from_numpy(clean), [self.captions[i] for i in images], torch.from_numpy(boxes)
+    @torch.inference_mode()
+    def _fill(self, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+        device = self.latents.device
+        for pixels, tokens, boxes in batches:
+            if self._done.is_set():
+                return
+            start = self.made % self.size
+            place = slice(start, start + len(pixels))
+            image = pixels.to(device).permute(0, 3, 1, 2).float().div(255)
+            self.latents[place] = self._encoder(image).half()
+            self.tokens[place] = tokens.to(device)
+            self.boxes[start // 2 : start // 2 + len(boxes)] = boxes.to(device)
+            self.made += len(pixels)
+
+    def wait(self, least: int) -> None:
+        while self.made < least:
+            if not self._thread.is_alive():
+                raise RuntimeError("scenes are no longer rendered; the reason is above")
+            time.sleep(1)
+
+    def close(self) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def draw(self, pairs: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [2 P, 4, h, w] and tokens [2 P, 77] of P pairs, one after the other, and the boxes [P, 4]."""
+        picks = torch.randint(min(self.made, self.size) // 2, (pairs,), device=self.latents.device)
+        images = torch.stack([2 * picks, 2 * picks + 1], 1).flatten()
+        return self.latents[images].float(), self.tokens[images], self.boxes[picks]
 
 
 def words_of_world() -> list[str]:
@@ -197,21 +217,26 @@ def start_model(checkpoint: dict[str, Tensor], comfyui: str) -> tuple[TextToImag
     return model, vocabulary
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """[B, L, heads * D] of each. ComfyUI's own prefers cuDNN's kernels, made for inference."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
 class Watch:
-    """The decoder's queries, and the mean share of cross-attention, computed openly, that leaves the start token."""
+    """The decoder's queries, and what cross-attention, computed openly, does not give to start token and words."""
 
     def __init__(self) -> None:
-        self.shares: list[Tensor] = []
+        self.ends: Tensor | None = None  # bool [B, L], rows that end and pad a text
+        self.shares: list[Tensor] = []  # by layer: not to the start token, to rows that end and pad
         self.queries: dict[str, Tensor] = {}  # [B, h * w, D]
 
     def options(self) -> dict[str, Any]:
-        from comfy.ldm.modules.attention import attention_pytorch
-
         decoder = [("output", n) for n in range(3, 12)]
         places = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0), *decoder]
         self.shares, self.queries = [], {}
         return {
-            "optimized_attention_override": lambda _f, *args, **kwargs: attention_pytorch(*args, **kwargs),
+            "optimized_attention_override": lambda _f, *args, **_: attention(*args[:4]),
             "patches_replace": {
                 "attn2": {place: functools.partial(self._cross, place) for place in places},
                 "attn1": {place: functools.partial(self._self, place) for place in decoder},
@@ -226,14 +251,14 @@ class Watch:
         heads = extra["n_heads"]
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
         shares = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
-        self.shares.append(1 - shares[..., 0].float().mean())
+        rows = shares.float().mean((1, 2))  # [B, L]
+        ended = rows.new_zeros(()) if self.ends is None else (rows * self.ends).sum(1).mean()
+        self.shares.append(torch.stack([1 - rows[:, 0].mean(), ended]))
         return (shares.to(v.dtype) @ v).transpose(1, 2).flatten(2)
 
     def _self(self, place: tuple[str, int], query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
-        from comfy.ldm.modules.attention import attention_pytorch
-
         self.queries[f"self{place[1]}"] = query
-        return attention_pytorch(query, key, value, extra["n_heads"])
+        return attention(query, key, value, extra["n_heads"])
 
 
 class Clusters(nn.Module):
@@ -253,7 +278,7 @@ class Clusters(nn.Module):
         And how unlike the queries of one place are, relative to how all queries vary, mean over layers: near 0
         where the place says all, 1 where it says nothing.
         """
-        spots = torch.rand(len(boxes), POINTS, 2)  # of the second image
+        spots = torch.rand(len(boxes), POINTS, 2, device=boxes.device)  # of the second image
         within = torch.where(boxes[:, None, 3:] > 0, torch.stack([1 - spots[..., 0], spots[..., 1]], -1), spots)
         first = boxes[:, None, :2] + within * boxes[:, None, 2:3]
         likeness, unlike = {}, []
@@ -291,150 +316,122 @@ def sinkhorn(likeness: Tensor, rounds: int = 3) -> Tensor:
     return shares
 
 
-def train(work: Path, comfyui: str, source: Path, minutes: tuple[float, ...], batches: tuple[int, ...]) -> None:
+def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -> None:
     import_comfyui(comfyui)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(1)
     checkpoint = load_source(source)
     model, vocabulary = start_model(checkpoint, comfyui)
+    saved_at, state = work / "train_on.pt", {"step": 0, "elapsed": 0.0, "images": 0}
+    saved = torch.load(saved_at, weights_only=True, map_location="cpu") if saved_at.exists() else None
+    if saved:
+        state = saved["state"]
+    rendered = Scenes(comfyui, vocabulary, int(state["images"]))
+    loader = DataLoader(rendered, batch_size=None, num_workers=options.workers)
+    pool = Pool(loader, narrow(checkpoint, "encoder"), options.pool, device)
     del checkpoint
     position = {token: place for place, token in enumerate(vocabulary)}
-    cache: dict[str, list[int]] = {}
-
-    tokenizer = _tokenizer(comfyui)
-
-    def ids_of(captions: list[str]) -> Tensor:
-        fresh = [caption for caption in dict.fromkeys(captions) if caption not in cache]
-        if fresh:
-            rows = tokenizer(fresh, padding="max_length", max_length=77, truncation=True)["input_ids"]
-            cache.update({c: [position[i] for i in row] for c, row in zip(fresh, rows, strict=True)})
-        return torch.tensor([cache[caption] for caption in captions])
-
-    end = position[49407]
+    end, empty = position[49407], torch.full((77,), position[49407], device=device)
+    empty[0] = position[49406]
+    model.to(device)
     ema = copy.deepcopy(model).eval().requires_grad_(False)
     watch = Watch()
-    clusters = Clusters(decoder_widths(model, watch))
+    clusters = Clusters(decoder_widths(model, watch)).to(device)
     decay = [p for p in (*model.parameters(), *clusters.parameters()) if p.ndim > 1]
     rest = [p for p in model.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98))
-    abar = alphas_cumprod()
-    state: dict[str, Any] = {"step": 0, "elapsed": [0.0] * len(SIDES), "phase": 0}
-    saved_at = work / "train_on.pt"
-    if saved_at.exists():
-        saved = torch.load(saved_at, weights_only=True)
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
+    abar = alphas_cumprod().to(device)
+    if saved:
         model.load_state_dict(saved["model"])
         clusters.load_state_dict(saved["clusters"])
         ema.load_state_dict(saved["ema"])
         optimizer.load_state_dict(saved["optimizer"])
-        state = saved["state"]
         log(work, f"continuing at step {state['step']}")
 
     def save() -> None:
-        states: dict[str, Any] = {
-            "model": model.state_dict(),
-            "ema": ema.state_dict(),
-            "clusters": clusters.state_dict(),
-        }
-        states |= {"optimizer": optimizer.state_dict(), "state": state, "vocabulary": vocabulary}
-        torch.save(states, saved_at.with_suffix(".tmp"))
+        states: dict[str, Any] = {"model": model.state_dict(), "ema": ema.state_dict()}
+        states |= {"clusters": clusters.state_dict(), "optimizer": optimizer.state_dict()}
+        state["images"] = pool.made + rendered.first
+        torch.save(states | {"state": state, "vocabulary": vocabulary}, saved_at.with_suffix(".tmp"))
         saved_at.with_suffix(".tmp").replace(saved_at)
 
-    rng = np.random.default_rng(state["step"])
-    torch.manual_seed(state["step"])
-    for phase in range(state["phase"], len(SIDES)):
-        shards, limit, batch, peak = (
-            Shards(work, SIDES[phase]),
-            60 * minutes[phase],
-            batches[phase],
-            (6e-4, 5e-4)[phase],
-        )
-        mean_loss = mean_share = mean_told = mean_unlike = None
-        last_save = last_log = time.time()
-        seen = 0
-        while state["elapsed"][phase] < limit:
-            began, progress = time.process_time(), state["elapsed"][phase] / limit
+    torch.manual_seed(int(state["step"]))
+    batch, limit = options.batch, 60 * options.minutes
+    clear = math.ceil(batch // 2 * CLUSTER_NOISE / 1000)  # of the pairs, the first, are less noisy
+    levels = (torch.arange(batch, device=device) // 2, batch // 2)  # the images of a pair are about as noisy
+    means: Tensor | None = None
+    pool.wait(min(options.pool, FEWEST))
+    last_save = last_log = time.time()
+    seen = 0
+    while state["elapsed"] < limit:
+        began, progress = time.time(), state["elapsed"] / limit
+        for group in optimizer.param_groups:
             warm = min(1.0, (state["step"] + 1) / 100)
-            shape = 1 - 0.3 * progress if phase == 0 else 0.5 * (1 + math.cos(math.pi * progress)) + 0.01
-            for group in optimizer.param_groups:
-                group["lr"] = peak * warm * shape
-            clean, captions, boxes = shards.draw(rng, batch // 2)
-            captions = ["" if rng.random() < DROPPED else caption for caption in captions]
-            tokens = ids_of(captions)
-            if rng.random() < WITHOUT_PADDING:
-                longest = int((tokens != end).sum(1).max()) + 1
-                tokens = tokens[:, :longest]
-            strata = torch.arange(batch) // 2  # the images of a pair are about as noisy
-            t = ((strata + torch.rand(batch)) / (batch // 2) * 1000).long().clamp(max=999)
-            noise = torch.randn_like(clean)
-            a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
-            context = encode_text(model, tokens)
-            noisy = a * clean + s * noise
-            with torch.autocast("cpu", torch.bfloat16):
-                predicted = model.unet(noisy, t, context=context, transformer_options=watch.options())
-            loss = (predicted.float() - (a * noise - s * clean)).square().mean()
-            share = torch.stack(watch.shares).mean()
-            clear = t.view(-1, 2).amax(1) < CLUSTER_NOISE
-            told, unlike = clusters({n: q[clear.repeat_interleave(2)] for n, q in watch.queries.items()}, boxes[clear])
-            optimizer.zero_grad(set_to_none=True)
-            charge = SINK_WEIGHT if mean_share is None or mean_share < SINK_SHARE else 0.0
-            (loss + charge * share + CLUSTER_WEIGHT * told + ALIKE_WEIGHT * unlike).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
-            state["step"] += 1
-            state["elapsed"][phase] += time.process_time() - began
-            seen += batch
-            mean_loss = _running(mean_loss, float(loss.detach()))
-            mean_share = _running(mean_share, 1 - float(share.detach()))
-            mean_told = _running(mean_told, float(told.detach()))
-            mean_unlike = _running(mean_unlike, float(unlike.detach()))
-            if time.time() - last_log > 60:
-                speed = seen / (time.time() - last_log)
-                log(
-                    work,
-                    f"{SIDES[phase]}x{SIDES[phase]} step {state['step']} loss {mean_loss:.4f} start token "
-                    f"{mean_share:.3f} clusters {mean_told:.3f} unlike {mean_unlike:.3f} "
-                    f"{state['elapsed'][phase] / 60:.1f} min {speed:.1f} images/s",
-                )
-                last_log, seen = time.time(), 0
-            if time.time() - last_save > 300:
-                save()
-                shards.refresh()
-                last_save = time.time()
-        state["phase"] = phase + 1
-        save()
+            group["lr"] = options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
+        clean, tokens, boxes = pool.draw(batch // 2)
+        tokens = torch.where(torch.rand(batch, 1, device=device) < DROPPED, empty, tokens)
+        if float(torch.rand(())) < WITHOUT_PADDING:
+            tokens = tokens[:, : int((tokens != end).sum(1).max()) + 1]
+        t = ((levels[0] + torch.rand(batch, device=device)) / levels[1] * 1000).long().clamp(max=999)
+        noise = torch.randn_like(clean)
+        a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
+        context, watch.ends = encode_text(model, tokens), tokens == end
+        with torch.autocast(device.type, torch.bfloat16):
+            predicted = model.unet(a * clean + s * noise, t, context=context, transformer_options=watch.options())
+        loss = (predicted.float() - (a * noise - s * clean)).square().mean()
+        elsewhere, ended = torch.stack(watch.shares).mean(0)
+        told, unlike = clusters({name: query[: 2 * clear] for name, query in watch.queries.items()}, boxes[:clear])
+        now = torch.stack([loss, 1 - elsewhere, ended, told, unlike])
+        means = now.detach() if means is None else means.lerp(now.detach(), 0.01)
+        charge = SINK_WEIGHT * (means[1] < SINK_SHARE) * elsewhere + PADDING_WEIGHT * ended
+        optimizer.zero_grad(set_to_none=True)
+        (loss + charge + options.weights[0] * told + options.weights[1] * unlike).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        state["step"] += 1
+        seen += batch
+        if state["step"] % 10 == 0 and device.type == "cuda":
+            torch.cuda.synchronize()
+        state["elapsed"] += min(time.time() - began, 20.0)  # a suspended process does not train
+        if time.time() - last_log > 30:
+            what = "loss {:.4f} start token {:.3f} padding {:.3f} clusters {:.3f} unlike {:.4f}"
+            speed = seen / (time.time() - last_log)
+            minutes = f"{state['elapsed'] / 60:.1f} min {speed:.1f} images/s, {pool.made} rendered"
+            if not means.isfinite().all():
+                raise FloatingPointError(f"not finite at step {state['step']}: {means.tolist()}")
+            log(work, f"step {state['step']} {what.format(*means.tolist())} {minutes}")
+            last_log, seen = time.time(), 0
+        if time.time() - last_save > 300:
+            save()
+            last_save = time.time()
+    pool.close()
+    save()
 
 
 @torch.no_grad()
 def decoder_widths(model: TextToImage, watch: Watch) -> dict[str, int]:
     """Width of the queries of every layer that ``watch`` sees."""
+    device = model.tokens.weight.device
     latents, context = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, tiny_model.CONTEXT_DIM)
-    model.unet(latents, torch.zeros(1), context=context, transformer_options=watch.options())
+    options = watch.options()
+    model.unet(latents.to(device), torch.zeros(1).to(device), context=context.to(device), transformer_options=options)
     return {name: query.shape[-1] for name, query in watch.queries.items()}
-
-
-def _tokenizer(comfyui: str) -> Any:
-    from transformers import CLIPTokenizer
-
-    return CLIPTokenizer.from_pretrained(str(Path(comfyui) / "comfy" / "sd1_tokenizer"))
-
-
-def _running(mean: float | None, value: float) -> float:
-    return value if mean is None else 0.99 * mean + 0.01 * value
 
 
 def encode_text(model: TextToImage, tokens: Tensor) -> Tensor:
     """As :meth:`TextToImage.encode_text`, for fewer than 77 tokens too."""
-    from comfy.ldm.modules.attention import attention_pytorch
-
     text = model.text.text_model
-    length = tokens.shape[1]
-    x = model.tokens(tokens) + text.embeddings.position_embedding.weight[:length]
-    causal = torch.full((length, length), -torch.finfo(x.dtype).max).triu_(1)
+    x = model.tokens(tokens) + text.embeddings.position_embedding.weight[: tokens.shape[1]]
+
+    def causal(q: Tensor, k: Tensor, v: Tensor, heads: int, _mask: None) -> Tensor:
+        return attention(q, k, v, heads, causal=True)
+
     for layer in text.encoder.layers:
-        x = x + layer.self_attn(layer.layer_norm1(x), causal, attention_pytorch)
+        x = x + layer.self_attn(layer.layer_norm1(x), None, causal)
         x = x + layer.mlp(layer.layer_norm2(x))
     return text.final_layer_norm(x)
 
@@ -448,7 +445,7 @@ def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> 
         save_file(load_source(source), str(target))
         return
     import_comfyui(comfyui)
-    saved = torch.load(work / "train_on.pt", weights_only=True)
+    saved = torch.load(work / "train_on.pt", weights_only=True, map_location="cpu")
     model = TextToImage(saved["vocabulary"])
     model.load_state_dict(saved["ema"])
     state = {} if warm else load_source(source)
@@ -483,23 +480,22 @@ def samples(comfyui: str, source: Path, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["data", "train", "export", "samples"])
+    parser.add_argument("stage", choices=["train", "export", "samples"])
     parser.add_argument("--comfyui", default=os.environ.get("COMFYUI_DIR"))
     parser.add_argument("--work", type=Path, default=Path("demo_training/on"))
     parser.add_argument("--source", type=Path, default=MODEL)
     parser.add_argument("--output", type=Path, default=Path("demo_training/slime_tiny_on.safetensors"))
     parser.add_argument("--warm", action="store_true", help="export a warm start: what was trained alone")
-    parser.add_argument("--shards", type=int, nargs="+", default=[0, 8], metavar=("FIRST", "END"))
-    parser.add_argument("--minutes", type=float, nargs=2, default=(25, 100), metavar=("SMALL", "FULL"))
-    parser.add_argument("--batches", type=int, nargs=2, default=(24, 12), metavar=("SMALL", "FULL"))
+    parser.add_argument("--minutes", type=float, default=300, help="of training in all")
+    parser.add_argument("--batch", type=int, default=12)
+    parser.add_argument("--rate", type=float, default=5e-4, help="of learning, at its peak")
+    parser.add_argument("--workers", type=int, default=1, help="processes that render")
+    parser.add_argument("--pool", type=int, default=120_000, help="images that are kept for training")
+    parser.add_argument("--weights", type=float, nargs=2, default=WEIGHTS, metavar=("CLUSTERS", "ALIKE"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
-    if options.stage == "data":
-        encoder = narrow(load_source(options.source), "encoder")
-        for index in range(*options.shards):
-            make_shard(options.work, index, encoder)
-    elif options.stage == "train":
-        train(options.work, options.comfyui, options.source, tuple(options.minutes), tuple(options.batches))
+    if options.stage == "train":
+        train(options.work, options.comfyui, options.source, options)
     elif options.stage == "samples":
         samples(options.comfyui, options.source, options.output)
     else:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import math
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -241,10 +243,14 @@ class TextToImage(nn.Module):
 
 def tokenize(comfyui: str, captions: list[str]) -> np.ndarray:
     """CLIP token ids [N, 77], padded with the end token as Stable Diffusion 1.x does."""
+    return np.array(_tokenizer(comfyui)(captions, padding="max_length", max_length=77, truncation=True)["input_ids"])
+
+
+@functools.cache
+def _tokenizer(comfyui: str) -> Any:
     from transformers import CLIPTokenizer
 
-    tokenizer = CLIPTokenizer.from_pretrained(str(Path(comfyui) / "comfy" / "sd1_tokenizer"))
-    return np.array(tokenizer(captions, padding="max_length", max_length=77, truncation=True)["input_ids"])
+    return CLIPTokenizer.from_pretrained(str(Path(comfyui) / "comfy" / "sd1_tokenizer"))
 
 
 def alphas_cumprod() -> Tensor:

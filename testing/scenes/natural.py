@@ -143,7 +143,7 @@ def light_naturally(image: Image.Image, labels: np.ndarray, rng: np.random.Gener
 
 
 def sparse_caption(domain: str, painter: Painter, place: str, main: str, plural: dict[str, str]) -> str:
-    """Half of what there is to say at most, and the word "part" in a quarter of the captions."""
+    """Some of what there is to say, more of it where colours are free, and "part" in a quarter of the captions."""
     rng, kind = painter.rng, painter.rng.random()
     others = [part for part in painter.names if part != main]
     rng.shuffle(others)
@@ -153,7 +153,8 @@ def sparse_caption(domain: str, painter: Painter, place: str, main: str, plural:
         return f"{text}, {painter.names[others[0]]} {others[0]} part" if rng.random() < 0.3 else text
     color = f"{painter.names[main]} " if rng.random() < 0.6 else ""
     text = f"{'a photo of ' if rng.random() < 0.3 else ''}a {color}{domain}"
-    named = [f"{painter.names[part]} {plural.get(part, part)}" for part in others if rng.random() < 0.5]
+    often = 0.8 if isinstance(painter, FreePainter) else 0.5  # what is unusual is worth saying
+    named = [f"{painter.names[part]} {plural.get(part, part)}" for part in others if rng.random() < often]
     if kind < 0.8 and named:
         text = f"{text} with {', '.join(named)}"
     return f"{text} on {place}" if rng.random() < 0.5 else text
