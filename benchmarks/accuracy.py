@@ -32,7 +32,7 @@ from slime.parts.palette import default_palette
 from testing import scenes
 from testing.server import MODEL
 
-from .methods import MODEL_FREE, Learn, Variant, assignments, make_methods, remember, trained
+from .methods import MODEL_FREE, EncodeOnce, Learn, Variant, assignments, make_methods, remember, trained
 from .rivals import RULES
 from .rows import Row, read_rows, say_table, write_rows
 from .sources import (
@@ -159,9 +159,10 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
     for name, test in task.tests.items():
         if name != "plain" and method in PLAIN_ONLY and len(task.tests) > 1:
             continue
-        start = time.monotonic()
+        start, encoded = time.monotonic(), EncodeOnce.encoded
         found = predict(test.images) if predict is not None else grid_ceiling(test, classes)
         seconds = time.monotonic() - start
+        looks = (EncodeOnce.encoded - encoded) / len(found)  # beyond the first, an image
         scores = evaluate(found, test.truths, classes)
         boundary = [boundary_f(a, b, classes) for a, b in zip(found, test.truths, strict=True)]
         absent = all(not truth.any() for truth in test.truths)
@@ -181,6 +182,7 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
             "false_area": false_area(found, test.truths, classes),
             "seconds": learning + seconds,  # segmentation without the test images' encoding, which is done once
             "learning_seconds": learning,
+            "more_looks": looks,
         }
         rows.append(row)
         if name == "plain":
@@ -249,7 +251,7 @@ def summarise(rows: Sequence[Row]) -> None:
         names = list(dict.fromkeys(row["set"] for row in whole if row["part_miou"] is not None))
         if whole:
             cells = functools.partial(set_cells, names=names)
-            by_method(f"every set, {shots}-shot: part mIoU", [*names, "false area"], whole, cells)
+            by_method(f"every set, {shots}-shot: part mIoU", [*names, "false area", "more looks"], whole, cells)
 
 
 def smallest_parts(rows: Sequence[Row], count: int = 5) -> None:
@@ -289,10 +291,13 @@ def plain_cells(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
 
 
 def set_cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """Part mIoU on every set, and the share of images without the object that is labelled as a part."""
+    """Part mIoU on every set, the share of images without the object that is labelled as a part, and how often an image
+    of every set was looked at after its first look."""
     found = [[row["part_miou"] for row in rows if row["set"] == name] for name in names]
     false = [row["false_area"] for row in rows if row["set"] == OTHER]
-    return [f"{np.mean(values):.3f}" if values else "" for values in [*found, false]]
+    looks = [[row.get("more_looks", 0) for row in rows if row["set"] == name] for name in (*names, OTHER)]
+    more = " / ".join(f"{np.mean(values):.1f}" for values in looks if values)
+    return [*(f"{np.mean(values):.3f}" if values else "" for values in [*found, false]), more]
 
 
 if __name__ == "__main__":

@@ -102,8 +102,11 @@ def constants(values: Mapping[str, float]) -> Iterator[None]:
 class EncodeOnce:
     """A backbone's ``encode_images`` that keeps the latents of the test images, which serve every method and seed.
 
-    Nothing else is kept, so that learning is timed with its encoding and segmentation without.
+    Nothing else is kept, so that learning is timed with its encoding and segmentation without; ``encoded`` counts such
+    images, of all backbones.
     """
+
+    encoded = 0
 
     def __init__(self, encode: Callable[[torch.Tensor], torch.Tensor], latents: dict[bytes, torch.Tensor]) -> None:
         self._encode, self._latents = encode, latents
@@ -112,6 +115,7 @@ class EncodeOnce:
         found = []
         for image in images:
             key = hashlib.sha256(image.cpu().numpy().tobytes()).digest()
+            EncodeOnce.encoded += key not in self._latents
             found.append(self._latents[key] if key in self._latents else self._encode(image[None]))
             if keep:
                 self._latents[key] = found[-1]
