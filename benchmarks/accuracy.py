@@ -162,7 +162,7 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
         start, encoded = time.monotonic(), EncodeOnce.encoded
         found = predict(test.images) if predict is not None else grid_ceiling(test, classes)
         seconds = time.monotonic() - start
-        looks = (EncodeOnce.encoded - encoded) / len(found)  # beyond the first, an image
+        crops = (EncodeOnce.encoded - encoded) / len(found)  # of an image that were looked at
         scores = evaluate(found, test.truths, classes)
         boundary = [boundary_f(a, b, classes) for a, b in zip(found, test.truths, strict=True)]
         absent = all(not truth.any() for truth in test.truths)
@@ -182,7 +182,7 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
             "false_area": false_area(found, test.truths, classes),
             "seconds": learning + seconds,  # segmentation without the test images' encoding, which is done once
             "learning_seconds": learning,
-            "more_looks": looks,
+            "crops": crops,
         }
         rows.append(row)
         if name == "plain":
@@ -251,7 +251,7 @@ def summarise(rows: Sequence[Row]) -> None:
         names = list(dict.fromkeys(row["set"] for row in whole if row["part_miou"] is not None))
         if whole:
             cells = functools.partial(set_cells, names=names)
-            by_method(f"every set, {shots}-shot: part mIoU", [*names, "false area", "more looks"], whole, cells)
+            by_method(f"every set, {shots}-shot: part mIoU", [*names, "false area", "crops"], whole, cells)
 
 
 def smallest_parts(rows: Sequence[Row], count: int = 5) -> None:
@@ -291,12 +291,12 @@ def plain_cells(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
 
 
 def set_cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """Part mIoU on every set, the share of images without the object that is labelled as a part, and how often an image
-    of every set was looked at after its first look."""
+    """Part mIoU on every set, the share of images without the object that is labelled as a part, and how many crops of
+    an image were looked at, by set."""
     found = [[row["part_miou"] for row in rows if row["set"] == name] for name in names]
     false = [row["false_area"] for row in rows if row["set"] == OTHER]
-    looks = [[row.get("more_looks", 0) for row in rows if row["set"] == name] for name in (*names, OTHER)]
-    more = " / ".join(f"{np.mean(values):.1f}" for values in looks if values)
+    crops = [[row["crops"] for row in rows if row["set"] == name and "crops" in row] for name in (*names, OTHER)]
+    more = " / ".join(f"{np.mean(values):.1f}" for values in crops if values)
     return [*(f"{np.mean(values):.3f}" if values else "" for values in [*found, false]), more]
 
 

@@ -102,8 +102,8 @@ def constants(values: Mapping[str, float]) -> Iterator[None]:
 class EncodeOnce:
     """A backbone's ``encode_images`` that keeps the latents of the test images, which serve every method and seed.
 
-    Nothing else is kept, so that learning is timed with its encoding and segmentation without; ``encoded`` counts such
-    images, of all backbones.
+    Nothing else is kept, so that learning is timed with its encoding and segmentation without; ``encoded`` counts
+    what had to be encoded, of all backbones.
     """
 
     encoded = 0

@@ -12,7 +12,7 @@ from PIL import Image
 
 from benchmarks import ablation, confidence, device, memory, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
-from benchmarks.methods import Variant, constants, encode_once, fitted, make_methods, remember
+from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
 from benchmarks.rivals import RULES, Bank, best_sights
@@ -103,6 +103,14 @@ def test_rows_hold_what_the_tables_need(capsys) -> None:
     summarise(rows)
     assert "| default |" in capsys.readouterr().out
     assert measure(task, CEILING, None, 1, 0)[0][0]["part_miou"] > 0.7
+
+
+def test_crops_are_counted_and_whole_images_are_encoded_once() -> None:
+    encode, image, crop = EncodeOnce(lambda images: images, {}), torch.rand(1, 8, 8, 3), torch.rand(1, 8, 8, 3)
+    encode(image, keep=True)
+    before = EncodeOnce.encoded
+    encode(torch.cat([image, crop, image]))
+    assert EncodeOnce.encoded - before == 1
 
 
 def test_the_reference_procedure_has_our_losses_and_maps() -> None:

@@ -8,7 +8,7 @@
 Scenes of the natural world are rendered while it trains; training continues from its last checkpoint. Two losses join
 the usual one:
 
-- attention of the cross-attention layers is charged for every row but the start token's, so that a place asks for words
+- attention of the cross-attention layers is charged for padding, and at first for words, so that a place asks for words
   only where they pay: the start token becomes the sink that stands for the background;
 - every scene comes as a pair, the second a crop of the same shapes in other colours, place and light, and the decoder's
   queries at the same spot of both are to be alike and to fall into the same cluster (:class:`Clusters`). What a place
@@ -43,10 +43,21 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from testing import scenes
 from testing.server import MODEL
 from testing.tiny import model as tiny_model
-from tools.train_tiny import TextToImage, alphas_cumprod, import_comfyui, log, paint, tokenize
+from tools.train_tiny import (
+    TextToImage,
+    alphas_cumprod,
+    attention,
+    follow,
+    import_comfyui,
+    log,
+    noised,
+    paint,
+    tokenize,
+)
 
 FIRST_SEED, LAST_SEED = 20_000, 500_000  # of every domain; there validation begins
 FEWEST = 3_000  # images to begin with
+CHUNK = 20  # images that are rendered at once
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
 CLUSTERS, POINTS = 128, 512  # of the decoder's queries, and points of a pair that are compared
@@ -107,9 +118,9 @@ class Scenes(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
         worker = get_worker_info()
         share, of = (worker.id, worker.num_workers) if worker else (0, 1)
         position = {token: place for place, token in enumerate(self.vocabulary)}
-        for number in itertools.count(self.first // 20 + share, of):
+        for number in itertools.count(self.first // CHUNK + share, of):
             images, captions, boxes = [], [], []
-            for pair in range(10 * number, 10 * number + 10):
+            for pair in range(CHUNK // 2 * number, CHUNK // 2 * (number + 1)):
                 rng = np.random.default_rng([pair, 7])
                 domain, seed = scenes.DOMAINS[pair % 3], FIRST_SEED + pair // 3
                 if seed >= LAST_SEED:
@@ -132,6 +143,7 @@ class Pool:
 
     def __init__(self, source: DataLoader[Any], encoder: nn.Sequential, size: int, device: torch.device) -> None:
         side = scenes.SIZE // tiny_model.DOWNSCALE
+        size -= size % CHUNK
         self.latents = torch.zeros(size, 4, side, side, dtype=torch.float16, device=device)
         self.tokens = torch.zeros(size, 77, dtype=torch.long, device=device)
         self.boxes = torch.zeros(size // 2, 4, device=device)
@@ -217,12 +229,6 @@ def start_model(checkpoint: dict[str, Tensor], comfyui: str) -> tuple[TextToImag
     return model, vocabulary
 
 
-def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
-    """[B, L, heads * D] of each. ComfyUI's own prefers cuDNN's kernels, made for inference."""
-    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
-
-
 class Watch:
     """The decoder's queries, and what cross-attention, computed openly, does not give to start token and words."""
 
@@ -236,7 +242,6 @@ class Watch:
         places = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0), *decoder]
         self.shares, self.queries = [], {}
         return {
-            "optimized_attention_override": lambda _f, *args, **_: attention(*args[:4]),
             "patches_replace": {
                 "attn2": {place: functools.partial(self._cross, place) for place in places},
                 "attn1": {place: functools.partial(self._self, place) for place in decoder},
@@ -359,9 +364,9 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     torch.manual_seed(int(state["step"]))
     batch, limit = options.batch, 60 * options.minutes
     clear = math.ceil(batch // 2 * CLUSTER_NOISE / 1000)  # of the pairs, the first, are less noisy
-    levels = (torch.arange(batch, device=device) // 2, batch // 2)  # the images of a pair are about as noisy
+    level = torch.arange(batch, device=device) // 2  # the images of a pair are about as noisy
     means: Tensor | None = None
-    pool.wait(min(options.pool, FEWEST))
+    pool.wait(min(pool.size, FEWEST))
     last_save = last_log = time.time()
     seen = 0
     while state["elapsed"] < limit:
@@ -373,13 +378,12 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
         tokens = torch.where(torch.rand(batch, 1, device=device) < DROPPED, empty, tokens)
         if float(torch.rand(())) < WITHOUT_PADDING:
             tokens = tokens[:, : int((tokens != end).sum(1).max()) + 1]
-        t = ((levels[0] + torch.rand(batch, device=device)) / levels[1] * 1000).long().clamp(max=999)
-        noise = torch.randn_like(clean)
-        a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
-        context, watch.ends = encode_text(model, tokens), tokens == end
+        t = ((level + torch.rand(batch, device=device)) / (batch // 2) * 1000).long().clamp(max=999)
+        noisy, velocity = noised(clean, t, abar)
+        watch.ends = tokens == end
         with torch.autocast(device.type, torch.bfloat16):
-            predicted = model.unet(a * clean + s * noise, t, context=context, transformer_options=watch.options())
-        loss = (predicted.float() - (a * noise - s * clean)).square().mean()
+            predicted = model(noisy, t, tokens, watch.options())
+        loss = (predicted.float() - velocity).square().mean()
         elsewhere, ended = torch.stack(watch.shares).mean(0)
         told, unlike = clusters({name: query[: 2 * clear] for name, query in watch.queries.items()}, boxes[:clear])
         now = torch.stack([loss, 1 - elsewhere, ended, told, unlike])
@@ -389,9 +393,7 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
         (loss + charge + options.weights[0] * told + options.weights[1] * unlike).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+        follow(ema, model, int(state["step"]))
         state["step"] += 1
         seen += batch
         if state["step"] % 10 == 0 and device.type == "cuda":
@@ -420,20 +422,6 @@ def decoder_widths(model: TextToImage, watch: Watch) -> dict[str, int]:
     options = watch.options()
     model.unet(latents.to(device), torch.zeros(1).to(device), context=context.to(device), transformer_options=options)
     return {name: query.shape[-1] for name, query in watch.queries.items()}
-
-
-def encode_text(model: TextToImage, tokens: Tensor) -> Tensor:
-    """As :meth:`TextToImage.encode_text`, for fewer than 77 tokens too."""
-    text = model.text.text_model
-    x = model.tokens(tokens) + text.embeddings.position_embedding.weight[: tokens.shape[1]]
-
-    def causal(q: Tensor, k: Tensor, v: Tensor, heads: int, _mask: None) -> Tensor:
-        return attention(q, k, v, heads, causal=True)
-
-    for layer in text.encoder.layers:
-        x = x + layer.self_attn(layer.layer_norm1(x), None, causal)
-        x = x + layer.mlp(layer.layer_norm2(x))
-    return text.final_layer_norm(x)
 
 
 def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> None:

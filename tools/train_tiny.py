@@ -200,6 +200,12 @@ def initialise(model: nn.Module) -> None:
             nn.init.zeros_(parameter)
 
 
+def attention(query: Tensor, key: Tensor, value: Tensor, heads: int, causal: bool = False) -> Tensor:
+    """[B, L, heads * D] of each. Not ComfyUI's, whose kernels and mask on CUDA gave gradients that are no numbers."""
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
+
+
 class TextToImage(nn.Module):
     """ComfyUI's own UNet and CLIP classes, with the token table cut to the words that captions use."""
 
@@ -220,25 +226,24 @@ class TextToImage(nn.Module):
         self.vocabulary = vocabulary
 
     def encode_text(self, tokens: Tensor) -> Tensor:
-        """CLIP's text model, [B, 77] -> [B, 77, D]; ComfyUI's own forward adds in place, which autograd refuses."""
-        from comfy.ldm.modules.attention import attention_pytorch
-
+        """CLIP's text model, [B, L] -> [B, L, D]; ComfyUI's own forward adds in place, which autograd refuses."""
         text = self.text.text_model
-        x = self.tokens(tokens) + text.embeddings.position_embedding.weight
-        length = x.shape[1]
-        causal = torch.full((length, length), -torch.finfo(x.dtype).max, device=x.device).triu_(1)
+        x = self.tokens(tokens) + text.embeddings.position_embedding.weight[: tokens.shape[1]]
         for layer in text.encoder.layers:
-            x = x + layer.self_attn(layer.layer_norm1(x), causal, attention_pytorch)
+            x = x + layer.self_attn(layer.layer_norm1(x), None, lambda *args: attention(*args[:4], causal=True))
             x = x + layer.mlp(layer.layer_norm2(x))
         return text.final_layer_norm(x)
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
-        """noisy [B, 4, h, w], timesteps [B], tokens [B, 77] as positions in the vocabulary -> v [B, 4, h, w]."""
-        from comfy.ldm.modules.attention import attention_pytorch
+    def forward(
+        self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, options: dict[str, Any] | None = None
+    ) -> Tensor:
+        """noisy [B, 4, h, w], timesteps [B], tokens [B, L] as positions in the vocabulary -> v [B, 4, h, w].
 
+        ``options`` are further transformer options of ComfyUI's.
+        """
+        override = {"optimized_attention_override": lambda _f, *args, **_: attention(*args[:4])}
         context = self.encode_text(tokens)
-        options = {"optimized_attention_override": lambda _f, *args, **kwargs: attention_pytorch(*args, **kwargs)}
-        return self.unet(noisy, timesteps, context=context, transformer_options=options)
+        return self.unet(noisy, timesteps, context=context, transformer_options=override | (options or {}))
 
 
 def tokenize(comfyui: str, captions: list[str]) -> np.ndarray:
@@ -257,6 +262,20 @@ def alphas_cumprod() -> Tensor:
     """Stable Diffusion's "scaled linear" schedule, [1000]."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return torch.cumprod(1 - betas, 0).float()
+
+
+def noised(clean: Tensor, timesteps: Tensor, abar: Tensor) -> tuple[Tensor, Tensor]:
+    """Latents with fresh noise, and the velocity that is to be predicted from them."""
+    noise = torch.randn_like(clean)
+    a, s = abar[timesteps].sqrt()[:, None, None, None], (1 - abar[timesteps]).sqrt()[:, None, None, None]
+    return a * clean + s * noise, a * noise - s * clean
+
+
+@torch.no_grad()
+def follow(ema: nn.Module, model: nn.Module, step: int) -> None:
+    """Move the running mean of the weights."""
+    rate = min(0.999, (1 + step) / (10 + step))
+    torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
 
 
 def train_unet(
@@ -321,18 +340,15 @@ def train_unet(
             # Stratified timesteps: the loss of a small batch is far less noisy.
             spread = (torch.arange(batch) + torch.rand(batch)) / batch
             t = (spread * 1000).long().clamp(max=999).to(device)
-            noise = torch.randn_like(clean)
-            a, s = abar[t].sqrt()[:, None, None, None], (1 - abar[t]).sqrt()[:, None, None, None]
+            noisy, velocity = noised(clean, t, abar)
             with torch.autocast(device.type, torch.bfloat16):
-                predicted = model(a * clean + s * noise, t, words.to(device))
-            loss = (predicted.float() - (a * noise - s * clean)).square().mean()
+                predicted = model(noisy, t, words.to(device))
+            loss = (predicted.float() - velocity).square().mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            rate = min(0.999, (1 + state["step"]) / (10 + state["step"]))
-            with torch.no_grad():
-                torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - rate)
+            follow(ema, model, state["step"])
             state["step"] += 1
             # A suspended process does not train.
             state["elapsed"][phase] += min(time.time() - began, 5.0)
