@@ -6,7 +6,8 @@ from typing import Any
 
 from . import scenes
 
-# The paper's, of every UNet of SD1.5's and SD2.1's block layout.
+# The tiny model's that have the paper's cells: cross-attention at 16 and 32, self-attention at 32 (the paper: 64). The
+# paper's blocks, output.3-7, have 8 and 16 here, too coarse for any part.
 PAPER_LAYERS = {"read_layers": "output.6-10", "propagate_layers": "output.9-11"}
 # Of the paper's recipe, by the parts that are learned (official README and src/dataset.py): crop, rotation, and faces
 # in 2 x 2 crops of 400 pixels of 512.
