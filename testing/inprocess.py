@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from .tiny.weights import checkpoint_of
+
 ROOT = Path(__file__).resolve().parent.parent
 NAME = "slime_extension"
 
@@ -55,8 +57,8 @@ def load_extension() -> ModuleType:
 
 
 def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
-    """A checkpoint file through ComfyUI's stock loader, as a :class:`nodes.comfy_unet.ComfyUNet`; its UNet
-    computes in ``dtype``, or as ComfyUI decides."""
+    """A checkpoint file, or the test bed's, through ComfyUI's stock loader, as a :class:`nodes.comfy_unet.ComfyUNet`;
+    its UNet computes in ``dtype``, or as ComfyUI decides."""
     import_comfyui()
     load_extension()
     import comfy.sd
@@ -65,9 +67,9 @@ def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
 
     register()
     adapter = importlib.import_module(f"{NAME}.nodes.comfy_unet")
-    with torch.inference_mode(), _computing_in(dtype) as options:
+    with torch.inference_mode(), _computing_in(dtype) as options, checkpoint_of(checkpoint) as whole:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
-            str(checkpoint), output_vae=True, output_clip=True, model_options=options
+            str(whole), output_vae=True, output_clip=True, model_options=options
         )
         return adapter.ComfyUNet(model, vae, clip)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from benchmarks import ablation, confidence, device, memory, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
@@ -36,6 +37,7 @@ from slime.training import gradient
 from slime.training.losses import guard_loss
 from testing import scenes
 from testing.server import MODEL
+from testing.tiny.weights import TESTBED, checkpoint_of
 
 from .toy import ToyUNet
 
@@ -297,3 +299,14 @@ def test_the_papers_recipe_is_that_of_its_domain_and_is_learned_once() -> None:
     passes = toy.passes
     assert fit(task.examples, 0, ()) is first and toy.passes == passes
     assert fit(task.examples, 1, ()) is not first
+
+
+def test_the_test_bed_is_a_whole_checkpoint_for_whoever_loads_it() -> None:
+    demo = load_file(str(MODEL))
+    with checkpoint_of(MODEL) as same, checkpoint_of(TESTBED) as whole:
+        found = load_file(str(whole))
+        assert same == MODEL
+    assert {name: weight.shape for name, weight in found.items()} == {name: w.shape for name, w in demo.items()}
+    changed = {name.split(".")[0] for name, weight in found.items() if not torch.equal(weight, demo[name])}
+    assert changed == {"model", "cond_stage_model"}  # the autoencoder is the demo's
+    assert not whole.exists()

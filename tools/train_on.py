@@ -35,14 +35,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from testing import scenes
 from testing.server import MODEL
 from testing.tiny import model as tiny_model
+from testing.tiny.weights import CLIP, TABLE, TOKENS, load_weights
 from tools.train_tiny import (
     TextToImage,
     alphas_cumprod,
@@ -66,10 +66,7 @@ CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
 SINK_SHARE = 0.6  # of the start token, from which on words are not charged
 PADDING_WEIGHT = 0.02  # of attention to the rows that end and pad a text
-CLIP = "cond_stage_model.transformer."
-TOKENS = "tokens"
 UNET = "model.diffusion_model."
-TABLE = "text_model.embeddings.token_embedding.weight"
 
 
 def variation(rng: np.random.Generator) -> scenes.Variation:
@@ -193,19 +190,6 @@ def words_of_world() -> list[str]:
     return [*names, *scenes.PLURAL.values(), *more, "neck+torso"]
 
 
-def load_source(path: Path) -> dict[str, Tensor]:
-    """A checkpoint, or a warm start, which brings what was trained and takes the rest from the demo's checkpoint."""
-    state = load_file(str(path))
-    if TOKENS not in state:
-        return state
-    with safe_open(str(path), framework="pt") as file:
-        vocabulary = json.loads(file.metadata()["vocabulary"])
-    base = load_file(str(MODEL)) | {name: weight for name, weight in state.items() if name != TOKENS}
-    table = torch.zeros(base[CLIP + TABLE].shape, dtype=torch.float16)
-    table[vocabulary] = state[TOKENS]
-    return base | {CLIP + TABLE: table}
-
-
 def start_model(checkpoint: dict[str, Tensor], comfyui: str) -> tuple[TextToImage, list[int]]:
     """The checkpoint's UNet and text encoder; words it never met get embeddings of their own."""
     ids = tokenize(comfyui, words_of_world())
@@ -325,7 +309,7 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     import_comfyui(comfyui)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(1)
-    checkpoint = load_source(source)
+    checkpoint = load_weights(source)
     model, vocabulary = start_model(checkpoint, comfyui)
     saved_at, state = work / "train_on.pt", {"step": 0, "elapsed": 0.0, "images": 0}
     saved = torch.load(saved_at, weights_only=True, map_location="cpu") if saved_at.exists() else None
@@ -430,13 +414,13 @@ def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> 
     Where nothing was trained the source itself: a warm start becomes a whole checkpoint.
     """
     if not (work / "train_on.pt").exists():
-        save_file(load_source(source), str(target))
+        save_file(load_weights(source), str(target))
         return
     import_comfyui(comfyui)
     saved = torch.load(work / "train_on.pt", weights_only=True, map_location="cpu")
     model = TextToImage(saved["vocabulary"])
     model.load_state_dict(saved["ema"])
-    state = {} if warm else load_source(source)
+    state = {} if warm else load_weights(source)
     state |= {UNET + name: weight.half().contiguous() for name, weight in model.unet.state_dict().items()}
     for name, weight in model.text.state_dict().items():
         if CLIP + name in state or (warm and not name.startswith("text_projection")):
@@ -459,7 +443,7 @@ def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> 
 def samples(comfyui: str, source: Path, target: Path) -> None:
     """What a checkpoint paints for captions of natural scenes it has not seen: four of every domain."""
     import_comfyui(comfyui)
-    checkpoint = load_source(source)
+    checkpoint = load_weights(source)
     captions = [scenes.render(d, 900_000 + i, style="natural").caption for d in scenes.DOMAINS for i in range(4)]
     model = start_model(checkpoint, comfyui)[0].eval()
     paint(model, narrow(checkpoint, "decoder"), comfyui, captions, 4).save(target, quality=90)

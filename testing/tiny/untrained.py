@@ -6,7 +6,9 @@ import math
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+
+from .weights import load_weights
 
 PREFIX = "model.diffusion_model."
 ZERO_LAYERS = ("out_layers.3.", "proj_out.", "out.2.")  # latent diffusion starts these at zero
@@ -15,7 +17,7 @@ ZERO_LAYERS = ("out_layers.3.", "proj_out.", "out.2.")  # latent diffusion start
 def write_untrained(trained: Path, target: Path, seed: int = 0) -> Path:
     """Copy a checkpoint with the UNet's weights drawn anew as PyTorch initialises them."""
     generator = torch.Generator().manual_seed(seed)
-    state = load_file(str(trained))
+    state = load_weights(trained)
     for name, weight in state.items():
         if not name.startswith(PREFIX):
             continue

@@ -1,0 +1,49 @@
+"""Weights of the tiny models: a checkpoint has them all, the test bed only what was trained on from the demo's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..server import MODEL
+
+TESTBED = MODEL.parent / "testbed_warm.safetensors"
+CLIP = "cond_stage_model.transformer."
+TABLE = "text_model.embeddings.token_embedding.weight"
+TOKENS = "tokens"  # the rows of the words that are used; their places in CLIP's vocabulary are in the file's metadata
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of a checkpoint, or of a test bed, which takes what was not trained from the demo's checkpoint."""
+    state = load_file(str(path))
+    if TOKENS not in state:
+        return state
+    with safe_open(str(path), framework="pt") as file:
+        vocabulary = json.loads(file.metadata()["vocabulary"])
+    base = load_file(str(MODEL)) | {name: weight for name, weight in state.items() if name != TOKENS}
+    table = torch.zeros(base[CLIP + TABLE].shape, dtype=torch.float16)
+    table[vocabulary] = state[TOKENS]
+    return base | {CLIP + TABLE: table}
+
+
+@contextmanager
+def checkpoint_of(path: Path) -> Iterator[Path]:
+    """A file for ComfyUI's stock loader: the path itself, or for a test bed a whole checkpoint, kept meanwhile."""
+    if path.suffix == ".safetensors":
+        with safe_open(str(path), framework="pt") as file:
+            partial = TOKENS in file.keys()  # noqa: SIM118
+        if partial:
+            with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+                whole = Path(folder) / path.name
+                save_file(load_weights(path), str(whole))
+                yield whole
+            return
+    yield path
