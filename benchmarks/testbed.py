@@ -10,9 +10,9 @@ Fixed before any model was trained for them, and never to be changed for who win
 3. the paper's recipe with the official read-out, from one example: background IoU at least .7, and part mIoU above
    feature neighbours and above the mean mask, on every domain.
 
-Exits 1 and names each criterion that is missed. Two more figures, of which no criterion depends, say where the third one
-fails: part mIoU of paper on its own example, and of a convex fit to the same example by the same layers ("one view":
-instant without any augmentation), there and on the test scenes.
+Exits 1 and names each criterion that is missed. Other figures, of which no criterion depends, say where the third one
+fails: part mIoU of paper on its own example, and of a convex fit to the same example by the same layers ("one view",
+instant without any augmentation), on the test scenes and on that example.
 """
 
 from __future__ import annotations
