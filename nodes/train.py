@@ -115,7 +115,9 @@ class SLiMeTrain(io.ComfyNode):
                 losses, shown = {"loss": list(embeddings.losses)}, ui.PreviewImage(preview, cls=cls)
                 return io.NodeOutput(embeddings, losses, to_core(preview), ui=shown)
             except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
-                _autosave(progress.last)
+                saved = _autosave(progress.last)
+                if saved is not None:
+                    progress.say(f"Stopped. What was learned is in models/slime/autosave/{saved.name}")
                 raise
 
 
@@ -235,6 +237,7 @@ class _Progress:
         self._bar = comfy.utils.ProgressBar(1)
         self._shown = self._said = 0.0
         self._stage, self._began = "", 0.0
+        self.say("Encoding the views of the examples")  # in place of what the last run said
 
     def __call__(self, report: StepReport) -> None:
         if report.losses or self.last is None:
@@ -251,11 +254,12 @@ class _Progress:
         if report.stage != self._stage:
             self._stage, self._began = report.stage, now
         if now - self._said >= TEXT_SECONDS or report.step == report.steps:
-            self._say(progress_text(report, now - self._began))
+            self.say(progress_text(report, now - self._began))
             self._said = now
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def _say(self, text: str) -> None:
+    def say(self, text: str) -> None:
+        """A line of text in the node."""
         server = getattr(PromptServer, "instance", None)  # there is none where nodes run without a server
         if server is not None and self._node_id is not None:
             server.send_progress_text(text, self._node_id)

@@ -343,10 +343,13 @@ def test_cancel_in_the_preview_saves_what_was_learned(nodes, monkeypatch, tmp_pa
     def cancelled(*_args, **_kwargs):
         raise management.InterruptProcessingException
 
+    said: list[str] = []
     monkeypatch.setattr(nodes, "refine_maps", cancelled)
     monkeypatch.setattr(nodes, "autosave_path", lambda names: tmp_path / "auto.safetensors")
+    monkeypatch.setattr(nodes._Progress, "say", lambda self, text: said.append(text))
     with pytest.raises(management.InterruptProcessingException):
         run(nodes)
+    assert said[0].startswith("Encoding") and said[-1].endswith("autosave/auto.safetensors")
     assert load_embeddings(tmp_path / "auto.safetensors").names == ("red", "blue")
 
 
