@@ -441,3 +441,31 @@ def test_subgraph_blueprints_can_be_added(canvas) -> None:
         # Some versions write the inner node's number before a widget's name.
         assert [widget for _, widget in described["widgets"]] == [name.split(": ")[-1] for name in node["widgets"]]
         canvas.shot(name)
+
+
+def test_text_results_are_shown(canvas) -> None:
+    shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
+    canvas.js("() => app.refreshComboInNodes()")
+    loader = canvas.add("SLiMeLoadEmbeddings")
+    kinds = ("SLiMeEmbeddingsInfo", "SLiMeEmbeddingsToText", "SLiMeSaveEmbeddings")
+    others = [canvas.add(kind, 380, 120 + 260 * index) for index, kind in enumerate(kinds)]
+    canvas.js(
+        """([from, to, file]) => {
+            const loader = app.graph.getNodeById(from);
+            loader.widgets[0].value = file;
+            to.forEach(id => loader.connect(0, app.graph.getNodeById(id), "embeddings"));
+        }""",
+        [loader, others, EMBEDDINGS],
+    )
+    entry = canvas.run(60)
+    assert entry["status"]["status_str"] == "success"
+    canvas.page.wait_for_timeout(500)
+    shown = canvas.js(
+        """() => app.graph.nodes.filter(node => node.widgets?.some(w => w.name === "result"))
+            .map(node => node.widgets.find(w => w.name === "result").value)"""
+    )
+    canvas.shot("texts")
+    assert len(shown) == 3 and all(shown) and any("my_parts" in text for text in shown)
+    visible = canvas.js("() => [...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).length")
+    assert visible >= 3
+    assert not any("result" in node["inputs"] for node in entry["prompt"][2].values())
