@@ -262,8 +262,7 @@ def evaluate_and_share() -> Page:
     table = page.add("SLiMeEvaluate", (710, 0, 300, 200), parts=[parts, 0], truth=[image, 1], names="part")
     page.add("PreviewImage", (1050, 0, 330, 300), images=[table, 2])
     page.add("SLiMeEmbeddingsInfo", (370, 450, 300, 200), embeddings=[embeddings, 0])
-    text = page.add("SLiMeEmbeddingsToText", (710, 450, 300, 200), embeddings=[embeddings, 0])
-    page.add("PreviewAny", (1050, 450, 330, 200), source=[text, 0])
+    page.add("SLiMeEmbeddingsToText", (710, 450, 300, 200), embeddings=[embeddings, 0])
     page.note(
         "## Check before sharing\n\nPaint the true mask of a part in an image that was **not** an example; *SLiMe "
         "Evaluate* says how well it is found.\n\nTo share, send the file in `models/slime`, or copy the text into an "
