@@ -1,7 +1,10 @@
-// What the painter uses of ComfyUI's front end, which ships no types for extensions.
+// What web/ uses of ComfyUI's front end, which ships no types for extensions.
 declare module "*/scripts/app.js" {
   export const app: any;
 }
 declare module "*/scripts/api.js" {
   export const api: any;
+}
+declare module "*/scripts/widgets.js" {
+  export const ComfyWidgets: any;
 }
