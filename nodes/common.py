@@ -22,6 +22,7 @@ from ..slime.parts.maps import PartMaps
 from ..slime.parts.palette import Color
 
 CATEGORY = "SLiMe"
+RESULTS, FILES, EXPERTS = f"{CATEGORY}/results", f"{CATEGORY}/learned parts", f"{CATEGORY}/more"
 Examples = io.Custom("SLIME_EXAMPLES")
 Embeddings = io.Custom("SLIME_EMBEDDINGS")
 PartsSocket = io.Custom("SLIME_PARTS")
@@ -29,9 +30,6 @@ Looks = io.Custom("SLIME_LOOK")
 
 _SCHEMA_FIELDS = set(inspect.signature(io.Schema).parameters)
 _KNOWS_ADVANCED = "advanced" in inspect.signature(io.Int.Input.__init__).parameters
-
-# Spread into an input: tucked away as an expert setting where the core can (0.10.0 and later).
-EXPERT: dict[str, Any] = {"advanced": True} if _KNOWS_ADVANCED else {}
 
 
 @dataclass(frozen=True)
@@ -42,9 +40,19 @@ class Parts:
     images: Tensor
 
 
+def expert(made: Any) -> Any:
+    """An input tucked away under "Show advanced"; cores before 0.10.0 do not know that, but their front end does."""
+    if _KNOWS_ADVANCED:
+        made.advanced = True
+    else:
+        made.extra_dict = {"advanced": True}
+    return made
+
+
 def schema(**fields: Any) -> io.Schema:
     """A node schema without the fields that the running core does not know (search_aliases came with 0.11.0)."""
-    return io.Schema(category=CATEGORY, **{name: value for name, value in fields.items() if name in _SCHEMA_FIELDS})
+    known = {name: value for name, value in fields.items() if name in _SCHEMA_FIELDS}
+    return io.Schema(**{"category": CATEGORY} | known)
 
 
 def seed_input() -> Any:
@@ -63,24 +71,26 @@ def clip_input() -> Any:
 
 
 def flip_input() -> Any:
-    return io.Boolean.Input(
-        "average_flip",
-        default=False,
-        optional=True,
-        **EXPERT,
-        tooltip="Also look at the mirrored image and average: twice the work, little gain.",
+    return expert(
+        io.Boolean.Input(
+            "average_flip",
+            default=False,
+            optional=True,
+            tooltip="Also look at the mirrored image and average: twice the work, little gain.",
+        )
     )
 
 
 def draws_input() -> Any:
-    return io.Int.Input(
-        "noise_draws",
-        default=1,
-        min=1,
-        max=16,
-        optional=True,
-        **EXPERT,
-        tooltip="Looks with other noise, averaged: one more pass each, little gain.",
+    return expert(
+        io.Int.Input(
+            "noise_draws",
+            default=1,
+            min=1,
+            max=16,
+            optional=True,
+            tooltip="Looks with other noise, averaged: one more pass each, little gain.",
+        )
     )
 
 
@@ -182,6 +192,11 @@ def live_preview(image: Tensor, maps: Tensor, palette: Sequence[Color]) -> Image
     """A view [h, w, 3] tinted by its part maps [K, h', w'], for the progress preview."""
     grown = torch.nn.functional.interpolate(maps[None].float(), size=image.shape[:2], mode="bilinear")[0]
     return Image.fromarray(overlay(_bytes(image), grown.argmax(0).numpy(), palette))
+
+
+def to_picture(image: Tensor) -> Image.Image:
+    """[h, w, 3] in [0, 1] for the progress preview."""
+    return Image.fromarray(_bytes(image))
 
 
 def _bytes(image: Tensor) -> np.ndarray:

@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..slime.edit import change_parts, describe, merge_embeddings
 from ..slime.embedding_files import from_text, to_text
 from ..slime.embeddings import PartEmbeddings
-from .common import Embeddings, named_errors, schema
+from .common import FILES, Embeddings, named_errors, schema
 
 
 class SLiMeEmbeddingsToText(io.ComfyNode):
@@ -15,6 +15,7 @@ class SLiMeEmbeddingsToText(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeEmbeddingsToText",
+            category=FILES,
             display_name="SLiMe Embeddings to Text",
             description="Packs embeddings into a text that travels inside a workflow and needs no further file.",
             search_aliases=["inline embeddings", "share segmenter", "export embeddings"],
@@ -35,6 +36,7 @@ class SLiMeEmbeddingsFromText(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeEmbeddingsFromText",
+            category=FILES,
             display_name="SLiMe Embeddings from Text",
             description="Embeddings from a text made by SLiMe Embeddings to Text.",
             search_aliases=["inline embeddings", "paste embeddings", "import embeddings"],
@@ -66,6 +68,7 @@ class SLiMeEmbeddingsInfo(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeEmbeddingsInfo",
+            category=FILES,
             display_name="SLiMe Embeddings Info",
             description="What is inside embeddings: parts, model family, settings, loss.",
             search_aliases=["inspect embeddings", "show embeddings"],
@@ -88,6 +91,7 @@ class SLiMeEmbeddingsMerge(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeEmbeddingsMerge",
+            category=FILES,
             display_name="SLiMe Embeddings Merge",
             description="Parts of two embeddings of one kind together; also renames, drops and recolours parts.",
             search_aliases=["combine embeddings", "rename part", "drop part", "part colour"],

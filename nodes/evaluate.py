@@ -11,7 +11,7 @@ from torch import Tensor
 from ..slime.errors import SlimeError
 from ..slime.examples import check_names
 from ..slime.parts.metrics import boundary_f, evaluate
-from .common import Parts, PartsSocket, as_masks, named_errors, schema, split_names, to_core
+from .common import RESULTS, Parts, PartsSocket, as_masks, named_errors, schema, split_names, to_core
 
 ROW, MARGIN, WIDTH = 26, 12, 460
 
@@ -21,6 +21,8 @@ class SLiMeEvaluate(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeEvaluate",
+            is_output_node=True,
+            category=RESULTS,
             display_name="SLiMe Evaluate",
             description="How well found parts agree with true masks, part by part: intersection over union.",
             search_aliases=["iou", "mask accuracy", "compare masks", "test segmentation"],

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
 from ..slime.parts.palette import default_palette
-from .common import EXPERT, Examples, as_images, as_masks, named_errors, overlays, schema, split_names, to_core
+from .common import EXPERTS, Examples, as_images, as_masks, expert, named_errors, overlays, schema, split_names, to_core
 
 
 def _previous() -> Any:
@@ -40,14 +40,15 @@ class SLiMeExample(io.ComfyNode):
                     "names", default="part", tooltip="Name of each part, separated by commas: wheel, window"
                 ),
                 _previous(),
-                io.Combo.Input(
-                    "unlabelled",
-                    options=["auto", "background", "ignore"],
-                    default="auto",
-                    optional=True,
-                    **EXPERT,
-                    tooltip="What is without a mask. background: no part is there. ignore: nobody knows. auto: ignored "
-                    "where other examples label parts that this image does not, else background.",
+                expert(
+                    io.Combo.Input(
+                        "unlabelled",
+                        options=["auto", "background", "ignore"],
+                        default="auto",
+                        optional=True,
+                        tooltip="What is without a mask. background: no part is there. ignore: nobody knows. auto: "
+                        "ignored where other examples label parts that this image does not, else background.",
+                    )
                 ),
             ],
             outputs=[
@@ -76,6 +77,7 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeExampleFromLabelMap",
+            category=EXPERTS,
             display_name="SLiMe Example from Label Map",
             description="One image with a picture that paints each part in its own colour.",
             search_aliases=["label map", "segmentation map", "color mask", "few shot"],

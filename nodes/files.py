@@ -89,7 +89,7 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
         with named_errors("Save Learned Embeddings"):
             path = save_embeddings(embeddings, save_path(filename, overwrite), overwrite)
         size = path.stat().st_size / 1024
-        text = f"{path.name} ({size:.0f} KB): {', '.join(embeddings.names)}"
+        text = f"{path} ({size:.0f} KB): {', '.join(embeddings.names)}"
         return io.NodeOutput(embeddings, ui=ui.PreviewText(text))
 
 

@@ -14,6 +14,7 @@ from ..slime.segment import look, read_look
 from ..slime.settings import LookSettings, ReadSettings
 from .comfy_unet import ComfyUNet
 from .common import (
+    EXPERTS,
     Embeddings,
     Looks,
     as_images,
@@ -35,6 +36,7 @@ class SLiMeLook(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeLook",
+            category=EXPERTS,
             display_name="SLiMe Look",
             description="Runs the model over images once, for any number of SLiMe Read Parts.",
             search_aliases=["segment features", "attention features"],
@@ -73,6 +75,7 @@ class SLiMeReadParts(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeReadParts",
+            category=EXPERTS,
             display_name="SLiMe Read Parts",
             description="Reads learned parts from a SLiMe Look, without running the model again.",
             search_aliases=["read parts", "segment many embeddings"],

@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..slime.parts.draw import color_labels
-from .common import Parts, PartsSocket, overlays, schema, to_core
+from .common import RESULTS, Parts, PartsSocket, overlays, schema, to_core
 
 
 class SLiMeOverlay(io.ComfyNode):
@@ -15,6 +15,8 @@ class SLiMeOverlay(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeOverlay",
+            is_output_node=True,
+            category=RESULTS,
             display_name="SLiMe Overlay",
             description="Draws the found parts over their images, and as a label map in exact colours.",
             search_aliases=["overlay", "label map", "segmentation preview", "color mask"],

@@ -157,6 +157,7 @@ class SLiMePartPainter(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMePartPainter",
+            essentials_category="Image Tools",
             display_name="SLiMe Part Painter",
             description="Paint several parts on one image, each in its colour and with its name.",
             search_aliases=["paint mask", "draw mask", "mask editor", "label image", "annotate"],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..slime.parts.masks import MODES, MaskShape, part_masks
-from .common import EXPERT, Parts, PartsSocket, named_errors, schema, split_names, to_core
+from .common import Parts, PartsSocket, expert, named_errors, schema, split_names, to_core
 
 
 class SLiMePartMask(io.ComfyNode):
@@ -13,6 +13,8 @@ class SLiMePartMask(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMePartMask",
+            essentials_category="Image Tools",
+            is_output_node=True,
             display_name="SLiMe Part Mask",
             description="The mask of one or several parts, cleaned for inpainting.",
             search_aliases=["part mask", "grow mask", "feather mask", "fill holes", "mask by name"],
@@ -40,17 +42,18 @@ class SLiMePartMask(io.ComfyNode):
                     "feather", default=0, min=0, max=512, tooltip="Soften the border over about so many pixels."
                 ),
                 io.Boolean.Input("invert", default=False, tooltip="Everything but these parts."),
-                io.Boolean.Input(
-                    "fill_holes", default=False, optional=True, **EXPERT, tooltip="Close holes inside the mask."
+                expert(
+                    io.Boolean.Input("fill_holes", default=False, optional=True, tooltip="Close holes inside the mask.")
                 ),
-                io.Int.Input(
-                    "minimum_area",
-                    default=0,
-                    min=0,
-                    max=1_000_000,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Drop separate pieces with fewer pixels.",
+                expert(
+                    io.Int.Input(
+                        "minimum_area",
+                        default=0,
+                        min=0,
+                        max=1_000_000,
+                        optional=True,
+                        tooltip="Drop separate pieces with fewer pixels.",
+                    )
                 ),
             ],
             outputs=[

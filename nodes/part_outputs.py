@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..slime.parts.masks import part_masks
 from ..slime.parts.regions import Region, part_regions
-from .common import Parts, PartsSocket, schema, to_core
+from .common import RESULTS, Parts, PartsSocket, schema, to_core
 
 # Impact Pack's form of one segment (modules/impact/core.py); any tuple with these fields serves its nodes.
 SEG = namedtuple(  # noqa: PYI024  it is theirs
@@ -49,6 +49,7 @@ class SLiMePartList(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMePartList",
+            category=RESULTS,
             display_name="SLiMe Part List",
             description="One mask for each part, as a list, with the parts' names in the same order.",
             search_aliases=["split masks", "mask list", "masks by name", "separate masks"],
@@ -93,6 +94,7 @@ class SLiMePartBoxes(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMePartBoxes",
+            category=RESULTS,
             display_name="SLiMe Part Boxes",
             description="Bounding boxes of the parts, with names and scores.",
             search_aliases=["bounding box", "bbox", "detect parts"],
@@ -141,6 +143,7 @@ class SLiMePartSegs(io.ComfyNode):
         )
         return schema(
             node_id="SLiMePartSegs",
+            category=RESULTS,
             display_name="SLiMe Part SEGS",
             description="Parts as SEGS with the parts' names as labels, for the Impact Pack. First image of a batch.",
             search_aliases=["segs", "impact pack", "detailer", "mask to segs"],

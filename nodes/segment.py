@@ -14,12 +14,12 @@ from ..slime.segment import Segmenter
 from ..slime.settings import SegmentSettings
 from .comfy_unet import ComfyUNet
 from .common import (
-    EXPERT,
     Embeddings,
     as_images,
     clip_input,
     confidence_input,
     draws_input,
+    expert,
     flip_input,
     named_errors,
     parts_outputs,
@@ -35,6 +35,8 @@ class SLiMeSegment(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeSegment",
+            essentials_category="Image Tools",
+            is_output_node=True,
             display_name="SLiMe Segment",
             description="Finds the learned parts in other images, with one pass through the model each.",
             search_aliases=["segment", "one shot segmentation", "mask", "part segmentation", "segment same thing"],
@@ -46,25 +48,27 @@ class SLiMeSegment(io.ComfyNode):
                 refine_input(),
                 seed_input(),
                 clip_input(),
-                io.Int.Input(
-                    "crops",
-                    default=1,
-                    min=1,
-                    max=4,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="2 looks at 2 x 2 overlapping crops, as the paper does for faces: four times the work. "
-                    "Worse where an object fills the image.",
+                expert(
+                    io.Int.Input(
+                        "crops",
+                        default=1,
+                        min=1,
+                        max=4,
+                        optional=True,
+                        tooltip="2 looks at 2 x 2 overlapping crops, as the paper does for faces: four times the work. "
+                        "Worse where an object fills the image.",
+                    )
                 ),
                 flip_input(),
-                io.Int.Input(
-                    "batch_size",
-                    default=0,
-                    min=0,
-                    max=64,
-                    optional=True,
-                    **EXPERT,
-                    tooltip="Images in one pass; 0 chooses from the free memory.",
+                expert(
+                    io.Int.Input(
+                        "batch_size",
+                        default=0,
+                        min=0,
+                        max=64,
+                        optional=True,
+                        tooltip="Images in one pass; 0 chooses from the free memory.",
+                    )
                 ),
                 # Newer inputs stand last: saved workflows hold widget values by position.
                 io.Int.Input(

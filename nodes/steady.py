@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..slime.parts.steady import steady_parts
-from .common import Parts, PartsSocket, parts_outputs, parts_result, schema
+from .common import EXPERTS, Parts, PartsSocket, parts_outputs, parts_result, schema
 
 
 class SLiMeSteadyParts(io.ComfyNode):
@@ -13,6 +13,7 @@ class SLiMeSteadyParts(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeSteadyParts",
+            category=EXPERTS,
             display_name="SLiMe Steady Parts",
             description="Less flicker on video: parts of neighbouring frames support each other where nothing moves.",
             search_aliases=["video mask", "temporal smoothing", "flicker", "video segmentation"],

@@ -11,19 +11,20 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from server import PromptServer
 
 from ..slime.embedding_files import save_embeddings
 from ..slime.embeddings import PartEmbeddings
 from ..slime.examples import Example
+from ..slime.parts.palette import default_palette
 from ..slime.reading.refine import refine_maps
 from ..slime.segment import segment
 from ..slime.settings import setting_names
 from ..slime.train import GONE, PRESETS, Settings, StepReport, train
 from ..slime.train import preset as make_preset
 from .comfy_unet import ComfyUNet
-from .common import EXPERT, Embeddings, Examples, live_preview, named_errors, overlays, schema, to_core
+from .common import Embeddings, Examples, expert, live_preview, named_errors, overlays, schema, to_core, to_picture
 from .files import autosave_path
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,16 @@ logger = logging.getLogger(__name__)
 PREVIEW_SECONDS = 0.5
 PREVIEW_SIDE = 512
 TEXT_SECONDS = 0.25
-STAGES = {"features": "Looking at view", "fit": "Fitting, step", "train": "Training, step", "done": "Done, step"}
+BAR = 1000
+STAGES = {
+    "views": "Encoding view",
+    "features": "Looking at view",
+    "fit": "Fitting, step",
+    "train": "Training, step",
+    "done": "Done, step",
+}
+# About how much of the whole time each stage takes, in order; the rest is the last one's.
+SHARES = {"instant": {"views": 0.4, "features": 0.35}, "paper": {"views": 0.08, "features": 0.08}}
 FLIP = {"auto": None, "on": True, "off": False}
 RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}
 
@@ -41,6 +51,7 @@ class SLiMeTrain(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeTrain",
+            essentials_category="Image Tools",
             display_name="SLiMe Train",
             description="Learns the parts of the examples with the attention of the connected Stable Diffusion model.",
             search_aliases=["one shot segmentation", "train segmenter", "learn mask", "part segmentation"],
@@ -56,16 +67,20 @@ class SLiMeTrain(io.ComfyNode):
                     tooltip="instant: seconds, no gradient through the model. paper: the recipe of the SLiMe paper, "
                     "training through the model, minutes.",
                 ),
-                io.Int.Input(
-                    "steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."
+                expert(
+                    io.Int.Input(
+                        "steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."
+                    )
                 ),
-                io.Float.Input(
-                    "learning_rate",
-                    default=0.0,
-                    min=0.0,
-                    max=10.0,
-                    step=0.0001,
-                    tooltip="For paper; 0 takes the preset's. The preset instant does not use it.",
+                expert(
+                    io.Float.Input(
+                        "learning_rate",
+                        default=0.0,
+                        min=0.0,
+                        max=10.0,
+                        step=0.0001,
+                        tooltip="For paper; 0 takes the preset's. The preset instant does not use it.",
+                    )
                 ),
                 io.Int.Input(
                     "seed",
@@ -103,17 +118,17 @@ class SLiMeTrain(io.ComfyNode):
         learning_rate: float,
         seed: int,
         start: PartEmbeddings | None = None,
-        **expert: Any,
+        **others: Any,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Train"):
             backbone = ComfyUNet(model, vae, clip)
-            settings = _settings(preset, backbone, steps=steps, learning_rate=learning_rate, seed=seed, **expert)
-            progress = _Progress(cls.hidden.unique_id)
+            settings = _settings(preset, backbone, steps=steps, learning_rate=learning_rate, seed=seed, **others)
+            progress = _Progress(cls.hidden.unique_id, preset)
             try:
                 embeddings = train(backbone, examples, settings, start=start, on_step=progress)
                 preview = _preview(backbone, examples[0], embeddings, progress.last)
-                losses, shown = {"loss": list(embeddings.losses)}, ui.PreviewImage(preview, cls=cls)
-                return io.NodeOutput(embeddings, losses, to_core(preview), ui=shown)
+                progress.show(preview[0])
+                return io.NodeOutput(embeddings, {"loss": list(embeddings.losses)}, to_core(preview))
             except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
                 saved = _autosave(progress.last)
                 if saved is not None:
@@ -125,13 +140,13 @@ def _expert_inputs() -> list[Any]:
     """Settings few need; each has a value that leaves the preset's choice."""
 
     def number(kind: Any, name: str, default: float, low: float, high: float, tooltip: str, **more: Any) -> Any:
-        return kind.Input(name, default=default, min=low, max=high, optional=True, tooltip=tooltip, **more, **EXPERT)
+        return expert(kind.Input(name, default=default, min=low, max=high, optional=True, tooltip=tooltip, **more))
 
     def text(name: str, tooltip: str) -> Any:
-        return io.String.Input(name, default="", optional=True, tooltip=tooltip, **EXPERT)
+        return expert(io.String.Input(name, default="", optional=True, tooltip=tooltip))
 
     def choice(name: str, options: list[str], tooltip: str) -> Any:
-        return io.Combo.Input(name, options=options, default=options[0], optional=True, tooltip=tooltip, **EXPERT)
+        return expert(io.Combo.Input(name, options=options, default=options[0], optional=True, tooltip=tooltip))
 
     return [
         text("prompt", "Text the model sees while it looks, for example: a photo of a car. Empty is fine."),
@@ -170,12 +185,13 @@ def _expert_inputs() -> list[Any]:
             step=0.001,
         ),
         number(io.Int, "timestep", 0, 0, 999, "Noise level of the features, for instant; 0 takes the model family's."),
-        io.Boolean.Input(
-            "checkpointing",
-            default=False,
-            optional=True,
-            tooltip="For paper: needs less memory and more time.",
-            **EXPERT,
+        expert(
+            io.Boolean.Input(
+                "checkpointing",
+                default=False,
+                optional=True,
+                tooltip="For paper: needs less memory and more time.",
+            )
         ),
         text(
             "cross_layers",
@@ -229,14 +245,14 @@ def _autosave(report: StepReport | None) -> Path | None:
 
 
 class _Progress:
-    """Progress bar, throttled live overlay, a line of text in the node, and the check for cancel."""
+    """Progress bar over the whole training, live overlay, a line of text in the node, and the check for cancel."""
 
-    def __init__(self, node_id: str | None) -> None:
+    def __init__(self, node_id: str | None, preset: str) -> None:
         self.last: StepReport | None = None
-        self._node_id = node_id
-        self._bar = comfy.utils.ProgressBar(1)
+        self._node_id, self._preset = node_id, preset
+        self._bar = comfy.utils.ProgressBar(BAR)
         self._shown = self._said = 0.0
-        self._stage, self._began = "", 0.0
+        self._began = time.monotonic()
         self.say("Encoding the views of the examples")  # in place of what the last run said
 
     def __call__(self, report: StepReport) -> None:
@@ -244,19 +260,22 @@ class _Progress:
             self.last = report
         preview = None
         now = time.monotonic()
-        if report.preview is not None and now - self._shown >= PREVIEW_SECONDS:
+        if report.preview is not None and (now - self._shown >= PREVIEW_SECONDS or report.stage == "views"):
             image, maps = report.preview
             embeddings = report.embeddings()
-            palette = embeddings.palette if embeddings is not None else ()
+            palette = embeddings.palette if embeddings is not None else default_palette(len(maps) - 1)
             preview = ("JPEG", live_preview(image, maps, palette), PREVIEW_SIDE)
             self._shown = now
-        self._bar.update_absolute(report.step, report.steps, preview)
-        if report.stage != self._stage:
-            self._stage, self._began = report.stage, now
+        done = done_share(report, self._preset)
+        self._bar.update_absolute(round(BAR * done), BAR, preview)
         if now - self._said >= TEXT_SECONDS or report.step == report.steps:
-            self.say(progress_text(report, now - self._began))
+            self.say(progress_text(report, done, now - self._began))
             self._said = now
         comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def show(self, image: torch.Tensor) -> None:
+        """The picture [h, w, 3] that stays in the node."""
+        self._bar.update_absolute(BAR, BAR, ("JPEG", to_picture(image), PREVIEW_SIDE))
 
     def say(self, text: str) -> None:
         """A line of text in the node."""
@@ -265,14 +284,24 @@ class _Progress:
             server.send_progress_text(text, self._node_id)
 
 
-def progress_text(report: StepReport, elapsed: float) -> str:
-    """One line: what is done, the loss, and the time left by the pace so far, ``elapsed`` seconds in this stage."""
+def done_share(report: StepReport, preset: str) -> float:
+    """How much of the whole training is behind, 0..1, by what its stages usually take."""
+    before = 0.0
+    for stage, share in SHARES[preset].items():
+        if stage == report.stage:
+            return before + share * report.step / report.steps
+        before += share
+    return before + (1 - before) * report.step / report.steps
+
+
+def progress_text(report: StepReport, done: float, elapsed: float) -> str:
+    """One line: what is done, the loss, and the time left of the whole training after ``elapsed`` seconds."""
     words = [f"{STAGES[report.stage]} {report.step}/{report.steps}"]
     if "loss" in report.losses:
         words.append(f"loss {report.losses['loss']:.4g}")
-    if 1 < report.step < report.steps:
-        left = elapsed / (report.step - 1) * (report.steps - report.step)
-        words.append(f"{left / 60:.0f} min left" if left >= 90 else f"{left:.0f} s left")
+    if 0 < done < 1:
+        left = elapsed / done * (1 - done)
+        words.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
     return ", ".join(words)
 
 

@@ -353,8 +353,8 @@ def test_cancel_in_the_preview_saves_what_was_learned(nodes, monkeypatch, tmp_pa
     assert load_embeddings(tmp_path / "auto.safetensors").names == ("red", "blue")
 
 
-def test_a_preview_that_cannot_be_written_saves_what_was_learned(nodes, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(nodes.ui, "PreviewImage", broken)
+def test_a_preview_that_cannot_be_shown_saves_what_was_learned(nodes, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(nodes._Progress, "show", broken)
     monkeypatch.setattr(nodes, "autosave_path", lambda names: tmp_path / "auto.safetensors")
     with pytest.raises(RuntimeError, match="no picture"):
         run(nodes)

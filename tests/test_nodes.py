@@ -323,17 +323,29 @@ def test_names_are_separated_by_the_commas_of_any_script(extension) -> None:
 
 
 def test_progress_says_what_is_left(extension) -> None:
-    from slime_extension.nodes.train import STAGES, progress_text
+    from slime_extension.nodes.train import done_share, progress_text
 
     from slime.training.progress import StepReport
 
     def said(stage: str, step: int, elapsed: float, losses=None) -> str:
-        return progress_text(StepReport(stage, step, 200, losses or {}, lambda: None), elapsed)
+        report = StepReport(stage, step, 200, losses or {}, lambda: None)
+        return progress_text(report, done_share(report, "paper"), elapsed)
 
-    assert said("train", 101, 50.0, {"loss": 0.4321}) == "Training, step 101/200, loss 0.4321, 50 s left"
-    assert said("features", 3, 10.0) == "Looking at view 3/200, 16 min left"
-    assert said("fit", 1, 0.0, {"loss": 2.0}) == "Fitting, step 1/200, loss 2"
-    assert said("done", 200, 9.0) == "Done, step 200/200" and set(STAGES) == {"features", "fit", "train", "done"}
+    assert said("views", 100, 4.0) == "Encoding view 100/200, about 2 min left"
+    assert said("train", 100, 58.0, {"loss": 0.4321}) == "Training, step 100/200, loss 0.4321, about 42 s left"
+    assert said("train", 200, 100.0, {"loss": 2.0}) == "Training, step 200/200, loss 2"
+
+
+def test_the_bar_spans_the_whole_training(extension) -> None:
+    from slime_extension.nodes.train import SHARES, STAGES, done_share
+
+    from slime.training.progress import StepReport
+
+    for preset, last in (("instant", "fit"), ("paper", "train")):
+        reports = [StepReport(s, n, 4, {}, lambda: None) for s in (*SHARES[preset], last) for n in range(1, 5)]
+        shares = [done_share(report, preset) for report in reports]
+        assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] == 1
+        assert {report.stage for report in reports} <= set(STAGES)
 
 
 def test_widgets_of_the_other_preset_do_not_count_and_zeros_leave_the_presets_value(extension) -> None:

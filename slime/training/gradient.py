@@ -23,7 +23,7 @@ from ..settings import PaperSettings
 from .losses import class_weights, guard_loss, weighted_cross_entropy
 from .progress import OnStep, StepReport
 from .template import paper_template
-from .views import EncodedView, encode_views, view_count
+from .views import EncodedView, encode_all, encode_views
 
 WAS_WEIGHT, GUARD_WEIGHT, GUIDANCE = 1.0, 0.005, 100.0  # the paper's alpha and beta, and the guidance in its "SD loss"
 JUDGED_STEPS = 10  # rows are judged every so many steps
@@ -200,10 +200,8 @@ def _make_pool(
 ) -> list[_PoolEntry]:
     """Views with their latents, noise, timesteps and unconditional predictions."""
     low, high = settings.noise_range
-    count = min(view_count(examples, settings), settings.steps)
     empty = denoiser.encode_prompt("").to(denoiser.device)
-    # All encoding comes first: on a small card VAE and UNet take turns in memory.
-    views = list(encode_views(denoiser, examples, settings, count))
+    views = encode_all(denoiser, examples, replace(settings, views=min(settings.views, settings.steps)), on_step)
     pool = []
     for index, view in enumerate(views):
         entry = _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high))
@@ -211,7 +209,7 @@ def _make_pool(
         with torch.no_grad():
             entry.unconditional = denoiser.predict_noise(noisy, entry.timestep, empty, None)
         pool.append(entry)
-        on_step(StepReport("features", index + 1, count, {}, lambda: None))
+        on_step(StepReport("features", index + 1, len(views), {}, lambda: None))
     return pool
 
 

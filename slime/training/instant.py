@@ -20,7 +20,7 @@ from ..settings import InstantSettings
 from .fit import fit_rows
 from .progress import OnStep, StepReport
 from .template import instant_template
-from .views import VIEW_BATCH, EncodedView, encode_views, resize_labels, view_count
+from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels
 
 
 def train_instant(
@@ -32,9 +32,7 @@ def train_instant(
 ) -> PartEmbeddings:
     """Rows from cached features: one pass a view on the base prompt, then :func:`slime.training.fit.fit_rows`."""
     template = instant_template(backbone, examples[0].names, settings)
-    # All encoding comes first: on a small card VAE and UNet take turns in memory.
-    count = view_count(examples, settings)
-    views = list(encode_views(backbone, examples, settings, count, plain=len(examples)))
+    views = encode_all(backbone, examples, settings, on_step, plain=len(examples))
     first_image = views[0].picture()
     features: list[list[Tensor]] = []
     labels: list[Tensor] = []

@@ -15,13 +15,14 @@ class StepReport:
     """Progress of training.
 
     Attributes:
-        stage: "features" (passes over the views before the first step), "fit" or "train", and "done" after an instant
-            fit.
-        step, steps: 1-based.
-        losses: terms by name; empty for "features".
+        stage: "views" (encoding them), "features" (passes over them before the first step), "fit" or "train", and
+            "done" after an instant fit.
+        step, steps: of the stage, 1-based.
+        losses: terms by name; empty before the first step.
         embeddings: gives the best embeddings so far, or None when there are none.
         preview: image [h, w, 3] and part maps [K, h', w'] of the current segmentation, every few steps, else None;
-            at "done" the first example and its maps as segmentation would give them.
+            with the first of "views" what was taught, at "done" the first example and its maps as segmentation would
+            give them.
     """
 
     stage: str

@@ -18,6 +18,7 @@ from ..examples import Example
 from ..images import resize_image, soft_labels, working_size
 from ..settings import ViewSettings
 from .augment import augmented_view, official_view
+from .progress import OnStep, StepReport
 
 VIEW_BATCH = 4
 
@@ -85,6 +86,19 @@ def encode_views(
                 picture = partial(_picture, make, first)
                 yield EncodedView(latent[None], view.labels, size, view.rng, picture)
                 first += 1
+
+
+def encode_all(
+    backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, on_step: OnStep, plain: int = 0
+) -> list[EncodedView]:
+    """All of the settings' views, before any pass: on a small card VAE and UNet take turns in memory."""
+    count = view_count(examples, settings)
+    views: list[EncodedView] = []
+    for view in encode_views(backbone, examples, settings, count, plain):
+        preview = None if views else (view.picture(), view.labels)
+        views.append(view)
+        on_step(StepReport("views", len(views), count, {}, lambda: None, preview))
+    return views
 
 
 def _picture(make: Callable[[int], AugmentedView], index: int) -> Tensor:
