@@ -5,7 +5,8 @@ WEB_DIRECTORY = "./web"
 
 async def comfy_entrypoint():  # ComfyUI calls this
     from .nodes.extension import SlimeExtension
-    from .nodes.files import register_folder
+    from .nodes.files import place_pictures, register_folder
 
     register_folder()
+    place_pictures()
     return SlimeExtension()

@@ -288,7 +288,7 @@ def main() -> None:
     with ComfyServer() as server:
         version = server.get("/system_stats")["system"]["comfyui_version"]
         say(f"ComfyUI {version} answers at {server.address}")
-        template = to_api(load_workflow("slime_learn_and_segment"), server.get("/object_info"))
+        template = to_api(load_workflow("2 Teach with masks from Load Image"), server.get("/object_info"))
         if options.checkpoint:
             run_own(server, template, options)
         else:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +18,10 @@ from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from .common import Embeddings, named_errors, schema
 
+logger = logging.getLogger(__name__)
+
 FOLDER = "slime"
+PICTURES = Path(__file__).resolve().parent.parent / "example_workflows" / "pictures"
 SUFFIX = ".safetensors"
 NOTHING_SAVED = "(nothing saved yet)"
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff\\/]')
@@ -31,6 +36,17 @@ def register_folder() -> None:
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {SUFFIX})
+
+
+def place_pictures() -> None:
+    """Put the small pictures of the bundled workflows where Load Image finds them, so that they run untouched."""
+    target = Path(folder_paths.get_input_directory())
+    for picture in PICTURES.iterdir() if PICTURES.is_dir() else ():
+        try:
+            if not (target / picture.name).exists():
+                shutil.copyfile(picture, target / picture.name)
+        except OSError as error:  # a folder that may not be written to: the workflows ask for pictures then
+            logger.warning("SLiMe: %s could not be copied to %s (%s)", picture.name, target, error)
 
 
 def _folder() -> Path:

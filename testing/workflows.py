@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "example_workflows"
 SUBGRAPHS = ROOT / "subgraphs"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING"}
-SPREAD = 1.25  # nodes are larger on the Nodes 2.0 canvas than they say
+VIEW, MARGIN = (1380, 780), (90, 150)  # what a window of 1500 x 1000 leaves beside ComfyUI's own bars
+SPREAD = 1.2  # Nodes 2.0 draws larger in some versions
+NONE: Mapping[str, dict[str, Any]] = {}
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives the ends of a subgraph
 ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
 
 Prompt = dict[str, dict[str, Any]]
+Box = tuple[int, int, int, int]  # x, y, width, height
 
 
 def load_workflow(name: str) -> dict[str, Any]:
@@ -46,36 +49,80 @@ def _extra_values(name: str, options: dict[str, Any]) -> list[Any]:
     return ["image"] if options.get("image_upload") or options.get("video_upload") else []
 
 
-def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
-    """What the editor would send to /prompt for this workflow; notes are left out."""
-    links = {link[0]: (str(link[1]), link[2]) for link in workflow["links"]}
-    prompt: Prompt = {}
-    for node in workflow["nodes"]:
-        if node["type"] in ONLY_IN_EDITOR or node.get("mode", 0) in (2, 4):
-            continue
-        info = object_info[node["type"]]
-        linked = {slot["name"]: slot.get("link") for slot in node.get("inputs", [])}
-        values = list(node.get("widgets_values", []))
-        inputs: dict[str, Any] = {}
-        for name, kind, options in _inputs(info):
-            if _is_widget(kind, options):
-                if values:
-                    inputs[name] = values.pop(0)
-                for _ in _extra_values(name, options):
+class _Scope:
+    """The nodes and links of a workflow, or of a subgraph at the place where it is used."""
+
+    def __init__(
+        self, content: dict[str, Any], used: dict[str, Any], place: tuple[_Scope, dict[str, Any]] | None
+    ) -> None:
+        self.nodes = {node["id"]: node for node in content["nodes"]}
+        self.subgraphs, self.content, self.place = used, content, place
+        self.prefix: str = f"{place[0].prefix}{place[1]['id']}:" if place else ""
+        self.links = {}
+        for link in content["links"]:
+            number, node, slot = (
+                (link["id"], link["origin_id"], link["origin_slot"]) if isinstance(link, dict) else link[:3]
+            )
+            self.links[number] = (node, slot)
+
+    def inner(self, node: dict[str, Any]) -> _Scope | None:
+        """The subgraph that a node stands for."""
+        content = self.subgraphs.get(node["type"])
+        return None if content is None else _Scope(content, self.subgraphs, (self, node))
+
+    def source(self, link: int | None) -> list[Any] | None:
+        """Node and output that a link comes from, through the ends of subgraphs."""
+        if link is None:
+            return None
+        node, slot = self.links[link]
+        if node == INPUT_NODE and self.place is not None:
+            outer, user = self.place
+            return outer.source(user["inputs"][slot]["link"])
+        inner = self.inner(self.nodes[node])
+        if inner is not None:
+            return inner.source(inner.content["outputs"][slot]["linkIds"][0])
+        return [f"{self.prefix}{node}", slot]
+
+    def prompt(self, object_info: dict[str, Any]) -> Prompt:
+        found: Prompt = {}
+        for node in self.nodes.values():
+            if node["type"] in ONLY_IN_EDITOR or node.get("mode", 0) in (2, 4):
+                continue
+            inner = self.inner(node)
+            if inner is not None:
+                found |= inner.prompt(object_info)
+                continue
+            linked = {slot["name"]: slot.get("link") for slot in node.get("inputs", [])}
+            values = list(node.get("widgets_values", []))
+            inputs: dict[str, Any] = {}
+            for name, kind, options in _inputs(object_info[node["type"]]):
+                if _is_widget(kind, options):
                     if values:
-                        values.pop(0)
-            if linked.get(name) is not None:
-                inputs[name] = list(links[linked[name]])
-        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}
-    return prompt
+                        inputs[name] = values.pop(0)
+                    for _ in _extra_values(name, options):
+                        if values:
+                            values.pop(0)
+                source = self.source(linked.get(name))
+                if source is not None:
+                    inputs[name] = source
+            found[f"{self.prefix}{node['id']}"] = {"class_type": node["type"], "inputs": inputs}
+        return found
+
+
+def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
+    """What the editor would send to /prompt for this workflow; notes are left out, subgraphs are unpacked."""
+    subgraphs = {content["id"]: content for content in workflow.get("definitions", {}).get("subgraphs", [])}
+    return _Scope(workflow, subgraphs, None).prompt(object_info)
 
 
 def to_editor(
     prompt: Prompt,
-    layout: dict[str, tuple[int, int, int, int]],
+    layout: dict[str, Box],
     object_info: dict[str, Any],
-    notes: list[tuple[str, tuple[int, int, int, int]]],
+    notes: list[tuple[str, Box]],
     titles: dict[str, str],
+    groups: Sequence[tuple[str, Box]] = (),
+    subgraphs: Mapping[str, dict[str, Any]] = NONE,
 ) -> dict[str, Any]:
     """Editor format of an API prompt.
 
@@ -85,7 +132,10 @@ def to_editor(
         object_info: the server's.
         notes: Markdown texts with their boxes.
         titles: display titles that differ from the node's own.
+        groups: titles with their boxes.
+        subgraphs: of :func:`definition`, by the class that the prompt calls them.
     """
+    object_info = object_info | {kind: _as_info(made) for kind, made in subgraphs.items()}
     nodes: list[dict[str, Any]] = []
     links: list[list[Any]] = []
     outgoing: dict[tuple[str, int], list[int]] = {}
@@ -124,7 +174,7 @@ def to_editor(
         entry = {
             "id": int(node_id),
             "type": node["class_type"],
-            "pos": [round(SPREAD * x), round(SPREAD * y)],
+            "pos": [x, y],
             "size": [width, height],
             "flags": {},
             "order": order,
@@ -134,6 +184,9 @@ def to_editor(
             "properties": {"Node name for S&R": node["class_type"]},
             "widgets_values": values,
         }
+        made = subgraphs.get(node["class_type"])
+        if made is not None:
+            entry |= {"type": made["id"], "title": made["name"], "properties": {"proxyWidgets": made["proxies"]}}
         nodes.append(entry | ({"title": titles[node_id]} if node_id in titles else {}))
     last = max(int(node_id) for node_id in prompt)
     for index, (text, (x, y, width, height)) in enumerate(notes, start=1):
@@ -141,7 +194,7 @@ def to_editor(
             {
                 "id": last + index,
                 "type": "MarkdownNote",
-                "pos": [round(SPREAD * x), round(SPREAD * y)],
+                "pos": [x, y],
                 "size": [width, height],
                 "flags": {},
                 "order": len(nodes),
@@ -159,26 +212,52 @@ def to_editor(
         "last_link_id": len(links),
         "nodes": nodes,
         "links": [link[:6] for link in links],
-        "groups": [],
+        "groups": [
+            {"id": index, "title": title, "bounding": list(box), "color": "#3f789e", "font_size": 24, "flags": {}}
+            for index, (title, box) in enumerate(groups, start=1)
+        ],
         "config": {},
-        "extra": {},
+        "extra": {"ds": _whole_in_view(nodes)},
         "version": 0.4,
+        **({"definitions": {"subgraphs": [_saved(made) for made in subgraphs.values()]}} if subgraphs else {}),
     }
+
+
+def _whole_in_view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Zoom and place at which a window of usual size shows all; Nodes 2.0 misplaces nodes of a file without them."""
+    right = max(node["pos"][0] + node["size"][0] for node in nodes)
+    bottom = max(node["pos"][1] + node["size"][1] for node in nodes)
+    scale = min(1.0, VIEW[0] / (SPREAD * right), VIEW[1] / (SPREAD * (bottom + 100)))
+    return {"scale": round(scale, 3), "offset": [round(MARGIN[0] / scale), round(MARGIN[1] / scale)]}
+
+
+def _as_info(made: dict[str, Any]) -> dict[str, Any]:
+    """A subgraph as if the server had listed it among its nodes."""
+    return {
+        "input": {"required": {item["name"]: [item["type"]] for item in made["inputs"]}},
+        "output": [item["type"] for item in made["outputs"]],
+        "output_name": [item["name"] for item in made["outputs"]],
+    }
+
+
+def _saved(made: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in made.items() if key != "proxies"}
 
 
 Ends = dict[str, list[tuple[str, str]]]
 
 
-def blueprint(
+def definition(
     name: str,
     prompt: Prompt,
-    layout: dict[str, tuple[int, int, int, int]],
+    layout: dict[str, Box],
     inputs: Ends,
     outputs: dict[str, tuple[str, int]],
     widgets: list[tuple[str, str]],
     object_info: dict[str, Any],
+    key: str = "",
 ) -> dict[str, Any]:
-    """A subgraph for ComfyUI's node library, with one node that uses it.
+    """A subgraph as ComfyUI saves it, with the widgets shown outside under "proxies".
 
     Args:
         name: of the subgraph.
@@ -187,10 +266,11 @@ def blueprint(
         outputs: for every output of the subgraph the node and slot it comes from.
         widgets: nodes and widgets shown outside.
         object_info: the server's.
+        key: tells subgraphs of one name apart.
     """
 
     def identity(what: str) -> str:
-        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"slime/{name}/{what}"))
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"slime/{name}{key}/{what}"))
 
     inside = to_editor(prompt, layout, object_info, [], {})
     nodes = {str(node["id"]): node for node in inside["nodes"]}
@@ -215,14 +295,13 @@ def blueprint(
         links.append(dict(zip(names, ends, strict=True)))
         made_outputs.append(_end(identity(f"output/{label}"), label, found["type"], [number]))
     right = max(x + width for x, _, width, _ in layout.values())
-    title = name.replace("_", " ")
-    subgraph = {
+    return {
         "id": identity("subgraph"),
         "version": 1,
         "state": {"lastGroupId": 0, "lastNodeId": len(nodes), "lastLinkId": len(links), "lastRerouteId": 0},
         "revision": 0,
         "config": {},
-        "name": title,
+        "name": name.replace("_", " "),
         "inputNode": {"id": INPUT_NODE, "bounding": [-200, 0, 120, 40 + 20 * len(inputs)]},
         "outputNode": {"id": OUTPUT_NODE, "bounding": [right + 80, 0, 120, 40 + 20 * len(outputs)]},
         "inputs": made_inputs,
@@ -232,30 +311,39 @@ def blueprint(
         "groups": [],
         "links": links,
         "extra": {},
+        "proxies": [list(widget) for widget in widgets],
     }
+
+
+def blueprint(name: str, description: str, **described: Any) -> dict[str, Any]:
+    """A subgraph for ComfyUI's node library, with one node that uses it; see :func:`definition`."""
+    made = definition(name, **described)
+    count = len(made["nodes"])
+    rows = max(len(made["inputs"]), len(made["outputs"])) + len(made["proxies"])
     outside = {
-        "id": len(nodes) + 1,
-        "type": identity("subgraph"),
+        "id": count + 1,
+        "type": made["id"],
         "pos": [0, 0],
-        "size": [300, 60 + 26 * (max(len(inputs), len(outputs)) + len(widgets))],
+        "size": [300, 60 + 26 * rows],
         "flags": {},
         "order": 0,
         "mode": 0,
-        "inputs": [{"name": item["name"], "type": item["type"], "link": None} for item in made_inputs],
-        "outputs": [{"name": item["name"], "type": item["type"], "links": []} for item in made_outputs],
-        "properties": {"proxyWidgets": [list(widget) for widget in widgets]},
+        "inputs": [{"name": item["name"], "type": item["type"], "link": None} for item in made["inputs"]],
+        "outputs": [{"name": item["name"], "type": item["type"], "links": []} for item in made["outputs"]],
+        "properties": {"proxyWidgets": made["proxies"]},
         "widgets_values": [],
-        "title": title,
+        "title": made["name"],
     }
+    about = {"category": "SLiMe", "description": description}
     return {
         "revision": 0,
-        "last_node_id": len(nodes) + 1,
+        "last_node_id": count + 1,
         "last_link_id": 0,
         "nodes": [outside],
         "links": [],
         "version": 0.4,
-        "definitions": {"subgraphs": [subgraph]},
-        "extra": {},
+        "definitions": {"subgraphs": [_saved(made) | about]},
+        "extra": {"BlueprintDescription": description},
     }
 
 

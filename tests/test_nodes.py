@@ -341,9 +341,9 @@ def test_the_bar_spans_the_whole_training(extension) -> None:
 
     from slime.training.progress import StepReport
 
-    for preset, last in (("instant", "fit"), ("paper", "train")):
-        reports = [StepReport(s, n, 4, {}, lambda: None) for s in (*SHARES[preset], last) for n in range(1, 5)]
-        shares = [done_share(report, preset) for report in reports]
+    for chosen, last in (("instant", "fit"), ("paper", "train")):
+        reports = [StepReport(s, n, 4, {}, lambda: None) for s in (*SHARES[chosen], last) for n in range(1, 5)]
+        shares = [done_share(report, chosen) for report in reports]
         assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] == 1
         assert {report.stage for report in reports} <= set(STAGES)
 

@@ -22,19 +22,20 @@ from slime.parts.palette import default_palette
 from testing import scenes, splits
 from testing.baselines import color_neighbours, mean_mask
 from testing.server import MODEL, ComfyServer, WorkflowFailed
-from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api, to_editor
-from tools.make_workflows import BLUEPRINTS, WORKFLOWS
+from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
+from tools.make_workflows import BLUEPRINTS, WORKFLOWS, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
 SHOTS, TESTS = 4, 6
 PINNED = "0.3.75"
+WITH_MASKS = "2 Teach with masks from Load Image"
 
 
 @pytest.fixture(scope="module")
 def template(server):
-    return to_api(load_workflow("slime_learn_and_segment"), server.get("/object_info"))
+    return to_api(load_workflow(WITH_MASKS), server.get("/object_info"))
 
 
 @pytest.fixture(scope="module")
@@ -287,7 +288,7 @@ def test_lora_is_respected(server, shots, learned) -> None:
 
 
 def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scenes) -> None:
-    prompt = to_api(load_workflow("slime_part_inpaint"), server.get("/object_info"))
+    prompt = to_api(load_workflow("6 Repaint one part"), server.get("/object_info"))
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = MODEL.name
     prompt[find(prompt, "SLiMeLoadEmbeddings")]["inputs"]["filename"] = "learned.safetensors"
     prompt[find(prompt, "LoadImage")]["inputs"]["image"] = tests_scenes[1][0]
@@ -315,7 +316,7 @@ def file_to_load(server, learned):
     shutil.copyfile(folder / "learned.safetensors", folder / EMBEDDINGS)
 
 
-@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != "slime_learn_and_segment"])
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != WITH_MASKS])
 def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     """From its JSON, with the demo's checkpoint, pictures and names in it; it has notes and shows a picture."""
     assert any(node["type"] == "MarkdownNote" for node in load_workflow(name)["nodes"])
@@ -336,8 +337,7 @@ def test_workflow_files_are_what_the_schemas_give(server) -> None:
     if server.get("/system_stats")["system"]["comfyui_version"] != PINNED:
         pytest.skip("another version's core nodes have other widgets")
     for name, make in WORKFLOWS.items():
-        page = make()
-        assert to_editor(page.prompt, page.layout, info, page.notes, page.titles) == load_workflow(name), name
+        assert written(make(), info) == load_workflow(name), name
         assert (FOLDER / f"{name}.jpg").stat().st_size < 60_000
     assert {path.stem for path in FOLDER.glob("*.json")} == set(WORKFLOWS)
     listed = {entry["name"] for entry in server.get("/global_subgraphs").values()}
@@ -446,7 +446,7 @@ def test_half_precision_unet(comfy_path, shots) -> None:
     """--fp16-unet: manual cast, both trainers and segmentation."""
     with ComfyServer(comfy_path, ("--fp16-unet",)) as half:
         given = [put_example(half, "teach", splits.example(DOMAIN, splits.TEACH))]
-        template = to_api(load_workflow("slime_learn_and_segment"), half.get("/object_info"))
+        template = to_api(load_workflow(WITH_MASKS), half.get("/object_info"))
         before = sample(half)
         for preset in ("instant", "paper"):
             prompt, nodes = build_prompt(template, MODEL.name, given, [given[0].image], preset)

@@ -2,7 +2,8 @@
 
     python dev.py workflows [--pictures]
 
-With ``--pictures`` every workflow is run on the demo model as well, and its result becomes the thumbnail beside it.
+With ``--pictures`` the bundled pictures are rendered, every workflow is run on the demo model, and its result becomes
+the thumbnail beside it.
 """
 
 from __future__ import annotations
@@ -13,282 +14,381 @@ from collections.abc import Callable
 from typing import Any
 
 from testing.server import ComfyServer
-from testing.workflows import FOLDER, SUBGRAPHS, Prompt, blueprint, to_editor
+from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, blueprint, definition, to_editor
 
 from .run_workflows import results, thumbnail
+from .samples import FIND, FIND_TOO, TESTED, WHEELS, painting, write_samples
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
-PICTURE = "example.png"
-Box = tuple[int, int, int, int]
+URL = f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{CHECKPOINT}?download=true"
+GAP, TITLE = 50, 40
+# Width, height, and the height that its pictures need after a run, in the classic canvas and in Nodes 2.0.
+SIZES = {
+    "CheckpointLoaderSimple": (320, 100, 130),
+    "LoadImage": (320, 330, 390),
+    "LoadVideo": (320, 110, 330),
+    "GetVideoComponents": (300, 70, 100),
+    "ImageBatch": (300, 50, 80),
+    "SLiMePartPainter": (440, 600, 640),
+    "SLiMeExample": (320, 340, 480),
+    "SLiMeTrain": (340, 470, 560),
+    "SLiMeSaveEmbeddings": (340, 160, 220),
+    "SLiMeLoadEmbeddings": (320, 80, 110),
+    "SLiMeSegment": (340, 480, 620),
+    "SLiMePartMask": (340, 480, 620),
+    "SLiMeSteadyParts": (340, 330, 480),
+    "SLiMeOverlay": (340, 330, 480),
+    "SLiMePickLeastSure": (340, 330, 480),
+    "SLiMeEvaluate": (400, 330, 480),
+    "SLiMeEmbeddingsInfo": (400, 180, 230),
+    "SLiMeEmbeddingsToText": (400, 180, 230),
+    "CreateVideo": (320, 80, 110),
+    "SaveVideo": (340, 330, 420),
+    "SaveImage": (400, 440, 520),
+}
+SUBGRAPH = (340, 300, 360)
 Link = list[Any]
 
 
 class Page:
-    """A workflow being written: nodes with their boxes (x, y, width, height), notes and titles."""
+    """A workflow being written: columns of nodes from left to right, each as wide as its widest node."""
 
     def __init__(self) -> None:
         self.prompt: Prompt = {}
         self.layout: dict[str, Box] = {}
         self.notes: list[tuple[str, Box]] = []
         self.titles: dict[str, str] = {}
+        self.groups: list[tuple[str, tuple[int, int]]] = []
+        self.subgraphs: dict[str, dict[str, Any]] = {}
+        self._x = self._width = self._y = self.lowest = 0
 
-    def add(self, kind: str, box: Box, title: str = "", **inputs: Any) -> str:
+    def column(self, title: str = "") -> None:
+        """What is added from now on stands in a column of its own; with a title a group begins here."""
+        if self._width:
+            self._x += self._width + GAP
+        self._width = self._y = 0
+        if title:
+            self.groups.append((title, (self._x, 0)))
+
+    def _place(self, width: int, height: int, room: int) -> Box:
+        box = (self._x, self._y, width, height)
+        self._y += room + TITLE + GAP
+        self._width = max(self._width, width)
+        self.lowest = max(self.lowest, self._y - GAP)
+        return box
+
+    def add(self, kind: str, title: str = "", **inputs: Any) -> str:
         """Widgets that are not named keep the node's defaults."""
         node = str(len(self.prompt) + 1)
         self.prompt[node] = {"class_type": kind, "inputs": inputs}
-        self.layout[node] = box
+        self.layout[node] = self._place(*SIZES.get(kind, SUBGRAPH))
         if title:
             self.titles[node] = title
         return node
 
-    def note(self, text: str, box: Box) -> None:
-        self.notes.append((text, box))
+    def note(self, text: str, height: int, width: int = 0) -> None:
+        width = width or self._width or 320
+        self.notes.append((text, self._place(width, height, height)))
+
+    def boxes(self) -> list[tuple[str, Box]]:
+        """Groups around their columns."""
+        ends = [x for _, (x, _) in self.groups[1:]] + [self._x + self._width + GAP]
+        return [
+            (title, (x - 15, -90, end - x - GAP + 30, self.lowest + 105))
+            for (title, (x, _)), end in zip(self.groups, ends, strict=True)
+        ]
 
     # ------------------------------------------------------------------------------------- groups that recur
 
     def checkpoint(self) -> str:
-        return self.add("CheckpointLoaderSimple", (0, 0, 330, 110), ckpt_name=CHECKPOINT)
+        return self.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
 
-    def image(self, box: Box, title: str = "") -> str:
-        return self.add("LoadImage", box, title, image=PICTURE)
+    def image(self, title: str = "", file: str = FIND) -> str:
+        return self.add("LoadImage", title, image=file)
 
-    def train(self, model: str, examples: Link, x: int) -> str:
-        """Train and save; returns the node that gives embeddings."""
-        train = self.add(
+    def train(self, model: str, examples: Link) -> str:
+        return self.add(
             "SLiMeTrain",
-            (x, 0, 340, 560),
             model=[model, 0],
             vae=[model, 2],
             clip=[model, 1],
             examples=examples,
             preset="instant",
         )
-        return self.add(
-            "SLiMeSaveEmbeddings", (x + 380, 0, 300, 110), embeddings=[train, 0], filename="my_parts", overwrite=False
-        )
 
-    def load(self, y: int) -> str:
-        return self.add("SLiMeLoadEmbeddings", (0, y, 330, 80), filename="my_parts.safetensors")
+    def save(self, train: str) -> str:
+        return self.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="my_parts", overwrite=False)
 
-    def segment(self, model: str, embeddings: str, image: Link, box: Box) -> str:
-        return self.add("SLiMeSegment", box, model=[model, 0], vae=[model, 2], embeddings=[embeddings, 0], image=image)
+    def load(self) -> str:
+        return self.add("SLiMeLoadEmbeddings", filename="my_parts.safetensors")
 
-    def overlay(self, parts: str, x: int, y: int) -> None:
-        overlay = self.add("SLiMeOverlay", (x, y, 280, 300), parts=[parts, 0])
-        self.add("PreviewImage", (x + 310, y, 330, 300), images=[overlay, 0])
+    def segment(self, model: str, embeddings: str, image: Link) -> str:
+        return self.add("SLiMeSegment", model=[model, 0], vae=[model, 2], embeddings=[embeddings, 0], image=image)
 
-    def mask_preview(self, mask: str, x: int, y: int) -> None:
-        self.add("MaskPreview", (x, y, 330, 300), mask=[mask, 0])
+    def mask(self, parts: str, names: str = "", title: str = "", **more: Any) -> str:
+        return self.add("SLiMePartMask", title, parts=[parts, 0], names=names, **more)
 
-    def repaint(self, model: str, image: Link, mask: str, text: str, x: int) -> str:
-        """Inpaint inside a mask with the same checkpoint; returns the node that gives the image."""
-        positive = self.add("CLIPTextEncode", (x, 460, 300, 120), clip=[model, 1], text=text)
-        negative = self.add("CLIPTextEncode", (x, 630, 300, 120), clip=[model, 1], text="")
-        encoded = self.add("VAEEncode", (x, 800, 200, 60), pixels=image, vae=[model, 2])
-        masked = self.add("SetLatentNoiseMask", (x, 910, 220, 60), samples=[encoded, 0], mask=[mask, 0])
-        sampler = self.add(
-            "KSampler",
-            (x + 340, 460, 300, 280),
-            model=[model, 0],
-            positive=[positive, 0],
-            negative=[negative, 0],
-            latent_image=[masked, 0],
-            seed=1,
-            steps=20,
-            cfg=6.0,
-            sampler_name="dpmpp_2m",
-            scheduler="karras",
-            denoise=0.9,
-        )
-        decoded = self.add("VAEDecode", (x + 340, 800, 200, 60), samples=[sampler, 0], vae=[model, 2])
-        return self.add(
-            "ImageCompositeMasked",
-            (x + 340, 910, 260, 160),
-            destination=image,
-            source=[decoded, 0],
-            x=0,
-            y=0,
-            resize_source=False,
-            mask=[mask, 0],
-        )
+    def repaint(self, model: str, image: Link, mask: str, text: str) -> str:
+        """The subgraph that paints inside a mask anew."""
+        kind = f"{REPAINT} {len(self.subgraphs) + 1}"  # each has values of its own
+        self.subgraphs[kind] = repaint_part(text) | {"key": kind}
+        inputs = {"model": [model, 0], "clip": [model, 1], "vae": [model, 2], "image": image, "mask": [mask, 0]}
+        return self.add(kind, **inputs)
 
 
-def learn_and_segment() -> Page:
+REPAINT = "Repaint part"
+
+
+def repaint_part(text: str = "") -> dict[str, Any]:
+    """Inpaint inside a mask with the same checkpoint; outside of it the image stays as it is, to the pixel."""
+    prompt = {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": text}},
+        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": ""}},
+        "3": {"class_type": "VAEEncode", "inputs": {}},
+        "4": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["3", 0]}},
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "positive": ["1", 0],
+                "negative": ["2", 0],
+                "latent_image": ["4", 0],
+                "seed": 1,
+                "steps": 20,
+                "cfg": 6.0,
+                "sampler_name": "dpmpp_2m",
+                "scheduler": "karras",
+                "denoise": 0.9,
+            },
+        },
+        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0]}},
+        "7": {
+            "class_type": "ImageCompositeMasked",
+            "inputs": {"source": ["6", 0], "x": 0, "y": 0, "resize_source": False},
+        },
+    }
+    layout = {
+        "1": (0, 0, 320, 120),
+        "2": (0, 190, 320, 120),
+        "3": (0, 380, 240, 60),
+        "4": (0, 510, 240, 60),
+        "5": (400, 0, 320, 280),
+        "6": (800, 0, 240, 60),
+        "7": (800, 130, 280, 160),
+    }
+    return {
+        "name": REPAINT,
+        "prompt": prompt,
+        "layout": layout,
+        "inputs": {
+            "model": [("5", "model")],
+            "clip": [("1", "clip"), ("2", "clip")],
+            "vae": [("3", "vae"), ("6", "vae")],
+            "image": [("3", "pixels"), ("7", "destination")],
+            "mask": [("4", "mask"), ("7", "mask")],
+        },
+        "outputs": {"image": ("7", 0)},
+        "widgets": [("1", "text"), ("5", "denoise"), ("5", "seed")],
+    }
+
+
+def paint_and_find() -> Page:
     page = Page()
+    page.column("1  Teach")
     model = page.checkpoint()
-    image = page.image((0, 170, 330, 340), "Load Image: the example, with its mask")
-    example = page.add("SLiMeExample", (370, 170, 300, 330), image=[image, 0], mask=[image, 1], names="part")
-    embeddings = page.train(model, [example, 0], 710)
-    other = page.image((1090, 170, 330, 340), "Load Image: where to look")
-    parts = page.segment(model, embeddings, [other, 0], (1460, 0, 300, 400))
-    page.overlay(parts, 1800, 0)
-    mask = page.add("SLiMePartMask", (1800, 350, 280, 380), parts=[parts, 0], names="")
-    page.mask_preview(mask, 2110, 350)
+    painter = page.add("SLiMePartPainter", painting=painting())
+    page.column("2  Learn")
+    train = page.train(model, [painter, 0])
     page.note(
-        "## 1. Teach\n\nLoad an image, right-click it, **Open in MaskEditor**, paint the part, save, name it.\n\n"
-        "More parts of the same image, or more images: chain further *SLiMe Example* nodes through *previous*.",
-        (0, 560, 330, 190),
+        "**Choose a checkpoint and press Run.** Three parts are painted already.\n\nThen drop an image of your own on "
+        "the painter, name the parts, outline and fill them. Keep what was learned with *Save Learned Embeddings*.",
+        200,
     )
-    page.note(
-        "## 2. Learn\n\n*instant* takes seconds. The file goes to `models/slime` and can be shared: it fits every "
-        "checkpoint of the same family (SD1.x, SD2.x or SDXL).",
-        (710, 610, 340, 150),
-    )
-    page.note(
-        "## 3. Find\n\nLoad any other image and queue. *SLiMe Part Mask* gives a mask for inpainting.",
-        (1090, 560, 330, 120),
-    )
+    page.column("3  Find")
+    other = page.image("Load Image: where to look")
+    parts = page.segment(model, train, [other, 0])
+    page.column("4  Use")
+    page.mask(parts, "wheel")
     return page
 
 
-def several_parts() -> Page:
+def load_image_masks() -> Page:
     page = Page()
+    page.column("1  Teach")
     model = page.checkpoint()
-    painter = page.add("SLiMePartPainter", (0, 170, 440, 560), painting="")
-    embeddings = page.train(model, [painter, 0], 480)
-    other = page.image((860, 170, 330, 340), "Load Image: where to look")
-    parts = page.segment(model, embeddings, [other, 0], (1230, 0, 300, 400))
-    page.overlay(parts, 1570, 0)
+    image = page.image("Load Image: the example, with its mask", WHEELS[0])
+    example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel")
     page.note(
-        "## Several parts at once\n\n1. Drop an image on the painter.\n2. Name the first part, paint it; **+** adds "
-        "another.\n3. Load an image to look in, and queue.\n\nB brush, E eraser, F fill, [ and ] brush size, Ctrl+Z "
-        "undo. Outline a part and fill it: that is fastest.",
-        (0, 790, 440, 220),
+        "Load an image, right-click it, **Open in MaskEditor**, paint the part, save, and name it in *SLiMe Example*.",
+        130,
     )
+    page.column("2  Learn")
+    train = page.train(model, [example, 0])
+    saved = page.save(train)
+    page.note(
+        "The file goes to models/slime and can be shared: it fits every checkpoint of the same family (SD1.x, SD2.x or "
+        "SDXL).",
+        130,
+    )
+    page.column("3  Find")
+    other = page.image("Load Image: where to look")
+    parts = page.segment(model, saved, [other, 0])
+    page.column("4  Use")
+    page.mask(parts, "wheel")
     return page
 
 
-def few_shot() -> Page:
+def several_examples() -> Page:
     page = Page()
-    model = page.checkpoint()
     previous: dict[str, Any] = {}
-    for index in range(3):
-        image = page.image((380 * index, 170, 330, 340), f"Load Image: example {index + 1}, with its mask")
-        example = page.add(
-            "SLiMeExample", (380 * index, 560, 330, 330), image=[image, 0], mask=[image, 1], names="part", **previous
-        )
+    for index, file in enumerate(WHEELS):
+        page.column("1  Teach" if index == 0 else "")
+        if index == 0:
+            model = page.checkpoint()
+        else:
+            page.note(
+                "Every example is another image with the **same part name**. Choose images that differ: other colours, "
+                "poses, sizes."
+                if index == 1
+                else "On the demo scenes part IoU went from .54 with one example to .64 with five.",
+                120,
+                320,
+            )
+        image = page.image(f"Load Image: example {index + 1}, with its mask", file)
+        example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel", **previous)
         previous = {"previous": [example, 0]}
-    embeddings = page.train(model, [example, 0], 1160)
-    other = page.image((1540, 170, 330, 340), "Load Image: where to look")
-    parts = page.segment(model, embeddings, [other, 0], (1910, 0, 300, 400))
-    page.overlay(parts, 2250, 0)
-    page.note(
-        "## More examples\n\nEvery example is another image with the **same part name**. On the demo scenes part IoU "
-        "went from .54 with one example to .64 with five. Choose images that differ: other colours, poses, sizes.",
-        (0, 940, 330, 190),
-    )
+    page.column("2  Learn")
+    train = page.train(model, [example, 0])
+    saved = page.save(train)
+    page.column("3  Find")
+    other = page.image("Load Image: where to look")
+    page.segment(model, saved, [other, 0])
     return page
 
 
-def segment_batch() -> Page:
+def many_images() -> Page:
     page = Page()
-    model = page.checkpoint()
-    embeddings = page.load(170)
-    first, second = page.image((0, 310, 330, 340)), page.image((370, 310, 330, 340))
-    batch = page.add("ImageBatch", (740, 310, 220, 60), image1=[first, 0], image2=[second, 0])
-    parts = page.segment(model, embeddings, [batch, 0], (740, 0, 300, 260))
-    page.overlay(parts, 1080, 0)
-    mask = page.add("SLiMePartMask", (1080, 350, 280, 380), parts=[parts, 0], names="")
-    page.mask_preview(mask, 1390, 350)
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    first, second = page.image(), page.image(file=FIND_TOO)
+    page.column("2  Find")
+    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
+    parts = page.segment(model, embeddings, [batch, 0])
     page.note(
-        "## Many images\n\nAny batch will do, also the frames of a video or a folder loaded by another pack. The masks "
-        "come out in the same order. *SLiMe Part List* gives one mask a part instead.",
-        (0, 700, 330, 170),
+        "Any batch will do, also the frames of a video or a folder loaded by another pack. The masks come out in the "
+        "same order. *SLiMe Part List* gives one mask a part instead.\n\nTemplate 2 makes the file my_parts.",
+        200,
     )
+    page.column("3  Use")
+    page.mask(parts, "wheel")
     return page
 
 
-def part_inpaint() -> Page:
+def repaint_one_part() -> Page:
     page = Page()
-    model = page.checkpoint()
-    embeddings = page.load(170)
-    image = page.image((0, 310, 330, 340))
-    parts = page.segment(model, embeddings, [image, 0], (370, 0, 300, 400))
-    mask = page.add("SLiMePartMask", (710, 0, 280, 400), parts=[parts, 0], names="", grow=6)
-    result = page.repaint(model, [image, 0], mask, "a photo, red", 370)
-    page.add("SaveImage", (1050, 460, 380, 420), images=[result, 0], filename_prefix="slime_inpaint")
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    image = page.image()
     page.note(
-        "## Change one part\n\nRun *Learn and segment* first, then press R so that the file appears here.\n\n"
-        "Name the part in *SLiMe Part Mask* (empty takes all parts), write what it shall become, and queue.",
-        (0, 700, 330, 180),
+        "Template 2 makes the file my_parts; press R so that it appears here.\n\nName the part in *SLiMe Part Mask* "
+        "(empty takes all parts), and write in *Repaint part* what it shall become.",
+        200,
     )
+    page.column("2  Find")
+    parts = page.segment(model, embeddings, [image, 0])
+    page.column("3  Repaint")
+    mask = page.mask(parts, "wheel", grow=6, minimum_area=64)
+    page.column()
+    result = page.repaint(model, [image, 0], mask, "an orange car with blue wheels")
+    page.add("SaveImage", images=[result, 0], filename_prefix="slime_inpaint")
     return page
 
 
-def edit_two_parts() -> Page:
+def repaint_two_parts() -> Page:
     page = Page()
-    model = page.checkpoint()
-    embeddings = page.load(170)
-    image = page.image((0, 310, 330, 340))
-    parts = page.segment(model, embeddings, [image, 0], (370, 0, 300, 400))
-    first = page.add("SLiMePartMask", (710, 0, 280, 400), "Mask of the first part", parts=[parts, 0], names="wheel")
-    second = page.add("SLiMePartMask", (1390, 0, 280, 400), "Mask of the second part", parts=[parts, 0], names="window")
-    once = page.repaint(model, [image, 0], first, "a photo, golden", 370)
-    twice = page.repaint(model, [once, 0], second, "a photo, blue", 1050)
-    page.add("SaveImage", (1730, 460, 380, 420), images=[twice, 0], filename_prefix="slime_two_parts")
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    image = page.image()
     page.note(
-        "## Two parts, two prompts\n\nThe image is looked at once; each *SLiMe Part Mask* takes one part of the "
-        "result. Write the parts' names as you gave them when you taught them; *Embeddings Info* lists them.",
-        (0, 700, 330, 200),
+        "The image is looked at once; each *SLiMe Part Mask* takes one part of the result. Write the parts' names as "
+        "you gave them when you taught them.",
+        170,
     )
+    page.column("2  Find")
+    parts = page.segment(model, embeddings, [image, 0])
+    page.column("3  The first part")
+    first = page.mask(parts, "wheel", "Mask of the first part", grow=4, minimum_area=64)
+    once = page.repaint(model, [image, 0], first, "an orange car with blue wheels")
+    page.column("4  The second part")
+    second = page.mask(parts, "window", "Mask of the second part", grow=4, minimum_area=64)
+    twice = page.repaint(model, [once, 0], second, "an orange car with green windows")
+    page.column("5  Result")
+    page.add("SaveImage", images=[twice, 0], filename_prefix="slime_two_parts")
     return page
 
 
 def video() -> Page:
     page = Page()
-    model = page.checkpoint()
-    embeddings = page.load(170)
-    clip = page.add("LoadVideo", (0, 310, 330, 120), file="video.mp4")
-    frames = page.add("GetVideoComponents", (0, 480, 250, 80), video=[clip, 0])
-    parts = page.segment(model, embeddings, [frames, 0], (370, 0, 300, 400))
-    steady = page.add("SLiMeSteadyParts", (370, 450, 300, 120), parts=[parts, 0])
-    overlay = page.add("SLiMeOverlay", (710, 0, 280, 300), parts=[steady, 0])
-    made = page.add("CreateVideo", (1030, 0, 280, 110), images=[overlay, 0], fps=[frames, 2])
-    page.add("SaveVideo", (1030, 160, 330, 400), video=[made, 0], filename_prefix="video/slime")
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    clip = page.add("LoadVideo", file="video.mp4")
+    frames = page.add("GetVideoComponents", video=[clip, 0])
+    page.column("2  Find")
+    parts = page.segment(model, embeddings, [frames, 0])
+    steady = page.add("SLiMeSteadyParts", parts=[parts, 0])
     page.note(
-        "## Video\n\nAll frames share the noise, and *SLiMe Steady Parts* lets neighbouring frames vote where the "
-        "picture stands still. *SLiMe Part Mask* behind it gives a mask for each frame.",
-        (0, 610, 330, 160),
+        "All frames share the noise, and *SLiMe Steady Parts* lets neighbouring frames vote where the picture stands "
+        "still. *SLiMe Part Mask* behind it gives a mask for each frame.",
+        160,
     )
+    page.column("3  See")
+    overlay = page.add("SLiMeOverlay", parts=[steady, 0])
+    made = page.add("CreateVideo", images=[overlay, 0], fps=[frames, 2])
+    page.column()
+    page.add("SaveVideo", video=[made, 0], filename_prefix="video/slime")
     return page
 
 
-def evaluate_and_share() -> Page:
+def check_and_share() -> Page:
     page = Page()
-    model = page.checkpoint()
-    embeddings = page.load(170)
-    image = page.image((0, 310, 330, 340), "Load Image: a test image, with its true mask")
-    parts = page.segment(model, embeddings, [image, 0], (370, 0, 300, 400))
-    table = page.add("SLiMeEvaluate", (710, 0, 300, 200), parts=[parts, 0], truth=[image, 1], names="part")
-    page.add("PreviewImage", (1050, 0, 330, 300), images=[table, 2])
-    page.add("SLiMeEmbeddingsInfo", (370, 450, 300, 200), embeddings=[embeddings, 0])
-    page.add("SLiMeEmbeddingsToText", (710, 450, 300, 200), embeddings=[embeddings, 0])
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    image = page.image("Load Image: a test image, with its true mask", TESTED)
     page.note(
-        "## Check before sharing\n\nPaint the true mask of a part in an image that was **not** an example; *SLiMe "
-        "Evaluate* says how well it is found.\n\nTo share, send the file in `models/slime`, or copy the text into an "
-        "*Embeddings from Text* node: then the workflow needs no file at all.",
-        (0, 700, 330, 220),
+        "Paint the true mask of a part in an image that was **not** an example; *SLiMe Evaluate* says how well it is "
+        "found.\n\nTo share, send the file in models/slime, or copy the text into an *Embeddings from Text* node: then "
+        "the workflow needs no file at all.",
+        220,
     )
+    page.column("2  Check")
+    parts = page.segment(model, embeddings, [image, 0])
+    page.column()
+    page.add("SLiMeEvaluate", parts=[parts, 0], truth=[image, 1], names="wheel")
+    page.column("3  Share")
+    page.add("SLiMeEmbeddingsInfo", embeddings=[embeddings, 0])
+    page.add("SLiMeEmbeddingsToText", embeddings=[embeddings, 0])
     return page
 
 
 WORKFLOWS: dict[str, Callable[[], Page]] = {
-    "slime_learn_and_segment": learn_and_segment,
-    "slime_several_parts": several_parts,
-    "slime_few_shot": few_shot,
-    "slime_segment_batch": segment_batch,
-    "slime_part_inpaint": part_inpaint,
-    "slime_edit_two_parts": edit_two_parts,
-    "slime_video": video,
-    "slime_evaluate_and_share": evaluate_and_share,
+    "1 Paint parts and find them": paint_and_find,
+    "2 Teach with masks from Load Image": load_image_masks,
+    "3 Several examples": several_examples,
+    "5 Many images at once": many_images,
+    "6 Repaint one part": repaint_one_part,
+    "7 Repaint two parts": repaint_two_parts,
+    "8 Video": video,
+    "9 Check and share": check_and_share,
 }
 
 
 def learn_blueprint() -> dict[str, Any]:
     page = Page()
-    example = page.add("SLiMeExample", (0, 0, 300, 200), names="part")
-    train = page.add("SLiMeTrain", (340, 0, 340, 560), examples=[example, 0], preset="instant")
-    saved = page.add("SLiMeSaveEmbeddings", (720, 0, 300, 110), embeddings=[train, 0], filename="my_parts")
+    page.column()
+    example = page.add("SLiMeExample", names="part")
+    page.column()
+    train = page.add("SLiMeTrain", examples=[example, 0], preset="instant")
+    page.column()
+    saved = page.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="my_parts")
     return {
         "prompt": page.prompt,
         "layout": page.layout,
@@ -301,38 +401,63 @@ def learn_blueprint() -> dict[str, Any]:
         },
         "outputs": {"embeddings": (saved, 0), "preview": (train, 2)},
         "widgets": [(example, "names"), (train, "preset"), (saved, "filename")],
+        "description": "Learn a part from one image and its mask, and keep what was learned.",
     }
 
 
 def segment_blueprint() -> dict[str, Any]:
     page = Page()
-    parts = page.add("SLiMeSegment", (0, 0, 300, 400))
-    mask = page.add("SLiMePartMask", (340, 0, 280, 400), parts=[parts, 0], names="")
-    overlay = page.add("SLiMeOverlay", (340, 450, 280, 300), parts=[parts, 0])
+    page.column()
+    parts = page.add("SLiMeSegment")
+    page.column()
+    mask = page.add("SLiMePartMask", parts=[parts, 0], names="")
+    overlay = page.add("SLiMeOverlay", parts=[parts, 0])
     return {
         "prompt": page.prompt,
         "layout": page.layout,
         "inputs": {name: [(parts, name)] for name in ("model", "vae", "embeddings", "image")},
         "outputs": {"mask": (mask, 0), "overlay": (overlay, 0), "parts": (parts, 0)},
         "widgets": [(mask, "names"), (mask, "grow"), (mask, "feather"), (parts, "refine")],
+        "description": "Find learned parts in an image, and give one of them as a mask.",
     }
 
 
-BLUEPRINTS = {"SLiMe_learn_parts": learn_blueprint, "SLiMe_segment_and_mask": segment_blueprint}
+def repaint_blueprint() -> dict[str, Any]:
+    described = repaint_part()
+    del described["name"]
+    return described | {"description": "Paint inside a mask anew; everything else stays as it is, to the pixel."}
+
+
+BLUEPRINTS = {
+    "SLiMe_learn_parts": learn_blueprint,
+    "SLiMe_segment_and_mask": segment_blueprint,
+    "SLiMe_repaint_part": repaint_blueprint,
+}
+
+
+def written(page: Page, info: dict[str, Any]) -> dict[str, Any]:
+    """The page as ComfyUI saves workflows."""
+    made = {name: definition(**described, object_info=info) for name, described in page.subgraphs.items()}
+    workflow = to_editor(page.prompt, page.layout, info, page.notes, page.titles, page.boxes(), made)
+    for node in workflow["nodes"]:
+        if node["type"] == "CheckpointLoaderSimple":
+            node["properties"]["models"] = [{"name": CHECKPOINT, "url": URL, "directory": "checkpoints"}]
+    return workflow
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", action="store_true", help="run every workflow and write its thumbnail")
+    parser.add_argument("--pictures", action="store_true", help="render the pictures, and run every workflow")
     options = parser.parse_args()
     FOLDER.mkdir(exist_ok=True)
     SUBGRAPHS.mkdir(exist_ok=True)
+    if options.pictures:
+        write_samples()  # the server's input folder gets them when it starts
     with ComfyServer() as server:
         info = server.get("/object_info")
         for name, make in WORKFLOWS.items():
-            page = make()
-            workflow = to_editor(page.prompt, page.layout, info, page.notes, page.titles)
-            (FOLDER / f"{name}.json").write_text(json.dumps(workflow, indent=1) + "\n", encoding="utf-8")
+            text = json.dumps(written(make(), info), indent=1)
+            (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         for name, describe in BLUEPRINTS.items():
             text = json.dumps(blueprint(name, **describe(), object_info=info), indent=1)
             (SUBGRAPHS / f"{name}.json").write_text(text + "\n", encoding="utf-8")

@@ -2,105 +2,41 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
-from demo.run import put_image
-from slime.parts.palette import default_palette
-from testing import scenes, splits
 from testing.clips import clip
 from testing.server import MODEL, ComfyServer
-from testing.workflows import Prompt, load_workflow, to_api
+from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
-DOMAIN, PART, SECOND_PART = "car", "wheel", "window"
+from .samples import PICTURES, painted_sample
+
+DOMAIN = "car"
+FIRST = "1 Paint parts and find them"
 EMBEDDINGS = "my_parts.safetensors"
 FRAMES = 6
-THUMBNAIL = (480, 320)
+THUMBNAIL = 480
 
 
 def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
-    """A bundled workflow with the demo's checkpoint, pictures and part names, sampling for a few steps."""
+    """A bundled workflow as it is, but for the demo's checkpoint, a clip, and sampling for a few steps."""
     prompt = to_api(load_workflow(name), server.get("/object_info"))
-    # What is evaluated must not be what was taught.
-    pictures = iter(_pictures(server, prompt, splits.TEST if "evaluate" in name else splits.TEACH))
     for node in prompt.values():
         inputs = node["inputs"]
         match node["class_type"]:
             case "CheckpointLoaderSimple":
                 inputs["ckpt_name"] = MODEL.name
-            case "LoadImage":
-                inputs["image"] = next(pictures)
             case "LoadVideo":
                 inputs["file"] = put_video(server)
-            case "SLiMeLoadEmbeddings":
-                inputs["filename"] = EMBEDDINGS
-            case "SLiMePartPainter":
-                inputs["painting"] = painting(server)
             case "SLiMeSaveEmbeddings":
                 inputs["overwrite"] = True
             case "KSampler":
                 inputs["steps"] = steps
-            case "SLiMeExample" | "SLiMeEvaluate":
-                inputs["names"] = PART
-            case "SLiMePartMask" if inputs["names"] not in (PART, SECOND_PART):
-                inputs["names"] = "" if name != "slime_part_inpaint" else PART
     return prompt
-
-
-def _pictures(server: ComfyServer, prompt: Prompt, painted_seed: int) -> list[str]:
-    """Painted scenes for the Load Image nodes whose masks are used, test scenes for the others."""
-    used = {tuple(value) for node in prompt.values() for value in node["inputs"].values() if isinstance(value, list)}
-    found = []
-    for index, node_id in enumerate(i for i, node in prompt.items() if node["class_type"] == "LoadImage"):
-        painted = (node_id, 1) in used
-        scene = scenes.render(DOMAIN, (painted_seed if painted else splits.TEST) + index)
-        mask = scene.labels == 1 + scenes.PARTS[DOMAIN].index(PART)
-        alpha = np.where(mask, 0, 255).astype(np.uint8)[..., None]
-        pixels = np.concatenate([scene.image, alpha], -1) if painted else scene.image
-        found.append(
-            put_image(server, f"workflow_{'painted' if painted else 'plain'}_{painted_seed}_{index}.png", pixels)
-        )
-    return found
-
-
-def painting(server: ComfyServer) -> str:
-    """What SLiMe Part Painter saves when all parts of a scene are painted."""
-    scene = scenes.render(DOMAIN, splits.TEACH)
-    file = put_image(server, "workflow_painting.png", scene.image)
-    colors = default_palette(len(scenes.PARTS[DOMAIN]))
-    named = zip(scenes.PARTS[DOMAIN], colors, strict=True)
-    parts = [{"name": name, "color": "#" + bytes(color).hex()} for name, color in named]
-    height, width = scene.labels.shape
-    saved = {
-        "version": 1,
-        "image": {"name": file, "subfolder": "", "type": "input"},
-        "parts": parts,
-        "width": width,
-        "height": height,
-        "runs": encode_runs(scene.labels),
-    }
-    return json.dumps(saved)
-
-
-def encode_runs(labels: np.ndarray) -> str:
-    """LabelMap.encode of web/painter/label_map.js."""
-    flat = labels.ravel()
-    starts = [*np.flatnonzero(np.diff(flat.astype(int), prepend=-1)).tolist(), len(flat)]
-    data = bytearray()
-    for start, end in zip(starts, starts[1:], strict=False):
-        data.append(int(flat[start]))
-        count = end - start
-        while count > 127:
-            data.append(count & 127 | 128)
-            count >>= 7
-        data.append(count)
-    return base64.b64encode(bytes(data)).decode()
 
 
 def put_video(server: ComfyServer) -> str:
@@ -120,16 +56,36 @@ def put_video(server: ComfyServer) -> str:
     return path.name
 
 
+def learn_parts(server: ComfyServer, **changes: Any) -> Path:
+    """What the workflows that load a file find: the parts of the first one, learned and saved as my_parts."""
+    prompt = prepare(server, FIRST)
+    train = find(prompt, "SLiMeTrain")
+    prompt[train]["inputs"].update(changes)
+    builder = PromptBuilder({k: v for k, v in prompt.items() if int(k) <= int(train)})
+    builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=Path(EMBEDDINGS).stem, overwrite=True)
+    server.run(builder.prompt, 1800)
+    return server.base / "models" / "slime" / EMBEDDINGS
+
+
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
-    """Pictures that the workflows show or save, in the order of their nodes; what others load is learned first."""
+    """The story of every workflow: one picture a node, of what is taught, what is looked at, and what comes out."""
+    learn_parts(server)
     found = {}
-    for name in sorted(names, key=lambda name: name != "slime_several_parts"):
+    for name in names:
         prompt = prepare(server, name, steps=20)
         for node in prompt.values():
-            if node["class_type"] == "SLiMeSaveEmbeddings" and name != "slime_several_parts":
-                node["inputs"]["filename"] = name
+            if node["class_type"] == "SLiMeSaveEmbeddings":
+                node["inputs"]["filename"] = "for_the_picture"
         outputs = server.run(prompt, 1800)
-        found[name] = [picture for node in sorted(outputs, key=int) for picture in pictures(server, outputs[node])]
+        taught = {tuple(n["inputs"]["image"]) for n in prompt.values() if n["class_type"] == "SLiMeExample"}
+        found[name] = []
+        for node_id, node in prompt.items():
+            shown = pictures(server, outputs.get(node_id, {}))[:1]
+            if node["class_type"] == "SLiMePartPainter":
+                shown = [painted_sample()]
+            if node["class_type"] == "LoadImage" and (node_id, 0) not in taught:
+                shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
+            found[name] += shown
     return found
 
 
@@ -148,14 +104,14 @@ def pictures(server: ComfyServer, output: dict[str, Any]) -> list[Image.Image]:
     return found
 
 
-def thumbnail(images: Sequence[Image.Image]) -> Image.Image:
-    """The first and the last picture side by side."""
-    width, height = THUMBNAIL
-    page = Image.new("RGB", THUMBNAIL, (24, 24, 28))
-    shown = [images[0], images[-1]] if len(images) > 1 else [images[0]]
+def thumbnail(story: Sequence[Image.Image]) -> Image.Image:
+    """The last four pictures as a square, row by row; of three the last is as wide as two."""
+    shown, half = list(story)[-4:], THUMBNAIL // 2
+    page = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (24, 24, 28))
     for index, image in enumerate(shown):
-        scale = min(width / len(shown) / image.width, height / image.height)
-        small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.LANCZOS)
-        left = round(width * (index + 0.5) / len(shown) - small.width / 2)
-        page.paste(small, (left, (height - small.height) // 2))
+        alone = index == len(shown) - 1 and index % 2 == 0
+        size = (THUMBNAIL if alone else half - 2, half - 2 if len(shown) > 2 else THUMBNAIL)
+        page.paste(
+            ImageOps.fit(image, size, Image.Resampling.LANCZOS), (index % 2 * (half + 2), index // 2 * (half + 2))
+        )
     return page

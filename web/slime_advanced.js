@@ -1,5 +1,5 @@
 // @ts-check
-/** Expert settings are tucked away on the classic canvas too: "Show advanced" in the node's menu brings them back. */
+/** Expert settings are tucked away on every canvas: "Show advanced" in the node's menu brings them back. */
 
 import { app } from "../../scripts/app.js";
 
@@ -11,20 +11,27 @@ app.registerExtension({
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("SLiMe")) return;
     const widgets = (node.widgets ?? []).filter((/** @type {any} */ widget) => widget.options?.advanced);
-    const tucked = () => !LiteGraph.vueNodesMode && !node.showAdvanced; // Nodes 2.0 has a way of its own
+    const native = () => LiteGraph.vueNodesMode && node.hasAdvancedWidgets; // newer Nodes 2.0 hides them by itself
+    const tucked = () => !native() && !node.showAdvanced;
+    if (!widgets.length) return;
     for (const widget of widgets) {
       widget.advanced = true;
       // Advanced alone is not drawn, but keeps its place; older versions keep that of hidden ones too.
-      Object.defineProperty(widget, "hidden", { get: tucked, set: () => {}, configurable: true });
-      widget.computeSize = (/** @type {number} */ width) => (tucked() ? [0, -4] : [width, LiteGraph.NODE_WIDGET_HEIGHT]);
+      for (const place of [widget, widget.options]) {
+        Object.defineProperty(place, "hidden", { get: tucked, set: () => {}, enumerable: true, configurable: true });
+      }
+      widget.computeSize = (/** @type {number} */ width) => (node.showAdvanced ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4]);
     }
-    if (!widgets.length || LiteGraph.vueNodesMode) return;
     let restored = false; // a saved node keeps its size
     const before = node.onConfigure;
     node.onConfigure = function (/** @type {any[]} */ ...given) {
       restored = true;
       return before?.apply(this, given);
     };
-    queueMicrotask(() => restored || node.setSize(node.computeSize()));
+    setTimeout(() => {
+      if (restored) return;
+      node.setSize(node.computeSize());
+      node.setDirtyCanvas(true, true);
+    });
   },
 });

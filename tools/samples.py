@@ -1,0 +1,83 @@
+"""The small pictures of the bundled workflows: example_workflows/pictures, which ComfyUI's input folder gets."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import numpy as np
+from PIL import Image
+
+from slime.parts.draw import overlay
+from slime.parts.palette import default_palette
+from testing import scenes, splits
+from testing.workflows import FOLDER
+
+PICTURES = FOLDER / "pictures"
+SIDE, DOMAIN = 512, "car"
+PAINTED = ("wheel", "window", "body")
+TEACH, FIND, FIND_TOO = "slime_teach.jpg", "slime_find.jpg", "slime_find_2.jpg"
+WHEELS = ("slime_wheels_1.webp", "slime_wheels_2.webp", "slime_wheels_3.webp")
+TESTED = "slime_test.webp"
+SCENES = {TEACH: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, WHEELS[2]: 54, TESTED: 55}
+
+
+def sample(file: str) -> scenes.Scene:
+    return scenes.render(DOMAIN, splits.TEACH + SCENES[file], size=SIDE)
+
+
+def write_samples() -> None:
+    """JPEG as it is; WebP with the wheels as its mask, transparent as Load Image reads masks."""
+    PICTURES.mkdir(parents=True, exist_ok=True)
+    for file in SCENES:
+        scene = sample(file)
+        if file.endswith(".jpg"):
+            Image.fromarray(scene.image).save(PICTURES / file, quality=88)
+        else:
+            wheels = scene.labels == 1 + scenes.PARTS[DOMAIN].index("wheel")
+            alpha = np.where(wheels, 0, 255).astype(np.uint8)[..., None]
+            Image.fromarray(np.concatenate([scene.image, alpha], -1)).save(PICTURES / file, quality=85, exact=True)
+
+
+def _painted_labels() -> np.ndarray:
+    scene = sample(TEACH)
+    labels = np.zeros_like(scene.labels)
+    for label, name in enumerate(PAINTED, start=1):
+        labels[scene.labels == 1 + scenes.PARTS[DOMAIN].index(name)] = label
+    return labels
+
+
+def painted_sample() -> Image.Image:
+    """The first picture as the painter shows it."""
+    tinted = overlay(sample(TEACH).image, _painted_labels(), default_palette(len(PAINTED)), PAINTED)
+    return Image.fromarray(tinted)
+
+
+def painting() -> str:
+    """What SLiMe Part Painter saves when the parts of the first picture are painted."""
+    labels = _painted_labels()
+    colors = default_palette(len(PAINTED))
+    saved = {
+        "version": 1,
+        "image": {"name": TEACH, "subfolder": "", "type": "input"},
+        "parts": [{"name": n, "color": "#" + bytes(c).hex()} for n, c in zip(PAINTED, colors, strict=True)],
+        "width": SIDE,
+        "height": SIDE,
+        "runs": encode_runs(labels),
+    }
+    return json.dumps(saved)
+
+
+def encode_runs(labels: np.ndarray) -> str:
+    """LabelMap.encode of web/painter/label_map.js."""
+    flat = labels.ravel()
+    starts = [*np.flatnonzero(np.diff(flat.astype(int), prepend=-1)).tolist(), len(flat)]
+    data = bytearray()
+    for start, end in zip(starts, starts[1:], strict=False):
+        data.append(int(flat[start]))
+        count = end - start
+        while count > 127:
+            data.append(count & 127 | 128)
+            count >>= 7
+        data.append(count)
+    return base64.b64encode(bytes(data)).decode()
