@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from PIL import Image
+from server import PromptServer
 from torch import Tensor
 
 from ..slime.errors import SlimeError
@@ -137,6 +138,13 @@ def overlay_preview(cls: type[io.ComfyNode], maps: PartMaps, images: Tensor) -> 
         tinted = overlays(images[part], maps.label_map[part], maps.palette, maps.names)
         shown += ui.PreviewImage(tinted, cls=cls).as_dict()["images"]
     return {"images": shown, "animated": (False,)}
+
+
+def say(node_id: str | None, text: str) -> None:
+    """A line of text in a node."""
+    server = getattr(PromptServer, "instance", None)  # there is none where nodes run without a server
+    if server is not None and node_id is not None:
+        server.send_progress_text(text, node_id)
 
 
 @contextmanager

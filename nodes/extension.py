@@ -18,6 +18,7 @@ from .overlay import SLiMeOverlay
 from .painter import SLiMePartPainter
 from .part_mask import SLiMePartMask
 from .part_outputs import SLiMePartBoxes, SLiMePartList, SLiMePartSegs
+from .pick import SLiMePickLeastSure
 from .segment import SLiMeSegment
 from .steady import SLiMeSteadyParts
 from .train import SLiMeTrain
@@ -33,6 +34,7 @@ class SlimeExtension(ComfyExtension):
             SLiMeSegment,
             SLiMeLook,
             SLiMeReadParts,
+            SLiMePickLeastSure,
             SLiMeSteadyParts,
             SLiMePartMask,
             SLiMeOverlay,

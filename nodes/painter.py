@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -16,21 +14,28 @@ import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
+from comfy_execution.graph_utils import ExecutionBlocker
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..slime.errors import SlimeError
 from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
-from .common import Examples, as_images, named_errors, schema, to_core
+from ..slime.parts.runs import decode_runs
+from .common import Examples, Parts, as_images, named_errors, say, schema, to_core
+from .found_parts import FOUND, read_found
 
 VERSION = 1
 TEXT_LIMIT = 16 * 2**20  # characters
-LONGEST_SIDE, MOST_PIXELS = 32768, 2**27
 # The type whose widget web/slime_painter.js draws.
 Painted = io.Custom("SLIME_PAINTING")
 NOTHING = (
     "SLiMe Part Painter: nothing is painted yet. Choose a part in the node, paint it on the image, and queue again."
+)
+PROPOSED = "What was found stands here now. Correct it, and run again."
+ANOTHER = (
+    "SLiMe Part Painter: the connected image is another one than the painting was made on. Take what was found, or "
+    "paint anew, and queue again."
 )
 
 
@@ -42,12 +47,14 @@ class Painting:
         image: file below ComfyUI's folders as "subfolder/name [type]", or None.
         names, colors: of the parts, in the order of their labels.
         labels: [h, w] uint8, or None where nothing was painted; stretched to the image.
+        of: digest of the connected image it was painted on, or None where that is not known.
     """
 
     image: str | None
     names: tuple[str, ...]
     colors: tuple[tuple[int, int, int], ...]
     labels: np.ndarray | None
+    of: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Painting:
@@ -57,7 +64,8 @@ class Painting:
             colors = [bytes.fromhex(_short(part["color"]).removeprefix("#")) for part in saved["parts"]]
             labels = decode_runs(saved["runs"], saved["width"], saved["height"]) if saved["runs"] else None
             names = tuple(_short(part["name"]) for part in saved["parts"])
-            return cls(_place(saved), names, tuple((c[0], c[1], c[2]) for c in colors), labels)
+            of = _short(saved["of"]) if saved.get("of") else None
+            return cls(_place(saved), names, tuple((c[0], c[1], c[2]) for c in colors), labels, of)
 
     def image_path(self) -> Path:
         """Raises SlimeError where there is no image, no longer, or outside ComfyUI's folders."""
@@ -118,40 +126,6 @@ def image_file(place: str) -> Path | None:
     return path if path.is_file() else None
 
 
-def decode_runs(runs: str, width: int, height: int) -> np.ndarray:
-    """Label map [height, width] of LabelMap.encode in web/painter/label_map.js.
-
-    Raises:
-        ValueError: where the runs do not make up the size, or it is larger than any picture. Nothing is allocated then.
-    """
-    if not all(isinstance(side, int) and 1 <= side <= LONGEST_SIDE for side in (width, height)):
-        raise ValueError(f"a size of {width} x {height}")
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels")
-    try:
-        data = base64.b64decode(runs, validate=True)
-    except binascii.Error as error:
-        raise ValueError(str(error)) from error
-    starts, position, total = [], 0, 0
-    while position < len(data):
-        label, count, shift, more = data[position], 0, 0, True
-        while more:
-            position += 1
-            if position >= len(data) or shift > 28:
-                raise ValueError("it is cut short" if position >= len(data) else "a run has no end")
-            count |= (data[position] & 127) << shift
-            more, shift = data[position] > 127, shift + 7
-        starts.append((label, count))
-        total += count
-        if total > width * height:
-            break
-        position += 1
-    if total != width * height:
-        raise ValueError(f"{total} pixels instead of {width} x {height}")
-    labels, counts = np.array(starts).T
-    return np.repeat(labels.astype(np.uint8), counts).reshape(height, width)
-
-
 class SLiMePartPainter(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -174,12 +148,20 @@ class SLiMePartPainter(io.ComfyNode):
                     optional=True,
                     tooltip="Other examples. The same image adds parts to it, another is one more example.",
                 ),
+                io.MultiType.Input(
+                    "found",
+                    list(FOUND),
+                    optional=True,
+                    tooltip="Rough parts to correct: SLiMe parts of one image, masks, SEGS or bounding boxes. Queue "
+                    "once to see them here.",
+                ),
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next example."),
                 io.Image.Output(display_name="image", tooltip="The image that was painted on."),
                 io.Image.Output(display_name="label_map", tooltip="The parts in their exact colours on black."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -196,20 +178,42 @@ class SLiMePartPainter(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, painting: str, image: Tensor | None = None, previous: Sequence[Example] | None = None
+        cls,
+        painting: str,
+        image: Tensor | None = None,
+        previous: Sequence[Example] | None = None,
+        found: Any = None,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Part Painter"):
             painted = Painting.parse(painting)
-            pixels = _read(painted.image_path()) if image is None else _one(image)
-            shown = None if image is None else {"slime_painter": ui.PreviewImage(pixels, cls=cls).as_dict()["images"]}
+            if image is None and isinstance(found, Parts):
+                image = found.images
+            pixels = read_picture(painted.image_path()) if image is None else _one(image)
+            shown: dict[str, Any] = {}
+            if image is not None:
+                shown["slime_painter"] = ui.PreviewImage(pixels, cls=cls).as_dict()["images"]
+                shown["slime_of"] = [_digest(pixels)]
+            if found is not None:
+                shown["slime_found"] = [read_found(found, (pixels.shape[1], pixels.shape[2])).for_painter()]
             if painted.labels is None or not painted.labels.any():
-                # The image reaches the canvas all the same; what follows says that nothing is painted.
-                return io.NodeOutput(None, None, None, ui=shown, block_execution=NOTHING)
+                # The image reaches the canvas all the same; what follows waits.
+                if found is None:
+                    return io.NodeOutput(None, None, None, ui=shown, block_execution=NOTHING)
+                say(getattr(cls.hidden, "unique_id", None), PROPOSED)
+                return io.NodeOutput(*[ExecutionBlocker(None)] * 3, ui=shown)
+            if image is not None and painted.of not in (None, _digest(pixels)):
+                return io.NodeOutput(None, None, None, ui=shown, block_execution=ANOTHER)
             labels = _stretched(painted.labels, pixels.shape[1], pixels.shape[2])
             example = _example(pixels[0], labels, painted)
             examples = merge_examples(previous or (), example)
         picture = torch.from_numpy(color_labels(labels, painted.colors)).float()[None] / 255
         return io.NodeOutput(examples, to_core(pixels), to_core(picture), ui=shown)
+
+
+def _digest(pixels: Tensor) -> str:
+    """Tells images apart; a digest and not the name, which says nothing of what another node makes."""
+    small = (pixels[0] * 255).round().to(torch.uint8).numpy()
+    return hashlib.sha256(small.tobytes()).hexdigest()[:16]
 
 
 def _example(image: torch.Tensor, labels: np.ndarray, painted: Painting) -> Example:
@@ -224,7 +228,7 @@ def _stretched(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _read(path: Path) -> torch.Tensor:
+def read_picture(path: Path) -> torch.Tensor:
     """[1, H, W, 3] in [0, 1], turned as the camera says, as browsers show it."""
     try:
         with Image.open(path) as file:

@@ -12,7 +12,6 @@ import comfy.model_management
 import comfy.utils
 import torch
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..slime.embedding_files import save_embeddings
 from ..slime.embeddings import PartEmbeddings
@@ -24,7 +23,7 @@ from ..slime.settings import setting_names
 from ..slime.train import GONE, PRESETS, Settings, StepReport, train
 from ..slime.train import preset as make_preset
 from .comfy_unet import ComfyUNet
-from .common import Embeddings, Examples, expert, live_preview, named_errors, overlays, schema, to_core, to_picture
+from .common import Embeddings, Examples, expert, live_preview, named_errors, overlays, say, schema, to_core, to_picture
 from .files import autosave_path
 
 logger = logging.getLogger(__name__)
@@ -279,9 +278,7 @@ class _Progress:
 
     def say(self, text: str) -> None:
         """A line of text in the node."""
-        server = getattr(PromptServer, "instance", None)  # there is none where nodes run without a server
-        if server is not None and self._node_id is not None:
-            server.send_progress_text(text, self._node_id)
+        say(self._node_id, text)
 
 
 def done_share(report: StepReport, preset: str) -> float:

@@ -74,13 +74,13 @@ class InstantSettings(TrainSettings):
         timestep: noise level of the features; None for the model's own.
         l2: weight of the squared length of the rows, in whitened coordinates.
         row_groups: one row a part and "resolution", or one a part and "layer".
-        class_weights: exponent of the paper's class weights (1: foreground pixels / pixels of the part; 0: none).
+        class_weights: exponent of the class weights (1: background pixels / pixels of the part; 0: none).
     """
 
     timestep: int | None = None
     l2: float = 1e-3
     row_groups: str = "resolution"
-    class_weights: float = 1.0
+    class_weights: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()

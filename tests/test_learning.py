@@ -37,7 +37,7 @@ from slime.segment import look, read_look
 from slime.training.augment import recolor
 from slime.training.fit import fit_rows
 from slime.training.gradient import loss_terms
-from slime.training.losses import class_weights, guard_loss, weighted_cross_entropy
+from slime.training.losses import balanced_weights, class_weights, guard_loss, weighted_cross_entropy
 
 from .toy import LAYERS, ToyUNet
 
@@ -64,7 +64,15 @@ def test_class_weights_are_the_official_rule() -> None:
     labels = torch.zeros(1, 4, 2, 5)
     labels[0, 0, 0], labels[0, 1, 1, :1], labels[0, 2, 1, 1:] = 1, 1, 1
     torch.testing.assert_close(class_weights(labels), torch.tensor([1.0, 5.0, 1.25, 0.0]))
-    torch.testing.assert_close(class_weights(labels, 0.0), torch.tensor([1.0, 1.0, 1.0, 0.0]))
+
+
+def test_balanced_weights_count_a_part_against_the_background() -> None:
+    labels = torch.zeros(1, 3, 2, 5)
+    labels[0, 0, 0], labels[0, 0, 1, 1:], labels[0, 1, 1, :1] = 1, 1, 1
+    torch.testing.assert_close(balanced_weights(labels, 1.0), torch.tensor([1.0, 9.0, 0.0]))
+    torch.testing.assert_close(balanced_weights(labels, 0.5), torch.tensor([1.0, 3.0, 0.0]))
+    labels[0, 0] = 0  # no background at all
+    assert balanced_weights(labels, 1.0)[1] > 0
 
 
 def test_cross_entropy_equals_torch_for_hard_labels() -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from slime.errors import SlimeError
 from slime.parts.palette import PALETTE
-from tools.run_workflows import encode_runs
+from slime.parts.runs import encode_runs
 
 
 @pytest.fixture

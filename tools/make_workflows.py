@@ -265,6 +265,39 @@ def several_examples() -> Page:
     return page
 
 
+def correct_and_teach_again() -> Page:
+    page = Page()
+    page.column("1  Teach")
+    model = page.checkpoint()
+    painter = page.add("SLiMePartPainter", painting=painting())
+    page.column("2  Learn")
+    train = page.train(model, [painter, 0])
+    page.note(
+        "Press Run twice. The first run finds the parts in the batch, and puts the least sure image into the second "
+        "painter, with what was found in it. **Correct it there**, and run again: both examples teach now.",
+        190,
+    )
+    page.column("3  Find")
+    first, second = page.image(), page.image(file=FIND_TOO)
+    page.column()
+    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
+    parts = page.segment(model, train, [batch, 0])
+    picked = page.add("SLiMePickLeastSure", parts=[parts, 0], rank=1)
+    page.column("4  Correct")
+    corrected = page.add(
+        "SLiMePartPainter",
+        "SLiMe Part Painter: correct what was found",
+        painting="",
+        found=[picked, 0],
+        previous=[painter, 0],
+    )
+    page.column("5  Teach again")
+    again = page.train(model, [corrected, 0])
+    page.column("6  Find again")
+    page.segment(model, again, [batch, 0])
+    return page
+
+
 def many_images() -> Page:
     page = Page()
     page.column("1  Load")
@@ -373,6 +406,7 @@ WORKFLOWS: dict[str, Callable[[], Page]] = {
     "1 Paint parts and find them": paint_and_find,
     "2 Teach with masks from Load Image": load_image_masks,
     "3 Several examples": several_examples,
+    "4 Correct and teach again": correct_and_teach_again,
     "5 Many images at once": many_images,
     "6 Repaint one part": repaint_one_part,
     "7 Repaint two parts": repaint_two_parts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 
 import numpy as np
@@ -10,6 +9,7 @@ from PIL import Image
 
 from slime.parts.draw import overlay
 from slime.parts.palette import default_palette
+from slime.parts.runs import encode_runs
 from testing import scenes, splits
 from testing.workflows import FOLDER
 
@@ -66,18 +66,3 @@ def painting() -> str:
         "runs": encode_runs(labels),
     }
     return json.dumps(saved)
-
-
-def encode_runs(labels: np.ndarray) -> str:
-    """LabelMap.encode of web/painter/label_map.js."""
-    flat = labels.ravel()
-    starts = [*np.flatnonzero(np.diff(flat.astype(int), prepend=-1)).tolist(), len(flat)]
-    data = bytearray()
-    for start, end in zip(starts, starts[1:], strict=False):
-        data.append(int(flat[start]))
-        count = end - start
-        while count > 127:
-            data.append(count & 127 | 128)
-            count >>= 7
-        data.append(count)
-    return base64.b64encode(bytes(data)).decode()

@@ -30,6 +30,19 @@ async function upload(file) {
   return { name, subfolder, type };
 }
 
+/**
+ * @param {string} painting @param {string | null} connected address of the connected image
+ * @returns {Promise<import("./painter/painting.js").Found>}
+ */
+async function snap(painting, connected) {
+  const asked = connected && new URL(connected, location.href).searchParams;
+  const image = asked && `${asked.get("subfolder") ?? ""}/${asked.get("filename")} [${asked.get("type")}]`.replace(/^\//, "");
+  const response = await api.fetchApi("/slime/snap", { method: "POST", body: JSON.stringify({ painting, image }) });
+  const answer = await response.json();
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
 /** The picture that a Load Image node at the socket shows. @param {any} node */
 function upstreamUrl(node) {
   const slot = node.inputs?.findIndex((/** @type {any} */ input) => input.name === "image") ?? -1;
@@ -52,6 +65,7 @@ app.registerExtension({
           language: app.ui?.settings?.getSettingValue?.("Comfy.Locale") ?? "en",
           upload,
           url: viewUrl,
+          snap,
           changed: () => node.graph?.setDirtyCanvas?.(true, true),
         });
         const widget = node.addDOMWidget(name, "SLIME_PAINTING", painter.element, {
@@ -70,6 +84,7 @@ app.registerExtension({
           const image = output?.slime_painter?.[0];
           if (image) sent = `${viewUrl({ name: image.filename, subfolder: image.subfolder, type: image.type })}&run=${Date.now()}`;
           refresh();
+          if (output) painter.propose(output.slime_of?.[0] ?? null, output.slime_found?.[0] ?? null);
         });
         chain(node, "onConnectionsChange", () => queueMicrotask(refresh));
         chain(node, "onConfigure", () => setTimeout(refresh));
@@ -86,7 +101,7 @@ app.registerExtension({
 
 /** @param {any} node */
 function connected(node) {
-  return node.inputs?.some((/** @type {any} */ input) => input.name === "image" && input.link != null) ?? false;
+  return node.inputs?.some((/** @type {any} */ input) => ["image", "found"].includes(input.name) && input.link != null) ?? false;
 }
 
 /** Call something after a node's own handler. @param {any} node @param {string} name @param {(...given: any[]) => void} then */

@@ -56,5 +56,5 @@ SLIME_FAMILY = {
     "side": 256,
     "cross": "output.3-11",
     "self_": "output.9-10",
-    "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96, "class_weights": 0.8},
+    "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96},
 }

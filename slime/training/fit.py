@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..images import resize_maps
-from .losses import class_weights, weighted_cross_entropy
+from .losses import balanced_weights, weighted_cross_entropy
 
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
 
@@ -49,7 +49,7 @@ def fit_rows(
     *,
     steps: int,
     l2: float,
-    weight_exponent: float = 1.0,
+    weight_exponent: float = 0.8,
     start: Tensor | None = None,
     on_step: OnEvaluation | None = None,
 ) -> FitResult:
@@ -63,7 +63,7 @@ def fit_rows(
         labels: soft labels [V, K, H, W].
         steps: largest number of L-BFGS iterations.
         l2: weight of the mean squared row.
-        weight_exponent: see :func:`slime.training.losses.class_weights`.
+        weight_exponent: see :func:`slime.training.losses.balanced_weights`.
         start: rows [1 or G, P, D] to continue from.
         on_step: called after every loss evaluation with its number, the loss terms, a function that gives the rows so
             far, and the logits of the first view [K, H, W].
@@ -93,7 +93,7 @@ def _fit_rows(
     same_size = [[i for i in range(groups) if sizes[i] == size] for size in dict.fromkeys(sizes)]
     joined = [(same, torch.cat([white[i] for i in same], 1)) for same in same_size]
     del white
-    weights = class_weights(labels, weight_exponent)
+    weights = balanced_weights(labels, weight_exponent)
     whitened = torch.zeros(groups, parts, transforms[0].shape[0], device=device)
     if start is not None:
         given = start.to(device).expand(groups, -1, -1)

@@ -7,15 +7,27 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 
-def class_weights(labels: Tensor, exponent: float = 1.0) -> Tensor:
+def class_weights(labels: Tensor) -> Tensor:
     """[K] weights from label maps [B, K, h, w]: background 1, part k (all part pixels / pixels of k), absent 0.
 
-    ``exponent`` 1 is the official code's rule (src/slime.py); 0 weighs every present class alike.
+    The official code's rule (src/slime.py).
     """
     counts = labels.sum((0, 2, 3))
     parts = counts[1:]
-    weights = torch.where(parts > 0, (parts.sum() / parts.clamp(min=1e-6)) ** exponent, torch.zeros_like(parts))
+    weights = torch.where(parts > 0, parts.sum() / parts.clamp(min=1e-6), torch.zeros_like(parts))
     return torch.cat([torch.ones_like(counts[:1]), weights])
+
+
+def balanced_weights(labels: Tensor, exponent: float) -> Tensor:
+    """[K] weights from label maps [B, K, h, w]: background 1, part k (background pixels / pixels of k), absent 0.
+
+    Beside the official rule, :func:`class_weights`, which gives a part that is taught alone no weight against the
+    background, however small it is (``benchmark one_part``).
+    """
+    counts = labels.sum((0, 2, 3))
+    parts = counts[1:]
+    ratio = (counts[0].clamp(min=1) / parts.clamp(min=1e-6)) ** exponent
+    return torch.cat([torch.ones_like(counts[:1]), torch.where(parts > 0, ratio, torch.zeros_like(parts))])
 
 
 def weighted_cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:

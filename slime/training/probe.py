@@ -22,7 +22,7 @@ from ..examples import Example
 from ..images import resize_maps
 from ..settings import InstantSettings, PaperSettings, ViewSettings
 from .fit import fit_rows
-from .losses import class_weights, weighted_cross_entropy
+from .losses import balanced_weights, weighted_cross_entropy
 from .views import encode_views
 
 Trained = TypeVar("Trained", InstantSettings, PaperSettings)
@@ -128,7 +128,7 @@ def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[
     looks = [torch.cat([maps[index] for index in held]).float() for maps in groups]
     seen = [resize_maps(torch.einsum("bdhw,kd->bkhw", m, row), size) for m, row in zip(looks, rows, strict=True)]
     logits = F.pad(torch.stack(seen).sum(0), (0, 0, 0, 0, 1, 0))
-    loss = weighted_cross_entropy(logits, truth[list(held)], class_weights(truth[fit]))
+    loss = weighted_cross_entropy(logits, truth[list(held)], balanced_weights(truth[fit], 1.0))
     return float(loss), logits.softmax(1)
 
 

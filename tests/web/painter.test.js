@@ -148,6 +148,17 @@ describe("History", () => {
   });
 });
 
+describe("LabelMap tools", () => {
+  it("selects the like colours around a pixel", () => {
+    const map = new LabelMap(4, 1);
+    const pixels = new Uint8ClampedArray([10, 10, 10, 255, 20, 10, 10, 255, 90, 10, 10, 255, 10, 10, 10, 255]);
+    map.wand(pixels, 0.5, 0.5, 16, 3);
+    expect([...map.data]).toEqual([3, 3, 0, 0]);
+    map.wand(pixels, 9, 9, 16, 3);
+    expect([...map.data]).toEqual([3, 3, 0, 0]);
+  });
+});
+
 describe("View", () => {
   it("keeps what is under the pointer there while zooming", () => {
     const view = new View();
@@ -194,11 +205,14 @@ describe("Painter", () => {
     painter.canvas.getBoundingClientRect = () => ({ left: 0, top: 0, width: 50, height: 50 });
     painter.fit();
     painter.commit();
+    document.body.replaceChildren(painter.element);
+    painter.canvas.focus();
     return { painter, host };
   };
   const pointer = (painter, type, clientX, clientY, more = {}) => {
     const event = new MouseEvent(type, { clientX, clientY, bubbles: true, ...more });
-    painter.canvas.dispatchEvent(Object.assign(event, { pointerId: more.pointerId ?? 1 }));
+    const { pointerId = 1, pointerType = "mouse", pressure = 0.5 } = more;
+    painter.canvas.dispatchEvent(Object.assign(event, { pointerId, pointerType, pressure }));
   };
   const press = (painter, key, more = {}) =>
     painter.canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
@@ -232,7 +246,6 @@ describe("Painter", () => {
   it("erases, fills and chooses by keys, and leaves other keys to ComfyUI", () => {
     const { painter } = make();
     const heard = vi.fn();
-    document.body.append(painter.element);
     document.body.addEventListener("keydown", heard);
     press(painter, "f");
     pointer(painter, "pointerdown", 10, 10);
@@ -245,6 +258,91 @@ describe("Painter", () => {
     expect(heard).not.toHaveBeenCalled();
     press(painter, "q");
     expect(heard).toHaveBeenCalledOnce();
+  });
+
+  it("takes the focus without a dot, but paints a line at once", () => {
+    const { painter } = make();
+    painter.canvas.blur();
+    pointer(painter, "pointerdown", 10, 10);
+    pointer(painter, "pointerup", 10, 10);
+    expect(painter.painting.map.has(1)).toBe(false);
+    painter.canvas.blur();
+    pointer(painter, "pointerdown", 10, 10);
+    pointer(painter, "pointermove", 20, 10);
+    pointer(painter, "pointerup", 20, 10);
+    expect(painter.painting.map.data[20 * 100 + 20]).toBe(1);
+  });
+
+  it("paints thinner with a light pen, and zooms with two fingers", () => {
+    const { painter } = make();
+    painter.radius = 10;
+    const dab = (pressure) => {
+      painter.painting.map.data.fill(0);
+      pointer(painter, "pointerdown", 25, 25, { pointerType: "pen", pressure });
+      pointer(painter, "pointerup", 25, 25, { pointerType: "pen", pressure: 0 });
+      return count(painter.painting.map, 1);
+    };
+    expect(dab(0.5)).toBeLessThan(0.3 * dab(1));
+    painter.painting.map.data.fill(0);
+    const before = painter.view.scale;
+    pointer(painter, "pointerdown", 20, 20, { pointerType: "touch", pointerId: 1 });
+    pointer(painter, "pointerdown", 30, 30, { pointerType: "touch", pointerId: 2 });
+    pointer(painter, "pointermove", 40, 40, { pointerType: "touch", pointerId: 2 });
+    pointer(painter, "pointerup", 20, 20, { pointerType: "touch", pointerId: 1 });
+    pointer(painter, "pointerup", 40, 40, { pointerType: "touch", pointerId: 2 });
+    expect(painter.view.scale / before).toBeCloseTo(2);
+  });
+
+  it("paints a rectangle and what a lasso encloses", () => {
+    const { painter } = make();
+    press(painter, "r");
+    pointer(painter, "pointerdown", 10, 10);
+    pointer(painter, "pointermove", 20, 15);
+    pointer(painter, "pointerup", 20, 15);
+    expect(count(painter.painting.map, 1)).toBe(20 * 10);
+    press(painter, "l");
+    painter.painting.map.data.fill(0);
+    pointer(painter, "pointerdown", 10, 10);
+    for (const [x, y] of [[40, 10], [40, 40], [10, 40]]) pointer(painter, "pointermove", x, y);
+    pointer(painter, "pointerup", 10, 40);
+    expect(count(painter.painting.map, 1)).toBe(60 * 60);
+  });
+
+  it("opens with what was found, and knows which image it is of", () => {
+    const { painter, host } = make();
+    const found = new LabelMap(100, 100);
+    found.data.fill(2, 0, 500);
+    const parts = [{ name: "wheel", color: "#ff0000" }, { name: "window", color: "#00ff00" }];
+    painter.connected = "/view/other.png";
+    painter.propose("abc", { parts, width: 100, height: 100, runs: found.encode() });
+    expect(painter.painting.parts.map((part) => part.name)).toEqual(["wheel", "window"]);
+    expect(count(painter.painting.map, 2)).toBe(500);
+    expect(JSON.parse(painter.value).of).toBe("abc");
+    expect(host.changed).toHaveBeenLastCalledWith(painter.value);
+    const corrected = painter.value;
+    painter.propose("def", { parts, width: 100, height: 100, runs: new LabelMap(100, 100).encode() });
+    expect(painter.value).toBe(corrected); // what was painted is not replaced unasked
+    expect(painter.buttons.take.classList.contains("wanted")).toBe(true);
+    painter.buttons.take.click();
+    expect(JSON.parse(painter.value).of).toBe("def");
+  });
+
+  it("asks the server to snap, and keeps what was painted meanwhile", async () => {
+    const { painter, host } = make();
+    const answer = { parts: [], width: 100, height: 100, runs: new LabelMap(100, 100, new Uint8Array(10_000).fill(1)).encode() };
+    host.snap = vi.fn(async () => answer);
+    await painter.snap();
+    expect(count(painter.painting.map, 1)).toBe(10_000);
+    expect(host.snap).toHaveBeenCalledOnce();
+    host.snap = vi.fn(async () => {
+      painter.clear();
+      return answer;
+    });
+    await painter.snap();
+    expect(count(painter.painting.map, 1)).toBe(0);
+    host.snap = vi.fn(() => Promise.reject(new Error("no image")));
+    await painter.snap();
+    expect(painter.message).toBe("no image");
   });
 
   it("adds, renames, recolours and deletes parts", () => {

@@ -62,6 +62,61 @@ export class LabelMap {
   }
 
   /**
+   * Paint what an outline encloses, by the even-odd rule.
+   * @param {{x: number, y: number}[]} points the outline, closed by itself
+   * @param {number} label
+   */
+  polygon(points, label) {
+    for (let y = 0; y < this.height; y++) {
+      const middle = y + 0.5;
+      /** @type {number[]} */
+      const crossings = [];
+      points.forEach((one, index) => {
+        const other = points[(index + 1) % points.length];
+        if (one.y > middle !== other.y > middle) {
+          crossings.push(one.x + ((middle - one.y) * (other.x - one.x)) / (other.y - one.y));
+        }
+      });
+      crossings.sort((a, b) => a - b);
+      for (let i = 0; i + 1 < crossings.length; i += 2) {
+        const left = Math.max(0, Math.round(crossings[i]));
+        const right = Math.min(this.width, Math.round(crossings[i + 1]));
+        if (right > left) this.data.fill(label, y * this.width + left, y * this.width + right);
+      }
+    }
+  }
+
+  /**
+   * Paint the connected region whose colours are like that under a pixel.
+   * @param {Uint8ClampedArray} pixels RGBA of the image at the map's size
+   * @param {number} x @param {number} y
+   * @param {number} tolerance largest difference of a channel
+   * @param {number} label
+   */
+  wand(pixels, x, y, tolerance, label) {
+    x = Math.floor(x);
+    y = Math.floor(y);
+    if (x < 0 || y < 0 || x >= this.width || y >= this.height) return;
+    const { width, data } = this;
+    const from = 4 * (y * width + x);
+    const alike = (/** @type {number} */ place) =>
+      [0, 1, 2].every((channel) => Math.abs(pixels[4 * place + channel] - pixels[from + channel]) <= tolerance);
+    const seen = new Uint8Array(data.length);
+    const stack = [y * width + x];
+    while (stack.length) {
+      const place = /** @type {number} */ (stack.pop());
+      if (seen[place] || !alike(place)) continue;
+      seen[place] = 1;
+      data[place] = label;
+      const column = place % width;
+      if (column > 0) stack.push(place - 1);
+      if (column < width - 1) stack.push(place + 1);
+      if (place >= width) stack.push(place - width);
+      if (place < data.length - width) stack.push(place + width);
+    }
+  }
+
+  /**
    * Give the connected region around a pixel another label.
    * @param {number} x @param {number} y @param {number} label
    * @returns {boolean} whether anything changed

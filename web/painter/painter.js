@@ -2,30 +2,25 @@
 /** The painter's element: toolbar, list of parts, canvas. It knows nothing of ComfyUI. */
 
 import { History } from "./history.js";
+import { LabelMap } from "./label_map.js";
 import { Painting } from "./painting.js";
 import { translator } from "./strings.js";
 import { View } from "./view.js";
+import { element, icon, slider } from "./widgets.js";
 
 /** @typedef {import("./painting.js").ImageFile} ImageFile */
-/** @typedef {"brush" | "eraser" | "fill"} Tool */
+/** @typedef {import("./painting.js").Found} Found */
+/** @typedef {"brush" | "eraser" | "fill" | "lasso" | "rectangle" | "wand"} Tool */
 /**
  * @typedef {object} Host what the painter asks of its surroundings
  * @property {(value: string) => void} changed the painting to be saved is another now
  * @property {(file: File) => Promise<ImageFile>} upload
  * @property {(image: ImageFile) => string} url where an uploaded image is served
+ * @property {(painting: string, connected: string | null) => Promise<Found>} [snap] moves borders to the image's edges
  * @property {string} [language]
  */
 
-const ICONS = {
-  load: "M4 16v3h16v-3M12 4v11M8 8l4-4 4 4",
-  brush: "M4 20c3 0 5-1 5-4l-2-2c-3 0-3 3-3 6M8 13L18 3l3 3-10 10",
-  eraser: "M8 20h12M4 15L14 5l6 6-9 9H8z",
-  fill: "M5 12l7-7 7 7-7 7zM12 5L9 2M20 15c2 3 2 5 0 5s-2-2 0-5",
-  undo: "M9 14L4 9l5-5M4 9h10a6 6 0 0 1 0 12h-3",
-  redo: "M15 14l5-5-5-5M20 9H10a6 6 0 0 0 0 12h3",
-  fit: "M4 9V4h5M20 9V4h-5M4 15v5h5M20 15v5h-5",
-  clear: "M5 7h14M9 7V4h6v3M7 7l1 13h8l1-13",
-};
+const TOOLS = /** @type {const} */ (["brush", "eraser", "fill", "lasso", "rectangle", "wand"]);
 
 export class Painter {
   /** @param {Host} host */
@@ -40,10 +35,19 @@ export class Painter {
     this.label = 1;
     this.radius = 12;
     this.opacity = 0.55;
+    this.tolerance = 24;
     /** @type {HTMLImageElement | null} */
     this.picture = null;
     /** An image that arrives by a socket hides the loaded one. @type {string | null} */
     this.connected = null;
+    /** Digest of that image, known after a run. @type {string | null} */
+    this.digest = null;
+    /** What another node found in it. @type {Found | null} */
+    this.found = null;
+    /** The outline being drawn, painting positions. @type {{x: number, y: number}[] | null} */
+    this.outline = null;
+    /** The first press only takes the focus. */
+    this.focusing = false;
     this.message = "";
     /** The saved text could not be read; it is kept until something is painted. */
     this.unreadable = false;
@@ -58,11 +62,12 @@ export class Painter {
     /** @type {string | null} address of the picture that is shown or on its way */
     this.wanted = null;
     this.tint = document.createElement("canvas");
-    this.element = element("div", "slime-painter");
+    this.element = element("div", "slime-painter widget-expands"); // Nodes 2.0 lets it grow with the node
     this.canvas = element("canvas", "slime-canvas");
     this.list = element("div", "slime-parts");
     this.file = element("input");
     this.sizes = slider(this.say("size"), 1, 150, this.radius, (value) => (this.radius = value));
+    this.tolerances = slider(this.say("tolerance"), 0, 128, this.tolerance, (value) => (this.tolerance = value));
     /** @type {Record<string, HTMLButtonElement>} */
     this.buttons = {};
     this.build();
@@ -125,7 +130,57 @@ export class Painter {
   connect(url) {
     if (url === this.connected) return;
     this.connected = url;
+    this.digest = null; // until a run tells it
     this.loadPicture();
+  }
+
+  /**
+   * What a run sent: the connected image's digest, and what was found in it. An empty painting starts from that.
+   * @param {string | null} digest @param {Found | null} found
+   */
+  propose(digest, found) {
+    this.digest = digest;
+    this.found = found;
+    this.buttons.take.hidden = !found;
+    const another = Boolean(digest && this.painting.of && this.painting.of !== digest);
+    this.buttons.take.classList.toggle("wanted", another);
+    if (found && !this.painting.map?.data.some((label) => label > 0)) this.take();
+  }
+
+  /** Paint what was found. */
+  take() {
+    if (!this.found) return;
+    this.painting.take(this.found);
+    this.painting.of = this.digest;
+    this.replaced();
+  }
+
+  /** Let the borders follow the edges of the image. */
+  async snap() {
+    if (!this.host.snap || !this.painting.map || !this.picture) return;
+    const before = this.value;
+    this.buttons.snap.disabled = true;
+    try {
+      const { runs, width, height } = await this.host.snap(before, this.connected);
+      if (this.value !== before) return; // painted on meanwhile
+      this.painting.map = LabelMap.decode(runs, width, height);
+      this.replaced();
+    } catch (error) {
+      this.message = error instanceof Error ? error.message : String(error);
+    } finally {
+      this.buttons.snap.disabled = false;
+      this.draw();
+    }
+  }
+
+  /** The whole painting is another one. */
+  replaced() {
+    this.label = Math.min(this.label, this.painting.parts.length) || 1;
+    if (this.picture) this.painting.fitTo(this.picture.naturalWidth, this.picture.naturalHeight);
+    this.buttons.take.classList.remove("wanted");
+    this.showParts();
+    this.retint();
+    this.commit();
   }
 
   loadPicture() {
@@ -177,9 +232,15 @@ export class Painter {
       brush: () => this.choose("brush"),
       eraser: () => this.choose("eraser"),
       fill: () => this.choose("fill"),
+      lasso: () => this.choose("lasso"),
+      rectangle: () => this.choose("rectangle"),
+      wand: () => this.choose("wand"),
+      snap: () => this.snap(),
+      take: () => this.take(),
       undo: () => this.restore(this.history.undo()),
       redo: () => this.restore(this.history.redo()),
       fit: () => (this.fit(), this.draw()),
+      full: () => this.fullScreen(),
       clear: () => this.clear(),
     };
     for (const [name, action] of Object.entries(actions)) {
@@ -187,20 +248,19 @@ export class Painter {
       button.type = "button";
       button.title = this.say(name);
       button.setAttribute("aria-label", button.title);
-      button.append(icon(ICONS[/** @type {keyof typeof ICONS} */ (name)]));
+      button.append(icon(/** @type {keyof typeof import("./widgets.js").ICONS} */ (name)));
       button.onclick = action;
       this.buttons[name] = button;
       bar.append(button);
-      if (name === "fill") {
-        bar.append(
-          this.sizes,
-          slider(this.say("opacity"), 0, 100, 100 * this.opacity, (value) => {
-            this.opacity = value / 100;
-            this.draw();
-          }),
-        );
-      }
     }
+    this.buttons.take.hidden = true;
+    this.buttons.snap.hidden = !this.host.snap;
+    const opacity = slider(this.say("opacity"), 0, 100, 100 * this.opacity, (value) => {
+      this.opacity = value / 100;
+      this.draw();
+    });
+    const sliders = element("div", "slime-bar");
+    sliders.append(this.sizes.element, this.tolerances.element, opacity.element);
     this.file.type = "file";
     this.file.accept = "image/*";
     this.file.hidden = true;
@@ -209,11 +269,12 @@ export class Painter {
       this.file.value = "";
     };
     this.canvas.tabIndex = 0;
+    this.canvas.dataset.captureWheel = "true"; // Nodes 2.0 would zoom the graph
     this.canvas.setAttribute("role", "img");
     this.canvas.setAttribute("aria-label", this.say("canvas"));
     // ComfyUI leaves keys alone that go to a text field; with this its undo leaves ours alone.
     Object.assign(this.canvas, { type: "textarea" });
-    this.element.append(bar, this.list, this.canvas, this.file);
+    this.element.append(bar, sliders, this.list, this.canvas, this.file);
     this.listen();
     this.choose("brush");
     new ResizeObserver(() => this.resize()).observe(this.canvas);
@@ -282,13 +343,20 @@ export class Painter {
   /** @param {Tool} tool */
   choose(tool) {
     this.tool = tool;
-    for (const name of ["brush", "eraser", "fill"]) {
-      this.buttons[name].classList.toggle("active", name === tool);
-    }
+    this.canvas.focus({ preventScroll: true });
+    for (const name of TOOLS) this.buttons[name].classList.toggle("active", name === tool);
+    this.sizes.element.hidden = tool !== "brush" && tool !== "eraser";
+    this.tolerances.element.hidden = tool !== "wand";
+  }
+
+  fullScreen() {
+    if (document.fullscreenElement) document.exitFullscreen();
+    else this.element.requestFullscreen?.();
   }
 
   clear() {
     this.painting.map?.data.fill(0);
+    this.painting.of = null;
     this.retint();
     this.commit();
   }
@@ -344,24 +412,49 @@ export class Painter {
 
   /** @param {PointerEvent} event */
   down(event) {
+    const focused = this.element.contains(document.activeElement);
     this.canvas.focus({ preventScroll: true });
     this.canvas.setPointerCapture?.(event.pointerId);
     const at = this.position(event);
     this.pointers.set(event.pointerId, at);
     this.cursor = at;
-    if (this.pointers.size > 1 || event.button === 1 || this.panning || !this.painting.map || !this.picture) {
-      this.stroke = null; // a second finger ends the line
+    const { map } = this.painting;
+    if (this.pointers.size > 1 || event.button === 1 || this.panning || !map || !this.picture) {
+      this.stroke = this.outline = null; // a second finger ends the line
       return;
     }
     const where = this.view.toPainting(at.x, at.y);
     const label = this.tool === "eraser" || event.button === 2 ? 0 : this.label;
-    if (this.tool === "fill") {
-      if (this.painting.map.fill(where.x, where.y, label)) this.painted = true;
-      this.retint();
-      return;
-    }
     this.stroke = { label, ...where };
-    this.paint(where);
+    this.focusing = !focused;
+    if (this.focusing) return; // a press that only takes the focus paints nothing; one that moves on does
+    this.begin(where, event);
+  }
+
+  /** @param {{x: number, y: number}} where painting position @param {PointerEvent} event */
+  begin(where, event) {
+    this.focusing = false;
+    const { map } = this.painting;
+    if (!this.stroke || !map) return;
+    if (this.tool === "lasso" || this.tool === "rectangle") this.outline = [where];
+    else if (this.tool === "fill") {
+      if (map.fill(where.x, where.y, this.stroke.label)) this.painted = true;
+      this.retint();
+    } else if (this.tool === "wand") {
+      map.wand(this.pixels(), where.x, where.y, this.tolerance, this.stroke.label);
+      this.painted = true;
+      this.retint();
+    } else this.paint(where, event);
+  }
+
+  /** The picture's RGBA at the size of the label map. */
+  pixels() {
+    const { width, height } = /** @type {LabelMap} */ (this.painting.map);
+    const canvas = element("canvas");
+    Object.assign(canvas, { width, height });
+    const context = /** @type {CanvasRenderingContext2D} */ (canvas.getContext("2d", { willReadFrequently: true }));
+    context.drawImage(/** @type {HTMLImageElement} */ (this.picture), 0, 0, width, height);
+    return context.getImageData(0, 0, width, height).data;
   }
 
   /** @param {PointerEvent} event */
@@ -373,10 +466,11 @@ export class Painter {
       const others = [...this.pointers].filter(([id]) => id !== event.pointerId);
       this.pointers.set(event.pointerId, at);
       if (this.stroke) {
+        if (this.focusing && distance(before, at) > 0) this.begin(this.view.toPainting(before.x, before.y), event);
         const events = event.getCoalescedEvents?.() ?? [];
         for (const one of events.length ? events : [event]) {
           const { x, y } = this.position(one);
-          this.paint(this.view.toPainting(x, y));
+          this.follow(this.view.toPainting(x, y), one);
         }
       } else if (others.length) {
         const other = others[0][1];
@@ -390,19 +484,35 @@ export class Painter {
     this.draw();
   }
 
+  /** @param {{x: number, y: number}} to painting position @param {PointerEvent} event */
+  follow(to, event) {
+    if (this.outline) this.outline = this.tool === "lasso" ? [...this.outline, to] : rectangle(this.outline[0], to);
+    else if (this.tool === "brush" || this.tool === "eraser") this.paint(to, event);
+  }
+
   /** @param {PointerEvent} event */
   up(event) {
     this.pointers.delete(event.pointerId);
-    this.stroke = null;
-    if (this.painted) this.commit();
+    if (this.stroke && this.outline && this.outline.length > 2) {
+      this.painting.map?.polygon(this.outline, this.stroke.label);
+      this.painted = true;
+      this.retint();
+    }
+    this.stroke = this.outline = null;
+    this.focusing = false;
+    if (this.painted) {
+      this.painting.of = this.connected && this.digest;
+      this.commit();
+    }
     this.painted = false;
   }
 
-  /** @param {{x: number, y: number}} to painting position */
-  paint(to) {
+  /** A pen's pressure makes the line thinner. @param {{x: number, y: number}} to painting position @param {PointerEvent} event */
+  paint(to, event) {
     if (!this.stroke || !this.painting.map) return;
     const { x, y, label } = this.stroke;
-    const rect = this.painting.map.line(x, y, to.x, to.y, this.radius, label);
+    const radius = event.pointerType === "pen" && event.pressure > 0 ? this.radius * event.pressure : this.radius;
+    const rect = this.painting.map.line(x, y, to.x, to.y, Math.max(0.5, radius), label);
     this.stroke = { label, ...to };
     this.painted = true;
     this.retint(rect);
@@ -421,6 +531,10 @@ export class Painter {
           b: () => this.choose("brush"),
           e: () => this.choose("eraser"),
           f: () => this.choose("fill"),
+          l: () => this.choose("lasso"),
+          r: () => this.choose("rectangle"),
+          w: () => this.choose("wand"),
+          s: () => this.snap(),
           0: () => this.fit(),
           "[": () => this.resizeBrush(1 / 1.2),
           "]": () => this.resizeBrush(1.2),
@@ -438,7 +552,7 @@ export class Painter {
   /** @param {number} factor */
   resizeBrush(factor) {
     this.radius = Math.min(150, Math.max(1, this.radius * factor));
-    this.sizes.value = String(this.radius);
+    this.sizes.show(this.radius);
   }
 
   // ------------------------------------------------------------------------------------------------------- drawing
@@ -500,7 +614,19 @@ export class Painter {
     context.globalAlpha = this.opacity;
     context.drawImage(this.tint, 0, 0);
     context.globalAlpha = 1;
-    if (this.cursor && this.tool !== "fill") {
+    if (this.outline) {
+      context.lineWidth = 2 / this.view.scale;
+      for (const [style, dash] of /** @type {const} */ ([["#000", []], ["#fff", [6 / this.view.scale]]])) {
+        context.strokeStyle = style;
+        context.setLineDash([...dash]);
+        context.beginPath();
+        for (const { x, y } of this.outline) context.lineTo(x, y);
+        if (this.tool === "rectangle") context.closePath();
+        context.stroke();
+      }
+      context.setLineDash([]);
+    }
+    if (this.cursor && (this.tool === "brush" || this.tool === "eraser")) {
       const { x, y } = this.view.toPainting(this.cursor.x, this.cursor.y);
       context.lineWidth = 1.5 / this.view.scale;
       for (const [style, radius] of /** @type {const} */ ([["#000", this.radius], ["#fff", this.radius * 0.96]])) {
@@ -513,32 +639,9 @@ export class Painter {
   }
 }
 
-/**
- * @template {keyof HTMLElementTagNameMap} K
- * @param {K} tag @param {string} [name] @returns {HTMLElementTagNameMap[K]}
- */
-function element(tag, name = "") {
-  const made = document.createElement(tag);
-  made.className = name;
-  return made;
-}
-
-/** @param {string} path */
-function icon(path) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 24 24");
-  const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  line.setAttribute("d", path);
-  svg.append(line);
-  return svg;
-}
-
-/** @param {string} title @param {number} low @param {number} high @param {number} value @param {(value: number) => void} set */
-function slider(title, low, high, value, set) {
-  const made = element("input", "slime-slider");
-  Object.assign(made, { type: "range", min: String(low), max: String(high), value: String(value), title });
-  made.oninput = () => set(Number(made.value));
-  return made;
+/** The corners of a rectangle. @param {{x: number, y: number}} a @param {{x: number, y: number}} b */
+function rectangle(a, b) {
+  return [a, { x: b.x, y: a.y }, b, { x: a.x, y: b.y }];
 }
 
 /** @param {string} color "#rrggbb" */

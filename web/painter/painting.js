@@ -6,6 +6,8 @@ import { LabelMap } from "./label_map.js";
 /** @typedef {{name: string, subfolder: string, type: string}} ImageFile a file that ComfyUI serves at /view */
 /** @typedef {{name: string, color: string}} Part color is "#rrggbb" */
 
+/** @typedef {{parts: Part[], width: number, height: number, runs: string}} Found parts that another node found */
+
 export const VERSION = 1;
 export const MOST_PARTS = 76; // as many as one set of embeddings holds
 /** Characters of the encoded label map; beyond, it is painted more coarsely so that workflows stay small. */
@@ -24,6 +26,8 @@ export class Painting {
     this.parts = [{ name: "part", color: COLORS[0] }];
     /** @type {LabelMap | null} */
     this.map = null;
+    /** Digest of the connected image it was painted on. @type {string | null} */
+    this.of = null;
   }
 
   /** @param {string} [name] @returns {number} label of the new part, 0 where there is no room for it */
@@ -65,6 +69,17 @@ export class Painting {
   }
 
   /**
+   * Go on from parts that were found; names that were not found stay in the list.
+   * @param {Found} found
+   */
+  take({ parts, width, height, runs }) {
+    const found = new Set(parts.map((part) => part.name));
+    const others = this.parts.filter(({ name }) => !found.has(name) && name !== "part");
+    this.parts = [...parts, ...others].slice(0, MOST_PARTS).map((part) => ({ ...part }));
+    this.map = LabelMap.decode(runs, width, height);
+  }
+
+  /**
    * Paint on an image of this size; what was painted is stretched to it.
    * @param {number} width @param {number} height
    */
@@ -83,7 +98,8 @@ export class Painting {
       runs = map.encode();
     }
     const { image, parts } = this;
-    return JSON.stringify({ version: VERSION, image, parts, width: map?.width ?? 0, height: map?.height ?? 0, runs });
+    const saved = { version: VERSION, image, parts, width: map?.width ?? 0, height: map?.height ?? 0, runs };
+    return JSON.stringify(this.of ? { ...saved, of: this.of } : saved);
   }
 
   /**
@@ -96,6 +112,7 @@ export class Painting {
     const saved = JSON.parse(String(text));
     if (!(saved.version <= VERSION)) throw new Error("this painting was saved by a newer version of SLiMe");
     painting.image = saved.image ?? null;
+    painting.of = saved.of ?? null;
     painting.parts = saved.parts.map((/** @type {Part} */ part) => ({ name: String(part.name), color: part.color }));
     painting.map = saved.runs ? LabelMap.decode(saved.runs, saved.width, saved.height) : null;
     return painting;
