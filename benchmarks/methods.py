@@ -21,6 +21,7 @@ from slime.backbones.base import Backbone
 from slime.images import resize_image, working_size
 from slime.read_out import Official, Propagated
 from slime.training import gradient
+from slime.training.reuse import forget
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone
@@ -70,6 +71,7 @@ class Variant:
         if self.preset == "paper" and backbone.info.id == "tiny":  # whose own layers were chosen for the other preset
             recipe = PAPER_LAYERS | recipe
         settings = preset(self.preset, backbone.info, **({"seed": seed} | recipe | self.train))
+        forget()  # learning is timed with all of it
         with constants(self.constants), torch.inference_mode():
             return train(backbone, examples, settings, validation=validation)
 

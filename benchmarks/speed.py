@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from slime import Example, PartEmbeddings, SegmentSettings, StepReport, preset, 
 from slime.backbones.text import Context, TextConditioned
 from slime.parts.metrics import evaluate
 from slime.train import Settings
+from slime.training.reuse import forget
 from testing import splits
 from testing.inprocess import load_backbone
 from testing.server import MODEL
@@ -165,7 +167,7 @@ class Bench:
         of its own."""
         count = 10 * max(self.repeats, 1)
         settings = preset("paper", views=count, steps=count, checkpointing=checkpointing)
-        times: dict[str, list[float]] = {"features": [], "train": []}
+        times: dict[str, list[float]] = defaultdict(list)
 
         def clock(report: StepReport) -> None:
             synchronize()
@@ -208,6 +210,7 @@ class Bench:
         for name, changes in several.items():
             clock = _IouClock(self.backbone, self.example)
             settings = preset(name, self.backbone.info, **changes)
+            forget()
             with torch.inference_mode(), suppress(_Reached):
                 clock.start()
                 train(self.backbone, [self.example], settings, on_step=clock)
@@ -235,6 +238,7 @@ class Bench:
             self.row("training", name, ours, settings.views * self.bare(), whole)
 
     def learn(self, settings: Settings, examples: Sequence[Example] | None = None) -> PartEmbeddings:
+        forget()
         with torch.inference_mode():
             return train(self.backbone, examples or [self.example], settings)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -67,6 +68,14 @@ class ComfyUNet(SDUNet):
             cell if isinstance(cell, int) else LATENT_CELL,
         )
         self._lent = False
+
+    def identity(self) -> tuple[object, Hashable] | None:
+        """The model, and what tells its state: LoRAs and the VAE. None with patches that cannot be told apart."""
+        options = {name: value for name, value in self.model.model_options.items() if value}
+        if options or self.model.object_patches or self.vae is None:
+            return None
+        vae = self.vae.patcher
+        return self.model.model, (str(self.model.patches_uuid), weakref.ref(vae.model), str(vae.patches_uuid))
 
     def encode_images(self, images: Tensor) -> Tensor:
         if self.vae is None:

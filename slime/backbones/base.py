@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -124,6 +124,15 @@ class Backbone(Protocol):
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         """How many encoded images of this height and width one pass should take, from the free memory; at least 1."""
+        ...
+
+
+@runtime_checkable
+class Identified(Protocol):
+    """A backbone that can say whether it still sees as it did, so that what it saw may be used again."""
+
+    def identity(self) -> tuple[object, Hashable] | None:
+        """Whose life the memory shares, and what tells its states apart; None where that cannot be told."""
         ...
 
 

@@ -21,9 +21,9 @@ from ..images import resize_maps
 from ..reading.official import official_maps, token_maps
 from ..settings import PaperSettings
 from .losses import class_weights, guard_loss, weighted_cross_entropy
-from .progress import OnStep, StepReport
+from .progress import OnStep, StepReport, encoding
 from .template import paper_template
-from .views import EncodedView, encode_all, encode_views
+from .views import EncodedView, encode_all, encode_views, view_count
 
 WAS_WEIGHT, GUARD_WEIGHT, GUIDANCE = 1.0, 0.005, 100.0  # the paper's alpha and beta, and the guidance in its "SD loss"
 JUDGED_STEPS = 10  # rows are judged every so many steps
@@ -69,7 +69,7 @@ def train_by_gradient(
     # Rows start as the prompt's own words, "part" each (official src/slime.py).
     pool = _make_pool(denoiser, examples, settings, on_step)
     shown = validation or examples
-    plain = encode_views(denoiser, shown, settings, len(shown), plain=len(shown))
+    plain = encode_views(denoiser, shown, settings, range(len(shown)), plain=len(shown))
     judged = [_entry(denoiser, view, settings.seed, template.timestep) for view in plain]
     initial = prompt.rows[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
     with denoiser.differentiable(settings.checkpointing), _frames_cleared():
@@ -201,7 +201,8 @@ def _make_pool(
     """Views with their latents, noise, timesteps and unconditional predictions."""
     low, high = settings.noise_range
     empty = denoiser.encode_prompt("").to(denoiser.device)
-    views = encode_all(denoiser, examples, replace(settings, views=min(settings.views, settings.steps)), on_step)
+    count = min(view_count(examples, settings), settings.steps)
+    views = encode_all(denoiser, examples, settings, range(count), encoding(on_step))
     pool = []
     for index, view in enumerate(views):
         entry = _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high))

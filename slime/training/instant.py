@@ -18,9 +18,10 @@ from ..read_out import Propagated
 from ..reading.read import calibrating_exponent, read
 from ..settings import InstantSettings
 from .fit import fit_rows
-from .progress import OnStep, StepReport
+from .progress import OnStep, StepReport, encoding
+from .reuse import SeenView, digest, store_of
 from .template import instant_template
-from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels
+from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels, view_count, view_seed
 
 
 def train_instant(
@@ -32,21 +33,37 @@ def train_instant(
 ) -> PartEmbeddings:
     """Rows from cached features: one pass a view on the base prompt, then :func:`slime.training.fit.fit_rows`."""
     template = instant_template(backbone, examples[0].names, settings)
-    views = encode_all(backbone, examples, settings, on_step, plain=len(examples))
+    count = view_count(examples, settings)
+    kept, keys = store_of(backbone), [""] * count
+    if kept is not None:
+        pass_digest = template.pass_digest()
+        digests = [(digest(example, settings), pass_digest, kept[1]) for example in examples]
+        keys = [(*digests[i % len(examples)], i % len(examples), i // len(examples)) for i in range(count)]
+    known = {i: view for i, key in enumerate(keys) if kept is not None and (view := kept[0].get(key)) is not None}
+    # The first batch is looked at in any case: it holds examples as they are, whose maps are read in the end.
+    wanted = [index for index in range(count) if index < VIEW_BATCH or index not in known]
+    views = encode_all(backbone, examples, settings, wanted, encoding(on_step), plain=len(examples))
     first_image = views[0].picture()
-    features: list[list[Tensor]] = []
-    labels: list[Tensor] = []
     first: Observation | None = None
-    for seen in _observed(backbone, views, template.plan().to(backbone.device), settings.seed):
+    seen_views: dict[int, SeenView] = dict(known)
+    done = 0
+    for seen in _observed(backbone, views, template.plan().to(backbone.device), settings, len(examples)):
         first = seen if first is None else first
-        # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
-        like = [(maps.shape[-2], maps.shape[-1]) for maps in (features[0] if features else seen.features)]
-        grid = (labels[0].shape[-2], labels[0].shape[-1]) if labels else seen.grid
-        features.append([resize_maps(maps, size) for maps, size in zip(seen.features, like, strict=True)])
-        labels += [resize_labels(view.labels, grid) for view in views[len(labels) :][: len(seen.features[0])]]
-        on_step(StepReport("features", len(labels), len(views), {}, lambda: None))
-    stacked = [torch.cat(group) for group in zip(*features, strict=True)]
-    del features
+        for place, view in enumerate(views[done : done + len(seen.features[0])]):
+            features = tuple(maps[place] for maps in seen.features)
+            seen_views[view.index] = SeenView(features, resize_labels(view.labels, seen.grid))
+            if kept is not None:
+                kept[0].put(keys[view.index], *seen_views[view.index])
+        done += len(seen.features[0])
+        on_step(StepReport("features", done, len(views), {}, lambda: None))
+    # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
+    like = seen_views[0]
+    stacked = [
+        torch.stack([_to_size(seen_views[i].features[group], maps, backbone.device) for i in range(count)])
+        for group, maps in enumerate(like.features)
+    ]
+    labels = [resize_labels(seen_views[i].labels.cpu(), _grid(like.labels)) for i in range(count)]
+    del seen_views, known
     check_finite(stacked)
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
@@ -84,19 +101,28 @@ def train_instant(
     return embeddings
 
 
-def _observed(backbone: Backbone, views: Sequence[EncodedView], plan: Plan, seed: int) -> Iterator[Observation]:
+def _grid(maps: Tensor) -> tuple[int, int]:
+    return maps.shape[-2], maps.shape[-1]
+
+
+def _to_size(maps: Tensor, like: Tensor, device: torch.device) -> Tensor:
+    return resize_maps(maps[None].to(device), _grid(like))[0]
+
+
+def _observed(
+    backbone: Backbone, views: Sequence[EncodedView], plan: Plan, settings: InstantSettings, examples: int
+) -> Iterator[Observation]:
     """What the views show, in order, in batches of neighbours of one size; every view has noise of its own."""
-    first = 0
-    for _, neighbours in groupby(views, key=lambda view: view.size):
+    for _, group in groupby(views, key=lambda view: view.size):
+        neighbours = list(group)
         latents = torch.cat([view.latents for view in neighbours])
-        seeds = range(seed + first, seed + first + len(latents))
+        seeds = [view_seed(settings, examples, view.index) for view in neighbours]
         noise = torch.cat([seeded_noise(latents[:1].shape, one, latents.device) for one in seeds])
 
         def observe(part: slice, latents: Tensor = latents, noise: Tensor = noise) -> Observation:
             return backbone.observe(latents[part], plan, noise[part])
 
         yield from in_batches(len(latents), VIEW_BATCH, observe)
-        first += len(latents)
 
 
 def _starting_rows(rows: Tensor, groups: int) -> Tensor:

@@ -65,7 +65,7 @@ def probe_layers(
     attentions: dict[int, tuple[Attention, ...]] = {}
     labels: list[Tensor] = []
     order: list[int] = []
-    for index, (latents, label, *_) in enumerate(encode_views(backbone, examples, settings, VIEWS)):
+    for index, (latents, label, *_) in enumerate(encode_views(backbone, examples, settings, range(VIEWS))):
         seen = backbone.observe(latents, plan, seeded_noise(latents.shape, settings.seed + index, backbone.device))
         if not order:
             sizes = [(a.height, a.width) for a in seen.attention]

@@ -34,3 +34,12 @@ class StepReport:
 
 
 OnStep = Callable[[StepReport], None]
+
+
+def encoding(on_step: OnStep) -> Callable[[int, int, tuple[Tensor, Tensor] | None], None]:
+    """Reports of the stage "views"."""
+
+    def report(done: int, count: int, preview: tuple[Tensor, Tensor] | None) -> None:
+        on_step(StepReport("views", done, count, {}, lambda: None, preview))
+
+    return report

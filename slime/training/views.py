@@ -18,9 +18,9 @@ from ..examples import Example
 from ..images import resize_image, soft_labels, working_size
 from ..settings import ViewSettings
 from .augment import augmented_view, official_view
-from .progress import OnStep, StepReport
 
 VIEW_BATCH = 4
+OnView = Callable[[int, int, tuple[Tensor, Tensor] | None], None]
 
 
 def view_count(examples: Sequence[Example], settings: ViewSettings) -> int:
@@ -41,7 +41,7 @@ def make_view(
 ) -> AugmentedView:
     """The view of this index, always the same: examples in turn, the first ``plain`` views as they are."""
     example = examples[index % len(examples)]
-    rng = random.Random(f"{settings.seed}/{index}")  # noqa: S311
+    rng = random.Random(f"{settings.seed}/{_place(settings, len(examples), index)}")  # noqa: S311
     size = view_size(example, info)
     grid = (size[0] // info.cell, size[1] // info.cell)
     if index >= plain:
@@ -52,30 +52,43 @@ def make_view(
     return AugmentedView(resize_image(example.image[None], size)[0], labels, rng)
 
 
+def _place(settings: ViewSettings, count: int, index: int) -> str:
+    """Which view of which example: further examples behind it leave a view as it is."""
+    if settings.official_views or index % count == 0:
+        return str(index if settings.official_views else index // count)
+    return f"{index % count}/{index // count}"
+
+
+def view_seed(settings: ViewSettings, count: int, index: int) -> int:
+    """Seed of a view's noise, by its example's place and its own."""
+    return settings.seed + index // count + 10_000 * (index % count)
+
+
 def view_size(example: Example, info: BackboneInfo) -> tuple[int, int]:
     """Height and width the example's views are encoded at."""
     return working_size(example.labels.shape[0], example.labels.shape[1], info.side, info.multiple)
 
 
 class EncodedView(NamedTuple):
-    """Latents [1, C, h, w] of a view, its label maps [K, h, w] on the CPU, its size in pixels, and how to see it."""
+    """Latents [1, C, h, w] of a view, label maps [K, h, w] on the CPU, size in pixels, how to see it, its index."""
 
     latents: Tensor
     labels: Tensor
     size: tuple[int, int]
     rng: random.Random
     picture: Callable[[], Tensor]
+    index: int
 
 
 def encode_views(
-    backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, count: int, plain: int = 0
+    backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, wanted: Sequence[int], plain: int = 0
 ) -> Iterator[EncodedView]:
-    """The first ``count`` views, encoded in batches of neighbours of one size; their pixels are not kept."""
+    """Views by their index, encoded in batches of neighbours of one size; their pixels are not kept."""
     make = partial(make_view, examples, settings, backbone.info, plain)
     sizes = [view_size(example, backbone.info) for example in examples]
-    first = 0
-    for size, neighbours in groupby(range(count), key=lambda index: sizes[index % len(sizes)]):
+    for size, neighbours in groupby(wanted, key=lambda index: sizes[index % len(sizes)]):
         indices = list(neighbours)
+        numbers = iter(indices)
 
         def encode(part: slice, indices: list[int] = indices) -> tuple[list[AugmentedView], Tensor]:
             views = [make(index) for index in indices[part]]
@@ -83,21 +96,26 @@ def encode_views(
 
         for views, latents in in_batches(len(indices), VIEW_BATCH, encode):
             for view, latent in zip(views, latents, strict=True):
-                picture = partial(_picture, make, first)
-                yield EncodedView(latent[None], view.labels, size, view.rng, picture)
-                first += 1
+                index = next(numbers)
+                yield EncodedView(latent[None], view.labels, size, view.rng, partial(_picture, make, index), index)
 
 
 def encode_all(
-    backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, on_step: OnStep, plain: int = 0
+    backbone: Backbone,
+    examples: Sequence[Example],
+    settings: ViewSettings,
+    wanted: Sequence[int],
+    on_view: OnView,
+    plain: int = 0,
 ) -> list[EncodedView]:
-    """All of the settings' views, before any pass: on a small card VAE and UNet take turns in memory."""
-    count = view_count(examples, settings)
+    """Views before any pass: on a small card VAE and UNet take turns in memory.
+
+    ``on_view`` hears of every view how many are done, of how many, and of the first its image and label maps.
+    """
     views: list[EncodedView] = []
-    for view in encode_views(backbone, examples, settings, count, plain):
-        preview = None if views else (view.picture(), view.labels)
+    for view in encode_views(backbone, examples, settings, wanted, plain):
         views.append(view)
-        on_step(StepReport("views", len(views), count, {}, lambda: None, preview))
+        on_view(len(views), len(wanted), (view.picture(), view.labels) if len(views) == 1 else None)
     return views
 
 

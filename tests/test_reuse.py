@@ -1,0 +1,84 @@
+"""Training again looks only at views that are new, and learns the same to the bit."""
+
+from __future__ import annotations
+
+import gc
+
+import torch
+
+from slime import preset, train
+from slime.embeddings import PartEmbeddings
+from slime.examples import Example
+from slime.training import reuse
+
+from .test_learning import picture
+from .toy import ToyUNet
+
+
+class Known(ToyUNet):
+    """A toy that says what it is."""
+
+    state = 0
+
+    def identity(self):
+        return self, self.state
+
+
+def learned(backbone: ToyUNet, examples: list[Example], **changes) -> tuple[PartEmbeddings, int]:
+    """And how many images were encoded for it."""
+    before = backbone.encoded
+    rows = train(backbone, examples, preset("instant", views=12, steps=5, **changes))
+    return rows, backbone.encoded - before
+
+
+def test_only_new_views_are_looked_at_and_nothing_changes() -> None:
+    known, plain = Known(), ToyUNet()
+    one, two = picture(0), picture(1)
+    assert learned(known, [one])[1] == 12
+    again, count = learned(known, [one])
+    assert count == 4 and torch.equal(again.rows, learned(plain, [one])[0].rows)
+    both, count = learned(known, [one, two])
+    fresh, all_of_them = learned(plain, [one, two])
+    assert count == 2 + 6 and all_of_them == 12  # the first batch holds two of the known example's
+    assert torch.equal(both.rows, fresh.rows)
+    corrected = Example.from_label_map(two.image, two.labels.roll(3, 1), two.names)
+    assert learned(known, [one, corrected])[1] == 8
+
+
+def test_another_state_setting_or_mask_is_looked_at_anew() -> None:
+    known, example = Known(), picture(0)
+    learned(known, [example])
+    assert learned(known, [example], seed=1)[1] == 12
+    assert learned(known, [example], timestep=50)[1] == 12
+    assert learned(known, [example], l2=0.5)[1] == 4  # what only the fit uses
+    known.state = 1
+    assert learned(known, [example])[1] == 12
+
+
+def test_memory_is_bounded_and_ends_with_the_model(monkeypatch) -> None:
+    known, example = Known(), picture(0)
+    reuse.forget()
+    learned(known, [example])
+    (store,) = reuse._stores.values()
+    one = next(iter(store._views.values())).size
+    monkeypatch.setattr(reuse, "LIMIT", 5 * one)
+    learned(known, [picture(1)])
+    assert len(store._views) == 5 and store._size == 5 * one
+    del known, store
+    gc.collect()
+    assert not reuse._stores
+
+
+def test_comfyui_models_are_told_apart(comfy_path) -> None:
+    from testing.inprocess import load_backbone
+    from testing.server import MODEL
+
+    backbone = load_backbone(MODEL)
+    owner, state = backbone.identity()
+    assert backbone.identity() == (owner, state)
+    patched = backbone.model.clone()
+    patched.add_patches({next(iter(patched.model.state_dict())): (torch.zeros(1),)})
+    assert type(backbone)(patched, backbone.vae).identity()[1] != state
+    hooked = backbone.model.clone()
+    hooked.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
+    assert type(backbone)(hooked, backbone.vae).identity() is None  # who knows what it does
