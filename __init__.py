@@ -6,9 +6,9 @@ WEB_DIRECTORY = "./web"
 async def comfy_entrypoint():  # ComfyUI calls this
     from .nodes.extension import SlimeExtension
     from .nodes.files import place_pictures, register_folder
-    from .nodes.snapping import register_route
+    from .nodes.routes import register_routes
 
     register_folder()
     place_pictures()
-    register_route()
+    register_routes()
     return SlimeExtension()

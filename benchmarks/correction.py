@@ -2,8 +2,8 @@
 
     python dev.py benchmark correction [--corrected 1 3] [--draws 3] [--scenes 30] [--domains car horse face]
 
-One example is taught, 20 other images are segmented; the k least sure ones, or k drawn at random, become further examples
-with their true parts, which is what a careful user would paint. Test scenes are seen by none of it. The gain of random
+One example is taught, 20 other images are segmented; the k least sure ones, or k drawn at random, become further
+examples with their true parts, which is what a careful user would paint. Test scenes are seen by none of it. Random
 choice is the mean over several draws. Seconds: to teach again with one more example, with and without what is reused.
 """
 

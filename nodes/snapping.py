@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
 from typing import Any
 
 import numpy as np
-from aiohttp import web
 from PIL import Image
 from scipy import ndimage
-from server import PromptServer
 
 from ..slime.errors import SlimeError
 from ..slime.parts.runs import encode_runs
 from .painter import Painting, read_picture
 
 REACH = 0.03  # how far a border may move, relative to the longer side
-logger = logging.getLogger(__name__)
 
 
 def snap(labels: np.ndarray, image: np.ndarray, reach: float = REACH) -> np.ndarray:
@@ -56,7 +51,16 @@ def snap(labels: np.ndarray, image: np.ndarray, reach: float = REACH) -> np.ndar
     return np.where(found == free, 0, found).astype(np.uint8)
 
 
-def _snapped(text: str, file: str | None) -> dict[str, Any]:
+def snapped(text: str, file: str | None) -> dict[str, Any]:
+    """A painting's label map with its borders snapped, as web/painter/painter.js takes it.
+
+    Args:
+        text: the painting.
+        file: of the connected image as "subfolder/name [type]", or None for the painting's own.
+
+    Raises:
+        SlimeError: nothing is painted, or the text or the image cannot be read.
+    """
     painted = Painting.parse(text)
     if painted.labels is None or not painted.labels.any():
         raise SlimeError("nothing is painted yet.")
@@ -65,22 +69,3 @@ def _snapped(text: str, file: str | None) -> dict[str, Any]:
     pixels = Image.fromarray((picture[0].numpy() * 255).round().astype(np.uint8)).resize((width, height))
     labels = snap(painted.labels, np.asarray(pixels))
     return {"width": width, "height": height, "runs": encode_runs(labels)}
-
-
-def register_route() -> None:
-    """POST /slime/snap {painting, image}: the painting's runs anew. Without a server there is none."""
-    server = getattr(PromptServer, "instance", None)
-    if server is None:
-        return
-
-    @server.routes.post("/slime/snap")
-    async def snap_painting(request: web.Request) -> web.Response:
-        try:
-            given = await request.json()
-            answer = await asyncio.to_thread(_snapped, str(given["painting"]), given.get("image"))
-        except SlimeError as error:
-            return web.json_response({"error": str(error)}, status=400)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("SLiMe: a painting could not be snapped (%s)", error)
-            return web.json_response({"error": "the request cannot be read"}, status=400)
-        return web.json_response(answer)
