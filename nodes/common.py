@@ -18,7 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..slime.errors import SlimeError
-from ..slime.parts.draw import overlay
+from ..slime.parts.draw import legend_below, overlay
 from ..slime.parts.maps import PartMaps
 from ..slime.parts.palette import Color
 
@@ -135,7 +135,7 @@ def overlay_preview(cls: type[io.ComfyNode], maps: PartMaps, images: Tensor) -> 
     shown: list[Any] = []
     for index in range(len(images)):
         part = slice(index, index + 1)
-        tinted = overlays(images[part], maps.label_map[part], maps.palette, maps.names)
+        tinted = with_legend(overlays(images[part], maps.label_map[part], maps.palette), maps.names, maps.palette)
         shown += ui.PreviewImage(tinted, cls=cls).as_dict()["images"]
     return {"images": shown, "animated": (False,)}
 
@@ -193,6 +193,12 @@ def overlays(
         overlay(_bytes(image), label.numpy(), palette, names, opacity)
         for image, label in zip(images, labels, strict=True)
     ]
+    return torch.from_numpy(np.stack(pictures)).float() / 255
+
+
+def with_legend(images: Tensor, names: Sequence[str], palette: Sequence[Color]) -> Tensor:
+    """Images [B, H, W, 3] with the names of the parts under them: for showing, not for going on with."""
+    pictures = [np.asarray(legend_below(to_picture(image), names, palette)) for image in images]
     return torch.from_numpy(np.stack(pictures)).float() / 255
 
 

@@ -47,7 +47,7 @@ class SLiMeEvaluate(io.ComfyNode):
         known = [iou for _, iou, _ in rows if iou == iou]
         mean = float(np.mean(known)) if known else 0.0
         table = as_table(rows, mean)
-        picture = torch.from_numpy(np.array(draw_bars(rows, mean))).float()[None] / 255
+        picture = torch.from_numpy(np.array(draw_table(rows, mean))).float()[None] / 255
         return io.NodeOutput(mean, table, to_core(picture), ui=ui.PreviewImage(picture, cls=cls))
 
 
@@ -85,19 +85,28 @@ def as_table(rows: list[tuple[str, float, float]], mean: float) -> str:
     return "\n".join([*lines, f"| mean | {mean:.3f} | |"])
 
 
-def draw_bars(rows: list[tuple[str, float, float]], mean: float) -> Image.Image:
-    """IoU of every part as a bar."""
-    image = Image.new("RGB", (WIDTH, 2 * MARGIN + ROW * (len(rows) + 1)), (30, 30, 34))
+def draw_table(rows: list[tuple[str, float, float]], mean: float) -> Image.Image:
+    """Name, IoU with a bar, and boundary F of every part."""
+    image = Image.new("RGB", (WIDTH, 2 * MARGIN + ROW * (len(rows) + 2)), (30, 30, 34))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
-    bars = [*((name, iou) for name, iou, _ in rows), ("mean", mean)]
-    for index, (name, iou) in enumerate(bars):
-        y = MARGIN + index * ROW
-        draw.text((MARGIN, y + 3), name[:22], fill=(230, 230, 230), font=font)
-        left, right = 190, WIDTH - 70
-        draw.rectangle((left, y + 4, right, y + ROW - 6), fill=(60, 60, 66))
+    left, right, columns = 150, 290, (MARGIN, 300, 375)
+    edges = [edge for _, _, edge in rows if edge == edge]
+    lines = [(name[:18], iou, edge) for name, iou, edge in rows]
+    lines.append(("mean", mean, float(np.mean(edges)) if edges else float("nan")))
+
+    def write(row: int, *texts: str, color: tuple[int, int, int] = (230, 230, 230)) -> int:
+        y = MARGIN + row * ROW
+        for x, text in zip(columns, texts, strict=True):
+            draw.text((x, y + 3), text, fill=color, font=font)
+        draw.line((MARGIN, y + ROW - 2, WIDTH - MARGIN, y + ROW - 2), fill=(60, 60, 66))
+        return y
+
+    write(0, "part", "IoU", "boundary F", color=(160, 160, 166))
+    for row, (name, iou, edge) in enumerate(lines, start=1):
+        y = write(row, name, _number(iou), _number(edge))
+        draw.rectangle((left, y + 6, right, y + ROW - 8), fill=(60, 60, 66))
         if iou == iou and iou > 0:
-            draw.rectangle((left, y + 4, left + (right - left) * iou, y + ROW - 6), fill=(60, 180, 75))
-        draw.text((right + 10, y + 3), _number(iou), fill=(230, 230, 230), font=font)
+            draw.rectangle((left, y + 6, left + (right - left) * iou, y + ROW - 8), fill=(60, 180, 75))
     return image
 
 

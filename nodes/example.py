@@ -14,7 +14,19 @@ from torch import Tensor
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
 from ..slime.parts.palette import default_palette
-from .common import EXPERTS, Examples, as_images, as_masks, expert, named_errors, overlays, schema, split_names, to_core
+from .common import (
+    EXPERTS,
+    Examples,
+    as_images,
+    as_masks,
+    expert,
+    named_errors,
+    overlays,
+    schema,
+    split_names,
+    to_core,
+    with_legend,
+)
 
 
 def _previous() -> Any:
@@ -132,8 +144,10 @@ def parse_colors(text: str) -> dict[str, tuple[int, int, int]]:
 def _shown(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> io.NodeOutput:
     """Examples with a picture of the newest one."""
     newest = examples[-1]
-    preview = overlays(newest.image[None], newest.labels[None], default_palette(len(newest.names)), newest.names)
-    return io.NodeOutput(examples, to_core(preview), ui=ui.PreviewImage(preview, cls=cls))
+    palette = default_palette(len(newest.names))
+    preview = overlays(newest.image[None], newest.labels[None], palette)
+    shown = ui.PreviewImage(with_legend(preview, newest.names, palette), cls=cls)
+    return io.NodeOutput(examples, to_core(preview), ui=shown)
 
 
 def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:

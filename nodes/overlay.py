@@ -7,7 +7,7 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..slime.parts.draw import color_labels
-from .common import RESULTS, Parts, PartsSocket, overlays, schema, to_core
+from .common import RESULTS, Parts, PartsSocket, overlays, schema, to_core, with_legend
 
 
 class SLiMeOverlay(io.ComfyNode):
@@ -37,4 +37,8 @@ class SLiMeOverlay(io.ComfyNode):
         tinted = overlays(parts.images, labels, parts.maps.palette, parts.maps.names if legend else (), opacity)
         colored = np.stack([color_labels(label.numpy(), parts.maps.palette) for label in labels])
         label_image = torch.from_numpy(colored).float() / 255
-        return io.NodeOutput(to_core(tinted), to_core(label_image), ui=ui.PreviewImage(tinted, cls=cls))
+        shown = tinted
+        if legend:  # beside the picture where it is only looked at
+            shown = overlays(parts.images, labels, parts.maps.palette, (), opacity)
+            shown = with_legend(shown, parts.maps.names, parts.maps.palette)
+        return io.NodeOutput(to_core(tinted), to_core(label_image), ui=ui.PreviewImage(shown, cls=cls))

@@ -23,7 +23,19 @@ from ..slime.settings import setting_names
 from ..slime.train import GONE, PRESETS, Settings, StepReport, train
 from ..slime.train import preset as make_preset
 from .comfy_unet import ComfyUNet
-from .common import Embeddings, Examples, expert, live_preview, named_errors, overlays, say, schema, to_core, to_picture
+from .common import (
+    Embeddings,
+    Examples,
+    expert,
+    live_preview,
+    named_errors,
+    overlays,
+    say,
+    schema,
+    to_core,
+    to_picture,
+    with_legend,
+)
 from .files import autosave_path
 
 logger = logging.getLogger(__name__)
@@ -126,7 +138,7 @@ class SLiMeTrain(io.ComfyNode):
             try:
                 embeddings = train(backbone, examples, settings, start=start, on_step=progress)
                 preview = _preview(backbone, examples[0], embeddings, progress.last)
-                progress.show(preview[0])
+                progress.show(with_legend(preview, embeddings.names, embeddings.palette)[0])
                 return io.NodeOutput(embeddings, {"loss": list(embeddings.losses)}, to_core(preview))
             except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
                 saved = _autosave(progress.last)
@@ -320,4 +332,4 @@ def _preview(
     except Exception:
         logger.exception("SLiMe: training is done, but its preview could not be made")
         return images
-    return overlays(images, labels, embeddings.palette, embeddings.names)
+    return overlays(images, labels, embeddings.palette)

@@ -154,7 +154,13 @@ def test_the_pack_loads_without_an_error(canvas) -> None:
     canvas.open()
     canvas.shot("loaded")
     names = canvas.js("() => app.extensions.map(e => e.name).filter(name => name.startsWith('slime'))")
-    assert sorted(names) == ["slime.advanced", "slime.painter", "slime.text"]  # each once
+    assert sorted(names) == [
+        "slime.advanced",
+        "slime.language",
+        "slime.names",
+        "slime.painter",
+        "slime.text",
+    ]  # each once
     assert not canvas.errors
 
 
@@ -290,6 +296,48 @@ def test_two_parts_are_painted_and_kept(canvas) -> None:
     canvas.shot("painter_in_a_subgraph")
 
 
+def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
+    node, element = painter_on(canvas)
+    scale = f"id => {PAINTER}(id).view.scale"
+    graph, painting = canvas.js("() => app.canvas.ds.scale"), canvas.js(scale, node)
+    box = element.bounding_box()
+    canvas.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert not any(painted_labels(canvas, node))  # a click takes the focus, no more
+    canvas.page.mouse.wheel(0, -200)
+    canvas.page.wait_for_timeout(300)
+    assert canvas.js(scale, node) > 1.2 * painting and canvas.js("() => app.canvas.ds.scale") == graph
+    canvas.page.keyboard.press("0")
+
+    canvas.page.locator(".slime-painter .slime-lasso").first.click()
+    stroke(canvas, element, (0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6))
+    outlined = painted_labels(canvas, node)
+    assert sum(outlined) > 0.01 * len(outlined)
+    canvas.page.keyboard.press("s")
+    canvas.page.wait_for_function(
+        f"([id, runs]) => JSON.parse({PAINTER}(id).value).runs !== runs", arg=[node, painted(canvas, node)["runs"]]
+    )
+    snapped = painted_labels(canvas, node)
+    assert 0.3 * sum(outlined) < sum(snapped) < 3 * sum(outlined)
+    canvas.page.locator(".slime-painter .slime-wand").first.click()
+    box = element.bounding_box()
+    canvas.page.mouse.click(box["x"] + 0.15 * box["width"], box["y"] + 0.2 * box["height"])
+    assert sum(painted_labels(canvas, node)) > sum(snapped)
+    canvas.shot("painter_tools")
+
+
+def test_the_painting_grows_with_its_node(canvas) -> None:
+    node, element = painter_on(canvas)
+    before = element.bounding_box()["height"]
+    canvas.js("id => { const n = app.graph.getNodeById(id); n.setSize([n.size[0] + 100, n.size[1] + 150]); }", node)
+    canvas.js("() => app.canvas.setDirty(true, true)")
+    canvas.page.wait_for_timeout(500)
+    assert element.bounding_box()["height"] > before + 80
+
+
+def painted_labels(canvas: Canvas, node: int) -> list[int]:
+    return canvas.js(f"id => [...({PAINTER}(id).painting.map?.data ?? [])]", node)
+
+
 def connected_to_training(painting: dict[str, Any]) -> dict[str, Any]:
     """The template with the painter, shortened to learning a little from this painting."""
     workflow = load_workflow(FIRST)
@@ -343,6 +391,65 @@ def open_template(canvas: Canvas, name: str) -> None:
     canvas.shot(f"template_{name}")
     card.first.click()
     canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type.startsWith('SLiMe'))")
+
+
+def test_what_was_found_opens_the_second_painter(canvas) -> None:
+    name = "4 Correct and teach again"
+    canvas.load(load_workflow(name))
+    fill_in(canvas, prepare(canvas.server, name), {"SLiMeTrain": {"views": 4, "steps": 10}})
+    assert canvas.run()["status"]["status_str"] == "success"  # what follows the painter waits, without an error
+    node = canvas.js("() => app.graph.nodes.filter(node => node.type === 'SLiMePartPainter')[1].id")
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    found = painted(canvas, node)
+    assert [part["name"] for part in found["parts"]] == ["wheel", "window", "body"] and found["of"]
+    outputs = canvas.run()["outputs"]
+    again = canvas.js("() => String(app.graph.findNodesByType('SLiMeSegment')[1].id)")
+    assert outputs[again]["images"]  # taught again, found again
+    show_all(canvas, "corrected")
+
+
+def test_names_are_chosen(canvas) -> None:
+    canvas.load(load_workflow(FIRST))
+    canvas.page.wait_for_timeout(1000)
+    canvas.page.keyboard.press("Escape")  # versions differ in how they say that a checkpoint is missing
+    canvas.page.wait_for_timeout(500)
+    chips = canvas.page.locator(".slime-chip")
+    assert chips.all_text_contents() == ["wheel", "window", "body", "background"]
+    chips.filter(has_text="window").click()
+    names = "() => app.graph.findNodesByType('SLiMePartMask')[0].widgets.find(w => w.name === 'names').value"
+    assert canvas.js(names) == "wheel, window"
+    chips.filter(has_text="wheel").click()
+    assert canvas.js(names) == "window"
+    sent = canvas.js("async () => (await app.graphToPrompt()).output")
+    assert not any("known names" in node["inputs"] for node in sent.values())
+    canvas.shot("names")
+    shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
+    canvas.load(load_workflow("6 Repaint one part"))  # names from a file
+    canvas.page.wait_for_timeout(1500)
+    assert chips.all_text_contents() == ["wheel", "window", "body", "background"]
+    canvas.page.keyboard.press("Escape")
+
+
+def test_nodes_speak_the_language_that_was_chosen(canvas) -> None:
+    words = json.loads((ROOT / "locales" / "ja" / "nodeDefs.json").read_text(encoding="utf-8"))["SLiMeTrain"]
+    canvas.server.post("/settings/Comfy.Locale", "ja")
+    try:
+        canvas.page.reload()
+        canvas.open()
+        node = canvas.add("SLiMeTrain", 300, 200)
+        title, inputs = canvas.js(
+            "id => { const n = app.graph.getNodeById(id); return [n.title, n.inputs.map(i => i.localized_name)]; }",
+            node,
+        )
+        assert title == words["display_name"] and words["inputs"]["examples"]["name"] in inputs
+        help_page = canvas.js("async () => await (await fetch('/extensions/slime/docs/SLiMeTrain/ja.md')).text()")
+        assert words["display_name"] in help_page
+        canvas.shot("japanese")
+    finally:
+        canvas.server.post("/settings/Comfy.Locale", "en")
+        canvas.page.reload()
+        canvas.open()
+        canvas.page.wait_for_timeout(1000)  # the front end brings back what was open
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -501,3 +608,5 @@ def test_text_results_are_shown(canvas) -> None:
     visible = canvas.js("() => [...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).length")
     assert visible >= 3
     assert not any("result" in node["inputs"] for node in entry["prompt"][2].values())
+    locked = "() => [...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).every(e => e.readOnly)"
+    assert canvas.js(locked)

@@ -22,7 +22,7 @@ def color_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
 def overlay(
     image: np.ndarray, labels: np.ndarray, palette: Palette, names: Sequence[str] = (), opacity: float = 0.55
 ) -> np.ndarray:
-    """Tint the parts of an image and outline them.
+    """Tint the parts of an image and outline them, light inside and dark outside: red shows on red too.
 
     Args:
         image: uint8 [H, W, 3].
@@ -38,13 +38,39 @@ def overlay(
     inside = (labels > 0)[..., None]
     result = np.where(inside, image * (1 - opacity) + colors * opacity, image)
     edge = np.zeros(labels.shape, bool)
-    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
-    edge[1:] |= labels[1:] != labels[:-1]
-    result = np.where((edge & (labels > 0))[..., None], colors * 0.75, result)
+    for here, there in ((np.s_[:, 1:], np.s_[:, :-1]), (np.s_[1:], np.s_[:-1])):
+        differ = labels[here] != labels[there]
+        edge[here] |= differ
+        edge[there] |= differ
+    edge = edge[..., None]
+    result = np.where(edge & inside, colors * 0.5 + 127, np.where(edge, result * 0.4, result))
     picture = Image.fromarray(result.clip(0, 255).astype(np.uint8))
     if names:
         draw_legend(picture, names, palette)
     return np.asarray(picture)
+
+
+def legend_below(picture: Image.Image, names: Sequence[str], palette: Palette) -> Image.Image:
+    """The picture with a strip of colour patches and names under it, in as many lines as they need."""
+    size = max(10, picture.width // 32)
+    font = ImageFont.load_default(size)
+    line, pad = round(size * 1.6), size // 2
+    places: list[tuple[int, int]] = []
+    x = y = pad
+    for name in names[: len(palette)]:
+        width = round(font.getlength(name)) + size + 3 * pad
+        if x > pad and x + width > picture.width:
+            x, y = pad, y + line
+        places.append((x, y))
+        x += width
+    page = Image.new("RGB", (picture.width, picture.height + y + line), (24, 24, 28))
+    page.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(page)
+    for (x, y), name, color in zip(places, names, palette, strict=False):
+        top = picture.height + y
+        draw.rectangle([x, top, x + size, top + size], fill=color)
+        draw.text((x + size + pad, top - size // 4), name, font=font, fill=(230, 230, 230))
+    return page
 
 
 def draw_legend(picture: Image.Image, names: Sequence[str], palette: Palette) -> None:
