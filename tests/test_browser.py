@@ -200,9 +200,9 @@ def painter_on(canvas: Canvas) -> tuple[int, Any]:
     scene = scenes.render("car", splits.TEACH)
     put_image(canvas.server, "browser_scene.png", scene.image)
     node = canvas.add("SLiMePartPainter")
-    element = canvas.page.locator(".slime-canvas").first
+    element = canvas.page.locator(".slime-canvas:visible").first
     element.wait_for()
-    canvas.page.locator(".slime-painter input[type=file]").first.set_input_files(
+    canvas.page.locator(".slime-painter:visible input[type=file]").first.set_input_files(
         canvas.server.base / "input" / "browser_scene.png"
     )
     canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
@@ -308,7 +308,7 @@ def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
     assert canvas.js(scale, node) > 1.2 * painting and canvas.js("() => app.canvas.ds.scale") == graph
     canvas.page.keyboard.press("0")
 
-    canvas.page.locator(".slime-painter .slime-lasso").first.click()
+    canvas.page.locator(".slime-lasso:visible").first.click()
     stroke(canvas, element, (0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6))
     outlined = painted_labels(canvas, node)
     assert sum(outlined) > 0.01 * len(outlined)
@@ -318,7 +318,7 @@ def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
     )
     snapped = painted_labels(canvas, node)
     assert 0.3 * sum(outlined) < sum(snapped) < 3 * sum(outlined)
-    canvas.page.locator(".slime-painter .slime-wand").first.click()
+    canvas.page.locator(".slime-wand:visible").first.click()
     box = element.bounding_box()
     canvas.page.mouse.click(box["x"] + 0.15 * box["width"], box["y"] + 0.2 * box["height"])
     assert sum(painted_labels(canvas, node)) > sum(snapped)
@@ -328,9 +328,18 @@ def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
 def test_the_painting_grows_with_its_node(canvas) -> None:
     node, element = painter_on(canvas)
     before = element.bounding_box()["height"]
-    canvas.js("id => { const n = app.graph.getNodeById(id); n.setSize([n.size[0] + 100, n.size[1] + 150]); }", node)
-    canvas.js("() => app.canvas.setDirty(true, true)")
+    drawn = canvas.page.locator(f'[data-node-id="{node}"]')
+    if canvas.mode == "classic":
+        canvas.js("id => { const n = app.graph.getNodeById(id); n.setSize([n.size[0], n.size[1] + 150]); }", node)
+        canvas.js("() => app.canvas.setDirty(true, true)")
+    else:
+        box = drawn.bounding_box()
+        canvas.page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
+        canvas.page.mouse.down()
+        canvas.page.mouse.move(box["x"] + box["width"], box["y"] + box["height"] + 150, steps=5)
+        canvas.page.mouse.up()
     canvas.page.wait_for_timeout(500)
+    canvas.shot("painter_grown")
     assert element.bounding_box()["height"] > before + 80
 
 
@@ -347,6 +356,10 @@ def connected_to_training(painting: dict[str, Any]) -> dict[str, Any]:
             values[0] = MODEL.name
         if item["type"] == "SLiMePartPainter":
             values[0] = json.dumps(painting)
+        if item["type"] == "SLiMePartMask":
+            values[0] = painting["parts"][0]["name"]
+        if item["type"] == "SLiMeTrain":
+            values[1], values[5] = 10, 4  # steps and views
     return workflow
 
 
