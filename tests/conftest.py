@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from testing.browser import canvas, chromium, fresh  # noqa: F401  fixtures of the browser tests
 from testing.inprocess import import_comfyui, load_extension
 from testing.server import ComfyServer
 

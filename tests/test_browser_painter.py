@@ -1,0 +1,228 @@
+"""SLiMe Part Painter in a real browser, classic canvas and Nodes 2.0; see test_browser.py."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from demo.run import put_image
+from testing import scenes, splits
+from testing.browser import NEEDED, Canvas, fill_in, show_all
+from testing.server import MODEL
+from testing.workflows import load_workflow
+from tools.run_workflows import FIRST, prepare
+
+pytestmark = NEEDED
+
+
+def painter_on(canvas: Canvas) -> tuple[int, Any]:
+    """A painter with a scene loaded; its node id and canvas element."""
+    scene = scenes.render("car", splits.TEACH)
+    put_image(canvas.server, "browser_scene.png", scene.image)
+    node = canvas.add("SLiMePartPainter")
+    element = canvas.page.locator(".slime-canvas:visible").first
+    element.wait_for()
+    canvas.page.locator(".slime-painter:visible input[type=file]").first.set_input_files(
+        canvas.server.base / "input" / "browser_scene.png"
+    )
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    canvas.page.wait_for_timeout(300)
+    return node, element
+
+
+PAINTER = "(id => app.graph.getNodeById(id).widgets.find(w => w.name === 'painting').painter)"
+
+
+def painted(canvas: Canvas, node: int) -> dict[str, Any]:
+    """What the node would save now."""
+    return json.loads(canvas.js("id => app.graph.getNodeById(id).serialize().widgets_values[0]", node))
+
+
+def stroke(canvas: Canvas, element: Any, *points: tuple[float, float]) -> None:
+    """Draw with the mouse; points are shares of the canvas."""
+    box = element.bounding_box()
+    places = [(box["x"] + x * box["width"], box["y"] + y * box["height"]) for x, y in points]
+    canvas.page.mouse.move(*places[0])
+    canvas.page.mouse.down()
+    for place in places[1:]:
+        canvas.page.mouse.move(*place, steps=4)
+    canvas.page.mouse.up()
+
+
+def test_two_parts_are_painted_and_kept(canvas) -> None:
+    """Two parts with the mouse; undo; save and load; copy; reload of the page; a subgraph; then they are learned."""
+    node, element = painter_on(canvas)
+    stroke(canvas, element, (0.40, 0.55), (0.45, 0.60))
+    first = painted(canvas, node)
+    canvas.page.locator(".slime-painter .slime-add").first.click()
+    canvas.page.keyboard.type("window")
+    canvas.page.keyboard.press("Enter")
+    stroke(canvas, element, (0.55, 0.40), (0.60, 0.45))
+    both = painted(canvas, node)
+    assert [part["name"] for part in both["parts"]] == ["part", "window"] and both["runs"] != first["runs"]
+    canvas.shot("painter")
+
+    canvas.page.keyboard.press("Control+z")
+    canvas.page.wait_for_timeout(300)
+    assert painted(canvas, node)["runs"] == first["runs"]
+    canvas.page.keyboard.press("Control+y")
+    canvas.page.wait_for_timeout(300)
+    assert painted(canvas, node) == both
+
+    saved = canvas.js("() => app.graph.serialize()")
+    canvas.clear()
+    canvas.load(saved)
+    assert painted(canvas, node) == both
+
+    copies = canvas.js(
+        """id => {
+            app.canvas.selectItems([app.graph.getNodeById(id)]);
+            app.canvas.copyToClipboard();
+            app.canvas.pasteFromClipboard();
+            return app.graph.nodes.map(node => node.id);
+        }""",
+        node,
+    )
+    (copy,) = set(copies) - {node}
+    canvas.page.wait_for_timeout(300)
+    assert painted(canvas, copy) == both
+    canvas.js("id => app.graph.remove(app.graph.getNodeById(id))", copy)
+
+    canvas.page.wait_for_timeout(1500)  # the front end saves a moment after a change
+    canvas.page.reload()
+    canvas.page.wait_for_function("() => window.app?.graph?.nodes?.some(node => node.type === 'SLiMePartPainter')")
+    canvas.page.locator(".slime-canvas").first.wait_for()
+    node = canvas.js("() => app.graph.nodes.find(node => node.type === 'SLiMePartPainter').id")
+    assert painted(canvas, node) == both
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    canvas.shot("painter_after_reload")
+
+    canvas.load(connected_to_training(both))
+    entry = canvas.run()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+
+    canvas.js(
+        """() => {
+            app.canvas.selectItems([app.graph.nodes.find(node => node.type === 'SLiMePartPainter')]);
+            return app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph');
+        }"""
+    )
+    canvas.page.wait_for_function("() => !app.graph.nodes.some(node => node.type === 'SLiMePartPainter')")
+    inner = canvas.js(
+        "() => app.graph.nodes.find(node => node.subgraph).subgraph.nodes[0].serialize().widgets_values[0]"
+    )
+    assert json.loads(inner) == both
+    assert "painting" in json.dumps(canvas.js("async () => (await app.graphToPrompt()).output"))
+    canvas.shot("painter_in_a_subgraph")
+
+
+def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
+    node, element = painter_on(canvas)
+    scale = f"id => {PAINTER}(id).view.scale"
+    graph, painting = canvas.js("() => app.canvas.ds.scale"), canvas.js(scale, node)
+    box = element.bounding_box()
+    canvas.page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert not any(painted_labels(canvas, node))  # a click takes the focus, no more
+    canvas.page.mouse.wheel(0, -200)
+    canvas.page.wait_for_timeout(300)
+    assert canvas.js(scale, node) > 1.2 * painting and canvas.js("() => app.canvas.ds.scale") == graph
+    canvas.page.keyboard.press("0")
+
+    canvas.page.locator(".slime-lasso:visible").first.click()
+    stroke(canvas, element, (0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6))
+    outlined = painted_labels(canvas, node)
+    assert sum(outlined) > 0.01 * len(outlined)
+    canvas.page.keyboard.press("s")
+    canvas.page.wait_for_function(
+        f"([id, runs]) => JSON.parse({PAINTER}(id).value).runs !== runs", arg=[node, painted(canvas, node)["runs"]]
+    )
+    snapped = painted_labels(canvas, node)
+    assert 0.3 * sum(outlined) < sum(snapped) < 3 * sum(outlined)
+    canvas.page.locator(".slime-wand:visible").first.click()
+    box = element.bounding_box()
+    canvas.page.mouse.click(box["x"] + 0.15 * box["width"], box["y"] + 0.2 * box["height"])
+    assert sum(painted_labels(canvas, node)) > sum(snapped)
+    canvas.shot("painter_tools")
+
+
+def test_the_painting_grows_with_its_node(canvas) -> None:
+    node, element = painter_on(canvas)
+    before = element.bounding_box()["height"]
+    drawn = canvas.page.locator(f'[data-node-id="{node}"]')
+    if canvas.mode == "classic":
+        canvas.js("id => { const n = app.graph.getNodeById(id); n.setSize([n.size[0], n.size[1] + 150]); }", node)
+        canvas.js("() => app.canvas.setDirty(true, true)")
+    else:
+        box = drawn.bounding_box()
+        canvas.page.mouse.move(box["x"] + box["width"] - 2, box["y"] + box["height"] - 2)
+        canvas.page.mouse.down()
+        canvas.page.mouse.move(box["x"] + box["width"], box["y"] + box["height"] + 150, steps=5)
+        canvas.page.mouse.up()
+    canvas.page.wait_for_timeout(500)
+    canvas.shot("painter_grown")
+    assert element.bounding_box()["height"] > before + 80
+
+
+def painted_labels(canvas: Canvas, node: int) -> list[int]:
+    return canvas.js(f"id => [...({PAINTER}(id).painting.map?.data ?? [])]", node)
+
+
+def connected_to_training(painting: dict[str, Any]) -> dict[str, Any]:
+    """The template with the painter, shortened to learning a little from this painting."""
+    workflow = load_workflow(FIRST)
+    for item in workflow["nodes"]:
+        values = item.get("widgets_values", [])
+        if item["type"] == "CheckpointLoaderSimple":
+            values[0] = MODEL.name
+        if item["type"] == "SLiMePartPainter":
+            values[0] = json.dumps(painting)
+        if item["type"] == "SLiMePartMask":
+            values[0] = painting["parts"][0]["name"]
+        if item["type"] == "SLiMeTrain":
+            values[1], values[5] = 10, 4  # steps and views
+    return workflow
+
+
+def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
+    """An image that no Load Image node gives: the first run brings it, and says that nothing is painted."""
+    canvas.js(
+        """() => {
+            const add = (kind, x) => {
+                const node = LiteGraph.createNode(kind);
+                node.pos = [x, 120];
+                app.graph.add(node);
+                return node;
+            };
+            const empty = add('EmptyImage', 20), painter = add('SLiMePartPainter', 340);
+            const preview = add('PreviewImage', 900);
+            empty.connect(0, painter, painter.inputs.findIndex(input => input.name === 'image'));
+            painter.connect(2, preview, 0);
+        }"""
+    )
+    canvas.js(
+        """() => {
+            window.refused = [];
+            app.api.addEventListener('execution_error', event => refused.push(event.detail.exception_message));
+        }"""
+    )
+    canvas.run()
+    canvas.page.wait_for_function("() => refused.some(text => text.includes('nothing is painted yet'))")
+    node = canvas.js("() => app.graph.nodes.find(node => node.type === 'SLiMePartPainter').id")
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    canvas.page.keyboard.press("Escape")
+    canvas.shot("painter_connected")
+
+
+def test_what_was_found_opens_the_second_painter(canvas) -> None:
+    name = "4 Correct and teach again"
+    canvas.load(load_workflow(name))
+    fill_in(canvas, prepare(canvas.server, name), {"SLiMeTrain": {"views": 4, "steps": 10}})
+    assert canvas.run()["status"]["status_str"] == "success"  # what follows the painter waits, without an error
+    node = canvas.js("() => app.graph.nodes.filter(node => node.type === 'SLiMePartPainter')[1].id")
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    found = painted(canvas, node)
+    assert [part["name"] for part in found["parts"]] == ["wheel", "window", "body"] and found["of"]
+    outputs = canvas.run()["outputs"]
+    again = canvas.js("() => String(app.graph.findNodesByType('SLiMeSegment')[1].id)")
+    assert outputs[again]["images"]  # taught again, found again
+    show_all(canvas, "corrected")
