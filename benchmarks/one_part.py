@@ -60,7 +60,7 @@ def measure(backbone: Backbone, domain: str, parts: tuple[str, ...], count: int,
         with torch.inference_mode():
             learned = train(backbone, [example], preset("instant", backbone.info))
             found = segment(backbone, images, learned)[0].label_map.numpy()
-        return mean_known(evaluate(list(found), truth, len(parts) + 1).per_class[1:])
+        return float(mean_known(evaluate(list(found), truth, len(parts) + 1).per_class[1:]))
 
     with mock.patch("slime.training.fit.balanced_weights", lambda labels, exponent: class_weights(labels) ** exponent):
         official = score()

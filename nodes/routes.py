@@ -25,7 +25,6 @@ def register_routes() -> None:
     if server is None:
         return
 
-    @server.routes.post("/slime/snap")
     async def snap(request: web.Request) -> web.Response:
         try:
             given = await request.json()
@@ -34,9 +33,11 @@ def register_routes() -> None:
             return web.json_response({"error": "the request cannot be read"}, status=400)
         return await _answer(lambda: snapped(painting, image))
 
-    @server.routes.get("/slime/names")
     async def names(request: web.Request) -> web.Response:
         return await _answer(lambda: _names(request.query.get("filename", "")))
+
+    server.routes.post("/slime/snap")(snap)
+    server.routes.get("/slime/names")(names)
 
 
 async def _answer(work: Callable[[], Any]) -> web.Response:

@@ -117,7 +117,7 @@ def chromium() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module", params=MODES)
-def canvas(request, chromium, server) -> Iterator[Canvas]:
+def canvas(request: Any, chromium: Any, server: Any) -> Iterator[Canvas]:
     for name, value in {
         "Comfy.TutorialCompleted": True,
         "Comfy.VueNodes.Enabled": MODES[request.param],
@@ -132,7 +132,7 @@ def canvas(request, chromium, server) -> Iterator[Canvas]:
 
 
 @pytest.fixture
-def fresh(canvas) -> Iterator[None]:
+def fresh(canvas: Canvas) -> Iterator[None]:
     for _ in range(3):  # dialogs that a failed test left open
         canvas.page.keyboard.press("Escape")
     canvas.clear()

@@ -146,14 +146,8 @@ def test_snapping_over_the_wire(server) -> None:
     labels = disc(37).astype(np.uint8)
     picture = np.where(disc(40)[..., None], 220, 40).astype(np.uint8).repeat(3, 2)
     Image.fromarray(picture).save(server.base / "input" / "snap.png")
-    painting = {
-        "version": 1,
-        "image": None,
-        "parts": [{"name": "disc", "color": "#ff0000"}],
-        "width": 128,
-        "height": 128,
-    }
-    painting["runs"] = encode_runs(labels)
+    painting: dict[str, object] = {"version": 1, "image": None, "width": 128, "height": 128}
+    painting |= {"parts": [{"name": "disc", "color": "#ff0000"}], "runs": encode_runs(labels)}
     answer = server.post("/slime/snap", {"painting": json.dumps(painting), "image": "snap.png [input]"})
     found = decode_runs(answer["runs"], answer["width"], answer["height"]) > 0
     assert (found & disc(40)).sum() / (found | disc(40)).sum() > 0.97

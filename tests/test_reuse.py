@@ -61,7 +61,7 @@ def test_memory_is_bounded_and_ends_with_the_model(monkeypatch) -> None:
     learned(known, [example])
     (store,) = reuse._stores.values()
     one = next(iter(store._views.values())).size
-    monkeypatch.setattr(reuse, "LIMIT", 5 * one)
+    monkeypatch.setattr(store, "_limit", 5 * one)
     learned(known, [picture(1)])
     assert len(store._views) == 5 and store._size == 5 * one
     del known, store

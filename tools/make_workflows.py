@@ -132,7 +132,13 @@ class Page:
         """The subgraph that paints inside a mask anew."""
         kind = f"{REPAINT} {len(self.subgraphs) + 1}"  # each has values of its own
         self.subgraphs[kind] = repaint_part(text) | {"key": kind}
-        inputs = {"model": [model, 0], "clip": [model, 1], "vae": [model, 2], "image": image, "mask": [mask, 0]}
+        inputs: dict[str, Any] = {
+            "model": [model, 0],
+            "clip": [model, 1],
+            "vae": [model, 2],
+            "image": image,
+            "mask": [mask, 0],
+        }
         return self.add(kind, **inputs)
 
 

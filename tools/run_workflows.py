@@ -70,7 +70,7 @@ def learn_parts(server: ComfyServer, **changes: Any) -> Path:
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
     """The story of every workflow: one picture a node, of what is taught, what is looked at, and what comes out."""
     learn_parts(server)
-    found = {}
+    found: dict[str, list[Image.Image]] = {}
     for name in names:
         prompt = prepare(server, name, steps=20)
         for node in prompt.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from itertools import groupby
 
@@ -19,7 +19,7 @@ from ..reading.read import calibrating_exponent, read
 from ..settings import InstantSettings
 from .fit import fit_rows
 from .progress import OnStep, StepReport, encoding
-from .reuse import SeenView, digest, store_of
+from .reuse import SeenView, Store, digest, store_of
 from .template import instant_template
 from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels, view_count, view_seed
 
@@ -34,28 +34,22 @@ def train_instant(
     """Rows from cached features: one pass a view on the base prompt, then :func:`slime.training.fit.fit_rows`."""
     template = instant_template(backbone, examples[0].names, settings)
     count = view_count(examples, settings)
-    kept, keys = store_of(backbone), [""] * count
-    if kept is not None:
-        pass_digest = template.pass_digest()
-        digests = [(digest(example, settings), pass_digest, kept[1]) for example in examples]
-        keys = [(*digests[i % len(examples)], i % len(examples), i // len(examples)) for i in range(count)]
-    known = {i: view for i, key in enumerate(keys) if kept is not None and (view := kept[0].get(key)) is not None}
+    store, keys = _memory(backbone, template, examples, settings, count)
+    seen_views = {number: view for number, key in enumerate(keys) if (view := store.get(key)) is not None}
     # The first batch is looked at in any case: it holds examples as they are, whose maps are read in the end.
-    wanted = [index for index in range(count) if index < VIEW_BATCH or index not in known]
+    wanted = [number for number in range(count) if number < VIEW_BATCH or number not in seen_views]
     views = encode_all(backbone, examples, settings, wanted, encoding(on_step), plain=len(examples))
     first_image = views[0].picture()
     first: Observation | None = None
-    seen_views: dict[int, SeenView] = dict(known)
-    done = 0
+    looked_at = 0
     for seen in _observed(backbone, views, template.plan().to(backbone.device), settings, len(examples)):
         first = seen if first is None else first
-        for place, view in enumerate(views[done : done + len(seen.features[0])]):
+        for place, encoded in enumerate(views[looked_at : looked_at + len(seen.features[0])]):
             features = tuple(maps[place] for maps in seen.features)
-            seen_views[view.index] = SeenView(features, resize_labels(view.labels, seen.grid))
-            if kept is not None:
-                kept[0].put(keys[view.index], *seen_views[view.index])
-        done += len(seen.features[0])
-        on_step(StepReport("features", done, len(views), {}, lambda: None))
+            seen_views[encoded.number] = SeenView(features, resize_labels(encoded.labels, seen.grid))
+            store.put(keys[encoded.number], *seen_views[encoded.number])
+        looked_at += len(seen.features[0])
+        on_step(StepReport("features", looked_at, len(views), {}, lambda: None))
     # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
     like = seen_views[0]
     stacked = [
@@ -63,7 +57,7 @@ def train_instant(
         for group, maps in enumerate(like.features)
     ]
     labels = [resize_labels(seen_views[i].labels.cpu(), _grid(like.labels)) for i in range(count)]
-    del seen_views, known
+    del seen_views
     check_finite(stacked)
 
     def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
@@ -101,6 +95,22 @@ def train_instant(
     return embeddings
 
 
+def _memory(
+    backbone: Backbone,
+    template: PartEmbeddings,
+    examples: Sequence[Example],
+    settings: InstantSettings,
+    count: int,
+) -> tuple[Store, list[Hashable]]:
+    """Where views of this model are kept, and every view's key; a backbone that cannot say what it is keeps none."""
+    kept = store_of(backbone)
+    if kept is None:
+        return Store(0), list(range(count))
+    store, state = kept
+    shown = [(digest(example, settings), template.pass_digest(), state) for example in examples]
+    return store, [(*shown[n % len(examples)], n % len(examples), n // len(examples)) for n in range(count)]
+
+
 def _grid(maps: Tensor) -> tuple[int, int]:
     return maps.shape[-2], maps.shape[-1]
 
@@ -116,7 +126,7 @@ def _observed(
     for _, group in groupby(views, key=lambda view: view.size):
         neighbours = list(group)
         latents = torch.cat([view.latents for view in neighbours])
-        seeds = [view_seed(settings, examples, view.index) for view in neighbours]
+        seeds = [view_seed(settings, examples, view.number) for view in neighbours]
         noise = torch.cat([seeded_noise(latents[:1].shape, one, latents.device) for one in seeds])
 
         def observe(part: slice, latents: Tensor = latents, noise: Tensor = noise) -> Observation:

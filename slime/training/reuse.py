@@ -31,9 +31,10 @@ class SeenView(NamedTuple):
 
 
 class Store:
-    """The views seen last, within :data:`LIMIT`."""
+    """The views seen last, within ``limit`` bytes."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
         self._views: OrderedDict[Hashable, SeenView] = OrderedDict()
         self._size = 0
 
@@ -43,12 +44,14 @@ class Store:
         return self._views.get(key)
 
     def put(self, key: Hashable, features: Sequence[Tensor], labels: Tensor) -> None:
-        view = SeenView(tuple(f.detach().to("cpu", copy=True) for f in features), labels.to("cpu", copy=True))
-        if key in self._views or view.size > LIMIT:
+        size = SeenView(tuple(features), labels).size
+        if key in self._views or size > self._limit:
             return
-        self._views[key] = view
-        self._size += view.size
-        while self._size > LIMIT:
+        self._views[key] = SeenView(
+            tuple(f.detach().to("cpu", copy=True) for f in features), labels.to("cpu", copy=True)
+        )
+        self._size += size
+        while self._size > self._limit:
             self._size -= self._views.popitem(last=False)[1].size
 
 
@@ -61,7 +64,7 @@ def store_of(backbone: Backbone) -> tuple[Store, Hashable] | None:
     if identity is None:
         return None
     owner, state = identity
-    return _stores.setdefault(owner, Store()), state
+    return _stores.setdefault(owner, Store(LIMIT)), state
 
 
 def forget() -> None:

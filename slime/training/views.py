@@ -70,20 +70,20 @@ def view_size(example: Example, info: BackboneInfo) -> tuple[int, int]:
 
 
 class EncodedView(NamedTuple):
-    """Latents [1, C, h, w] of a view, label maps [K, h, w] on the CPU, size in pixels, how to see it, its index."""
+    """Latents [1, C, h, w] of a view, label maps [K, h, w] on the CPU, size in pixels, how to see it, its number."""
 
     latents: Tensor
     labels: Tensor
     size: tuple[int, int]
     rng: random.Random
     picture: Callable[[], Tensor]
-    index: int
+    number: int
 
 
 def encode_views(
     backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, wanted: Sequence[int], plain: int = 0
 ) -> Iterator[EncodedView]:
-    """Views by their index, encoded in batches of neighbours of one size; their pixels are not kept."""
+    """Views by their number, encoded in batches of neighbours of one size; their pixels are not kept."""
     make = partial(make_view, examples, settings, backbone.info, plain)
     sizes = [view_size(example, backbone.info) for example in examples]
     for size, neighbours in groupby(wanted, key=lambda index: sizes[index % len(sizes)]):
