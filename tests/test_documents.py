@@ -49,7 +49,7 @@ def test_every_picture_of_a_document_is_there() -> None:
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "web" / "docs").glob("*.md")]
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert "://" in link or (page.parent / link).exists(), (page.name, link)
+            assert "://" in link or (page.parent / link.strip("<>")).exists(), (page.name, link)
 
 
 def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:
