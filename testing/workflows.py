@@ -362,7 +362,7 @@ class PromptBuilder:
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = copy.deepcopy(prompt)
-        self._next = 1 + max((int(node_id) for node_id in prompt), default=0)
+        self._next = 1 + max((int(node_id.split(":")[0]) for node_id in prompt), default=0)
 
     def add(self, class_type: str, **inputs: Any) -> str:
         node_id = str(self._next)
