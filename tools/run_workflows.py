@@ -81,7 +81,7 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
         found[name] = []
         for node_id, node in prompt.items():
             shown = pictures(server, outputs.get(node_id, {}))[:1]
-            if node["class_type"] == "SLiMePartPainter":
+            if node["class_type"] == "SLiMePartPainter" and node["inputs"]["painting"]:
                 shown = [painted_sample()]
             if node["class_type"] == "LoadImage" and (node_id, 0) not in taught:
                 shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
