@@ -21,6 +21,7 @@ from slime.parts.metrics import evaluate
 from slime.parts.palette import default_palette
 from testing import scenes, splits
 from testing.baselines import color_neighbours, mean_mask
+from testing.browser import CHROMIUM
 from testing.server import MODEL, ComfyServer, WorkflowFailed
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
 from tools.make_workflows import BLUEPRINTS, WORKFLOWS, written
@@ -316,6 +317,7 @@ def file_to_load(server, learned):
     shutil.copyfile(folder / "learned.safetensors", folder / EMBEDDINGS)
 
 
+@pytest.mark.skipif(CHROMIUM is not None, reason="tests/test_browser.py runs them in the page")
 @pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != WITH_MASKS])
 def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     """From its JSON, with the demo's checkpoint, pictures and names in it; it has notes and shows a picture."""
