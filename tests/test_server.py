@@ -226,7 +226,8 @@ def test_interrupt_autosaves_and_training_goes_on(server, shots) -> None:
     builder, train = small_train(shots, preset="paper", steps=5000, views=4, seed=77)
     prompt_id = server.queue(builder.prompt)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not asyncio.run(saw_progress(server, train, 165))  # of 1000: some steps after the views:
+    some_steps = 165  # of 1000, behind the views
+    while time.monotonic() < deadline and not asyncio.run(saw_progress(server, train, some_steps)):
         pass
     server.interrupt()
     entry = server.wait(prompt_id, 120)
