@@ -115,14 +115,16 @@ class Example:
         image = check_image(image)
         labels = torch.zeros(image.shape[:2], dtype=torch.int64)
         for index, (name, mask) in enumerate(zip(names, masks.values(), strict=True), start=1):
-            if mask.shape != image.shape[:2]:
-                raise SlimeError(
-                    f'The mask of "{name}" is {_size(mask)} but the image is {_size(image)}; they must have the same '
-                    "size. A Load Image node gives a 64x64 mask when nothing was painted."
-                )
             inside = mask.detach().to("cpu", torch.float32) > 0.5
             if not inside.any():
-                raise SlimeError(f'The mask of "{name}" is empty. Paint the part, or remove its name.')
+                raise SlimeError(
+                    f'Nothing is painted: the mask of "{name}" is empty. Paint the part (right-click Load Image, Open '
+                    "in MaskEditor), or remove its name."
+                )
+            if mask.shape != image.shape[:2]:
+                raise SlimeError(
+                    f'The mask of "{name}" is {_size(mask)} but the image is {_size(image)}; they must have one size.'
+                )
             overlap = int((inside & (labels > 0)).sum())
             if overlap:
                 logger.warning('SLiMe: %d pixels of "%s" were masked before; the later part keeps them.', overlap, name)

@@ -76,7 +76,8 @@ def segment(
         images: [B, H, W, 3] in [0, 1], any size and aspect.
         embeddings: one or several.
         settings: see :class:`slime.settings.SegmentSettings`.
-        on_batch: called after every sub-batch with the number of images done and of all.
+        on_batch: called after every sub-batch with what is done and with all there is to do: two for each image and
+            embeddings, encoding and looking.
 
     Returns:
         One PartMaps for every embeddings.
@@ -94,16 +95,21 @@ def segment(
     for index, item in enumerate(several):
         groups.setdefault(item.pass_digest(), []).append(index)
     results: dict[int, PartMaps] = {}
-    done, total = 0, len(images) * len(several)
+    done, total = 0.0, 2 * len(images) * len(several)
+
+    def advance(images_done: float) -> None:
+        nonlocal done
+        done += images_done
+        if on_batch is not None:
+            on_batch(round(done), total)
+
     for indices in groups.values():
         items = [several[index] for index in indices]
         maps: list[list[Tensor]] = [[] for _ in items]
-        for part, found in _part_maps(backbone, images, items, settings):
+        for part, found in _part_maps(backbone, images, items, settings, lambda n: advance(n * len(items))):  # noqa: B023
             for kept, one in zip(maps, found, strict=True):
                 kept.append(one.cpu())
-            done += len(images[part]) * len(items)
-            if on_batch is not None:
-                on_batch(done, total)
+            advance(len(images[part]) * len(items))
         for index, item, kept in zip(indices, items, maps, strict=True):
             results[index] = _finished(images, torch.cat(kept), item, settings, backbone.device, backbone)
     return [results[index] for index in range(len(several))]
@@ -153,7 +159,11 @@ def read_look(
 
 
 def _part_maps(
-    backbone: Backbone, images: Tensor, items: Sequence[PartEmbeddings], settings: LookSettings
+    backbone: Backbone,
+    images: Tensor,
+    items: Sequence[PartEmbeddings],
+    settings: LookSettings,
+    on_encoded: Callable[[float], None],
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every pass."""
     size = (images.shape[1], images.shape[2])
@@ -161,7 +171,7 @@ def _part_maps(
     def consume(part: slice, passes: Passes) -> tuple[slice, list[Tensor]]:
         return part, read_maps(passes, items, size)
 
-    for part, found in look_at(backbone, images, items, settings, consume):
+    for part, found in look_at(backbone, images, items, settings, consume, on_encoded=on_encoded):
         check_finite(found)
         yield part, found
 

@@ -50,7 +50,8 @@ def test_colors_take_the_nearest_within_ten_levels() -> None:
     ("image", "masks", "message"),
     [
         (IMAGE, {"a": torch.zeros(20, 24)}, '"a" is empty'),
-        (IMAGE, {"a": torch.zeros(64, 64)}, "64x64 but the image is 24x20"),
+        (IMAGE, {"a": torch.zeros(64, 64)}, "Nothing is painted"),
+        (IMAGE, {"a": torch.ones(64, 64)}, "64x64 but the image is 24x20"),
         (IMAGE, {}, "No part names"),
         (IMAGE, {"a": mask(0, 2), "a ": mask(2, 4)}, "more than once: a"),
         (IMAGE, {"background": mask(0, 2)}, "not a part"),

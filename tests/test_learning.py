@@ -472,3 +472,14 @@ def test_the_papers_rows_are_chosen_on_validation_images() -> None:
     assert torch.equal(torch.cat(seen)[1:], torch.stack([picture(1).image, picture(2).image]))
     with pytest.raises(SlimeError, match="same parts"):
         train(ToyUNet(), [picture(0)], PaperSettings(), validation=[replace(picture(1), names=("a", "b"))])
+
+
+def test_segmenting_tells_of_every_sub_batch_from_the_first_encoded_one() -> None:
+    toy, example = ToyUNet(), picture(0)
+    learned = train(toy, [example], preset("instant", views=2, steps=5))
+    heard: list[tuple[int, int]] = []
+    images = example.image.expand(6, -1, -1, -1)
+    settings = SegmentSettings(batch_size=2, flip=True)
+    segment(toy, images, learned, settings, on_batch=lambda done, total: heard.append((done, total)))
+    assert heard[0][0] <= 2 and heard[-1] == (12, 12) and len(heard) == 6 + 3
+    assert [done for done, _ in heard] == sorted(done for done, _ in heard)

@@ -115,7 +115,8 @@ GOOD[:, 5:20, 5:20] = 1
 @pytest.mark.parametrize(
     ("image", "mask", "names", "message"),
     [
-        (IMAGE, torch.zeros(1, 64, 64), "wheel", "64x64 but the image is 48x40"),
+        (IMAGE, torch.zeros(1, 64, 64), "wheel", "Nothing is painted"),
+        (IMAGE, torch.ones(1, 64, 64), "wheel", "64x64 but the image is 48x40"),
         (IMAGE, torch.zeros(1, 40, 48), "wheel", '"wheel" is empty'),
         (IMAGE, GOOD, " , ", "No part names"),
         (IMAGE, GOOD, "wheel, window", "1 masks for 2 names"),

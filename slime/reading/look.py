@@ -75,11 +75,14 @@ def look_at(
     settings: LookSettings,
     use: Callable[[slice, Passes], T],
     any_rows: bool = False,
+    on_encoded: Callable[[float], None] = lambda _: None,
 ) -> Iterator[T]:
     """Results of ``use`` on what sub-batches of images [B, H, W, 3] show, for embeddings of one pass.
 
     These embeddings' rows are scored in the pass itself where the backbone can; with ``any_rows`` the features are
     kept, which serve any others too.
+
+    ``on_encoded`` hears how many images were encoded, after every sub-batch; an image of n views counts 1/n a view.
 
     Where memory runs out a sub-batch is halved and tried again. ``use`` belongs to what is tried: passes are lazy, so
     most of the memory is taken while it consumes them.
@@ -89,7 +92,7 @@ def look_at(
     views = view_boxes(images.shape[1], images.shape[2], settings, item.side, info.multiple)
     size = views[0].size
     batch = settings.batch_size or backbone.fitting_batch((size[0] // info.cell, size[1] // info.cell))
-    encoded = [encode(backbone, images, view, batch) for view in views]
+    encoded = [encode(backbone, images, view, batch, lambda n: on_encoded(n / len(views))) for view in views]
     see = _way_of_seeing(backbone, plan, items, any_rows)
 
     def passes(part: slice) -> Passes:
@@ -101,14 +104,18 @@ def look_at(
     yield from in_batches(len(images), batch, lambda part: use(part, passes(part)))
 
 
-def encode(backbone: Backbone, images: Tensor, view: View, batch: int) -> Tensor:
+def encode(
+    backbone: Backbone, images: Tensor, view: View, batch: int, on_encoded: Callable[[int], None] = lambda _: None
+) -> Tensor:
     """One view of all images, encoded in sub-batches: [B, C, h, w]."""
     top, left, height, width = view.box
 
     def one(part: slice) -> Tensor:
         crop = as_rgb(images[part, top : top + height, left : left + width].to("cpu"))
         crop = resize_image(crop, view.size).to(backbone.device)
-        return backbone.encode_images(crop.flip(2) if view.flipped else crop)
+        latents = backbone.encode_images(crop.flip(2) if view.flipped else crop)
+        on_encoded(len(crop))
+        return latents
 
     return torch.cat(list(in_batches(len(images), batch, one)))
 
