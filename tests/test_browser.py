@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.browser import NEEDED, ROOT, Canvas, fill_in, overlaps, show_all
+from testing.browser import NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all
 from testing.workflows import load_workflow
 from tools.make_workflows import BLUEPRINTS, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
@@ -106,6 +106,8 @@ def test_nodes_speak_the_language_that_was_chosen(canvas) -> None:
     try:
         canvas.page.reload()
         canvas.open()
+        canvas.page.wait_for_timeout(1000)  # the front end brings back what was open
+        canvas.clear()
         node = canvas.add("SLiMeTrain", 300, 200)
         title, inputs = canvas.js(
             "id => { const n = app.graph.getNodeById(id); return [n.title, n.inputs.map(i => i.localized_name)]; }",
@@ -139,21 +141,35 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
 
 
 def test_live_previews_and_progress_arrive(canvas) -> None:
+    """When what was first seen, in seconds after Run, stands in first_sign.json beside the screenshots."""
     canvas.load(load_workflow(FIRST))
     canvas.js(
         """() => {
-            window.heard = {previews: 0, texts: []};
+            const since = () => (performance.now() - window.heard.start) / 1000;
+            window.heard = {previews: 0, texts: [], start: performance.now(), seen: {}};
             for (const name of ['b_preview', 'b_preview_with_metadata']) {
-                app.api.addEventListener(name, () => window.heard.previews++);
+                app.api.addEventListener(name, () => {
+                    window.heard.previews++;
+                    window.heard.seen.picture ??= since();
+                });
             }
-            app.api.addEventListener('progress_text', event => window.heard.texts.push(event.detail.text));
+            app.api.addEventListener('progress_text', event => {
+                window.heard.texts.push(event.detail.text);
+                window.heard.seen.text ??= since();
+                if (event.detail.text.startsWith("Encoding view")) window.heard.seen.views ??= since();
+                if (event.detail.text.startsWith("Done")) window.heard.seen.done ??= since();
+            });
         }"""
     )
-    fill_in(canvas, prepare(canvas.server, FIRST), {"SLiMeTrain": {"views": 8, "seed": 5}})
+    fill_in(canvas, prepare(canvas.server, FIRST), {"SLiMeTrain": {"views": 24, "seed": 5}})
+    canvas.js("() => { window.heard.start = performance.now(); }")
     canvas.run(600)
     heard = canvas.js("() => window.heard")
     assert heard["previews"] >= 1
     assert any("loss" in text for text in heard["texts"]) and any("left" in text for text in heard["texts"])
+    seen = heard["seen"]
+    assert seen["text"] <= seen["picture"] < seen["done"]
+    (SHOTS / f"{canvas.mode}_first_sign.json").write_text(json.dumps(seen, indent=1) + "\n", encoding="utf-8")
     canvas.shot("after_training")
 
 

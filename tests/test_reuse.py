@@ -27,7 +27,7 @@ class Known(ToyUNet):
 def learned(backbone: ToyUNet, examples: list[Example], **changes) -> tuple[PartEmbeddings, int]:
     """And how many images were encoded for it."""
     before = backbone.encoded
-    rows = train(backbone, examples, preset("instant", views=12, steps=5, **changes))
+    rows = train(backbone, examples, preset("instant", **{"views": 12, "steps": 5} | changes))
     return rows, backbone.encoded - before
 
 
@@ -39,8 +39,12 @@ def test_only_new_views_are_looked_at_and_nothing_changes() -> None:
     assert count == 4 and torch.equal(again.rows, learned(plain, [one])[0].rows)
     both, count = learned(known, [one, two])
     fresh, all_of_them = learned(plain, [one, two])
-    assert count == 2 + 6 and all_of_them == 12  # the first batch holds two of the known example's
+    assert count == 8 and all_of_them == 12  # six new ones, and two of the first batch, which is looked at again
     assert torch.equal(both.rows, fresh.rows)
+    for views in (10, 11, 3):  # passes keep the size they always have, whatever is known
+        assert torch.equal(
+            learned(known, [one, two], views=views)[0].rows, learned(plain, [one, two], views=views)[0].rows
+        )
     corrected = Example.from_label_map(two.image, two.labels.roll(3, 1), two.names)
     assert learned(known, [one, corrected])[1] == 8
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Sequence
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from .fit import fit_rows
 from .progress import OnStep, StepReport, encoding
 from .reuse import SeenView, Store, digest, store_of
 from .template import instant_template
-from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels, view_count, view_seed
+from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels, view_count, view_seed, view_size
 
 
 def train_instant(
@@ -36,8 +36,8 @@ def train_instant(
     count = view_count(examples, settings)
     store, keys = _memory(backbone, template, examples, settings, count)
     seen_views = {number: view for number, key in enumerate(keys) if (view := store.get(key)) is not None}
-    # The first batch is looked at in any case: it holds examples as they are, whose maps are read in the end.
-    wanted = [number for number in range(count) if number < VIEW_BATCH or number not in seen_views]
+    same_size = len({view_size(example, backbone.info) for example in examples}) == 1
+    wanted = _to_look_at(count, seen_views) if same_size else list(range(count))
     views = encode_all(backbone, examples, settings, wanted, encoding(on_step), plain=len(examples))
     first_image = views[0].picture()
     first: Observation | None = None
@@ -108,7 +108,26 @@ def _memory(
         return Store(0), list(range(count))
     store, state = kept
     shown = [(digest(example, settings), template.pass_digest(), state) for example in examples]
-    return store, [(*shown[n % len(examples)], n % len(examples), n // len(examples)) for n in range(count)]
+    places = [(n % len(examples), n // len(examples), _batch(count, n)) for n in range(count)]
+    return store, [(*shown[example], example, place, batch) for example, place, batch in places]
+
+
+def _batch(count: int, number: int) -> int:
+    """How many views share the pass of this one: results depend on it in the last bits."""
+    return VIEW_BATCH if number < count - count % VIEW_BATCH else count % VIEW_BATCH
+
+
+def _to_look_at(count: int, known: Container[int]) -> list[int]:
+    """Views that are not known, filled up so that all stand in passes of the size that they always have.
+
+    The first batch is looked at in any case: it holds examples as they are, whose maps are read in the end.
+    """
+    full = count - count % VIEW_BATCH
+    new = {number for number in range(full) if number < VIEW_BATCH or number not in known}
+    others = (number for number in range(full) if number not in new)
+    new |= set(islice(others, -len(new) % VIEW_BATCH))
+    rest = range(full, count)
+    return sorted(new) + (list(rest) if not new or any(number not in known for number in rest) else [])
 
 
 def _grid(maps: Tensor) -> tuple[int, int]:
