@@ -163,7 +163,7 @@ def _part_maps(
     images: Tensor,
     items: Sequence[PartEmbeddings],
     settings: LookSettings,
-    on_encoded: Callable[[float], None],
+    on_encoded: Callable[[float], None] = lambda _: None,
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every pass."""
     size = (images.shape[1], images.shape[2])

@@ -55,7 +55,8 @@ def search_for(canvas: Canvas, name: str, patience: int) -> None:
 def test_every_node_is_found_by_search(canvas) -> None:
     info = {k: v for k, v in canvas.server.get("/object_info").items() if v["category"].split("/")[0] == "SLiMe"}
     assert len(info) >= 19
-    for kind, spec in info.items():
+    # The box is the same on both canvases: one of them gets all names.
+    for kind, spec in list(info.items())[:: 1 if canvas.mode == "classic" else 7]:
         for patience in (1, 2, 4):  # the box slides in, takes the focus, and searches when typing pauses
             canvas.clear()
             search_for(canvas, spec["display_name"], patience)

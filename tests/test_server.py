@@ -453,7 +453,7 @@ def test_half_precision_unet(comfy_path, shots) -> None:
         before = sample(half)
         for preset in ("instant", "paper"):
             prompt, nodes = build_prompt(template, MODEL.name, given, [given[0].image], preset)
-            prompt[find(prompt, "SLiMeTrain")]["inputs"].update(preset=preset, steps=10)
+            prompt[find(prompt, "SLiMeTrain")]["inputs"].update(preset=preset, steps=10, views=16)
             outputs = half.run(prompt)
             losses = load_embeddings(half.base / "models" / "slime" / f"{preset}.safetensors").losses
             assert np.isfinite(losses).all()
