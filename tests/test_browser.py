@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.browser import NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all
+from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all
 from testing.workflows import load_workflow
 from tools.make_workflows import BLUEPRINTS, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
@@ -162,7 +162,7 @@ def test_live_previews_and_progress_arrive(canvas) -> None:
             });
         }"""
     )
-    fill_in(canvas, prepare(canvas.server, FIRST), {"SLiMeTrain": {"views": 24, "seed": 5}})
+    fill_in(canvas, prepare(canvas.server, FIRST), {"SLiMeTrain": {"views": 24, "seed": 5 + MODES[canvas.mode]}})
     canvas.js("() => { window.heard.start = performance.now(); }")
     canvas.run(600)
     heard = canvas.js("() => window.heard")
