@@ -22,15 +22,23 @@ const files = new Map();
 
 /** @param {string} file */
 async function readFile(file) {
-  files.set(file, []);
+  files.set(file, []); // asked once; a file that comes later is read after the page is loaded anew
   const answer = await api.fetchApi(`/slime/names?${new URLSearchParams({ filename: file })}`);
   if (answer.ok) files.set(file, (await answer.json()).names);
-  else files.delete(file); // it may come later
 }
 
 /** @param {string} text "wheel, window" */
 function split(text) {
   return text.split(/[,;\n\u060c\u061b\u3001\uff0c\uff1b]/).map((name) => name.trim()).filter(Boolean);
+}
+
+/** @param {string} text of a painting @returns {string[]} none where it cannot be read; the painter says so */
+function paintedNames(text) {
+  try {
+    return JSON.parse(text).parts.map((/** @type {{name: string}} */ part) => part.name);
+  } catch {
+    return [];
+  }
 }
 
 /** Names that a node gives by itself. @param {any} node @returns {string[]} */
@@ -42,7 +50,7 @@ function given(node) {
     case "SLiMeExampleFromLabelMap":
       return value("colors").split("\n").map((line) => line.split("=")[0].trim()).filter(Boolean);
     case "SLiMePartPainter":
-      return value("painting") ? JSON.parse(value("painting")).parts.map((/** @type {{name: string}} */ part) => part.name) : [];
+      return paintedNames(value("painting"));
     case "SLiMeLoadEmbeddings": {
       const file = value("filename");
       if (file && !files.has(file)) readFile(file);
