@@ -20,9 +20,11 @@ const FAR = 200;
 /** Names in saved files, by file. @type {Map<string, string[]>} */
 const files = new Map();
 
+api.addEventListener("execution_success", () => files.clear());
+
 /** @param {string} file */
 async function readFile(file) {
-  files.set(file, []); // asked once; a file that comes later is read after the page is loaded anew
+  files.set(file, []); // asked once until a run may have written another
   const answer = await api.fetchApi(`/slime/names?${new URLSearchParams({ filename: file })}`);
   if (answer.ok) files.set(file, (await answer.json()).names);
 }
