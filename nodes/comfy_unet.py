@@ -72,9 +72,9 @@ class ComfyUNet(SDUNet):
     def identity(self) -> tuple[object, Hashable] | None:
         """The model, and what tells its state: LoRAs and the VAE. None with patches that cannot be told apart."""
         options = {name: value for name, value in self.model.model_options.items() if value}
-        if options or self.model.object_patches or self.vae is None:
+        vae = getattr(self.vae, "patcher", None)  # other packs' VAEs may have none
+        if options or self.model.object_patches or vae is None:
             return None
-        vae = self.vae.patcher
         return self.model.model, (str(self.model.patches_uuid), weakref.ref(vae.model), str(vae.patches_uuid))
 
     def encode_images(self, images: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..slime.errors import SlimeError
-from ..slime.parts.draw import legend_below, overlay
+from ..slime.parts.draw import draw_legend, legend_below, overlay
 from ..slime.parts.maps import PartMaps
 from ..slime.parts.palette import Color
 
@@ -181,25 +181,24 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in re.split("[,;\\n\u060c\u061b\u3001\uff0c\uff1b]", text) if name.strip()]
 
 
-def overlays(
-    images: Tensor,
-    labels: Tensor,
-    palette: Sequence[Color],
-    names: Sequence[str] = (),
-    opacity: float = 0.55,
-) -> Tensor:
+def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: float = 0.55) -> Tensor:
     """Images [B, H, W, 3] tinted by label maps [B, H, W]: IMAGE [B, H, W, 3]."""
     pictures = [
-        overlay(_bytes(image), label.numpy(), palette, names, opacity)
+        overlay(_bytes(image), label.numpy(), palette, opacity=opacity)
         for image, label in zip(images, labels, strict=True)
     ]
     return torch.from_numpy(np.stack(pictures)).float() / 255
 
 
-def with_legend(images: Tensor, names: Sequence[str], palette: Sequence[Color]) -> Tensor:
-    """Images [B, H, W, 3] with the names of the parts under them: for showing, not for going on with."""
-    pictures = [np.asarray(legend_below(to_picture(image), names, palette)) for image in images]
-    return torch.from_numpy(np.stack(pictures)).float() / 255
+def with_legend(images: Tensor, names: Sequence[str], palette: Sequence[Color], inside: bool = False) -> Tensor:
+    """Images [B, H, W, 3] with the names of the parts: under them, for showing, or in a corner, which keeps the size."""
+    pictures = [to_picture(image) for image in images]
+    if inside:
+        for picture in pictures:
+            draw_legend(picture, names, palette)
+    else:
+        pictures = [legend_below(picture, names, palette) for picture in pictures]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).float() / 255
 
 
 def live_preview(image: Tensor, maps: Tensor, palette: Sequence[Color]) -> Image.Image:

@@ -34,11 +34,10 @@ class SLiMeOverlay(io.ComfyNode):
     @classmethod
     def execute(cls, parts: Parts, opacity: float = 0.55, legend: bool = True) -> io.NodeOutput:
         labels = parts.maps.label_map
-        tinted = overlays(parts.images, labels, parts.maps.palette, parts.maps.names if legend else (), opacity)
+        names, palette = parts.maps.names, parts.maps.palette
+        tinted = shown = overlays(parts.images, labels, palette, opacity)
+        if legend:
+            shown, tinted = with_legend(tinted, names, palette), with_legend(tinted, names, palette, inside=True)
         colored = np.stack([color_labels(label.numpy(), parts.maps.palette) for label in labels])
         label_image = torch.from_numpy(colored).float() / 255
-        shown = tinted
-        if legend:  # beside the picture where it is only looked at
-            shown = overlays(parts.images, labels, parts.maps.palette, (), opacity)
-            shown = with_legend(shown, parts.maps.names, parts.maps.palette)
         return io.NodeOutput(to_core(tinted), to_core(label_image), ui=ui.PreviewImage(shown, cls=cls))

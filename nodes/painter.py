@@ -190,9 +190,10 @@ class SLiMePartPainter(io.ComfyNode):
                 image = found.images
             pixels = read_picture(painted.image_path()) if image is None else _one(image)
             shown: dict[str, Any] = {}
+            digest = None if image is None else _digest(pixels)
             if image is not None:
                 shown["slime_painter"] = ui.PreviewImage(pixels, cls=cls).as_dict()["images"]
-                shown["slime_of"] = [_digest(pixels)]
+                shown["slime_of"] = [digest]
             if found is not None:
                 shown["slime_found"] = [read_found(found, (pixels.shape[1], pixels.shape[2])).for_painter()]
             if painted.labels is None or not painted.labels.any():
@@ -201,7 +202,7 @@ class SLiMePartPainter(io.ComfyNode):
                     return io.NodeOutput(None, None, None, ui=shown, block_execution=NOTHING)
                 say(getattr(cls.hidden, "unique_id", None), PROPOSED)
                 return io.NodeOutput(*[ExecutionBlocker(None)] * 3, ui=shown)
-            if image is not None and painted.of not in (None, _digest(pixels)):
+            if digest is not None and painted.of not in (None, digest):
                 return io.NodeOutput(None, None, None, ui=shown, block_execution=ANOTHER)
             labels = _stretched(painted.labels, pixels.shape[1], pixels.shape[2])
             example = _example(pixels[0], labels, painted)
@@ -212,8 +213,7 @@ class SLiMePartPainter(io.ComfyNode):
 
 def _digest(pixels: Tensor) -> str:
     """Tells images apart; a digest and not the name, which says nothing of what another node makes."""
-    small = (pixels[0] * 255).round().to(torch.uint8).numpy()
-    return hashlib.sha256(small.tobytes()).hexdigest()[:16]
+    return hashlib.sha256((pixels[0] * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def _example(image: torch.Tensor, labels: np.ndarray, painted: Painting) -> Example:

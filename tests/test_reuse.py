@@ -10,6 +10,7 @@ from slime import preset, train
 from slime.embeddings import PartEmbeddings
 from slime.examples import Example
 from slime.training import reuse
+from slime.training.instant import _batch, _to_look_at
 
 from .test_learning import picture
 from .toy import ToyUNet
@@ -49,6 +50,19 @@ def test_only_new_views_are_looked_at_and_nothing_changes() -> None:
     assert learned(known, [one, corrected])[1] == 8
 
 
+def test_passes_keep_the_size_they_always_have() -> None:
+    """What a pass shows depends on its size in the last bits, on some devices: sizes must not depend on what is known."""
+    for count in (3, 8, 10, 11):
+        for known in (set(), {4}, {5, 7, 9}, set(range(count)), set(range(4, count))):
+            looked = _to_look_at(count, known)
+            assert len(set(looked)) == len(looked) and set(range(count)) - known <= set(looked)
+            assert set(range(min(4, count))) <= set(looked)
+            sizes = [
+                len(looked[start : start + 4]) for start in range(0, len(looked), 4) for _ in looked[start : start + 4]
+            ]
+            assert sizes == [_batch(count, number) for number in looked], (count, known, looked)
+
+
 def test_another_state_setting_or_mask_is_looked_at_anew() -> None:
     known, example = Known(), picture(0)
     learned(known, [example])
@@ -65,7 +79,7 @@ def test_memory_is_bounded_and_ends_with_the_model(monkeypatch) -> None:
     learned(known, [example])
     (store,) = reuse._stores.values()
     one = next(iter(store._views.values())).size
-    monkeypatch.setattr(store, "_limit", 5 * one)
+    monkeypatch.setattr(store, "limit", 5 * one)
     learned(known, [picture(1)])
     assert len(store._views) == 5 and store._size == 5 * one
     del known, store

@@ -10,7 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..images import resize_maps
-from .losses import balanced_weights, weighted_cross_entropy
+from .losses import WEIGHT_EXPONENT, balanced_weights, weighted_cross_entropy
 
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
 
@@ -49,7 +49,7 @@ def fit_rows(
     *,
     steps: int,
     l2: float,
-    weight_exponent: float = 0.8,
+    weight_exponent: float = WEIGHT_EXPONENT,
     start: Tensor | None = None,
     on_step: OnEvaluation | None = None,
 ) -> FitResult:

@@ -44,11 +44,14 @@ def train_instant(
     looked_at = 0
     for seen in _observed(backbone, views, template.plan().to(backbone.device), settings, len(examples)):
         first = seen if first is None else first
-        for place, encoded in enumerate(views[looked_at : looked_at + len(seen.features[0])]):
-            features = tuple(maps[place] for maps in seen.features)
-            seen_views[encoded.number] = SeenView(features, resize_labels(encoded.labels, seen.grid))
-            store.put(keys[encoded.number], *seen_views[encoded.number])
-        looked_at += len(seen.features[0])
+        batch = views[looked_at : looked_at + len(seen.features[0])]
+        kept = [maps.cpu() for maps in seen.features] if store.limit else []
+        for place, encoded in enumerate(batch):
+            labels = resize_labels(encoded.labels, seen.grid)
+            seen_views[encoded.number] = SeenView(tuple(maps[place] for maps in seen.features), labels)
+            if kept:
+                store.put(keys[encoded.number], SeenView(tuple(maps[place].clone() for maps in kept), labels))
+        looked_at += len(batch)
         on_step(StepReport("features", looked_at, len(views), {}, lambda: None))
     # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
     like = seen_views[0]
@@ -56,7 +59,7 @@ def train_instant(
         torch.stack([_to_size(seen_views[i].features[group], maps, backbone.device) for i in range(count)])
         for group, maps in enumerate(like.features)
     ]
-    labels = [resize_labels(seen_views[i].labels.cpu(), _grid(like.labels)) for i in range(count)]
+    truth = torch.stack([resize_labels(seen_views[i].labels, _grid(like.labels)) for i in range(count)]).to(stacked[0])
     del seen_views
     check_finite(stacked)
 
@@ -68,7 +71,6 @@ def train_instant(
 
         on_step(StepReport("fit", min(step, settings.steps), settings.steps, losses, best, preview))
 
-    truth = torch.stack(labels).to(stacked[0])
     result = fit_rows(
         stacked,
         truth,
@@ -107,7 +109,8 @@ def _memory(
     if kept is None:
         return Store(0), list(range(count))
     store, state = kept
-    shown = [(digest(example, settings), template.pass_digest(), state) for example in examples]
+    looked = template.pass_digest()
+    shown = [(digest(example, settings), looked, state) for example in examples]
     places = [(n % len(examples), n // len(examples), _batch(count, n)) for n in range(count)]
     return store, [(*shown[example], example, place, batch) for example, place, batch in places]
 

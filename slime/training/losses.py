@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+WEIGHT_EXPONENT = 0.8  # of balanced_weights
+
 
 def class_weights(labels: Tensor) -> Tensor:
     """[K] weights from label maps [B, K, h, w]: background 1, part k (all part pixels / pixels of k), absent 0.
@@ -18,7 +20,7 @@ def class_weights(labels: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(counts[:1]), weights])
 
 
-def balanced_weights(labels: Tensor, exponent: float) -> Tensor:
+def balanced_weights(labels: Tensor, exponent: float = WEIGHT_EXPONENT) -> Tensor:
     """[K] weights from label maps [B, K, h, w]: background 1, part k (background pixels / pixels of k), absent 0.
 
     Beside the official rule, :func:`class_weights`, which gives a part that is taught alone no weight against the

@@ -128,7 +128,7 @@ def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[
     looks = [torch.cat([maps[index] for index in held]).float() for maps in groups]
     seen = [resize_maps(torch.einsum("bdhw,kd->bkhw", m, row), size) for m, row in zip(looks, rows, strict=True)]
     logits = F.pad(torch.stack(seen).sum(0), (0, 0, 0, 0, 1, 0))
-    loss = weighted_cross_entropy(logits, truth[list(held)], balanced_weights(truth[fit], 1.0))
+    loss = weighted_cross_entropy(logits, truth[list(held)], balanced_weights(truth[fit]))
     return float(loss), logits.softmax(1)
 
 

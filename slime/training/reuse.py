@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from dataclasses import fields
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -20,7 +20,7 @@ LIMIT = 2**30  # bytes of main memory for each model
 
 
 class SeenView(NamedTuple):
-    """Features [D, h, w] of every group, and soft labels [K, h, w] on the grid, on the CPU."""
+    """Features [D, h, w] of every group, and soft labels [K, h, w] on the grid."""
 
     features: tuple[Tensor, ...]
     labels: Tensor
@@ -34,7 +34,7 @@ class Store:
     """The views seen last, within ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._views: OrderedDict[Hashable, SeenView] = OrderedDict()
         self._size = 0
 
@@ -43,15 +43,13 @@ class Store:
             self._views.move_to_end(key)
         return self._views.get(key)
 
-    def put(self, key: Hashable, features: Sequence[Tensor], labels: Tensor) -> None:
-        size = SeenView(tuple(features), labels).size
-        if key in self._views or size > self._limit:
+    def put(self, key: Hashable, view: SeenView) -> None:
+        """Keep a view whose tensors are its own and on the CPU."""
+        if key in self._views or view.size > self.limit:
             return
-        self._views[key] = SeenView(
-            tuple(f.detach().to("cpu", copy=True) for f in features), labels.to("cpu", copy=True)
-        )
-        self._size += size
-        while self._size > self._limit:
+        self._views[key] = view
+        self._size += view.size
+        while self._size > self.limit:
             self._size -= self._views.popitem(last=False)[1].size
 
 

@@ -53,10 +53,11 @@ def make_view(
 
 
 def _place(settings: ViewSettings, count: int, index: int) -> str:
-    """Which view of which example: further examples behind it leave a view as it is."""
-    if settings.official_views or index % count == 0:
-        return str(index if settings.official_views else index // count)
-    return f"{index % count}/{index // count}"
+    """Which view of which example: further examples behind it leave a view as it is. The official code counts views."""
+    if settings.official_views:
+        return str(index)
+    view, example = divmod(index, count)
+    return f"{example}/{view}" if example else str(view)
 
 
 def view_seed(settings: ViewSettings, count: int, index: int) -> int:

@@ -94,26 +94,15 @@ export class LabelMap {
    * @param {number} label
    */
   wand(pixels, x, y, tolerance, label) {
-    x = Math.floor(x);
-    y = Math.floor(y);
-    if (x < 0 || y < 0 || x >= this.width || y >= this.height) return;
-    const { width, data } = this;
-    const from = 4 * (y * width + x);
-    const alike = (/** @type {number} */ place) =>
-      [0, 1, 2].every((channel) => Math.abs(pixels[4 * place + channel] - pixels[from + channel]) <= tolerance);
-    const seen = new Uint8Array(data.length);
-    const stack = [y * width + x];
-    while (stack.length) {
-      const place = /** @type {number} */ (stack.pop());
-      if (seen[place] || !alike(place)) continue;
-      seen[place] = 1;
-      data[place] = label;
-      const column = place % width;
-      if (column > 0) stack.push(place - 1);
-      if (column < width - 1) stack.push(place + 1);
-      if (place >= width) stack.push(place - width);
-      if (place < data.length - width) stack.push(place + width);
+    const from = 4 * (Math.floor(y) * this.width + Math.floor(x));
+    const near = (/** @type {number} */ at, /** @type {number} */ channel) =>
+      Math.abs(pixels[at + channel] - pixels[from + channel]) <= tolerance;
+    const alike = new LabelMap(this.width, this.height);
+    for (let i = 0, at = 0; i < alike.data.length; i++, at += 4) {
+      if (near(at, 0) && near(at, 1) && near(at, 2)) alike.data[i] = 1;
     }
+    if (!alike.fill(x, y, 2)) return;
+    for (let i = 0; i < alike.data.length; i++) if (alike.data[i] === 2) this.data[i] = label;
   }
 
   /**
