@@ -191,7 +191,7 @@ def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: 
 
 
 def with_legend(images: Tensor, names: Sequence[str], palette: Sequence[Color], inside: bool = False) -> Tensor:
-    """Images [B, H, W, 3] with the names of the parts: under them, for showing, or in a corner, which keeps the size."""
+    """Images [B, H, W, 3] with the parts' names: under them, for showing, or in a corner, which keeps the size."""
     pictures = [to_picture(image) for image in images]
     if inside:
         for picture in pictures:

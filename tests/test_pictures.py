@@ -9,13 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from slime.backbones.layers import Layer, select_layers
 from slime.backbones.sd_unet import PAPER_LAYERS, Family, automatic_layers, family_for
 from slime.errors import SlimeError
 from slime.examples import Example
 from slime.images import soft_labels, working_size
-from slime.parts.draw import color_labels, loss_curve, overlay
+from slime.parts.draw import color_labels, legend_below, loss_curve, overlay
 from slime.reading.refine import refine_maps
 from slime.settings import InstantSettings, PaperSettings
 from slime.training.augment import augmented_view, flip_allowed, official_view, rotate
@@ -118,6 +119,13 @@ def test_label_colors_are_exact_and_overlay_leaves_the_rest() -> None:
     image = np.full((64, 64, 3), 100, np.uint8)
     tinted = overlay(image, labels, palette, opacity=0.5)
     assert (tinted[0, 0] == 100).all() and (tinted[32, 32] == [175, 114, 53]).all()
+    red, mask = np.full((64, 64, 3), (250, 128, 7), np.uint8), labels // 2
+    outlined = overlay(red, mask, palette[1:]).astype(int)  # a part on its own colour
+    assert np.abs(outlined[16, 32] - outlined[15, 32]).min() > 40 and (outlined[32, 32] == red[0, 0]).all()
+    names, colors = ["one", "two", "a third with a long name"], [*palette, (250, 128, 8)]
+    below = np.asarray(legend_below(Image.fromarray(image), names, colors))
+    assert below.shape[1:] == (64, 3) and (below[:64] == image).all()  # nothing is covered
+    assert all((below[64:] == color).all(-1).any() for color in colors)
     legend = overlay(image, labels, palette, ["one", "two"])
     assert legend.shape == (64, 64, 3) and not (legend[:8, :8] == 100).all()
 
