@@ -348,9 +348,9 @@ def repaint_two_parts() -> Page:
     model, embeddings = page.checkpoint(), page.load()
     image = page.image()
     page.note(
-        "The image is looked at once; each *SLiMe Part Mask* takes one part of the result. Write the parts' names as "
-        "you gave them when you taught them.",
-        170,
+        "The image is looked at once; each *SLiMe Part Mask* takes one part of the result.\n\nThe file my_parts must "
+        "hold both: template 1, with *Save Learned Embeddings* behind *SLiMe Train*.",
+        190,
     )
     page.column("2  Find")
     parts = page.segment(model, embeddings, [image, 0])
