@@ -3,7 +3,8 @@
     python dev.py benchmark one_part [--scenes 10] [--split validation]
 
 The official rule weights a part by the pixels of all parts over its own, so that a part taught alone weighs no more
-than the background. All parts of a domain together are measured beside it. Part mIoU of ``instant``, one example.
+than the background; it is raised to the same power as ours. All parts of a domain together are measured beside it. Part
+mIoU of ``instant``, one example.
 """
 
 from __future__ import annotations
