@@ -51,8 +51,8 @@ STAGES = {
     "train": "Training, step",
     "done": "Done, step",
 }
-# Guesses of how much of the whole time each stage takes, in order; the rest is the last one's. On the demo model on a CPU
-# it is .6 and .1 with both; a step of paper through Stable Diffusion is far dearer than a view.
+# Guesses of how much of the whole time each stage takes, in order; the rest is the last one's. On the demo model on a
+# CPU it is .6 and .1 with both; a step of paper through Stable Diffusion is far dearer than a view.
 SHARES = {"instant": {"views": 0.5, "features": 0.2}, "paper": {"views": 0.08, "features": 0.08}}
 FLIP = {"auto": None, "on": True, "off": False}
 RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}
