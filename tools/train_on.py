@@ -5,22 +5,23 @@
     python -m tools.train_on export --work FOLDER
     python -m tools.train_on samples --source CHECKPOINT --output samples.jpg
 
-Scenes of the natural world are rendered while it trains; training continues from its last checkpoint. Two losses join
-the usual one:
+Scenes of the natural world are rendered while it trains; training continues from its last checkpoint. Losses join the
+usual one:
 
 - attention of the cross-attention layers is charged for padding, and at first for words, so that a place asks for words
   only where they pay: the start token becomes the sink that stands for the background;
 - every scene comes as a pair, the second a crop of the same shapes in other colours, place and light, and the decoder's
-  queries at the same spot of both are to be alike and to fall into the same cluster (:class:`Clusters`). What a place
-  is, whatever its colour, Stable Diffusion learns from its billions of images; minutes on rendered scenes do not. No
-  masks are used.
+  queries at the same spot of both are to be alike and to fall into the same cluster, for which a row of text stands
+  (:class:`tools.places.Places`). What a place is, whatever its colour, and words for it, Stable Diffusion learns from
+  its billions of images and captions; minutes on rendered scenes do not. No masks are used.
+
+Some contexts hold such rows in place of a caption, so that the UNet bears rows that no caption has.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import functools
 import itertools
 import json
 import math
@@ -28,7 +29,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,10 @@ from testing import scenes
 from testing.server import MODEL
 from testing.tiny import model as tiny_model
 from testing.tiny.weights import CLIP, TABLE, TOKENS, load_weights
+from tools.places import FED, Places, Watch
 from tools.train_tiny import (
     TextToImage,
     alphas_cumprod,
-    attention,
-    follow,
     import_comfyui,
     log,
     noised,
@@ -60,8 +60,8 @@ FEWEST = 3_000  # images to begin with
 CHUNK = 20  # images that are rendered at once
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
-CLUSTERS, POINTS = 128, 512  # of the decoder's queries, and points of a pair that are compared
-WEIGHTS = (0.05, 1.0)  # of the clusters and of how unlike the queries of one place are
+FED_SHARE = 0.2  # of the images whose caption gives way to rows of clusters
+WEIGHTS = (0.05, 0.1, 1.0)  # of the clusters, of their rows, and of how unlike the queries of one place are
 CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
 SINK_SHARE = 0.6  # of the start token, from which on words are not charged
@@ -135,10 +135,12 @@ class Scenes(IterableDataset[tuple[Tensor, Tensor, Tensor]]):
 class Pool:
     """The scenes that were rendered and encoded so far, at most ``size`` images; new ones replace the oldest.
 
-    A thread fills it. Latents float16 [size, 4, 32, 32], tokens [size, 77], boxes [size / 2, 4], on the device.
+    A thread fills it from :meth:`begin` on. Latents float16 [size, 4, 32, 32], tokens [size, 77], boxes [size / 2, 4],
+    on the device.
     """
 
-    def __init__(self, source: DataLoader[Any], encoder: nn.Sequential, size: int, device: torch.device) -> None:
+    def __init__(self, source: Scenes, workers: int, encoder: nn.Sequential, size: int, device: torch.device) -> None:
+        self._batches = iter(DataLoader(source, batch_size=None, num_workers=workers))
         side = scenes.SIZE // tiny_model.DOWNSCALE
         size -= size % CHUNK
         self.latents = torch.zeros(size, 4, side, side, dtype=torch.float16, device=device)
@@ -147,13 +149,15 @@ class Pool:
         self.size, self.made = size, 0
         self._encoder = encoder.to(device)
         self._done = threading.Event()
-        self._thread = threading.Thread(target=self._fill, args=(iter(source),), daemon=True)
+        self._thread = threading.Thread(target=self._fill, daemon=True)
+
+    def begin(self) -> None:
         self._thread.start()
 
     @torch.inference_mode()
-    def _fill(self, batches: Iterator[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _fill(self) -> None:
         device = self.latents.device
-        for pixels, tokens, boxes in batches:
+        for pixels, tokens, boxes in self._batches:
             if self._done.is_set():
                 return
             start = self.made % self.size
@@ -213,102 +217,110 @@ def start_model(checkpoint: dict[str, Tensor], comfyui: str) -> tuple[TextToImag
     return model, vocabulary
 
 
-class Watch:
-    """The decoder's queries, and what cross-attention, computed openly, does not give to start token and words."""
+class Step:
+    """One step of training, and what changes by it. Its inputs stay where they are, so that CUDA can replay it.
 
-    def __init__(self) -> None:
-        self.ends: Tensor | None = None  # bool [B, L], rows that end and pad a text
-        self.shares: list[Tensor] = []  # by layer: not to the start token, to rows that end and pad
-        self.queries: dict[str, Tensor] = {}  # [B, h * w, D]
-
-    def options(self) -> dict[str, Any]:
-        decoder = [("output", n) for n in range(3, 12)]
-        places = [("input", n) for n in (1, 2, 4, 5, 7, 8)] + [("middle", 0), *decoder]
-        self.shares, self.queries = [], {}
-        return {
-            "patches_replace": {
-                "attn2": {place: functools.partial(self._cross, place) for place in places},
-                "attn1": {place: functools.partial(self._self, place) for place in decoder},
-            },
-        }
-
-    def _cross(
-        self, place: tuple[str, int], query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]
-    ) -> Tensor:
-        if place[0] == "output":
-            self.queries[f"cross{place[1]}"] = query
-        heads = extra["n_heads"]
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
-        shares = (q @ k.transpose(2, 3) * q.shape[-1] ** -0.5).softmax(-1)
-        rows = shares.float().mean((1, 2))  # [B, L]
-        ended = rows.new_zeros(()) if self.ends is None else (rows * self.ends).sum(1).mean()
-        self.shares.append(torch.stack([1 - rows[:, 0].mean(), ended]))
-        return (shares.to(v.dtype) @ v).transpose(1, 2).flatten(2)
-
-    def _self(self, place: tuple[str, int], query: Tensor, key: Tensor, value: Tensor, extra: dict[str, Any]) -> Tensor:
-        self.queries[f"self{place[1]}"] = query
-        return attention(query, key, value, extra["n_heads"])
-
-
-class Clusters(nn.Module):
-    """Swapped prediction (SwAV, Caron et al. 2020) of clusters of single places, from every layer's queries.
-
-    A place's cluster is found from all layers together, balanced over the batch by Sinkhorn's iterations, and must be
-    told by each layer's queries at the same place of the pair's other image.
+    Attributes:
+        means: running means of the loss, start token's share, share of what ends and pads, clusters, rows, unlikeness.
     """
 
-    def __init__(self, widths: dict[str, int]) -> None:
-        super().__init__()
-        self.centres = nn.ParameterDict({name: 0.1 * torch.randn(CLUSTERS, width) for name, width in widths.items()})
+    def __init__(self, model: TextToImage, batch: int, weights: tuple[float, float, float]) -> None:
+        device = model.tokens.weight.device
+        side = scenes.SIZE // tiny_model.DOWNSCALE
+        self.model, self.batch, self.weights = model, batch, weights
+        self.ema = copy.deepcopy(model).eval().requires_grad_(False)
+        self.places = Places(model).to(device)
+        self.rate = torch.zeros((), device=device)
+        self.latents = torch.zeros(batch, 4, side, side, device=device)
+        self.tokens = torch.zeros(batch, 77, dtype=torch.long, device=device)
+        self.boxes = torch.full((batch // 2, 4), 0.5, device=device)
+        self.means = torch.full((6,), torch.inf, device=device)
+        self._watch, self._abar = Watch(), alphas_cumprod().to(device)
+        position = {token: place for place, token in enumerate(model.vocabulary)}
+        self._end, self._empty = position[49407], torch.full((77,), position[49407], device=device)
+        self._empty[0] = position[49406]
+        self._level = torch.arange(batch, device=device) // 2  # the images of a pair are about as noisy
+        self._clear = math.ceil(batch // 2 * CLUSTER_NOISE / 1000)  # of the pairs, the first, are less noisy
+        decay = [p for name, p in self._parameters() if p.ndim > 1 and name != "words"]
+        rest = [p for name, p in self._parameters() if p.ndim <= 1 or name == "words"]
+        groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        cuda = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(groups, self.rate, betas=(0.9, 0.98), fused=True, capturable=cuda)
 
-    def forward(self, queries: dict[str, Tensor], boxes: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss of queries [2 P, h * w, D] of P pairs whose second images are the boxes [P, 4] of the first.
+    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        yield from self.model.named_parameters()
+        yield from self.places.named_parameters()
 
-        And how unlike the queries of one place are, relative to how all queries vary, mean over layers: near 0
-        where the place says all, 1 where it says nothing.
-        """
-        spots = torch.rand(len(boxes), POINTS, 2, device=boxes.device)  # of the second image
-        within = torch.where(boxes[:, None, 3:] > 0, torch.stack([1 - spots[..., 0], spots[..., 1]], -1), spots)
-        first = boxes[:, None, :2] + within * boxes[:, None, 2:3]
-        likeness, unlike = {}, []
-        for name, query in queries.items():
-            side = math.isqrt(query.shape[1])
-            maps = query.float().transpose(1, 2).unflatten(2, (side, side))
-            pair = [sample(maps[0::2], first), sample(maps[1::2], spots)]
-            centres = nn.functional.normalize(self.centres[name], dim=1)
-            likeness[name] = [nn.functional.normalize(one, dim=-1).flatten(0, 1) @ centres.T for one in pair]
-            both = torch.stack(pair).flatten(1, 2)  # [2, P * N, D]
-            unlike.append((both[0] - both[1]).square().sum() / (both - both.mean((0, 1))).square().sum())
-        with torch.no_grad():
-            joint = [torch.stack([pair[view] for pair in likeness.values()]).mean(0) for view in (0, 1)]
-            targets = [sinkhorn(one) for one in joint]
-        losses = [
-            -(targets[1 - view] * (pair[view] / 0.1).log_softmax(1)).sum(1).mean()
-            for pair in likeness.values()
-            for view in (0, 1)
-        ]
-        return torch.stack(losses).mean(), torch.stack(unlike).mean()
+    def _chance(self, share: float) -> Tensor:
+        return torch.rand(self.batch, 1, device=self.rate.device) < share
 
+    def __call__(self) -> None:
+        fed = self._chance(FED_SHARE)
+        tokens = torch.where(self._chance(DROPPED) | fed, self._empty, self.tokens)
+        steps = (self._level + torch.rand(self.batch, device=self.rate.device)) / (self.batch // 2) * 1000
+        noisy, velocity = noised(self.latents, steps.long().clamp(max=999), self._abar)
+        row = torch.arange(77, device=self.rate.device)
+        ends = (tokens == self._end) & (~fed | (row > FED))
+        kind = self.rate.device.type  # bfloat16 is slower than float32 on many CPUs
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda", cache_enabled=False):
+            context = self.model.encode_text(tokens)
+            context = torch.where(fed[..., None], self.places.feed(context), context)
+            self._watch.ends, self._watch.fed = ends, fed[:, 0]
+            self._watch.hidden = self._chance(WITHOUT_PADDING) & ends & (ends.cumsum(1) > 1)
+            predicted = self.model.denoise(noisy, steps.long().clamp(max=999), context, self._watch.options())
+        loss = (predicted.float() - velocity).square().mean()
+        elsewhere, ended = torch.stack(self._watch.shares).mean(0)
+        queries = {name: query[: 2 * self._clear] for name, query in self._watch.queries.items()}
+        told, asked, unlike = self.places(queries, self.boxes[: self._clear], context[0, 0].float())
+        now = torch.stack([loss, 1 - elsewhere, ended, told, asked, unlike]).detach()
+        self.means.copy_(torch.where(self.means.isinf(), now, self.means.lerp(now, 0.01)))
+        charge = SINK_WEIGHT * (self.means[1] < SINK_SHARE) * elsewhere + PADDING_WEIGHT * ended
+        clusters, rows, alike = self.weights
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + charge + clusters * told + rows * asked + alike * unlike).backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 0.001)
 
-def sample(maps: Tensor, spots: Tensor) -> Tensor:
-    """Maps [P, D, h, w] at spots [P, N, 2], x and y in 0..1, as [P, N, D]."""
-    found = nn.functional.grid_sample(maps, 2 * spots[:, :, None] - 1, align_corners=False, padding_mode="border")
-    return found[..., 0].transpose(1, 2)
+    def captured(self) -> Callable[[], None]:
+        """The step as one CUDA graph: the GPU no longer waits for Python, which is most of a small model's time."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self()
+        torch.cuda.current_stream().wait_stream(side)
+        self.means.fill_(torch.inf)
+        for kept in self.optimizer.state.values():
+            for value in kept.values():
+                value.zero_()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self()
+        return graph.replay
 
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "places": self.places.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
 
-def sinkhorn(likeness: Tensor, rounds: int = 3) -> Tensor:
-    """Soft clusters [N, K] of likeness [N, K]: every row sums to 1, all clusters are of like size."""
-    shares = (likeness / 0.05).exp()
-    for _ in range(rounds):
-        shares = shares / shares.sum(0, keepdim=True)
-        shares = shares / shares.sum(1, keepdim=True)
-    return shares
+    def load(self, saved: dict[str, Any]) -> None:
+        for part in (self.model, self.ema, self.places, self.optimizer):
+            name = next(key for key, value in vars(self).items() if value is part)
+            part.load_state_dict(saved[name])
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
 
 
 def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -> None:
     import_comfyui(comfyui)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(1)
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     checkpoint = load_weights(source)
     model, vocabulary = start_model(checkpoint, comfyui)
     saved_at, state = work / "train_on.pt", {"step": 0, "elapsed": 0.0, "images": 0}
@@ -316,96 +328,50 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     if saved:
         state = saved["state"]
     rendered = Scenes(comfyui, vocabulary, int(state["images"]))
-    loader = DataLoader(rendered, batch_size=None, num_workers=options.workers)
-    pool = Pool(loader, narrow(checkpoint, "encoder"), options.pool, device)
+    pool = Pool(rendered, options.workers, narrow(checkpoint, "encoder"), options.pool, device)
     del checkpoint
-    position = {token: place for place, token in enumerate(vocabulary)}
-    end, empty = position[49407], torch.full((77,), position[49407], device=device)
-    empty[0] = position[49406]
-    model.to(device)
-    ema = copy.deepcopy(model).eval().requires_grad_(False)
-    watch = Watch()
-    clusters = Clusters(decoder_widths(model, watch)).to(device)
-    decay = [p for p in (*model.parameters(), *clusters.parameters()) if p.ndim > 1]
-    rest = [p for p in model.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), fused=True)
-    abar = alphas_cumprod().to(device)
+    step = Step(model.to(device), options.batch, options.weights)
     if saved:
-        model.load_state_dict(saved["model"])
-        clusters.load_state_dict(saved["clusters"])
-        ema.load_state_dict(saved["ema"])
-        optimizer.load_state_dict(saved["optimizer"])
+        step.load(saved)
         log(work, f"continuing at step {state['step']}")
+    take = step.captured() if device.type == "cuda" else step
+    pool.begin()  # not before: nothing else may use the device while a graph is captured
 
     def save() -> None:
-        states: dict[str, Any] = {"model": model.state_dict(), "ema": ema.state_dict()}
-        states |= {"clusters": clusters.state_dict(), "optimizer": optimizer.state_dict()}
         state["images"] = pool.made + rendered.first
-        torch.save(states | {"state": state, "vocabulary": vocabulary}, saved_at.with_suffix(".tmp"))
+        torch.save(step.state() | {"state": state, "vocabulary": vocabulary}, saved_at.with_suffix(".tmp"))
         saved_at.with_suffix(".tmp").replace(saved_at)
 
     torch.manual_seed(int(state["step"]))
-    batch, limit = options.batch, 60 * options.minutes
-    clear = math.ceil(batch // 2 * CLUSTER_NOISE / 1000)  # of the pairs, the first, are less noisy
-    level = torch.arange(batch, device=device) // 2  # the images of a pair are about as noisy
-    means: Tensor | None = None
+    limit = 60 * options.minutes
     pool.wait(min(pool.size, FEWEST))
     last_save = last_log = time.time()
     seen = 0
     while state["elapsed"] < limit:
         began, progress = time.time(), state["elapsed"] / limit
-        for group in optimizer.param_groups:
-            warm = min(1.0, (state["step"] + 1) / 100)
-            group["lr"] = options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01)
-        clean, tokens, boxes = pool.draw(batch // 2)
-        tokens = torch.where(torch.rand(batch, 1, device=device) < DROPPED, empty, tokens)
-        if float(torch.rand(())) < WITHOUT_PADDING:
-            tokens = tokens[:, : int((tokens != end).sum(1).max()) + 1]
-        t = ((level + torch.rand(batch, device=device)) / (batch // 2) * 1000).long().clamp(max=999)
-        noisy, velocity = noised(clean, t, abar)
-        watch.ends = tokens == end
-        with torch.autocast(device.type, torch.bfloat16):
-            predicted = model(noisy, t, tokens, watch.options())
-        loss = (predicted.float() - velocity).square().mean()
-        elsewhere, ended = torch.stack(watch.shares).mean(0)
-        told, unlike = clusters({name: query[: 2 * clear] for name, query in watch.queries.items()}, boxes[:clear])
-        now = torch.stack([loss, 1 - elsewhere, ended, told, unlike])
-        means = now.detach() if means is None else means.lerp(now.detach(), 0.01)
-        charge = SINK_WEIGHT * (means[1] < SINK_SHARE) * elsewhere + PADDING_WEIGHT * ended
-        optimizer.zero_grad(set_to_none=True)
-        (loss + charge + options.weights[0] * told + options.weights[1] * unlike).backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        follow(ema, model, int(state["step"]))
+        warm = min(1.0, (state["step"] + 1) / 100)
+        step.rate.fill_(options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01))
+        for place, drawn in zip((step.latents, step.tokens, step.boxes), pool.draw(options.batch // 2), strict=True):
+            place.copy_(drawn)
+        take()
         state["step"] += 1
-        seen += batch
+        seen += options.batch
         if state["step"] % 10 == 0 and device.type == "cuda":
             torch.cuda.synchronize()
         state["elapsed"] += min(time.time() - began, 20.0)  # a suspended process does not train
         if time.time() - last_log > 30:
-            what = "loss {:.4f} start token {:.3f} padding {:.3f} clusters {:.3f} unlike {:.4f}"
+            what = "loss {:.4f} start token {:.3f} padding {:.3f} clusters {:.3f} rows {:.3f} unlike {:.4f}"
             speed = seen / (time.time() - last_log)
             minutes = f"{state['elapsed'] / 60:.1f} min {speed:.1f} images/s, {pool.made} rendered"
-            if not means.isfinite().all():
-                raise FloatingPointError(f"not finite at step {state['step']}: {means.tolist()}")
-            log(work, f"step {state['step']} {what.format(*means.tolist())} {minutes}")
+            if not step.means.isfinite().all():
+                raise FloatingPointError(f"not finite at step {state['step']}: {step.means.tolist()}")
+            log(work, f"step {state['step']} {what.format(*step.means.tolist())} {minutes}")
             last_log, seen = time.time(), 0
         if time.time() - last_save > 300:
             save()
             last_save = time.time()
     pool.close()
     save()
-
-
-@torch.no_grad()
-def decoder_widths(model: TextToImage, watch: Watch) -> dict[str, int]:
-    """Width of the queries of every layer that ``watch`` sees."""
-    device = model.tokens.weight.device
-    latents, context = torch.zeros(1, 4, 16, 16), torch.zeros(1, 1, tiny_model.CONTEXT_DIM)
-    options = watch.options()
-    model.unet(latents.to(device), torch.zeros(1).to(device), context=context.to(device), transformer_options=options)
-    return {name: query.shape[-1] for name, query in watch.queries.items()}
 
 
 def export(work: Path, comfyui: str, source: Path, target: Path, warm: bool) -> None:
@@ -463,7 +429,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=5e-4, help="of learning, at its peak")
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     parser.add_argument("--pool", type=int, default=120_000, help="images that are kept for training")
-    parser.add_argument("--weights", type=float, nargs=2, default=WEIGHTS, metavar=("CLUSTERS", "ALIKE"))
+    parser.add_argument("--weights", type=float, nargs=3, default=WEIGHTS, metavar=("CLUSTERS", "ROWS", "ALIKE"))
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if options.stage == "train":

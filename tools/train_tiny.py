@@ -234,15 +234,15 @@ class TextToImage(nn.Module):
             x = x + layer.mlp(layer.layer_norm2(x))
         return text.final_layer_norm(x)
 
-    def forward(
-        self, noisy: Tensor, timesteps: Tensor, tokens: Tensor, options: dict[str, Any] | None = None
-    ) -> Tensor:
-        """noisy [B, 4, h, w], timesteps [B], tokens [B, L] as positions in the vocabulary -> v [B, 4, h, w].
+    def forward(self, noisy: Tensor, timesteps: Tensor, tokens: Tensor) -> Tensor:
+        """noisy [B, 4, h, w], timesteps [B], tokens [B, L] as positions in the vocabulary -> v [B, 4, h, w]."""
+        return self.denoise(noisy, timesteps, self.encode_text(tokens))
 
-        ``options`` are further transformer options of ComfyUI's.
-        """
+    def denoise(
+        self, noisy: Tensor, timesteps: Tensor, context: Tensor, options: dict[str, Any] | None = None
+    ) -> Tensor:
+        """The same from encoded text [B, L, D]; ``options`` are further transformer options of ComfyUI's."""
         override = {"optimized_attention_override": lambda _f, *args, **_: attention(*args[:4])}
-        context = self.encode_text(tokens)
         return self.unet(noisy, timesteps, context=context, transformer_options=override | (options or {}))
 
 
