@@ -284,18 +284,20 @@ class Step:
 
     def captured(self) -> Callable[[], None]:
         """The step as one CUDA graph: the GPU no longer waits for Python, which is most of a small model's time."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
             for _ in range(3):
                 self()
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(stream)
+        self._watch.options()  # drops what holds the last step's graph
         self.means.fill_(torch.inf)
         for kept in self.optimizer.state.values():
             for value in kept.values():
                 value.zero_()
+        torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream):
             self()
         return graph.replay
 
@@ -320,7 +322,6 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
     checkpoint = load_weights(source)
     model, vocabulary = start_model(checkpoint, comfyui)
     saved_at, state = work / "train_on.pt", {"step": 0, "elapsed": 0.0, "images": 0}
@@ -334,7 +335,7 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     if saved:
         step.load(saved)
         log(work, f"continuing at step {state['step']}")
-    take = step.captured() if device.type == "cuda" else step
+    take = step.captured() if device.type == "cuda" and not options.eager else step
     pool.begin()  # not before: nothing else may use the device while a graph is captured
 
     def save() -> None:
@@ -358,13 +359,13 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
         seen += options.batch
         if state["step"] % 10 == 0 and device.type == "cuda":
             torch.cuda.synchronize()
+        if state["step"] % 50 == 0 and not step.means.isfinite().all():
+            raise FloatingPointError(f"not finite at step {state['step']}: {step.means.tolist()}")
         state["elapsed"] += min(time.time() - began, 20.0)  # a suspended process does not train
         if time.time() - last_log > 30:
             what = "loss {:.4f} start token {:.3f} padding {:.3f} clusters {:.3f} rows {:.3f} unlike {:.4f}"
             speed = seen / (time.time() - last_log)
             minutes = f"{state['elapsed'] / 60:.1f} min {speed:.1f} images/s, {pool.made} rendered"
-            if not step.means.isfinite().all():
-                raise FloatingPointError(f"not finite at step {state['step']}: {step.means.tolist()}")
             log(work, f"step {state['step']} {what.format(*step.means.tolist())} {minutes}")
             last_log, seen = time.time(), 0
         if time.time() - last_save > 300:
@@ -427,6 +428,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=300, help="of training in all")
     parser.add_argument("--batch", type=int, default=12)
     parser.add_argument("--rate", type=float, default=5e-4, help="of learning, at its peak")
+    parser.add_argument("--eager", action="store_true", help="on CUDA, without a graph")
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     parser.add_argument("--pool", type=int, default=120_000, help="images that are kept for training")
     parser.add_argument("--weights", type=float, nargs=3, default=WEIGHTS, metavar=("CLUSTERS", "ROWS", "ALIKE"))
