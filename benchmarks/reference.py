@@ -30,19 +30,16 @@ CROP = 400 / 512  # side of a crop, relative to the image's
 
 @contextmanager
 def dense_attention(backbone: TextConditioned) -> Iterator[None]:
-    """Let ComfyUI's UNet form its attention matrices, as the official processors do."""
+    """Let the UNet form its attention matrices, as the official processors do."""
     module: Any = sys.modules[type(backbone).__module__]
-    fused = getattr(module, "attention_pytorch", None)
-    if fused is None:  # another host than ComfyUI
-        yield
-        return
+    fused = module.attend
     from comfy.ldm.modules.attention import attention_basic
 
-    module.attention_pytorch = attention_basic
+    module.attend = attention_basic
     try:
         yield
     finally:
-        module.attention_pytorch = fused
+        module.attend = fused
 
 
 class Step(NamedTuple):

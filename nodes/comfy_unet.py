@@ -10,11 +10,11 @@ from typing import Any
 import comfy.model_management
 import comfy.model_sampling
 import torch
-from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
+from comfy.ldm.modules.attention import SpatialTransformer
 from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel, Upsample
 from torch import Tensor
 
-from ..slime.backbones.attention import Attention, attend_and_propagate
+from ..slime.backbones.attention import Attention, attend, attend_and_propagate
 from ..slime.backbones.layers import Layer
 from ..slime.backbones.sd_unet import Family, SDUNet, family_for
 from ..slime.backbones.text import Capture, CaptureComplete, Context
@@ -185,8 +185,11 @@ def _place(name: str) -> tuple[str, int, int]:
     return place, int(block), int(depth)
 
 
-def _differentiable_attention(_function: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-    return attention_pytorch(*args, **kwargs)
+def _differentiable_attention(
+    _function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, heads: int, **_others: Any
+) -> Tensor:
+    """PyTorch's, whatever ComfyUI was started with; a Stable Diffusion UNet has no masks."""
+    return attend(query, key, value, heads)
 
 
 def _recorder(capture: Capture, kind: str, name: str, tokens: int | None = None) -> Callable[..., Tensor]:
@@ -202,7 +205,7 @@ def _recorder(capture: Capture, kind: str, name: str, tokens: int | None = None)
             capture.record(kind, name, attention)  # may end the pass
             if maps is not None:
                 return output
-        return attention_pytorch(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])
+        return attend(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])
 
     return replacement
 

@@ -50,6 +50,13 @@ def expert(made: Any) -> Any:
     return made
 
 
+def bygone(made: Any) -> Any:
+    """An input that only older workflows use; it is shown where it holds something else than its default."""
+    made.tooltip = "Of an older workflow; now in a settings node."
+    made.extra_dict = {"hidden": True}
+    return made
+
+
 def schema(**fields: Any) -> io.Schema:
     """A node schema without the fields that the running core does not know (search_aliases came with 0.11.0)."""
     known = {name: value for name, value in fields.items() if name in _SCHEMA_FIELDS}

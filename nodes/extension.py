@@ -22,6 +22,7 @@ from .pick import SLiMePickLeastSure
 from .segment import SLiMeSegment
 from .steady import SLiMeSteadyParts
 from .train import SLiMeTrain
+from .train_settings import SLiMeInstantSettings, SLiMePaperSettings
 
 
 class SlimeExtension(ComfyExtension):
@@ -31,6 +32,8 @@ class SlimeExtension(ComfyExtension):
             SLiMeExampleFromLabelMap,
             SLiMePartPainter,
             SLiMeTrain,
+            SLiMeInstantSettings,
+            SLiMePaperSettings,
             SLiMeSegment,
             SLiMeLook,
             SLiMeReadParts,

@@ -26,7 +26,7 @@ from .comfy_unet import ComfyUNet
 from .common import (
     Embeddings,
     Examples,
-    expert,
+    bygone,
     live_preview,
     named_errors,
     overlays,
@@ -37,6 +37,7 @@ from .common import (
     with_legend,
 )
 from .files import autosave_path
+from .train_settings import FLIP, RECOLOR, Chosen, TrainSettings
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,6 @@ STAGES = {
 # Guesses of how much of the whole time each stage takes, in order; the rest is the last one's. On the demo model on a
 # CPU it is .6 and .1 with both; a step of paper through Stable Diffusion is far dearer than a view.
 SHARES = {"instant": {"views": 0.5, "features": 0.2}, "paper": {"views": 0.08, "features": 0.08}}
-FLIP = {"auto": None, "on": True, "off": False}
-RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}
 
 
 class SLiMeTrain(io.ComfyNode):
@@ -79,21 +78,8 @@ class SLiMeTrain(io.ComfyNode):
                     tooltip="instant: seconds, no gradient through the model. paper: the recipe of the SLiMe paper, "
                     "training through the model, minutes.",
                 ),
-                expert(
-                    io.Int.Input(
-                        "steps", default=0, min=0, max=100_000, tooltip="Optimiser steps; 0 takes the preset's number."
-                    )
-                ),
-                expert(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=0.0,
-                        min=0.0,
-                        max=10.0,
-                        step=0.0001,
-                        tooltip="For paper; 0 takes the preset's. The preset instant does not use it.",
-                    )
-                ),
+                bygone(io.Int.Input("steps", default=0, min=0, max=100_000)),
+                bygone(io.Float.Input("learning_rate", default=0.0, min=0.0, max=10.0, step=0.0001)),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -103,7 +89,12 @@ class SLiMeTrain(io.ComfyNode):
                     tooltip="Of noise and augmentation; the same seed learns the same embeddings.",
                 ),
                 Embeddings.Input("start", optional=True, tooltip="Embeddings of the same parts to continue from."),
-                *_expert_inputs(),
+                *_bygone_inputs(),
+                TrainSettings.Input(
+                    "settings",
+                    optional=True,
+                    tooltip="From SLiMe Instant Settings or SLiMe Paper Settings; without them the preset's own count.",
+                ),
             ],
             outputs=[
                 Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment and Save Learned Embeddings."),
@@ -148,72 +139,27 @@ class SLiMeTrain(io.ComfyNode):
                 raise
 
 
-def _expert_inputs() -> list[Any]:
-    """Settings few need; each has a value that leaves the preset's choice."""
+def _bygone_inputs() -> list[Any]:
+    """What older workflows may hold: each has a value that leaves the preset's choice."""
 
-    def number(kind: Any, name: str, default: float, low: float, high: float, tooltip: str, **more: Any) -> Any:
-        return expert(kind.Input(name, default=default, min=low, max=high, optional=True, tooltip=tooltip, **more))
+    def number(kind: Any, name: str, default: float, low: float, high: float, **more: Any) -> Any:
+        return bygone(kind.Input(name, default=default, min=low, max=high, optional=True, **more))
 
-    def text(name: str, tooltip: str) -> Any:
-        return expert(io.String.Input(name, default="", optional=True, tooltip=tooltip))
-
-    def choice(name: str, options: list[str], tooltip: str) -> Any:
-        return expert(io.Combo.Input(name, options=options, default=options[0], optional=True, tooltip=tooltip))
+    def choice(name: str, options: list[str]) -> Any:
+        return bygone(io.Combo.Input(name, options=options, default=options[0], optional=True))
 
     return [
-        text("prompt", "Text the model sees while it looks, for example: a photo of a car. Empty is fine."),
-        number(
-            io.Int,
-            "views",
-            0,
-            0,
-            1000,
-            "Augmented copies of the examples; 0 takes the preset's number. Time grows with them, accuracy a little.",
-        ),
-        number(io.Float, "crop", 0.0, 0.0, 1.0, "Smallest random crop, 1 for none; 0 takes the preset's.", step=0.05),
-        number(
-            io.Float,
-            "rotation",
-            -1.0,
-            -1.0,
-            180.0,
-            "Largest random rotation in degrees; -1 takes the preset's.",
-            step=1.0,
-        ),
-        choice("flip", list(FLIP), "Mirrored copies; auto switches them off when a part name says left or right."),
-        choice(
-            "recolor",
-            list(RECOLOR),
-            "Copies with other colours in every part, so that colours are not learned. auto leaves it off for Stable "
-            "Diffusion.",
-        ),
-        number(
-            io.Float,
-            "l2",
-            0.0,
-            0.0,
-            10.0,
-            "Pull towards simple answers, for instant; 0 takes the preset's.",
-            step=0.001,
-        ),
-        number(io.Int, "timestep", 0, 0, 999, "Noise level of the features, for instant; 0 takes the model family's."),
-        expert(
-            io.Boolean.Input(
-                "checkpointing",
-                default=False,
-                optional=True,
-                tooltip="For paper: needs less memory and more time.",
-            )
-        ),
-        text(
-            "cross_layers",
-            "Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table. auto: a probe on the "
-            "examples chooses, for about the time of an instant training.",
-        ),
-        text(
-            "self_layers",
-            "Self-attention layers to read, as output.9-11. Empty: the model's table. auto: chosen by the probe.",
-        ),
+        bygone(io.String.Input("prompt", default="", optional=True)),
+        number(io.Int, "views", 0, 0, 1000),
+        number(io.Float, "crop", 0.0, 0.0, 1.0, step=0.05),
+        number(io.Float, "rotation", -1.0, -1.0, 180.0, step=1.0),
+        choice("flip", list(FLIP)),
+        choice("recolor", list(RECOLOR)),
+        number(io.Float, "l2", 0.0, 0.0, 10.0, step=0.001),
+        number(io.Int, "timestep", 0, 0, 999),
+        bygone(io.Boolean.Input("checkpointing", default=False, optional=True)),
+        bygone(io.String.Input("cross_layers", default="", optional=True)),
+        bygone(io.String.Input("self_layers", default="", optional=True)),
     ]
 
 
@@ -227,12 +173,15 @@ def _settings(
     checkpointing: bool = False,
     cross_layers: str = "",
     self_layers: str = "",
+    settings: Chosen | None = None,
     **plain: Any,
 ) -> Settings:
-    """The preset with what the widgets change: 0, empty, -1 and auto leave its values.
+    """The preset with what a settings node says, or else with what the widgets of older workflows change.
 
-    The widgets of both presets stand in one node: those of the other one do not count.
+    Their 0, empty, -1 and auto leave the preset's values; those of the other preset do not count.
     """
+    if settings is not None:
+        return make_preset(preset, backbone.info, seed=seed, **settings.of(preset))
     changes = {name: value or None for name, value in plain.items()}
     changes |= {"read_layers": cross_layers or None, "propagate_layers": self_layers or None}
     changes |= {"flip": FLIP[flip], "recolor": RECOLOR[recolor], "rotation": None if rotation < 0 else rotation}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from slime import preset, segment, train
+from slime import SlimeError, preset, segment, train
 
 from .test_learning import picture
 from .toy import ToyUNet
@@ -358,6 +359,32 @@ def test_widgets_of_the_other_preset_do_not_count_and_zeros_leave_the_presets_va
     assert _settings("paper", toy, **untouched | {"l2": 0.5}) == preset("paper", seed=3)
     changed = _settings("instant", toy, **untouched | {"learning_rate": 1.0, "cross_layers": "auto", "recolor": "mild"})
     assert changed == preset("instant", seed=3, read_layers="auto", recolor=0.3)
+
+
+@pytest.mark.parametrize(("node", "chosen"), [("SLiMeInstantSettings", "instant"), ("SLiMePaperSettings", "paper")])
+def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(extension, node, chosen) -> None:
+    from slime_extension.nodes import train_settings
+    from slime_extension.nodes.train import _settings
+
+    toy, kind = ToyUNet(), getattr(train_settings, node)
+    values = {item.id: item.default for item in kind.define_schema().inputs}
+    settings = kind.execute(**values).args[0]
+    usual = preset(chosen, seed=3)
+    same = dataclasses.replace(usual, timestep=100) if chosen == "instant" else usual
+    assert _settings(chosen, toy, seed=3, settings=settings, views=7) == same  # an older workflow's views do not count
+    for name, value in {
+        "views": 5,
+        "steps": 9,
+        "crop": 0.9,
+        "rotation": 0.0,
+        "flip": "off",
+        "cross_layers": "auto",
+    }.items():
+        changed = _settings(chosen, toy, seed=3, settings=kind.execute(**values | {name: value}).args[0])
+        field = train_settings.LAYERS.get(name, name)
+        assert changed == dataclasses.replace(same, **{field: False if name == "flip" else value})
+    with pytest.raises(SlimeError, match=f"for the preset {chosen}; it says other"):
+        settings.of("other")
 
 
 def test_a_workflow_with_the_preset_that_is_gone_hears_why(nodes) -> None:

@@ -99,7 +99,7 @@ class Places(nn.Module):
         """Contexts [B, L, D] with rows of :data:`FED` clusters after the start, more or less disturbed and enlarged."""
         count, device = len(contexts), contexts.device
         rows = self.rows()[torch.randint(CLUSTERS, (count, FED), device=device)]
-        size = torch.empty(count, 1, 1, device=device).uniform_(0.7, 3)
+        size = torch.empty(count, 1, 1, device=device).uniform_(0.7, 5)
         noise = torch.empty(count, 1, 1, device=device).uniform_(0, 0.6) * torch.randn_like(rows)
         return torch.cat([contexts[:, :1], size * (rows + noise), contexts[:, 1 + FED :]], 1)
 

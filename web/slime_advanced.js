@@ -1,5 +1,8 @@
 // @ts-check
-/** Expert settings are tucked away on every canvas: "Show advanced" in the node's menu brings them back. */
+/**
+ * Expert settings are tucked away on every canvas: "Show advanced" in the node's menu brings them back. Inputs that only
+ * older workflows use are shown where they hold something.
+ */
 
 import { app } from "../../scripts/app.js";
 
@@ -10,18 +13,25 @@ app.registerExtension({
   /** @param {any} node */
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("SLiMe")) return;
-    const widgets = (node.widgets ?? []).filter((/** @type {any} */ widget) => widget.options?.advanced);
     const native = () => LiteGraph.vueNodesMode && node.hasAdvancedWidgets; // newer Nodes 2.0 hides them by itself
-    const tucked = () => !native() && !node.showAdvanced;
-    if (!widgets.length) return;
-    for (const widget of widgets) {
-      widget.advanced = true;
-      // Advanced alone is not drawn, but keeps its place; older versions keep that of hidden ones too.
+    const tuck = (/** @type {any} */ widget, /** @type {() => boolean} */ tucked) => {
       for (const place of [widget, widget.options]) {
         Object.defineProperty(place, "hidden", { get: tucked, set: () => {}, enumerable: true, configurable: true });
       }
-      widget.computeSize = (/** @type {number} */ width) => (node.showAdvanced ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4]);
+    };
+    let any = false;
+    for (const widget of node.widgets ?? []) {
+      const { advanced, hidden: bygone } = widget.options ?? {};
+      if (!advanced && !bygone) continue;
+      any = true;
+      const usual = widget.value;
+      const shown = bygone ? () => widget.value !== usual : () => node.showAdvanced;
+      if (advanced) widget.advanced = true;
+      // Advanced alone is not drawn, but keeps its place; older versions keep that of hidden ones too.
+      tuck(widget, () => !(advanced && native()) && !shown());
+      widget.computeSize = (/** @type {number} */ width) => (shown() ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4]);
     }
+    if (!any) return;
     let restored = false; // a saved node keeps its size
     const before = node.onConfigure;
     node.onConfigure = function (/** @type {any[]} */ ...given) {

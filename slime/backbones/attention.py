@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812  the field's name for it
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..images import resize_maps
 
@@ -53,6 +55,19 @@ def score_features(attention: Attention, key_projection: Tensor) -> Tensor:
 def _score_factor(attention: Attention) -> float:
     head_dim = attention.query.shape[-1] // attention.heads
     return head_dim**-0.5 / attention.heads
+
+
+@contextmanager
+def differentiable_attention() -> Iterator[None]:
+    """Keep cuDNN's attention out, of which some versions give gradients that are no numbers."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        yield
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    """Plain attention of query [B, N, heads*d], key and value [B, T, heads*d]: [B, N, heads*d]."""
+    query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def propagate(attention: Attention, maps: Tensor) -> Tensor:

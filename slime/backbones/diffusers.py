@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..batches import CPU_BATCH, batch_for
 from ..errors import SlimeError
-from .attention import Attention
+from .attention import Attention, attend
 from .layers import Layer
 from .sd_unet import Family, SDUNet, family_for
 from .text import Capture, CaptureComplete, Context
@@ -184,9 +183,7 @@ class _RecordingProcessor:
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         if self.wanted:
             self.capture.record(self.kind, self.name, Attention(query, key, attn.heads, *self.size))
-        key, value = key[:, : self.tokens], value[:, : self.tokens]
-        query, key, value = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+        out = attend(query, key[:, : self.tokens], value[:, : self.tokens], attn.heads)
         result: Tensor = attn.to_out[1](attn.to_out[0](out))
         return result
 

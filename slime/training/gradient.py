@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from ..backbones.attention import cross_scores, propagate
+from ..backbones.attention import cross_scores, differentiable_attention, propagate
 from ..backbones.base import seeded_noise
 from ..backbones.text import Capture, Context, TextConditioned, add_noise
 from ..embeddings import PartEmbeddings
@@ -72,7 +72,7 @@ def train_by_gradient(
     plain = encode_views(denoiser, shown, settings, range(len(shown)), plain=len(shown))
     judged = [_entry(denoiser, view, settings.seed, template.timestep) for view in plain]
     initial = prompt.rows[1 : parts + 1] if start is None else start.rows.mean(0)[:parts].to(device)
-    with denoiser.differentiable(settings.checkpointing), _frames_cleared():
+    with denoiser.differentiable(settings.checkpointing), differentiable_attention(), _frames_cleared():
         rows = initial.detach().clone().requires_grad_(True)
         base = prompt.rows.clone()
         pool = [entry.outside_inference_mode() for entry in pool]
