@@ -106,9 +106,8 @@ class Places(nn.Module):
     def forward(self, queries: dict[str, Tensor], boxes: Tensor, start: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Losses of queries [2 P, h * w, D] of P pairs whose second images are the boxes [P, 4] of the first.
 
-        The loss of the queries; that of the rows, where the start token's row is ``start`` [D]; and how unlike the
-        queries of one place are, relative to how all queries vary, mean over layers: near 0 where the place says all, 1
-        where it says nothing.
+        The loss of the queries; that of the rows, where the start token's row is ``start`` [D]; and that of
+        :func:`spread_alike`, all of them means over layers.
         """
         spots = torch.rand(len(boxes), POINTS, 2, device=boxes.device)  # of the second image
         within = torch.where(boxes[:, None, 3:] > 0, torch.stack([1 - spots[..., 0], spots[..., 1]], -1), spots)
@@ -123,11 +122,9 @@ class Places(nn.Module):
             centres = nn.functional.normalize(self.centres[name], dim=1)
             likeness[name] = [nn.functional.normalize(one, dim=-1) @ centres.T for one in pair]
             if name in self._to_key:
-                key = self._to_key[name](rows)
-                scale = HEAD_WIDTH**-0.5 / (key.shape[1] / HEAD_WIDTH)  # mean over heads, as SLiMe's
-                scores[name] = [one @ key.T * scale for one in pair]
-            both = torch.stack(pair)  # [2, P * N, D]
-            unlike.append((both[0] - both[1]).square().sum() / (both - both.mean((0, 1))).square().sum())
+                key = _heads(self._to_key[name](rows)).transpose(1, 2)
+                scores[name] = [_heads(one) @ key * HEAD_WIDTH**-0.5 for one in pair]
+            unlike.append(spread_alike(*pair))
         with torch.no_grad():
             targets = [sinkhorn(torch.stack([pair[view] for pair in likeness.values()]).mean(0)) for view in (0, 1)]
             shown = [one[:, asked] for one in targets]
@@ -135,10 +132,28 @@ class Places(nn.Module):
         return _swapped(likeness, targets, 0.1), _swapped(scores, shown, 1.0), torch.stack(unlike).mean()
 
 
+def spread_alike(first: Tensor, second: Tensor) -> Tensor:
+    """How far the covariance of two views [N, D] of the same places is from that of features which agree in both, vary
+    alike in every direction and say something else in each: 0 there, about sqrt(D) where one direction says all.
+
+    As in Barlow Twins (Zbontar et al. 2021), but without a scale for each dimension. A loss of mere distance lets one
+    direction outgrow the others, which then say nothing.
+    """
+    both = torch.stack([first, second])
+    both = both - both.mean((0, 1))
+    covariance = both[0].T @ both[1] / both.square().sum((0, 1)).mean() * 2
+    return (covariance - torch.eye(len(covariance), device=both.device)).square().mean(1).sum().sqrt()
+
+
+def _heads(tensor: Tensor) -> Tensor:
+    """[N, heads * d] -> [heads, N, d]."""
+    return tensor.unflatten(1, (-1, HEAD_WIDTH)).transpose(0, 1)
+
+
 def _swapped(found: dict[str, list[Tensor]], targets: list[Tensor], temperature: float) -> Tensor:
-    """Mean cross-entropy over layers of what one view says, [N, K], and what the other is taken for."""
+    """Mean cross-entropy over layers of what one view says, [..., N, K], and what the other is taken for, [N, K]."""
     losses = [
-        -(targets[1 - view] * (pair[view] / temperature).log_softmax(1)).sum(1).mean()
+        -(targets[1 - view] * (pair[view] / temperature).log_softmax(-1)).sum(-1).mean()
         for pair in found.values()
         for view in (0, 1)
     ]

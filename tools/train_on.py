@@ -61,7 +61,7 @@ CHUNK = 20  # images that are rendered at once
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
 FED_SHARE = 0.25  # of the images whose caption gives way to rows of clusters
-WEIGHTS = (0.05, 0.1, 1.0)  # of the clusters, of their rows, and of how unlike the queries of one place are
+WEIGHTS = (0.1, 0.1, 0.1)  # of the clusters, of their rows, and of how unlike the queries of one place are
 CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
 SINK_SHARE = 0.6  # of the start token, from which on words are not charged
@@ -157,15 +157,20 @@ class Pool:
     @torch.inference_mode()
     def _fill(self) -> None:
         device = self.latents.device
+        # Copies on the training's own stream would wait for the steps that are queued there.
+        stream = torch.cuda.Stream() if device.type == "cuda" else None
         for pixels, tokens, boxes in self._batches:
             if self._done.is_set():
                 return
             start = self.made % self.size
             place = slice(start, start + len(pixels))
-            image = pixels.to(device).permute(0, 3, 1, 2).float().div(255)
-            self.latents[place] = self._encoder(image).half()
-            self.tokens[place] = tokens.to(device)
-            self.boxes[start // 2 : start // 2 + len(boxes)] = boxes.to(device)
+            with torch.cuda.stream(stream):
+                image = pixels.to(device).permute(0, 3, 1, 2).float().div(255)
+                self.latents[place] = self._encoder(image).half()
+                self.tokens[place] = tokens.to(device)
+                self.boxes[start // 2 : start // 2 + len(boxes)] = boxes.to(device)
+            if stream is not None:
+                stream.synchronize()
             self.made += len(pixels)
 
     def wait(self, least: int) -> None:
@@ -322,6 +327,7 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(1)
     torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.enable_cudnn_sdp(False)  # whose gradients are no numbers (H100, cuDNN 9.19)
     checkpoint = load_weights(source)
     model, vocabulary = start_model(checkpoint, comfyui)
     saved_at, state = work / "train_on.pt", {"step": 0, "elapsed": 0.0, "images": 0}
