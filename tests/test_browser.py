@@ -202,20 +202,48 @@ def test_subgraph_blueprints_can_be_added(canvas) -> None:
         canvas.shot(name)
 
 
+SEEN = """id => { const node = app.graph.getNodeById(id);
+    return [node.size[1], node.widgets.filter(widget => !widget.hidden).map(widget => widget.name)]; }"""
+
+
 def test_expert_settings_are_tucked_away_and_still_sent(canvas) -> None:
-    node = canvas.add("SLiMeTrain", 300, 120)
+    node = canvas.add("SLiMeSegment", 300, 120)
+    canvas.page.wait_for_timeout(500)
+    low = canvas.js(SEEN, node)[0]
+    if canvas.mode == "classic":
+        assert low < 250
+        canvas.js("id => app.graph.getNodeById(id).toggleAdvanced()", node)
+        assert canvas.js(SEEN, node)[0] > low + 60
+    sent = canvas.js("async () => (await app.graphToPrompt()).output")
+    assert {"crops", "noise_draws"} <= set(sent[str(node)]["inputs"])
+
+
+def test_train_shows_what_older_workflows_hold_and_settings_nodes_have_the_rest(canvas) -> None:
+    node = canvas.add("SLiMeTrain", 60, 120)
+    settings = [
+        canvas.add(kind, 480 + 380 * n, 120) for n, kind in enumerate(("SLiMeInstantSettings", "SLiMePaperSettings"))
+    ]
     canvas.page.wait_for_timeout(500)
     canvas.shot("train")
-    height = "id => app.graph.getNodeById(id).size[1]"
-    low = canvas.js(height, node)
-    if canvas.mode == "classic":
-        assert low < 200
-        canvas.js("id => app.graph.getNodeById(id).toggleAdvanced()", node)
-        assert canvas.js(height, node) > low + 200
-    saved = canvas.js("() => app.graph.serialize()")
-    assert len(saved["nodes"][0]["widgets_values"]) == 15
+    low, names = canvas.js(SEEN, node)
+    assert names == ["preset", "seed"] and (low < 250 or canvas.mode == "nodes2")
+    assert [canvas.js(SEEN, other)[1][0] for other in settings] == ["views", "steps"]
+    canvas.js(
+        "([from, to]) => app.graph.getNodeById(from).connect(0, app.graph.getNodeById(to), 'settings')",
+        [settings[0], node],
+    )
     sent = canvas.js("async () => (await app.graphToPrompt()).output")
-    assert {"preset", "steps", "self_layers"} <= set(sent[str(node)]["inputs"])
+    assert sent[str(settings[0])]["inputs"]["views"] == 24 and sent[str(node)]["inputs"]["settings"] == [
+        str(settings[0]),
+        0,
+    ]
+    saved = canvas.js("() => app.graph.serialize()")
+    held = next(one for one in saved["nodes"] if str(one["id"]) == str(node))
+    held["widgets_values"][1] = 50  # steps
+    canvas.load(saved)
+    canvas.page.wait_for_timeout(500)
+    canvas.shot("train_of_an_older_workflow")
+    assert canvas.js(SEEN, node)[1] == ["preset", "steps", "seed"]
 
 
 def test_text_results_are_shown(canvas) -> None:

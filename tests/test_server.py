@@ -334,6 +334,19 @@ def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     assert shown and all(np.asarray(picture).std() > 1 for picture in shown)
 
 
+def test_app_modes_name_what_is_there(server) -> None:
+    info, apps = server.get("/object_info"), 0
+    for name in WORKFLOWS:
+        workflow = load_workflow(name)
+        shown = workflow["extra"].get("linearData", {"inputs": [], "outputs": []})
+        kinds = {node["id"]: info[node["type"]] for node in workflow["nodes"] if node["type"] in info}
+        for node, widget in shown["inputs"]:
+            assert widget in kinds[node]["input"]["required"] | kinds[node]["input"].get("optional", {})
+        assert all(kinds[node]["output_node"] for node in shown["outputs"])
+        apps += bool(shown["inputs"] and shown["outputs"])
+    assert apps == 2
+
+
 def test_workflow_files_are_what_the_schemas_give(server) -> None:
     """python dev.py workflows would change nothing; the files are made with the pinned ComfyUI's core nodes."""
     info = server.get("/object_info")

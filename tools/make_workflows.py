@@ -60,6 +60,7 @@ class Page:
         self.titles: dict[str, str] = {}
         self.groups: list[tuple[str, tuple[int, int]]] = []
         self.subgraphs: dict[str, dict[str, Any]] = {}
+        self.app: tuple[list[tuple[str, str]], list[str]] | None = None  # widgets and results of its app mode
         self._x = self._width = self._y = self.lowest = 0
 
     def column(self, title: str = "") -> None:
@@ -213,7 +214,11 @@ def paint_and_find() -> Page:
     other = page.image("Load Image: where to look")
     parts = page.segment(model, train, [other, 0])
     page.column("4  Use")
-    page.mask(parts, "wheel")
+    mask = page.mask(parts, "wheel")
+    page.app = (
+        [(model, "ckpt_name"), (painter, "painting"), (other, "image"), (mask, "names")],
+        [parts, mask],
+    )
     return page
 
 
@@ -318,7 +323,11 @@ def many_images() -> Page:
         200,
     )
     page.column("3  Use")
-    page.mask(parts, "wheel")
+    mask = page.mask(parts, "wheel")
+    page.app = (
+        [(model, "ckpt_name"), (embeddings, "filename"), (first, "image"), (second, "image"), (mask, "names")],
+        [parts, mask],
+    )
     return page
 
 
@@ -469,9 +478,9 @@ def repaint_blueprint() -> dict[str, Any]:
 
 
 BLUEPRINTS = {
-    "SLiMe_learn_parts": learn_blueprint,
-    "SLiMe_segment_and_mask": segment_blueprint,
-    "SLiMe_repaint_part": repaint_blueprint,
+    "SLiMe One Shot Learn Parts": learn_blueprint,
+    "SLiMe One Shot Find Parts": segment_blueprint,
+    "SLiMe Repaint Part": repaint_blueprint,
 }
 
 
@@ -482,6 +491,10 @@ def written(page: Page, info: dict[str, Any]) -> dict[str, Any]:
     for node in workflow["nodes"]:
         if node["type"] == "CheckpointLoaderSimple":
             node["properties"]["models"] = [{"name": CHECKPOINT, "url": URL, "directory": "checkpoints"}]
+    if page.app is not None:
+        widgets, outputs = page.app
+        shown = {"inputs": [[int(node), name] for node, name in widgets], "outputs": [int(node) for node in outputs]}
+        workflow["extra"]["linearData"] = shown
     return workflow
 
 
