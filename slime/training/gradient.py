@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from ..backbones.attention import cross_scores, differentiable_attention, propag
 from ..backbones.base import seeded_noise
 from ..backbones.text import Capture, Context, TextConditioned, add_noise
 from ..embeddings import PartEmbeddings
+from ..errors import SlimeError
 from ..examples import Example
 from ..images import resize_maps
 from ..reading.official import official_maps, token_maps
@@ -62,6 +64,9 @@ def train_by_gradient(
 
     Beside the paper: views are drawn and encoded up front, each with its noise and timestep, and the unconditional
     prediction of a view is made once, without gradients, because it does not depend on the rows.
+
+    Raises:
+        SlimeError: the loss is not a number any more.
     """
     template = paper_template(denoiser, examples[0].names, settings)
     device, parts = denoiser.device, len(template.names)
@@ -119,6 +124,11 @@ def train_by_gradient(
             preview = None
             if step % REPORTED_STEPS == 1 or step == settings.steps:
                 terms = {"loss": float(history[-1])} | {name: float(value.detach()) for name, value in losses.items()}
+                if not math.isfinite(terms["loss"]):
+                    raise SlimeError(
+                        "The loss is not a number any more: gradients overflow in this precision. Start "
+                        "ComfyUI with --bf16-unet or --force-fp32, or use the preset instant."
+                    )
                 preview = (entry.picture(), scores.detach()[0].softmax(0).cpu())
             on_step(StepReport("train", step, settings.steps, terms, embeddings, preview))
     return embeddings()
@@ -179,7 +189,7 @@ class _Best:
     @torch.no_grad()
     def judge(self, rows: Tensor, value: Tensor) -> None:
         """Look at the rows that gave this value, before the optimiser changes them."""
-        better = value >= self._value
+        better = (value >= self._value) & rows.isfinite().all()
         self.rows = torch.where(better, rows.detach(), self.rows)
         self._value = torch.where(better, value, self._value)
 
