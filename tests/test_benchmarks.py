@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import ablation, confidence, device, memory, speed
+from benchmarks import ablation, confidence, correction, device, memory, one_part, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
@@ -310,3 +310,20 @@ def test_the_test_bed_is_a_whole_checkpoint_for_whoever_loads_it() -> None:
     changed = {name.split(".")[0] for name, weight in found.items() if not torch.equal(weight, demo[name])}
     assert changed == {"model", "cond_stage_model"}  # the autoencoder is the demo's
     assert not whole.exists()
+
+
+def test_a_part_alone_is_measured_with_both_rules() -> None:
+    with torch.inference_mode():
+        rows = one_part.measure(ToyUNet(), "car", ("wheel",), 2, "validation")
+    assert all(0 <= value <= 1 for value in rows) and rows[0] != rows[1]
+
+
+def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(correction, "load_backbone", lambda _path: ToyUNet())
+    monkeypatch.setattr(correction, "POOL", 3)
+    options = ["correction", "--corrected", "1", "--draws", "1", "--scenes", "2", "--domains", "horse"]
+    monkeypatch.setattr("sys.argv", options)
+    correction.main()
+    table = capsys.readouterr().out.splitlines()
+    assert table[0] == "| part mIoU | 1 example | 1 least sure | 1 random |" and table[2].startswith("| horse | ")
+    assert all(0 <= float(cell) <= 1 for cell in table[2].split("|")[2:5]) and "Teaching again" in table[-1]
