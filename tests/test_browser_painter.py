@@ -145,6 +145,23 @@ def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
     canvas.shot("painter_tools")
 
 
+def test_painting_in_full_screen(canvas) -> None:
+    node, element = painter_on(canvas)
+    before = element.bounding_box()["height"]
+    canvas.page.locator(".slime-full:visible").first.click()
+    canvas.page.wait_for_function("() => document.fullscreenElement?.classList.contains('slime-painter')")
+    canvas.page.wait_for_timeout(500)
+    assert element.bounding_box()["height"] > max(1.2 * before, 0.7 * canvas.page.viewport_size["height"])
+    canvas.page.locator(".slime-brush:visible").first.click()
+    stroke(canvas, element, (0.4, 0.4), (0.6, 0.6))
+    assert any(painted_labels(canvas, node))
+    canvas.shot("painter_full_screen")
+    canvas.page.locator(".slime-full:visible").first.click()
+    canvas.page.wait_for_function("() => !document.fullscreenElement")
+    canvas.page.wait_for_timeout(500)
+    assert abs(element.bounding_box()["height"] - before) < 20
+
+
 def test_the_painting_grows_with_its_node(canvas) -> None:
     node, element = painter_on(canvas)
     before = element.bounding_box()["height"]
