@@ -14,6 +14,7 @@ from tools.train_tiny import TextToImage, attention
 
 CLUSTERS, POINTS = 128, 512  # of the decoder's queries, and points of a pair that are compared
 ASKED = 24  # clusters whose rows compete with the start token at a time
+SEEDS = 64  # points of an image from which clusters begin
 FED = 8  # rows of clusters that stand in a context
 ROW_SPREAD = 0.8  # deviation of the text encoder's rows
 HEAD_WIDTH = 32  # of the UNet's attention
@@ -75,16 +76,20 @@ class Watch:
 class Places(nn.Module):
     """Swapped prediction (SwAV, Caron et al. 2020) of clusters of single places, from every layer's queries.
 
-    A place's cluster is found from all layers together, balanced over the batch by Sinkhorn's iterations, and must be
-    told at the same place of the pair's other image: by each layer's queries, and by each layer's cross-attention to a
-    row of text a cluster, beside the start token, which is to take what none of the rows at hand stands for. Words of
-    billions of captions do that in Stable Diffusion; the few dozen words of ours do not.
+    A place's cluster is found from all layers together, clusters being kept of like size, and must be told at the same
+    place of the pair's other image: by each layer's queries, and by each layer's cross-attention to a row of text a
+    cluster, beside the start token, which is to take what none of the rows at hand stands for. Words of billions of
+    captions do that in Stable Diffusion; the few dozen words of ours do not.
     """
 
     def __init__(self, model: TextToImage) -> None:
         super().__init__()
         widths = decoder_widths(model)
         self.centres = nn.ParameterDict({name: 0.1 * torch.randn(CLUSTERS, width) for name, width in widths.items()})
+        self.handicap: Tensor
+        self.register_buffer("handicap", torch.zeros(CLUSTERS))
+        for name, width in widths.items():
+            self.register_buffer(f"mean_{name}", torch.zeros(width))
         self.words = nn.Parameter(torch.randn(CLUSTERS, tiny_model.CONTEXT_DIM))
         self._to_key = {
             f"cross{n}": model.unet.output_blocks[n][1].transformer_blocks[0].attn2.to_k for n in range(3, 12)
@@ -93,6 +98,37 @@ class Places(nn.Module):
     def rows(self) -> Tensor:
         """A row of text a cluster, [CLUSTERS, D], of the text encoder's usual length."""
         return ROW_SPREAD * nn.functional.layer_norm(self.words, self.words.shape[1:])
+
+    @torch.no_grad()
+    def seed(self, looks: list[dict[str, Tensor]]) -> None:
+        """Centres by k-means of the queries of some batches: where they begin at random they stay empty for long."""
+        found: dict[str, Tensor] = {}
+        for name, centres in self.centres.items():
+            all_queries = torch.cat([look[name].float() for look in looks])  # [B, h * w, D]
+            side = math.isqrt(all_queries.shape[1])
+            spots = torch.rand(len(all_queries), SEEDS, 2, generator=torch.Generator().manual_seed(0)).to(centres)
+            points = sample(all_queries.transpose(1, 2).unflatten(2, (side, side)), spots).flatten(0, 1)
+            self._mean(name).copy_(points.mean(0))
+            found[name] = nn.functional.normalize(points - points.mean(0), dim=1)
+        joint = torch.cat(list(found.values()), 1)
+        centres = joint[torch.randperm(len(joint), generator=torch.Generator().manual_seed(0))[:CLUSTERS]]
+        for _ in range(15):
+            nearest = (joint @ nn.functional.normalize(centres, dim=1).T).argmax(1)
+            picked = nn.functional.one_hot(nearest, CLUSTERS).to(joint)
+            counts = picked.sum(0)[:, None]
+            centres = torch.where(counts > 0, picked.T @ joint / counts.clamp(min=1), centres)
+        for name, part in zip(found, centres.split([one.shape[1] for one in found.values()], 1), strict=True):
+            self.centres[name].copy_(part)
+
+    def _targets(self, likeness: Tensor) -> Tensor:
+        """Soft clusters [N, K] of likeness [N, K]; what clusters took too much of in other batches costs them."""
+        targets = (likeness / 0.05 - self.handicap).softmax(1)
+        self.handicap.add_(0.02 * (CLUSTERS * targets.mean(0) - 1).clamp(max=5))
+        return targets
+
+    def _mean(self, name: str) -> Tensor:
+        mean: Tensor = getattr(self, f"mean_{name}")
+        return mean
 
     @torch.no_grad()
     def feed(self, contexts: Tensor) -> Tensor:
@@ -119,14 +155,18 @@ class Places(nn.Module):
             side = math.isqrt(query.shape[1])
             maps = query.float().transpose(1, 2).unflatten(2, (side, side))
             pair = [sample(maps[0::2], first).flatten(0, 1), sample(maps[1::2], spots).flatten(0, 1)]
+            mean = self._mean(name)
+            mean.lerp_(torch.cat(pair).mean(0).detach(), 0.01)
             centres = nn.functional.normalize(self.centres[name], dim=1)
-            likeness[name] = [nn.functional.normalize(one, dim=-1) @ centres.T for one in pair]
+            likeness[name] = [nn.functional.normalize(one - mean, dim=-1) @ centres.T for one in pair]
             if name in self._to_key:
                 key = _heads(self._to_key[name](rows)).transpose(1, 2)
                 scores[name] = [_heads(one) @ key * HEAD_WIDTH**-0.5 for one in pair]
             unlike.append(spread_alike(*pair))
         with torch.no_grad():
-            targets = [sinkhorn(torch.stack([pair[view] for pair in likeness.values()]).mean(0)) for view in (0, 1)]
+            targets = [
+                self._targets(torch.stack([pair[view] for pair in likeness.values()]).mean(0)) for view in (0, 1)
+            ]
             shown = [one[:, asked] for one in targets]
             shown = [torch.cat([1 - one.sum(1, keepdim=True), one], 1) for one in shown]
         return _swapped(likeness, targets, 0.1), _swapped(scores, shown, 1.0), torch.stack(unlike).mean()
@@ -164,15 +204,6 @@ def sample(maps: Tensor, spots: Tensor) -> Tensor:
     """Maps [P, D, h, w] at spots [P, N, 2], x and y in 0..1, as [P, N, D]."""
     found = nn.functional.grid_sample(maps, 2 * spots[:, :, None] - 1, align_corners=False, padding_mode="border")
     return found[..., 0].transpose(1, 2)
-
-
-def sinkhorn(likeness: Tensor, rounds: int = 3) -> Tensor:
-    """Soft clusters [N, K] of likeness [N, K]: every row sums to 1, all clusters are of like size."""
-    shares = (likeness / 0.05).exp()
-    for _ in range(rounds):
-        shares = shares / shares.sum(0, keepdim=True)
-        shares = shares / shares.sum(1, keepdim=True)
-    return shares
 
 
 @torch.no_grad()

@@ -63,6 +63,7 @@ WITHOUT_PADDING = 0.5  # of the batches
 FED_SHARE = 0.25  # of the images whose caption gives way to rows of clusters
 WEIGHTS = (0.1, 0.1, 0.1)  # of the clusters, of their rows, and of how unlike the queries of one place are
 CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
+FASTER = 10  # places learn
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
 SINK_SHARE = 0.6  # of the start token, from which on words are not charged
 PADDING_WEIGHT = 0.02  # of attention to the rows that end and pad a text
@@ -235,7 +236,7 @@ class Step:
         self.model, self.batch, self.weights = model, batch, weights
         self.ema = copy.deepcopy(model).eval().requires_grad_(False)
         self.places = Places(model).to(device)
-        self.rate = torch.zeros((), device=device)
+        self.rate, self.fast = torch.zeros((2,), device=device).unbind()  # of learning; the second of the places' rows
         self.latents = torch.zeros(batch, 4, side, side, device=device)
         self.tokens = torch.zeros(batch, 77, dtype=torch.long, device=device)
         self.boxes = torch.full((batch // 2, 4), 0.5, device=device)
@@ -246,15 +247,30 @@ class Step:
         self._empty[0] = position[49406]
         self._level = torch.arange(batch, device=device) // 2  # the images of a pair are about as noisy
         self._clear = math.ceil(batch // 2 * CLUSTER_NOISE / 1000)  # of the pairs, the first, are less noisy
-        decay = [p for name, p in self._parameters() if p.ndim > 1 and name != "words"]
-        rest = [p for name, p in self._parameters() if p.ndim <= 1 or name == "words"]
-        groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        decay = [p for p in model.parameters() if p.ndim > 1]
+        rest = [p for p in model.parameters() if p.ndim <= 1]
+        groups: list[dict[str, Any]] = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        groups.append({"params": list(self.places.parameters()), "weight_decay": 0.0, "lr": self.fast})
         cuda = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(groups, self.rate, betas=(0.9, 0.98), fused=True, capturable=cuda)
 
-    def _parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        yield from self.model.named_parameters()
-        yield from self.places.named_parameters()
+    @torch.no_grad()
+    def seed(self, draw: Callable[[int], tuple[Tensor, Tensor, Tensor]], batches: int = 8) -> None:
+        """Let the clusters begin where the queries are."""
+        looks = []
+        for _ in range(batches):
+            latents = draw(self.batch // 2)[0]
+            steps = torch.full((self.batch,), 100, device=latents.device)
+            noisy = noised(latents, steps, self._abar)[0]
+            self.model.denoise(
+                noisy, steps, self.model.encode_text(self._empty.expand(self.batch, -1)), self._watch.options()
+            )
+            looks.append(dict(self._watch.queries))
+        self.places.seed(looks)
+
+    def set_rate(self, rate: float) -> None:
+        self.rate.fill_(rate)
+        self.fast.fill_(FASTER * rate)
 
     def _chance(self, share: float) -> Tensor:
         return torch.rand(self.batch, 1, device=self.rate.device) < share
@@ -318,8 +334,8 @@ class Step:
         for part in (self.model, self.ema, self.places, self.optimizer):
             name = next(key for key, value in vars(self).items() if value is part)
             part.load_state_dict(saved[name])
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
+        for group, rate in zip(self.optimizer.param_groups, (self.rate, self.rate, self.fast), strict=True):
+            group["lr"] = rate
 
 
 def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -> None:
@@ -352,12 +368,14 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
     torch.manual_seed(int(state["step"]))
     limit = 60 * options.minutes
     pool.wait(min(pool.size, FEWEST))
+    if not saved:
+        step.seed(pool.draw)
     last_save = last_log = time.time()
     seen = 0
     while state["elapsed"] < limit:
         began, progress = time.time(), state["elapsed"] / limit
         warm = min(1.0, (state["step"] + 1) / 100)
-        step.rate.fill_(options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01))
+        step.set_rate(options.rate * warm * (0.5 * (1 + math.cos(math.pi * progress)) + 0.01))
         for place, drawn in zip((step.latents, step.tokens, step.boxes), pool.draw(options.batch // 2), strict=True):
             place.copy_(drawn)
         take()
