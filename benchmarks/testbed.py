@@ -11,8 +11,9 @@ Fixed before any model was trained for them, and never to be changed for who win
    feature neighbours and above the mean mask, on every domain.
 
 Exits 1 and names each criterion that is missed. Other figures, of which no criterion depends, say where the third one
-fails: part mIoU of paper on its own example, and of a convex fit to the same example by the same layers ("one view",
-instant without any augmentation), on the test scenes and on that example.
+fails: in how many directions the queries of the read layers vary; part mIoU of paper on its own example, and of a
+convex fit to the same example by the same layers ("one view", instant without any augmentation), on the test scenes and
+on that example.
 """
 
 from __future__ import annotations
@@ -75,6 +76,22 @@ def query_change(backbone: TextConditioned, tests: Sequence[scenes.Scene]) -> fl
     return float(np.mean(changes, 0).max())
 
 
+@torch.inference_mode()
+def query_directions(backbone: TextConditioned, tests: Sequence[scenes.Scene]) -> float:
+    """In how many directions the queries of a read layer vary over these scenes, mean over layers.
+
+    The participation ratio of the covariance's eigenvalues: 1 where one direction says all.
+    """
+    names, found = backbone.default_layers().read, []
+    context = backbone.encode_prompt("")
+    seen = [_look(backbone, s, backbone.info.timestep, i, context, names).cross for i, s in enumerate(tests)]
+    for name in names:
+        queries = torch.cat([cross[name].query[0].float() for cross in seen])
+        covariance = torch.cov(queries.T)
+        found.append(float(covariance.trace() ** 2 / covariance.square().sum()))
+    return float(np.mean(found))
+
+
 def _look(backbone: TextConditioned, scene: scenes.Scene, timestep: int, seed: int, context: Context, names):  # type: ignore[no-untyped-def]
     latents = backbone.encode_images(_image(scene)[None].to(backbone.device))
     noise = seeded_noise(latents.shape, seed, latents.device)
@@ -125,6 +142,7 @@ def main() -> None:
         "start token, own captions": start_shares(backbone, some, None),
         "start token, empty prompt": start_shares(backbone, some, ""),
         "change of queries": query_change(backbone, some),
+        "directions of queries": query_directions(backbone, some),
     }
     rows: list[Row] = [dict(figures)]
     say_row(figures)

@@ -17,6 +17,7 @@ ASKED = 24  # clusters whose rows compete with the start token at a time
 SEEDS = 64  # points of an image from which clusters begin
 FED = 8  # rows of clusters that stand in a context
 ROW_SPREAD = 0.8  # deviation of the text encoder's rows
+REDUNDANCY, SPREAD = 0.02, 0.02  # of what queries of a place say twice, and of variances that differ
 HEAD_WIDTH = 32  # of the UNet's attention
 HIDDEN = -1e4  # score of rows that nobody attends to
 
@@ -173,16 +174,19 @@ class Places(nn.Module):
 
 
 def spread_alike(first: Tensor, second: Tensor) -> Tensor:
-    """How far the covariance of two views [N, D] of the same places is from that of features which agree in both, vary
-    alike in every direction and say something else in each: 0 there, about sqrt(D) where one direction says all.
+    """How far two views [N, D] of the same places are from features that agree in both, say something else in each
+    dimension, and vary alike in all: 0 there, at least 1 where they have nothing in common.
 
-    As in Barlow Twins (Zbontar et al. 2021), but without a scale for each dimension. A loss of mere distance lets one
-    direction outgrow the others, which then say nothing.
+    Barlow Twins (Zbontar et al. 2021), and the spread of the variances besides. A loss of mere distance lets one
+    direction outgrow the others, which then say nothing (``benchmark testbed``, directions of queries).
     """
-    both = torch.stack([first, second])
-    both = both - both.mean((0, 1))
-    covariance = both[0].T @ both[1] / both.square().sum((0, 1)).mean() * 2
-    return (covariance - torch.eye(len(covariance), device=both.device)).square().mean(1).sum().sqrt()
+    first, second = first - first.mean(0), second - second.mean(0)
+    variance = (first.square().mean(0) + second.square().mean(0)) / 2 + 1e-6
+    correlation = (first / variance.sqrt()).T @ (second / variance.sqrt()) / len(first)
+    agreement = correlation.diagonal()
+    redundancy = correlation.square().sum() - agreement.square().sum()
+    spread = variance.log().var(correction=0)
+    return (1 - agreement).square().mean() + REDUNDANCY * redundancy / len(agreement) + SPREAD * spread
 
 
 def _heads(tensor: Tensor) -> Tensor:
