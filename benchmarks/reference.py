@@ -30,8 +30,11 @@ CROP = 400 / 512  # side of a crop, relative to the image's
 
 @contextmanager
 def dense_attention(backbone: TextConditioned) -> Iterator[None]:
-    """Let the UNet form its attention matrices, as the official processors do."""
+    """Let ComfyUI's UNet form its attention matrices, as the official processors do."""
     module: Any = sys.modules[type(backbone).__module__]
+    if not module.__name__.endswith("comfy_unet"):  # another host than ComfyUI
+        yield
+        return
     fused = module.attend
     from comfy.ldm.modules.attention import attention_basic
 
