@@ -32,10 +32,10 @@ CROP = 400 / 512  # side of a crop, relative to the image's
 def dense_attention(backbone: TextConditioned) -> Iterator[None]:
     """Let ComfyUI's UNet form its attention matrices, as the official processors do."""
     module: Any = sys.modules[type(backbone).__module__]
-    if not module.__name__.endswith("comfy_unet"):  # another host than ComfyUI
+    fused = getattr(module, "attend", None)
+    if fused is None:  # a host with an attention of its own
         yield
         return
-    fused = module.attend
     from comfy.ldm.modules.attention import attention_basic
 
     module.attend = attention_basic

@@ -37,7 +37,7 @@ from .common import (
     with_legend,
 )
 from .files import autosave_path
-from .train_settings import FLIP, RECOLOR, Chosen, TrainSettings
+from .train_settings import FLIP, RECOLOR, Chosen, SettingsSocket
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class SLiMeTrain(io.ComfyNode):
                 ),
                 Embeddings.Input("start", optional=True, tooltip="Embeddings of the same parts to continue from."),
                 *_bygone_inputs(),
-                TrainSettings.Input(
+                SettingsSocket.Input(
                     "settings",
                     optional=True,
                     tooltip="From SLiMe Instant Settings or SLiMe Paper Settings; without them the preset's own count.",

@@ -9,7 +9,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..slime.errors import SlimeError
-from ..slime.settings import InstantSettings, PaperSettings
+from ..slime.settings import InstantSettings, PaperSettings, TrainSettings
 from .common import EXPERTS, schema
 
 FLIP = {"auto": None, "on": True, "off": False}
@@ -35,7 +35,7 @@ class Chosen:
         return self.values
 
 
-TrainSettings = io.Custom("SLIME_TRAIN_SETTINGS")
+SettingsSocket = io.Custom("SLIME_TRAIN_SETTINGS")
 
 
 class _Settings(io.ComfyNode):
@@ -62,11 +62,8 @@ class SLiMeInstantSettings(_Settings):
             "SLiMe Instant Settings",
             "Settings of SLiMe Train's preset instant.",
             [
-                _views(usual.views),
+                *_views(usual),
                 io.Int.Input("steps", default=usual.steps, min=1, max=100_000, tooltip="Steps of the fit, at most."),
-                _crop(usual.crop),
-                _rotation(usual.rotation),
-                _flip(),
                 io.Combo.Input(
                     "recolor",
                     options=list(RECOLOR),
@@ -78,8 +75,7 @@ class SLiMeInstantSettings(_Settings):
                     "l2", default=usual.l2, min=0.0, max=10.0, step=0.001, tooltip="Pull towards simple answers."
                 ),
                 io.Int.Input("timestep", default=100, min=0, max=999, tooltip="Noise level of the features."),
-                _prompt(),
-                *_layers(),
+                *_looking(),
             ],
         )
 
@@ -104,13 +100,9 @@ class SLiMePaperSettings(_Settings):
                     step=0.0001,
                     tooltip="Of Adam. With 0.01 results vary less.",
                 ),
-                _views(usual.views),
-                _crop(usual.crop),
-                _rotation(usual.rotation),
-                _flip(),
+                *_views(usual),
                 io.Boolean.Input("checkpointing", default=False, tooltip="Needs less memory and more time."),
-                _prompt(),
-                *_layers(),
+                *_looking(),
             ],
         )
 
@@ -122,51 +114,46 @@ def _schema(node_id: str, title: str, description: str, inputs: Sequence[Any]) -
         display_name=title,
         description=description,
         inputs=list(inputs),
-        outputs=[TrainSettings.Output(display_name="settings", tooltip="For SLiMe Train.")],
+        outputs=[SettingsSocket.Output(display_name="settings", tooltip="For SLiMe Train.")],
     )
 
 
-def _views(usual: int) -> Any:
-    return io.Int.Input(
-        "views",
-        default=usual,
-        min=1,
-        max=1000,
-        tooltip="Augmented copies of the examples. Time grows with them, accuracy a little.",
-    )
-
-
-def _crop(usual: float) -> Any:
-    return io.Float.Input(
-        "crop", default=usual, min=0.1, max=1.0, step=0.05, tooltip="Smallest random crop; 1 for none."
-    )
-
-
-def _rotation(usual: float) -> Any:
-    return io.Float.Input(
-        "rotation", default=usual, min=0.0, max=180.0, step=1.0, tooltip="Largest random rotation in degrees."
-    )
-
-
-def _flip() -> Any:
-    return io.Combo.Input(
-        "flip",
-        options=list(FLIP),
-        default="auto",
-        tooltip="Mirrored copies; auto switches them off when a part name says left or right.",
-    )
-
-
-def _prompt() -> Any:
-    return io.String.Input(
-        "prompt",
-        default="",
-        tooltip="Text the model sees while it looks, for example: a photo of a car. Empty is fine.",
-    )
-
-
-def _layers() -> list[Any]:
+def _views(usual: TrainSettings) -> list[Any]:
     return [
+        io.Int.Input(
+            "views",
+            default=usual.views,
+            min=1,
+            max=1000,
+            tooltip="Augmented copies of the examples. Time grows with them, accuracy a little.",
+        ),
+        io.Float.Input(
+            "crop", default=usual.crop, min=0.1, max=1.0, step=0.05, tooltip="Smallest random crop; 1 for none."
+        ),
+        io.Float.Input(
+            "rotation",
+            default=usual.rotation,
+            min=0.0,
+            max=180.0,
+            step=1.0,
+            tooltip="Largest random rotation in degrees.",
+        ),
+        io.Combo.Input(
+            "flip",
+            options=list(FLIP),
+            default="auto",
+            tooltip="Mirrored copies; auto switches them off when a part name says left or right.",
+        ),
+    ]
+
+
+def _looking() -> list[Any]:
+    return [
+        io.String.Input(
+            "prompt",
+            default="",
+            tooltip="Text the model sees while it looks, for example: a photo of a car. Empty is fine.",
+        ),
         io.String.Input(
             "cross_layers",
             default="",

@@ -103,6 +103,7 @@ class Places(nn.Module):
     @torch.no_grad()
     def seed(self, looks: list[dict[str, Tensor]]) -> None:
         """Centres by k-means of the queries of some batches: where they begin at random they stay empty for long."""
+        self.handicap.zero_()
         found: dict[str, Tensor] = {}
         for name, centres in self.centres.items():
             all_queries = torch.cat([look[name].float() for look in looks])  # [B, h * w, D]

@@ -48,6 +48,7 @@ from tools.places import FED, Places, Watch
 from tools.train_tiny import (
     TextToImage,
     alphas_cumprod,
+    follow,
     import_comfyui,
     log,
     noised,
@@ -61,7 +62,7 @@ CHUNK = 20  # images that are rendered at once
 DROPPED = 0.25  # of the captions
 WITHOUT_PADDING = 0.5  # of the batches
 FED_SHARE = 0.25  # of the images whose caption gives way to rows of clusters
-WEIGHTS = (0.1, 0.1, 0.1)  # of the clusters, of their rows, and of how unlike the queries of one place are
+WEIGHTS = (0.02, 0.05, 0.1)  # of the clusters, of their rows, and of how unlike the queries of one place are
 CLUSTER_NOISE = 600  # timesteps above are too noisy to tell what is where
 FASTER = 10  # places learn
 SINK_WEIGHT = 0.004  # .02 at first; kept up, it silences the words
@@ -257,15 +258,15 @@ class Step:
     @torch.no_grad()
     def seed(self, draw: Callable[[int], tuple[Tensor, Tensor, Tensor]], batches: int = 8) -> None:
         """Let the clusters begin where the queries are."""
-        looks = []
+        looks, watch = [], Watch()
         for _ in range(batches):
             latents = draw(self.batch // 2)[0]
             steps = torch.full((self.batch,), 100, device=latents.device)
             noisy = noised(latents, steps, self._abar)[0]
             self.model.denoise(
-                noisy, steps, self.model.encode_text(self._empty.expand(self.batch, -1)), self._watch.options()
+                noisy, steps, self.model.encode_text(self._empty.expand(self.batch, -1)), watch.options()
             )
-            looks.append(dict(self._watch.queries))
+            looks.append(watch.queries)
         self.places.seed(looks)
 
     def set_rate(self, rate: float) -> None:
@@ -301,7 +302,6 @@ class Step:
         (loss + charge + clusters * told + rows * asked + alike * unlike).backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 0.001)
 
     def captured(self) -> Callable[[], None]:
         """The step as one CUDA graph: the GPU no longer waits for Python, which is most of a small model's time."""
@@ -379,6 +379,7 @@ def train(work: Path, comfyui: str, source: Path, options: argparse.Namespace) -
         for place, drawn in zip((step.latents, step.tokens, step.boxes), pool.draw(options.batch // 2), strict=True):
             place.copy_(drawn)
         take()
+        follow(step.ema, step.model, int(state["step"]))
         state["step"] += 1
         seen += options.batch
         if state["step"] % 10 == 0 and device.type == "cuda":
