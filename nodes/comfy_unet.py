@@ -15,9 +15,10 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import Downsample, UNetModel
 from torch import Tensor
 
 from ..slime.backbones.attention import Attention, attend, attend_and_propagate
+from ..slime.backbones.base import EndOfPass
 from ..slime.backbones.layers import Layer
 from ..slime.backbones.sd_unet import Family, SDUNet, family_for
-from ..slime.backbones.text import Capture, CaptureComplete, Context
+from ..slime.backbones.text import Capture, Context
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from .comfy_autograd import trainable
@@ -90,7 +91,7 @@ class ComfyUNet(SDUNet):
 
     def encode_prompt(self, prompt: str) -> Context:
         if self.clip is None:
-            raise SlimeError("Connect a CLIP: these embeddings come without their text context.")
+            raise SlimeError("Connect the CLIP of the checkpoint: the text that the model looks with is not there yet.")
         rows, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
         needs_pooled = self.model.model.adm_channels > 0
         return Context(rows[0].float().cpu(), pooled[0].float().cpu() if needs_pooled else None)
@@ -114,7 +115,7 @@ class ComfyUNet(SDUNet):
                 transformer_options=self._options(capture, context.tokens),
                 **arguments,
             )
-        except CaptureComplete:
+        except EndOfPass:
             return None
         return (x - denoised) / sigma
 

@@ -12,12 +12,10 @@ from ..slime.embeddings import PartEmbeddings
 from ..slime.reading.look import Look
 from ..slime.segment import look, read_look
 from ..slime.settings import LookSettings, ReadSettings
-from .comfy_unet import ComfyUNet
 from .common import (
     EXPERTS,
     Embeddings,
     Looks,
-    as_images,
     clip_input,
     confidence_input,
     draws_input,
@@ -29,6 +27,7 @@ from .common import (
     schema,
     seed_input,
 )
+from .connected import clip_vision_input, connected, latent_input, looking_inputs, shown
 
 
 class SLiMeLook(io.ComfyNode):
@@ -41,14 +40,15 @@ class SLiMeLook(io.ComfyNode):
             description="Runs the model over images once, for any number of SLiMe Read Parts.",
             search_aliases=["segment features", "attention features"],
             inputs=[
-                io.Model.Input("model", tooltip="The model the parts were learned on, or one of the same family."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                *looking_inputs("The model the parts were learned on, or one of the same family."),
                 Embeddings.Input("embeddings", tooltip="Any of the embeddings that will be read; all of one kind fit."),
-                io.Image.Input("image", tooltip="Images of any size."),
+                io.Image.Input("image", optional=True, tooltip="Images of any size."),
                 seed_input(),
                 clip_input(),
                 flip_input(),
                 draws_input(),
+                clip_vision_input(),
+                latent_input(),
             ],
             outputs=[Looks.Output(display_name="look", tooltip="For SLiMe Read Parts.")],
         )
@@ -56,18 +56,22 @@ class SLiMeLook(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        vae: Any,
         embeddings: PartEmbeddings,
-        image: Tensor,
+        image: Tensor | None = None,
+        model: Any = None,
+        vae: Any = None,
         seed: int = 0,
         clip: Any = None,
         average_flip: bool = False,
         noise_draws: int = 1,
+        clip_vision: Any = None,
+        latent: dict[str, Tensor] | None = None,
     ) -> io.NodeOutput:
         settings = LookSettings(seed=seed, flip=average_flip, draws=noise_draws)
         with named_errors("SLiMe Look"):
-            return io.NodeOutput(look(ComfyUNet(model, vae, clip), as_images(image), embeddings, settings))
+            backbone = connected(model, vae, clip, clip_vision)
+            images, latents = shown(image, latent, backbone)
+            return io.NodeOutput(look(backbone, images, embeddings, settings, latents))
 
 
 class SLiMeReadParts(io.ComfyNode):

@@ -10,12 +10,11 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..slime.embeddings import PartEmbeddings
+from ..slime.errors import SlimeError
 from ..slime.segment import Segmenter
 from ..slime.settings import SegmentSettings
-from .comfy_unet import ComfyUNet
 from .common import (
     Embeddings,
-    as_images,
     clip_input,
     confidence_input,
     draws_input,
@@ -28,6 +27,7 @@ from .common import (
     schema,
     seed_input,
 )
+from .connected import clip_vision_input, connected, latent_input, looking_inputs, shown
 
 
 class SLiMeSegment(io.ComfyNode):
@@ -41,10 +41,9 @@ class SLiMeSegment(io.ComfyNode):
             description="Finds the learned parts in other images, with one pass through the model each.",
             search_aliases=["segment", "one shot segmentation", "mask", "part segmentation", "segment same thing"],
             inputs=[
-                io.Model.Input("model", tooltip="The model the parts were learned on, or one of the same family."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
+                *looking_inputs("The model the parts were learned on, or one of the same family."),
                 Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load Learned Embeddings."),
-                io.Image.Input("image", tooltip="Images of any size; a batch gives a batch of masks."),
+                io.Image.Input("image", optional=True, tooltip="Images of any size; a batch gives a batch of masks."),
                 refine_input(),
                 seed_input(),
                 clip_input(),
@@ -82,6 +81,8 @@ class SLiMeSegment(io.ComfyNode):
                 ),
                 confidence_input(),
                 draws_input(),
+                clip_vision_input(),
+                latent_input(),
             ],
             outputs=parts_outputs(),
         )
@@ -89,25 +90,30 @@ class SLiMeSegment(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        vae: Any,
         embeddings: PartEmbeddings,
-        image: Tensor,
+        image: Tensor | None = None,
+        model: Any = None,
+        vae: Any = None,
         refine: str = "fast",
         seed: int = 0,
         clip: Any = None,
         average_flip: bool = False,
         noise_draws: int = 1,
+        clip_vision: Any = None,
+        latent: dict[str, Tensor] | None = None,
         **more: Any,
     ) -> io.NodeOutput:
-        images = as_images(image)
         settings = SegmentSettings(seed=seed, refine=refine, flip=average_flip, draws=noise_draws, **more)
         with named_errors("SLiMe Segment"):
+            backbone = connected(model, vae, clip, clip_vision)
+            images, latents = shown(image, latent, backbone)
+            if image is None and (settings.zoom or settings.crops > 1):
+                raise SlimeError("zoom and crops look at pixels: connect the image as well, or switch them off.")
             bar = comfy.utils.ProgressBar(1)
 
             def on_batch(done: int, total: int) -> None:
                 bar.update_absolute(done, total)
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
-            maps = Segmenter(ComfyUNet(model, vae, clip), embeddings, settings)(images, on_batch)
+            maps = Segmenter(backbone, embeddings, settings)(images, on_batch, latents)
         return parts_result(cls, maps, images)

@@ -13,6 +13,7 @@ import comfy.utils
 import torch
 from comfy_api.latest import io
 
+from ..slime.backbones.base import Backbone
 from ..slime.embedding_files import save_embeddings
 from ..slime.embeddings import PartEmbeddings
 from ..slime.examples import Example
@@ -22,7 +23,6 @@ from ..slime.segment import segment
 from ..slime.settings import setting_names
 from ..slime.train import GONE, PRESETS, Settings, StepReport, train
 from ..slime.train import preset as make_preset
-from .comfy_unet import ComfyUNet
 from .common import (
     Embeddings,
     Examples,
@@ -36,6 +36,7 @@ from .common import (
     to_picture,
     with_legend,
 )
+from .connected import clip_vision_input, connected, looking_inputs
 from .files import autosave_path
 from .train_settings import FLIP, RECOLOR, Chosen, SettingsSocket
 
@@ -64,12 +65,11 @@ class SLiMeTrain(io.ComfyNode):
             node_id="SLiMeTrain",
             essentials_category="Image Tools",
             display_name="SLiMe Train",
-            description="Learns the parts of the examples with the attention of the connected Stable Diffusion model.",
+            description="Learns the parts of the examples with what the connected models see in them.",
             search_aliases=["one shot segmentation", "train segmenter", "learn mask", "part segmentation"],
             inputs=[
-                io.Model.Input("model", tooltip="SD1.x, SD2.x or SDXL. LoRAs on it are respected."),
-                io.Vae.Input("vae", tooltip="The VAE of the same checkpoint."),
-                io.Clip.Input("clip", tooltip="The CLIP of the same checkpoint."),
+                *looking_inputs("SD1.x, SD2.x or SDXL. LoRAs on it are respected."),
+                io.Clip.Input("clip", optional=True, tooltip="The CLIP of the same checkpoint."),
                 Examples.Input("examples", tooltip="From SLiMe Example; one is enough, ten are better."),
                 io.Combo.Input(
                     "preset",
@@ -95,6 +95,7 @@ class SLiMeTrain(io.ComfyNode):
                     optional=True,
                     tooltip="From SLiMe Instant Settings or SLiMe Paper Settings; without them the preset's own count.",
                 ),
+                clip_vision_input(),
             ],
             outputs=[
                 Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment and Save Learned Embeddings."),
@@ -112,19 +113,20 @@ class SLiMeTrain(io.ComfyNode):
     @classmethod
     def execute(
         cls,
-        model: Any,
-        vae: Any,
-        clip: Any,
         examples: Sequence[Example],
         preset: str,
         steps: int,
         learning_rate: float,
         seed: int,
+        model: Any = None,
+        vae: Any = None,
+        clip: Any = None,
+        clip_vision: Any = None,
         start: PartEmbeddings | None = None,
         **others: Any,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Train"):
-            backbone = ComfyUNet(model, vae, clip)
+            backbone = connected(model, vae, clip, clip_vision)
             settings = _settings(preset, backbone, steps=steps, learning_rate=learning_rate, seed=seed, **others)
             progress = _Progress(cls.hidden.unique_id, preset)
             try:
@@ -165,7 +167,7 @@ def _bygone_inputs() -> list[Any]:
 
 def _settings(
     preset: str,
-    backbone: ComfyUNet,
+    backbone: Backbone,
     seed: int,
     flip: str = "auto",
     recolor: str = "auto",
@@ -264,9 +266,7 @@ def progress_text(report: StepReport, done: float, elapsed: float) -> str:
     return ", ".join(words)
 
 
-def _preview(
-    backbone: ComfyUNet, example: Example, embeddings: PartEmbeddings, last: StepReport | None
-) -> torch.Tensor:
+def _preview(backbone: Backbone, example: Example, embeddings: PartEmbeddings, last: StepReport | None) -> torch.Tensor:
     """The first example with its parts found; an instant fit brings the maps, the preset paper needs a pass.
 
     A picture that cannot be made costs no training: the example is shown as it is.

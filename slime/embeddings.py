@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .backbones.base import Backbone, Plan
+from .backbones.joined import TOGETHER
 from .backbones.layers import LayerChoice
 from .errors import SlimeError
 from .examples import check_names
@@ -71,7 +72,7 @@ class PartEmbeddings:
         if self.backbone != backbone.info.id:
             raise SlimeError(
                 f'These embeddings ({", ".join(self.names)}) were learned on a "{self.backbone}" model, but the '
-                f'connected model is "{backbone.info.id}". Load a checkpoint of the same family, or train on this one.'
+                f'connected model is "{backbone.info.id}". {_what_to_do(self.backbone, backbone.info.id)}'
             )
         known = {layer.name for layer in backbone.layers}
         missing = [name for name in (*self.layers.read, *self.layers.propagate) if name not in known]
@@ -116,3 +117,15 @@ class PartEmbeddings:
         condition = backbone.condition(self.prompt)
         rows = self.rows + condition["context"][0].float() if self.mode == CONTEXT else self.rows
         return replace(self, rows=rows, condition=condition)
+
+
+def _what_to_do(learned: str, connected: str) -> str:
+    """Ids of several that look together are joined by :data:`TOGETHER`."""
+    wanted, there = (name.split(TOGETHER) for name in (learned, connected))
+    lacking = [name for name in wanted if name not in there]
+    spare = [name for name in there if name not in wanted]
+    if lacking and not spare:
+        return f"Connect {' and '.join(lacking)} as well."
+    if spare and not lacking:
+        return f"Disconnect {' and '.join(spare)}."
+    return "Load a model of the same family, or train on this one."

@@ -40,9 +40,9 @@ class Segmenter:
         self.backbone, self.settings = backbone, settings or SegmentSettings()
         self.embeddings = embeddings.completed(backbone)
 
-    def __call__(self, images: Tensor, on_batch: OnBatch | None = None) -> PartMaps:
+    def __call__(self, images: Tensor, on_batch: OnBatch | None = None, latents: Tensor | None = None) -> PartMaps:
         """Part maps of images [B, H, W, 3] in [0, 1], any size and aspect; see :func:`segment`."""
-        return segment(self.backbone, images, self.embeddings, self.settings, on_batch=on_batch)[0]
+        return segment(self.backbone, images, self.embeddings, self.settings, on_batch=on_batch, latents=latents)[0]
 
     def look(self, images: Tensor) -> Look:
         """The part that needs the model; :meth:`read` does the rest. Zoom, which is a second look, does not count."""
@@ -65,6 +65,7 @@ def segment(
     settings: SegmentSettings | None = None,
     *,
     on_batch: OnBatch | None = None,
+    latents: Tensor | None = None,
 ) -> list[PartMaps]:
     """Find the learned parts in images.
 
@@ -78,15 +79,17 @@ def segment(
         settings: see :class:`slime.settings.SegmentSettings`.
         on_batch: called after every sub-batch with what is done and with all there is to do: two for each image and
             embeddings, encoding and looking.
+        latents: [B, C, h, w], the images as the backbone encodes them, where they are at hand: saves the encoding.
 
     Returns:
         One PartMaps for every embeddings.
 
     Raises:
-        SlimeError: bad images, or embeddings of another kind of model.
+        SlimeError: bad images or latents, or embeddings of another kind of model.
     """
     settings = settings or SegmentSettings()
     check_images(images)
+    _check_latents(latents, images, backbone)
     several = [embeddings] if isinstance(embeddings, PartEmbeddings) else list(embeddings)
     for item in several:
         item.check_model(backbone)
@@ -106,7 +109,8 @@ def segment(
     for indices in groups.values():
         items = [several[index] for index in indices]
         maps: list[list[Tensor]] = [[] for _ in items]
-        for part, found in _part_maps(backbone, images, items, settings, lambda n: advance(n * len(items))):  # noqa: B023
+        done_encoding = partial(lambda count, n: advance(n * count), len(items))
+        for part, found in _part_maps(backbone, images, items, settings, done_encoding, latents):
             for kept, one in zip(maps, found, strict=True):
                 kept.append(one.cpu())
             advance(len(images[part]) * len(items))
@@ -115,16 +119,24 @@ def segment(
     return [results[index] for index in range(len(several))]
 
 
-def look(backbone: Backbone, images: Tensor, embeddings: PartEmbeddings, settings: LookSettings | None = None) -> Look:
+def look(
+    backbone: Backbone,
+    images: Tensor,
+    embeddings: PartEmbeddings,
+    settings: LookSettings | None = None,
+    latents: Tensor | None = None,
+) -> Look:
     """The part of :func:`segment` that needs the model; :func:`read_look` does the rest, for any like embeddings.
 
     Raises:
         SlimeError: as :func:`segment`.
     """
     check_images(images)
+    _check_latents(latents, images, backbone)
     embeddings.check_model(backbone)
     item = embeddings.completed(backbone)
-    batches = tuple(look_at(backbone, images, [item], settings or LookSettings(), keep, any_rows=True))
+    settings = settings or LookSettings()
+    batches = tuple(look_at(backbone, images, [item], settings, keep, any_rows=True, latents=latents))
     return Look(images, item.pass_digest(), batches)
 
 
@@ -158,12 +170,30 @@ def read_look(
     return _finished(seen.images, torch.cat(kept), embeddings, settings or ReadSettings(), device)
 
 
+def _check_latents(latents: Tensor | None, images: Tensor, backbone: Backbone) -> None:
+    if latents is None:
+        return
+    if latents.ndim != 4 or latents.shape[1] != backbone.info.channels:
+        raise SlimeError(
+            f"Latents of shape {list(latents.shape)} are not of the connected model, which takes "
+            f"{backbone.info.channels} channels."
+        )
+    aspects = [tensor.shape[-1] / tensor.shape[-2] for tensor in (latents, images.movedim(-1, 1))]
+    if len(latents) != len(images) or not 0.95 < aspects[0] / aspects[1] < 1.05:
+        raise SlimeError(
+            f"The {len(latents)} latents ({latents.shape[3]}x{latents.shape[2]} cells) and {len(images)} images "
+            f"({images.shape[2]}x{images.shape[1]}) do not show the same."
+        )
+    check_finite([latents])
+
+
 def _part_maps(
     backbone: Backbone,
     images: Tensor,
     items: Sequence[PartEmbeddings],
     settings: LookSettings,
     on_encoded: Callable[[float], None] = lambda _: None,
+    latents: Tensor | None = None,
 ) -> Iterator[tuple[slice, list[Tensor]]]:
     """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every pass."""
     size = (images.shape[1], images.shape[2])
@@ -171,7 +201,7 @@ def _part_maps(
     def consume(part: slice, passes: Passes) -> tuple[slice, list[Tensor]]:
         return part, read_maps(passes, items, size)
 
-    for part, found in look_at(backbone, images, items, settings, consume, on_encoded=on_encoded):
+    for part, found in look_at(backbone, images, items, settings, consume, on_encoded=on_encoded, latents=latents):
         check_finite(found)
         yield part, found
 

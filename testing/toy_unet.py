@@ -10,9 +10,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from slime.backbones.attention import Attention
+from slime.backbones.base import EndOfPass
 from slime.backbones.layers import Layer
 from slime.backbones.sd_unet import Family, SDUNet
-from slime.backbones.text import Capture, CaptureComplete, Context
+from slime.backbones.text import Capture, Context
 
 DIM, HEADS, HEAD_DIM = 12, 2, 6
 LAYERS = (Layer("output.3.0", 4), Layer("output.6.0", 2), Layer("output.9.0", 1))
@@ -60,7 +61,7 @@ class ToyUNet(SDUNet):
                     capture.record("cross", layer.name, Attention(q, k, HEADS, *size))
                 if capture is not None and layer.name in capture.choice.propagate:
                     capture.record("self", layer.name, Attention(4 * q, q, HEADS, *size))
-        except CaptureComplete:
+        except EndOfPass:
             return None
         attended = rows[:, : context.tokens]
         return (noisy * 0.5 + (attended.mean(1) @ self.w_out)[:, :, None, None]).float()

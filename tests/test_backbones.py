@@ -26,7 +26,7 @@ CELL = 4
 class ColorAndPlace:
     """Looks at colours and their squares ("color.0") and at positions ("place.0"); like cells attend to each other."""
 
-    info = BackboneInfo("color-and-place", side=96, cell=CELL, multiple=CELL, instant=InstantSettings(views=4))
+    info = BackboneInfo("color-and-place", 96, CELL, CELL, channels=3, instant=InstantSettings(views=4))
     device = torch.device("cpu")
     layers = (Layer("color.0", 1), Layer("place.0", 2))
 

@@ -315,14 +315,14 @@ def nodes(extension, monkeypatch):
     from comfy_api.latest import ui
 
     monkeypatch.setattr(ui, "PreviewImage", lambda *a, **k: None)
-    monkeypatch.setattr(module, "ComfyUNet", lambda *a: ToyUNet())
+    monkeypatch.setattr(module, "connected", lambda *a: ToyUNet())
     monkeypatch.setattr(module.SLiMeTrain, "hidden", type("Hidden", (), {"unique_id": "1"}), raising=False)
     return module
 
 
 def run(nodes, **widgets):
     values = {"preset": "instant", "steps": 5, "learning_rate": 0.0, "seed": 0, "views": 2} | widgets
-    return nodes.SLiMeTrain.execute(None, None, None, (picture(0),), **values)
+    return nodes.SLiMeTrain.execute((picture(0),), **values)
 
 
 def broken(*_args, **_kwargs):

@@ -23,6 +23,7 @@ class BackboneInfo:
         side: side in pixels of the square whose area the model works on.
         cell: pixels a cell of the encoded image spans, a side.
         multiple: sides of images must be multiples of so many pixels.
+        channels: of encoded images.
         timestep: noise level of its features.
         instant: what the instant trainer does on it where nobody says otherwise.
     """
@@ -31,6 +32,7 @@ class BackboneInfo:
     side: int
     cell: int
     multiple: int
+    channels: int
     timestep: int = 0
     instant: InstantSettings = field(default_factory=InstantSettings)
 
@@ -108,7 +110,9 @@ class Backbone(Protocol):
         """All that can be read, in the order it runs."""
         ...
 
-    def default_layers(self) -> LayerChoice: ...
+    def default_layers(self) -> LayerChoice:
+        """What is known to serve; empty where nothing is, and the probe has to choose."""
+        ...
 
     def condition(self, prompt: str) -> dict[str, Tensor]:
         """What a pass runs on beside the image, on the CPU, by name; empty where there is no such thing."""
@@ -125,6 +129,10 @@ class Backbone(Protocol):
     def fitting_batch(self, size: tuple[int, int]) -> int:
         """How many encoded images of this height and width one pass should take, from the free memory; at least 1."""
         ...
+
+
+class EndOfPass(Exception):  # noqa: N818  a signal, not an error
+    """Ends a pass whose remaining layers nobody reads."""
 
 
 @runtime_checkable

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..batches import CPU_BATCH, batch_for
 from ..errors import SlimeError
 from .attention import Attention, attend
+from .base import EndOfPass
 from .layers import Layer
 from .sd_unet import Family, SDUNet, family_for
-from .text import Capture, CaptureComplete, Context
+from .text import Capture, Context
 
 _DOWN = re.compile(r"^down_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)$")
 _MIDDLE = re.compile(r"^mid_block\.attentions\.0\.transformer_blocks\.(\d+)$")
@@ -113,7 +114,7 @@ class DiffusersUNet(SDUNet):
                 output = self.unet(
                     noisy.to(self.device, dtype), timestep, encoder_hidden_states=rows, added_cond_kwargs=added
                 ).sample.float()
-            except CaptureComplete:
+            except EndOfPass:
                 return None
         if self.prediction == "eps":
             result: Tensor = output

@@ -12,10 +12,17 @@ AUTO = "auto"  # layers chosen by slime.training.probe
 
 
 class Layer(NamedTuple):
-    """Something that can be read: its name, dotted text such as "output.3.0", and the encoded cells it spans a side."""
+    """Something that can be read.
+
+    Attributes:
+        name: dotted text such as "output.3.0".
+        stride: encoded cells it spans a side.
+        eye: place of its model where several look together.
+    """
 
     name: str
     stride: int
+    eye: int = 0
 
 
 class LayerChoice(NamedTuple):

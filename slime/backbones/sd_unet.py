@@ -114,7 +114,7 @@ class SDUNet:
             raise SlimeError("This UNet has no cross-attention layers; load an SD1.x, SD2.x or SDXL checkpoint.")
         # Every halving must come out even.
         multiple = cell * max(PROBE_LATENT, *(layer.stride for layer in self.layers))
-        self.info = BackboneInfo(family.name, family.side, cell, multiple, family.timestep, family.instant)
+        self.info = BackboneInfo(family.name, family.side, cell, multiple, channels, family.timestep, family.instant)
 
     @property
     def context_dim(self) -> int:

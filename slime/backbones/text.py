@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import SlimeError
 from .attention import Attention
-from .base import Backbone
+from .base import Backbone, EndOfPass
 from .layers import LayerChoice
 
 
@@ -78,7 +78,7 @@ class Capture:
         (self.cross if kind == "cross" else self.self_)[name] = attention
         complete = len(self.cross) == len(self.choice.read) and len(self.self_) == len(self.choice.propagate)
         if self.stop_early and complete:
-            raise CaptureComplete
+            raise EndOfPass
 
     def to_propagate(self, name: str) -> Tensor | None:
         """Part maps [B, K, h, w] whose WAS of this self-attention layer may be left in ``propagated``, or None."""
@@ -87,10 +87,6 @@ class Capture:
         if self._maps is None:
             self._maps = self._make_maps(self)
         return self._maps
-
-
-class CaptureComplete(Exception):  # noqa: N818  a signal, not an error
-    """Ends a pass whose remaining layers nobody reads."""
 
 
 @runtime_checkable
@@ -130,7 +126,7 @@ def text_conditioned(backbone: Backbone, purpose: str) -> TextConditioned:
     if not isinstance(backbone, TextConditioned):
         raise SlimeError(
             f'{purpose} puts rows into the text of a Stable Diffusion UNet, which "{backbone.info.id}" does not have. '
-            "Use the preset instant, or load an SD1.x, SD2.x or SDXL checkpoint."
+            "Use the preset instant, or an SD1.x, SD2.x or SDXL checkpoint alone."
         )
     return backbone
 

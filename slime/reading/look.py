@@ -12,6 +12,7 @@ from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..backbones.attention import Attention
@@ -76,11 +77,14 @@ def look_at(
     use: Callable[[slice, Passes], T],
     any_rows: bool = False,
     on_encoded: Callable[[float], None] = lambda _: None,
+    latents: Tensor | None = None,
 ) -> Iterator[T]:
     """Results of ``use`` on what sub-batches of images [B, H, W, 3] show, for embeddings of one pass.
 
     These embeddings' rows are scored in the pass itself where the backbone can; with ``any_rows`` the features are
     kept, which serve any others too.
+
+    ``latents`` [B, C, h, w] are the images encoded, at any size; crops are encoded from the images all the same.
 
     ``on_encoded`` hears how many images were encoded, after every sub-batch; an image of n views counts 1/n a view.
 
@@ -92,7 +96,15 @@ def look_at(
     views = view_boxes(images.shape[1], images.shape[2], settings, item.side, info.multiple)
     size = views[0].size
     batch = settings.batch_size or backbone.fitting_batch((size[0] // info.cell, size[1] // info.cell))
-    encoded = [encode(backbone, images, view, batch, lambda n: on_encoded(n / len(views))) for view in views]
+
+    def advance(count: int) -> None:
+        on_encoded(count / len(views))
+
+    if latents is None or settings.crops > 1:
+        encoded = [encode(backbone, images, view, batch, advance) for view in views]
+    else:
+        encoded = [_fitted(latents, view, info.cell, backbone.device) for view in views]
+        on_encoded(len(images))
     see = _way_of_seeing(backbone, plan, items, any_rows)
 
     def passes(part: slice) -> Passes:
@@ -118,6 +130,15 @@ def encode(
         return latents
 
     return torch.cat(list(in_batches(len(images), batch, one)))
+
+
+def _fitted(latents: Tensor, view: View, cell: int, device: torch.device) -> Tensor:
+    """Encoded images [B, C, h, w] of any size as a view of them that is the whole image."""
+    size = (view.size[0] // cell, view.size[1] // cell)
+    latents = latents.to(device, torch.float32)
+    if latents.shape[2:] != size:
+        latents = F.interpolate(latents, size, mode="bilinear", align_corners=False)
+    return latents.flip(-1) if view.flipped else latents
 
 
 def _way_of_seeing(

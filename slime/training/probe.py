@@ -1,4 +1,5 @@
-"""Which attention layers of a loaded UNet tell the parts of the examples apart: for layer patterns "auto".
+"""Which layers of a loaded model tell the parts of the examples apart: for layer patterns "auto", and for models of
+which nobody knows.
 
 Every layer is judged by itself on views of the examples that it was not fitted to; the best few are then taken
 together. GoCA (CVPR 2026) and a first trial with a small model found the paper's layers far from the best elsewhere.
@@ -6,7 +7,7 @@ together. GoCA (CVPR 2026) and a first trial with a small model found the paper'
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..backbones.attention import Attention, propagate
 from ..backbones.base import Backbone, Plan, seeded_noise
-from ..backbones.layers import AUTO, LayerChoice
+from ..backbones.layers import AUTO, LayerChoice, select_layers
 from ..batches import check_finite
 from ..examples import Example
 from ..images import resize_maps
@@ -53,65 +54,94 @@ def probe_layers(
     settings: ViewSettings,
     condition: dict[str, Tensor],
     timestep: int,
+    read: tuple[str, ...] = (),
 ) -> ProbeResult:
-    """Judge every layer on the examples.
+    """Judge every layer on the examples; ``read`` names layers that are read in any case, and judges those alone.
 
-    Costs ``VIEWS`` passes and a small fit a layer: about as much again as an instant training.
+    Costs ``VIEWS`` and ``SELF_VIEWS`` passes and a small fit a layer: about as much again as an instant training.
     """
     every = tuple(layer.name for layer in backbone.layers)
-    plan = Plan(LayerChoice(every, every), condition, timestep, grouping="layer").to(backbone.device)
-    scores: list[list[Tensor]] = []
-    held: list[int] = []
-    attentions: dict[int, tuple[Attention, ...]] = {}
-    labels: list[Tensor] = []
-    order: list[int] = []
-    for index, (latents, label, *_) in enumerate(encode_views(backbone, examples, settings, range(VIEWS))):
-        seen = backbone.observe(latents, plan, seeded_noise(latents.shape, settings.seed + index, backbone.device))
-        if not order:
-            sizes = [(a.height, a.width) for a in seen.attention]
-            order = sorted(range(len(every)), key=lambda i: (*sizes[i], i))  # as observations sort single layers
-        # Examples of another aspect come to the first one's sizes.
-        like = [(maps.shape[-2], maps.shape[-1]) for maps in (scores[0] if scores else map(_pool, seen.features))]
-        pooled = zip(seen.features, like, strict=True)
-        scores.append([F.adaptive_avg_pool2d(maps, size).half() for maps, size in pooled])
-        # Every example is fitted and held out in turn, unless there are too many.
-        turn = index // len(examples) if 2 * len(examples) <= VIEWS else index
-        if turn % 2:
-            if len(held) < SELF_VIEWS:
-                attentions[index] = seen.attention
-            held.append(index)
-        labels.append(F.adaptive_avg_pool2d(label, GRID))
-    by_layer = {every[i]: [view[place] for view in scores] for place, i in enumerate(order)}
-    truth = torch.stack(labels).to(backbone.device)
-    sound = {name: maps for name, maps in by_layer.items() if all(bool(torch.isfinite(one).all()) for one in maps)}
-    check_finite([] if sound else [maps[0] for maps in by_layer.values()])
-    cross = {name: _held_out([maps], truth, held)[0] for name, maps in sound.items()}
+    stack = _look(backbone, examples, settings, Plan(LayerChoice(read or every, ()), condition, timestep, "layer"))
+    truth = stack.labels.to(backbone.device)
+    sound = {
+        name: maps for name, maps in stack.features.items() if all(bool(torch.isfinite(one).all()) for one in maps)
+    }
+    check_finite([] if sound else [maps[0] for maps in stack.features.values()])
+    cross = {name: _held_out([maps], truth, stack.held)[0] for name, maps in sound.items()}
     best_first = sorted(cross, key=lambda key: cross[key])
     trials = {}
-    for count in (n for n in SIZES if n <= len(best_first)):
-        trials[count] = _held_out([by_layer[key] for key in best_first[:count]], truth, held)
+    for count in (n for n in SIZES if n <= len(best_first)) if not read else (len(best_first),):
+        trials[count] = _held_out([sound[key] for key in best_first[:count]], truth, stack.held)
     enough = PATIENCE * min(loss for loss, _ in trials.values())
     chosen = min(count for count, (loss, _) in trials.items() if loss <= enough)
     kept = set(best_first[:chosen])
-    looked = [held.index(index) for index in attentions]
-    maps, real = trials[chosen][1][looked], truth[held][looked]
-    self_scores, self_choice = _choose_self(list(attentions.values()), every, maps, real)
-    choice = LayerChoice(tuple(key for key in every if key in kept), self_choice)
-    return ProbeResult(choice, cross, self_scores)
+    self_plan = Plan(LayerChoice((), every), condition, timestep).to(backbone.device)
+    shown = list(stack.inputs)
+    attention = (_attention(backbone, stack.inputs[view], self_plan) for view in shown)
+    self_scores, self_choice = _choose_self(attention, every, trials[chosen][1][: len(shown)], truth[shown])
+    return ProbeResult(LayerChoice(tuple(key for key in every if key in kept), self_choice), cross, self_scores)
+
+
+def _attention(backbone: Backbone, looked_with: tuple[Tensor, Tensor], plan: Plan) -> tuple[Attention, ...]:
+    encoded, noise = looked_with
+    return backbone.observe(encoded, plan, noise).attention
+
+
+@dataclass(frozen=True)
+class _Views:
+    """What views of the examples showed: by layer one [1, D, h, w] a view, soft labels [V, K, h, w] on the CPU, which
+    views are held out, and what the first of these were looked at with: encoded, and noise."""
+
+    features: dict[str, list[Tensor]]
+    labels: Tensor
+    held: list[int]
+    inputs: dict[int, tuple[Tensor, Tensor]]
+
+
+def _look(backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, plan: Plan) -> _Views:
+    # As observations sort single layers.
+    order = sorted(range(len(backbone.layers)), key=lambda i: (backbone.layers[i].eye, -backbone.layers[i].stride, i))
+    names = [name for i in order if (name := backbone.layers[i].name) in plan.layers.read]
+    plan = plan.to(backbone.device)
+    features: dict[str, list[Tensor]] = {name: [] for name in names}
+    labels: list[Tensor] = []
+    inputs: dict[int, tuple[Tensor, Tensor]] = {}
+    held: list[int] = []
+    for index, (encoded, label, *_) in enumerate(encode_views(backbone, examples, settings, range(VIEWS))):
+        noise = seeded_noise(encoded.shape, settings.seed + index, backbone.device)
+        # Every example is fitted and held out in turn, unless there are too many.
+        turn = index // len(examples) if 2 * len(examples) <= VIEWS else index
+        if turn % 2:
+            held.append(index)
+            if len(inputs) < SELF_VIEWS:
+                inputs[index] = encoded, noise
+        for name, maps in zip(names, backbone.observe(encoded, plan, noise).features, strict=True):
+            # Examples of another aspect come to the first one's sizes.
+            like = features[name][0] if features[name] else _pool(maps)
+            features[name].append(F.adaptive_avg_pool2d(maps, (like.shape[-2], like.shape[-1])).half())
+        labels.append(F.adaptive_avg_pool2d(label, GRID))
+    return _Views(features, torch.stack(labels), held, inputs)
 
 
 def with_probed_layers(backbone: Backbone, examples: Sequence[Example], settings: Trained, prompt: str) -> Trained:
-    """The settings with the layers that the probe chooses in place of the patterns "auto"."""
-    read, propagate = (pattern.strip() == AUTO for pattern in (settings.read_layers, settings.propagate_layers))
-    if not (read or propagate):
+    """The settings with the layers that the probe chooses, where they say "auto", or say nothing and the model of the
+    backbone is not known."""
+    usual = backbone.default_layers()
+    read, propagate = settings.read_layers.strip(), settings.propagate_layers.strip()
+    probe_read, probe_propagate = (
+        pattern == AUTO or not (pattern or known)
+        for pattern, known in ((read, usual.read), (propagate, usual.propagate))
+    )
+    if not (probe_read or probe_propagate):
         return settings
     timestep = getattr(settings, "timestep", None)
     timestep = backbone.info.timestep if timestep is None else timestep
-    found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep).choice
+    given = () if probe_read else select_layers(read, backbone.layers) if read else usual.read
+    found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep, given).choice
     return replace(
         settings,
-        read_layers=", ".join(found.read) if read else settings.read_layers,
-        propagate_layers=", ".join(found.propagate) if propagate else settings.propagate_layers,
+        read_layers=", ".join(found.read) if probe_read else read,
+        propagate_layers=", ".join(found.propagate) if probe_propagate else propagate,
     )
 
 
@@ -133,20 +163,21 @@ def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[
 
 
 def _choose_self(
-    attentions: Sequence[tuple[Attention, ...]], names: Sequence[str], maps: Tensor, truth: Tensor
+    attentions: Iterable[tuple[Attention, ...]], names: Sequence[str], maps: Tensor, truth: Tensor
 ) -> tuple[dict[str, float], tuple[str, ...]]:
-    """Self-attention layers by the IoU of half-propagated maps; the best few that do better together than alone."""
+    """Self-attention layers by the IoU of half-propagated maps; the best few that do better together than alone.
+
+    ``attentions`` of the views, one after the other: the queries and keys of one take memory.
+    """
     size = (truth.shape[-2], truth.shape[-1])
-    spread = [
-        torch.cat([resize_maps(propagate(view[i], maps[v : v + 1]), size) for v, view in enumerate(attentions)])
-        for i in range(len(names))
+    views = [
+        torch.stack([resize_maps(propagate(layer, maps[v : v + 1]), size)[0] for layer in layers])
+        for v, layers in enumerate(attentions)
     ]
+    spread = torch.stack(views, 1)  # [layers, views, K, h, w]
     scores = {name: _iou(0.5 * maps + 0.5 * one, truth) for name, one in zip(names, spread, strict=True)}
     best_first = sorted(range(len(names)), key=lambda i: -scores[names[i]])[:MOST_SELF]
-    together = [
-        _iou(0.5 * maps + 0.5 * torch.stack([spread[i] for i in best_first[:n]]).mean(0), truth)
-        for n in range(1, len(best_first) + 1)
-    ]
+    together = [_iou(0.5 * maps + 0.5 * spread[best_first[:n]].mean(0), truth) for n in range(1, len(best_first) + 1)]
     count = max(range(len(together)), key=lambda n: together[n]) + 1
     kept = set(best_first[:count])
     return scores, tuple(name for i, name in enumerate(names) if i in kept)

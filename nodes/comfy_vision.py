@@ -1,0 +1,86 @@
+"""ComfyUI's loaded CLIP_VISION as a :class:`slime.backbones.vision.VisionTransformer`."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import comfy.clip_vision
+import comfy.model_management
+import comfy.ops
+import torch
+from torch import Tensor, nn
+
+from ..slime.backbones.vision import Standard, VisionTransformer, interpolated
+from ..slime.errors import SlimeError
+
+_KINDS = {
+    "clip_vision_model": "clip",
+    "siglip_vision_model": "siglip",
+    "siglip2_vision_model": "siglip2",
+    "dinov2": "dinov2",
+    "dinov3": "dinov3",
+}
+
+
+class ComfyVision(VisionTransformer):
+    """One model of the node Load CLIP Vision, at any size and aspect: ComfyUI itself gives some of them one size.
+
+    Raises:
+        SlimeError: a model of a kind that ComfyUI does not bring along.
+    """
+
+    def __init__(self, clip_vision: Any, cell: int = 0) -> None:
+        patcher: Any = getattr(clip_vision, "patcher", None)
+        if patcher is None or not isinstance(getattr(clip_vision, "model", None), nn.Module):
+            raise SlimeError("This CLIP_VISION is of a kind that SLiMe cannot read. Use the node Load CLIP Vision.")
+        self.patcher, self.model = patcher, clip_vision.model
+        kind = _kind(clip_vision.model)
+        standard = Standard(tuple(clip_vision.image_mean), tuple(clip_vision.image_std))
+        side = 0 if kind in ("dinov3", "siglip2") else int(clip_vision.image_size)
+        super().__init__(clip_vision.model, kind, side, standard, clip_vision.load_device, cell)
+
+    def run(self, pixels: Tensor) -> None:
+        comfy.model_management.load_model_gpu(self.patcher)
+        if self.kind in ("dinov3", "siglip2"):
+            getattr(self.model, "vision_model", self.model)(pixels)
+        elif self.kind == "dinov2":
+            embeddings = self.model.embeddings
+            tokens = embeddings.patch_embeddings(pixels)
+            tokens = self._placed(tokens, pixels, embeddings.cls_token[0], embeddings.position_embeddings[0])
+            self.model.encoder(tokens)
+        else:
+            vision = self.model.vision_model
+            tokens = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
+            first = vision.embeddings.class_embedding
+            first = first if first is None else first[None]
+            tokens = self._placed(tokens, pixels, first, vision.embeddings.position_embedding.weight)
+            vision.encoder(vision.pre_layrnorm(tokens))
+
+    def _placed(self, tokens: Tensor, pixels: Tensor, first: Tensor | None, positions: Tensor) -> Tensor:
+        """Patches [B, N, D] behind the class's token [1, D], with positions [P, D] brought to their grid."""
+        grid = (pixels.shape[2] // self.patch, pixels.shape[3] // self.patch)
+        if first is not None:
+            tokens = torch.cat([comfy.ops.cast_to_input(first, tokens).expand(len(tokens), 1, -1), tokens], 1)
+        positions = interpolated(comfy.ops.cast_to_input(positions, tokens)[None], int(first is not None), grid)
+        return tokens + positions
+
+    def free_memory(self) -> float:
+        return float(comfy.model_management.get_free_memory(self.device))
+
+    def identity(self) -> tuple[object, Hashable] | None:
+        """The model, and what tells its state."""
+        return self.module, str(self.patcher.patches_uuid)
+
+
+def _kind(model: nn.Module) -> str:
+    """By the class that ComfyUI chose, and SigLIP from CLIP by its lack of a class token."""
+    for name, of in comfy.clip_vision.IMAGE_ENCODERS.items():
+        if isinstance(model, of):
+            if _KINDS.get(name) != "clip":
+                return _KINDS.get(name, name)
+            embeddings = model.vision_model.embeddings
+            if not hasattr(embeddings, "class_embedding"):
+                return "siglip2"
+            return "clip" if embeddings.class_embedding is not None else "siglip"
+    raise SlimeError(f"{type(model).__name__} is a vision model that SLiMe does not know. Load DINOv2, DINOv3 or CLIP.")

@@ -1,0 +1,89 @@
+"""What looks at images: the backbone that the connected models make."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..slime.backbones.base import Backbone
+from ..slime.backbones.joined import Joined
+from ..slime.errors import SlimeError
+from .comfy_unet import ComfyUNet
+from .comfy_vision import ComfyVision
+from .common import as_images
+
+
+def connected(model: Any, vae: Any, clip: Any, clip_vision: Any) -> Backbone:
+    """A diffusion model, a vision encoder, or both together.
+
+    Raises:
+        SlimeError: neither, or one of a kind that SLiMe cannot read.
+    """
+    if model is None and clip_vision is None:
+        raise SlimeError("Nothing to look with: connect a model and its VAE, or a clip_vision, or all of them.")
+    if model is None:
+        return ComfyVision(clip_vision)
+    unet = ComfyUNet(model, vae, clip)
+    return unet if clip_vision is None else Joined(unet, ComfyVision(clip_vision, unet.info.cell))
+
+
+def shown(image: Tensor | None, latent: dict[str, Tensor] | None, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
+    """IMAGE [B, H, W, 3], and the LATENT as the model takes it, [B, C, h, w]; an image that is not there is guessed
+    from the latent, as ComfyUI's previews do it.
+
+    Raises:
+        SlimeError: neither, or a latent that the backbone cannot take.
+    """
+    if image is None and latent is None:
+        raise SlimeError("Nothing to look at: connect an image or a latent.")
+    if image is not None and (latent is None or not isinstance(backbone, ComfyUNet)):
+        return as_images(image), None
+    if latent is None or not isinstance(backbone, ComfyUNet):
+        raise SlimeError("A vision encoder looks at pixels: decode the latent, and connect the image.")
+    samples = latent["samples"].to("cpu", torch.float32)
+    if samples.ndim != 4 or samples.shape[1] != backbone.channels:
+        raise SlimeError(
+            f"A latent of shape {list(samples.shape)} is not of this model, whose latents are "
+            f"[B, {backbone.channels}, h, w]."
+        )
+    taken = backbone.model.model.process_latent_in(samples)
+    return _guessed(samples, backbone) if image is None else as_images(image), taken
+
+
+def _guessed(samples: Tensor, backbone: ComfyUNet) -> Tensor:
+    """Pixels [B, H, W, 3], roughly, of latents as they travel between nodes."""
+    kind = backbone.model.model.latent_format
+    grey = torch.ones(samples.shape[1], 3) / samples.shape[1]
+    factors = torch.tensor(kind.latent_rgb_factors) if kind.latent_rgb_factors else grey
+    bias = torch.tensor(kind.latent_rgb_factors_bias) if kind.latent_rgb_factors_bias else torch.zeros(3)
+    cells = (torch.einsum("bchw,cr->brhw", samples, factors) + bias[:, None, None] + 1) / 2
+    pixels = torch.nn.functional.interpolate(cells, scale_factor=float(backbone.info.cell), mode="bicubic")
+    return pixels.clamp(0, 1).movedim(1, -1)
+
+
+def looking_inputs(model: str) -> list[Any]:
+    """Sockets for what looks; ``model`` is the tooltip of the first."""
+    return [
+        io.Model.Input("model", optional=True, tooltip=model),
+        io.Vae.Input("vae", optional=True, tooltip="The VAE of the same checkpoint."),
+    ]
+
+
+def clip_vision_input() -> Any:
+    return io.ClipVision.Input(
+        "clip_vision",
+        optional=True,
+        tooltip="A vision encoder, best DINOv2 or DINOv3: looks together with the model, or alone where no model is "
+        "connected.",
+    )
+
+
+def latent_input() -> Any:
+    return io.Latent.Input(
+        "latent",
+        optional=True,
+        tooltip="Images as latents, in place of image: nothing is encoded. With the image too, borders are sharper.",
+    )
