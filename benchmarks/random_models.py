@@ -72,6 +72,146 @@ def unet_config(layout: str, width: int = FULL_WIDTH) -> dict[str, Any]:
     return config
 
 
+FLUX = {
+    "in_channels": 16,
+    "out_channels": 16,
+    "vec_in_dim": 24,
+    "context_in_dim": 40,
+    "hidden_size": 96,
+    "mlp_ratio": 2.0,
+    "num_heads": 3,
+    "depth": 3,
+    "depth_single_blocks": 4,
+    "axes_dim": [8, 12, 12],
+    "theta": 10000,
+    "patch_size": 2,
+    "qkv_bias": True,
+    "guidance_embed": True,
+    "txt_ids_dims": [],
+}
+NEXT_DIT = {
+    "image_model": "lumina2",
+    "patch_size": 2,
+    "in_channels": 16,
+    "dim": 96,
+    "n_layers": 6,
+    "n_refiner_layers": 1,
+    "n_heads": 6,
+    "n_kv_heads": 2,
+    "multiple_of": 32,
+    "axes_dims": [4, 6, 6],
+    "axes_lens": [300, 64, 64],
+    "rope_theta": 10000.0,
+    "ffn_dim_multiplier": 1.0,
+    "norm_eps": 1e-5,
+    "qk_norm": True,
+    "cap_feat_dim": 40,
+}
+MMDIT = {
+    "in_channels": 16,
+    "patch_size": 2,
+    "depth": 4,
+    "input_size": None,
+    "mlp_ratio": 2.0,
+    "adm_in_channels": 24,
+    "num_patches": 36 * 36,
+    "pos_embed_max_size": 36,
+    "pos_embed_scaling_factor": None,
+    "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 40, "out_features": 256}},
+}
+# Small models of the real classes of flow transformers: ComfyUI's configuration, class and base, and text width.
+FLOWS: dict[str, tuple[dict[str, Any], str]] = {
+    "flux": ({"image_model": "flux"} | FLUX, "Flux"),
+    "flux2": (
+        {"image_model": "flux2"}
+        | FLUX
+        | {
+            "in_channels": 128,
+            "out_channels": 128,
+            "patch_size": 1,
+            "vec_in_dim": None,
+            "axes_dim": [8, 8, 8, 8],
+            "qkv_bias": False,
+            "txt_ids_dims": [3],
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "ops_bias": False,
+        },
+        "Flux2",
+    ),
+    "chroma": (
+        {"image_model": "chroma", "in_dim": 64, "out_dim": 96, "hidden_dim": 96, "n_layers": 2}
+        | FLUX
+        | {"in_channels": 64, "out_channels": 64, "guidance_embed": False},
+        "Chroma",
+    ),
+    "sd3": (MMDIT, "SD3"),
+    "sd3.5": (MMDIT | {"qk_norm": "rms", "x_block_self_attn_layers": [0, 1, 2]}, "SD3"),
+    "qwen-image": (
+        {
+            "image_model": "qwen_image",
+            "patch_size": 2,
+            "in_channels": 64,
+            "out_channels": 16,
+            "num_layers": 5,
+            "attention_head_dim": 32,
+            "num_attention_heads": 3,
+            "joint_attention_dim": 40,
+            "axes_dims_rope": (8, 12, 12),
+        },
+        "QwenImage",
+    ),
+    "lumina": (NEXT_DIT, "Lumina2"),
+    "z-image": (
+        NEXT_DIT
+        | {"dim": 256, "n_heads": 8, "n_kv_heads": 8, "axes_dims": [8, 12, 12], "qk_norm": True}
+        | {"z_image_modulation": True, "pad_tokens_multiple": 32, "time_scale": 1000.0},
+        "Lumina2",
+    ),
+}
+
+
+def flow_patcher(kind: str, seed: int = 0) -> Any:
+    """ComfyUI's ModelPatcher of a small random flow transformer; AttributeError where this ComfyUI has none."""
+    import comfy.model_base
+    import comfy.model_management
+    import comfy.model_patcher
+    import comfy.supported_models
+
+    config, name = FLOWS[kind]
+    supported = getattr(comfy.supported_models, name)
+    model_config = supported(dict(config))
+    model_config.unet_config = _known(name, config) | {"dtype": torch.float32}
+    device = comfy.model_management.get_torch_device()
+    with torch.inference_mode():
+        model = getattr(comfy.model_base, name)(model_config, device="cpu")
+        randomise(model.diffusion_model, seed)
+        return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=torch.device("cpu"))
+
+
+def _known(name: str, config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration without what older ComfyUIs do not know."""
+    import comfy.ldm.chroma.model
+    import comfy.ldm.flux.model
+
+    kinds = {
+        "Flux": comfy.ldm.flux.model.FluxParams,
+        "Flux2": comfy.ldm.flux.model.FluxParams,
+        "Chroma": comfy.ldm.chroma.model.ChromaParams,
+    }
+    fields = getattr(kinds.get(name), "__dataclass_fields__", None)
+    return {key: value for key, value in config.items() if fields is None or key in fields or key == "image_model"}
+
+
+def flow_text(kind: str, seed: int = 1) -> dict[str, Tensor]:
+    """What a text encoder of that model would give, as :meth:`nodes.comfy_flow.ComfyFlow.condition` keeps it."""
+    generator = torch.Generator().manual_seed(seed)
+    found = {"text": torch.randn(13, 40, generator=generator)}
+    if kind in ("flux", "sd3", "sd3.5"):
+        found["pooled_output"] = torch.randn(24, generator=generator)
+    return found
+
+
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Weights that keep activations of order one; ComfyUI's layers come uninitialised."""
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +225,7 @@ def random_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor
     if like.ndim >= 2:
         bound = like[0].numel() ** -0.5
         return (torch.rand(like.shape, generator=generator) * 2 - 1) * 1.7 * bound
-    return torch.ones(like.shape) if name.endswith("weight") else torch.zeros(like.shape)
+    return torch.ones(like.shape) if name.endswith(("weight", "scale")) else torch.zeros(like.shape)
 
 
 def comfy_patcher(

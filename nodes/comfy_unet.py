@@ -43,8 +43,8 @@ class ComfyUNet(SDUNet):
         unet = getattr(base, "diffusion_model", None)
         if not isinstance(unet, UNetModel):
             raise SlimeError(
-                f"SLiMe reads the cross-attention of Stable Diffusion UNets (SD1.x, SD2.x, SDXL); "
-                f"{type(base).__name__} is another kind of model. Load an SD checkpoint."
+                f"SLiMe looks with Stable Diffusion UNets (SD1.x, SD2.x, SDXL) and with Flux, Chroma, SD3, Qwen-Image, "
+                f"Lumina 2 and Z-Image; {type(base).__name__} is another kind of model. Load one of these."
             )
         taken, channels = int(unet.input_blocks[0][0].weight.shape[1]), int(base.latent_format.latent_channels)
         if taken != channels:
@@ -87,7 +87,12 @@ class ComfyUNet(SDUNet):
                 f"This VAE gives latents of shape {list(latents.shape)}, the model needs {self.channels} channels: "
                 "connect the VAE of the same checkpoint."
             )
-        return self.model.model.process_latent_in(latents.to(self.device, torch.float32))
+        return self.take(latents)
+
+    def take(self, latents: Tensor) -> Tensor:
+        """LATENT samples [B, C, h, w] in the model's own scale, on its device."""
+        taken: Tensor = self.model.model.process_latent_in(latents.to(self.device, torch.float32))
+        return taken
 
     def encode_prompt(self, prompt: str) -> Context:
         if self.clip is None:

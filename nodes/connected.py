@@ -11,6 +11,7 @@ from torch import Tensor
 from ..slime.backbones.base import Backbone
 from ..slime.backbones.joined import Joined
 from ..slime.errors import SlimeError
+from .comfy_flow import ComfyFlow, family_of
 from .comfy_unet import ComfyUNet
 from .comfy_vision import ComfyVision
 from .common import as_images
@@ -26,8 +27,9 @@ def connected(model: Any, vae: Any, clip: Any, clip_vision: Any) -> Backbone:
         raise SlimeError("Nothing to look with: connect a model and its VAE, or a clip_vision, or all of them.")
     if model is None:
         return ComfyVision(clip_vision)
-    unet = ComfyUNet(model, vae, clip)
-    return unet if clip_vision is None else Joined(unet, ComfyVision(clip_vision, unet.info.cell))
+    kind = ComfyFlow if family_of(model.model) is not None else ComfyUNet
+    backbone = kind(model, vae, clip)
+    return backbone if clip_vision is None else Joined(backbone, ComfyVision(clip_vision, backbone.info.cell))
 
 
 def shown(image: Tensor | None, latent: dict[str, Tensor] | None, backbone: Backbone) -> tuple[Tensor, Tensor | None]:
@@ -39,21 +41,22 @@ def shown(image: Tensor | None, latent: dict[str, Tensor] | None, backbone: Back
     """
     if image is None and latent is None:
         raise SlimeError("Nothing to look at: connect an image or a latent.")
-    if image is not None and (latent is None or not isinstance(backbone, ComfyUNet)):
+    if image is not None and (latent is None or not isinstance(backbone, ComfyUNet | ComfyFlow)):
         return as_images(image), None
-    if latent is None or not isinstance(backbone, ComfyUNet):
+    if latent is None or not isinstance(backbone, ComfyUNet | ComfyFlow):
         raise SlimeError("A vision encoder looks at pixels: decode the latent, and connect the image.")
     samples = latent["samples"].to("cpu", torch.float32)
-    if samples.ndim != 4 or samples.shape[1] != backbone.channels:
+    channels = backbone.info.channels
+    samples = samples[:, :, 0] if samples.ndim == 5 and samples.shape[2] == 1 else samples
+    if samples.ndim != 4 or samples.shape[1] != channels:
         raise SlimeError(
-            f"A latent of shape {list(samples.shape)} is not of this model, whose latents are "
-            f"[B, {backbone.channels}, h, w]."
+            f"A latent of shape {list(samples.shape)} is not of this model, whose latents are [B, {channels}, h, w]."
         )
-    taken = backbone.model.model.process_latent_in(samples)
+    taken = backbone.take(samples)
     return _guessed(samples, backbone) if image is None else as_images(image), taken
 
 
-def _guessed(samples: Tensor, backbone: ComfyUNet) -> Tensor:
+def _guessed(samples: Tensor, backbone: ComfyUNet | ComfyFlow) -> Tensor:
     """Pixels [B, H, W, 3], roughly, of latents as they travel between nodes."""
     kind = backbone.model.model.latent_format
     grey = torch.ones(samples.shape[1], 3) / samples.shape[1]

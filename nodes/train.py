@@ -68,7 +68,10 @@ class SLiMeTrain(io.ComfyNode):
             description="Learns the parts of the examples with what the connected models see in them.",
             search_aliases=["one shot segmentation", "train segmenter", "learn mask", "part segmentation"],
             inputs=[
-                *looking_inputs("SD1.x, SD2.x or SDXL. LoRAs on it are respected."),
+                *looking_inputs(
+                    "SD1.x, SD2.x or SDXL; with the preset instant also Flux, Chroma, SD3, Qwen-Image, Lumina 2, "
+                    "Z-Image. LoRAs on it are respected."
+                ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP of the same checkpoint."),
                 Examples.Input("examples", tooltip="From SLiMe Example; one is enough, ten are better."),
                 io.Combo.Input(

@@ -288,7 +288,7 @@ def _check_tensor(name: str, tensor: Tensor, embeddings: PartEmbeddings) -> None
         needed = len(embeddings.names) + 1 if embeddings.mode == CONTEXT else 1
         if tensor.ndim != 2 or tensor.shape[1] != embeddings.rows.shape[2] or len(tensor) < needed:
             raise ValueError(f"shape {list(tensor.shape)} beside rows {list(embeddings.rows.shape)}")
-    elif name != "rows" and tensor.ndim != 1:
+    elif name != "rows" and tensor.ndim > (1 if "pooled" in name else 2):
         raise ValueError(f"shape {list(tensor.shape)}")
 
 

@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbones.base import Backbone, Plan
-from .backbones.joined import TOGETHER
+from .backbones.base import TOGETHER, Backbone, Plan
 from .backbones.layers import LayerChoice
 from .errors import SlimeError
 from .examples import check_names

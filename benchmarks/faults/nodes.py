@@ -95,14 +95,14 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
 
     def teach(name: str, **more: Any) -> Any:
         widgets = {"steps": 2, "learning_rate": 0.0, "seed": 0, "views": 2} | more
-        return nodes["SLiMeTrain"].execute(model, vae, clip, (example,), name, **widgets).args
+        return nodes["SLiMeTrain"].execute((example,), name, model=model, vae=vae, clip=clip, **widgets).args
 
     def find(**more: Any) -> Any:
-        return nodes["SLiMeSegment"].execute(model, vae, learned, image, **more).args
+        return nodes["SLiMeSegment"].execute(learned, image, model, vae, **more).args
 
     learned = teach("instant", views=8, steps=30)[0]
     parts = find()[0]
-    look = nodes["SLiMeLook"].execute(model, vae, learned, image).args[0]
+    look = nodes["SLiMeLook"].execute(learned, image, model, vae).args[0]
     truth = (example.labels == 4).float()[None]
     works: dict[str, Callable[[], Any]] = {
         "train instant": lambda: teach("instant"),
@@ -111,7 +111,7 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
         "train paper, checkpointing": lambda: teach("paper", checkpointing=True),
         "segment": find,
         "segment, zoom": lambda: find(zoom=1),
-        "look": lambda: nodes["SLiMeLook"].execute(model, vae, learned, image),
+        "look": lambda: nodes["SLiMeLook"].execute(learned, image, model, vae),
         "read parts": lambda: nodes["SLiMeReadParts"].execute(look, learned),
         "part mask": lambda: nodes["SLiMePartMask"].execute(parts, "wheel", "soft", grow=3, feather=2),
         "part list": lambda: nodes["SLiMePartList"].execute(parts),

@@ -13,6 +13,8 @@ from ..settings import InstantSettings
 from .attention import Attention
 from .layers import Layer, LayerChoice, select_layers
 
+TOGETHER = "+"  # between the ids of backbones that look together
+
 
 @dataclass(frozen=True)
 class BackboneInfo:

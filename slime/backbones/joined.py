@@ -16,10 +16,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..errors import SlimeError
-from .base import Backbone, BackboneInfo, Identified, Observation, Plan
+from .base import TOGETHER, Backbone, BackboneInfo, Identified, Observation, Plan
 from .layers import LayerChoice
 
-TOGETHER = "+"  # between the ids
+SECOND = "second "  # begins the names of the second one's condition
 
 
 class _Eye(NamedTuple):
@@ -29,7 +29,8 @@ class _Eye(NamedTuple):
 
 
 class Joined:
-    """The first backbone decides size and noise, and by default propagates; the second looks at the same image.
+    """The first backbone decides the size, and by default propagates; the second looks at the same image, at the noise
+    level that it usually does.
 
     Encoded images of both stand behind each other in channels, so their cells must span as many pixels. Features are
     filled up with zeros to the wider ones' width.
@@ -70,7 +71,9 @@ class Joined:
         return LayerChoice(read, first.propagate or second.propagate)
 
     def condition(self, prompt: str) -> dict[str, Tensor]:
-        return self._eyes[0].backbone.condition(prompt)
+        """Of both; the second one's by names that begin with :data:`SECOND`."""
+        first, second = (eye.backbone.condition(prompt) for eye in self._eyes)
+        return first | {SECOND + name: tensor for name, tensor in second.items()}
 
     def encode_images(self, images: Tensor) -> Tensor:
         encoded = [eye.backbone.encode_images(images).to(self.device, torch.float32) for eye in self._eyes]
@@ -78,10 +81,13 @@ class Joined:
 
     def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
         seen = []
-        for eye in self._eyes:
+        first = {name: tensor for name, tensor in plan.condition.items() if not name.startswith(SECOND)}
+        second = {name[len(SECOND) :]: plan.condition[name] for name in plan.condition if name.startswith(SECOND)}
+        timesteps = (plan.timestep, self._eyes[1].backbone.info.timestep)
+        for eye, condition, timestep in zip(self._eyes, (first, second), timesteps, strict=True):
             layers = LayerChoice(*(tuple(n for n in chosen if n in eye.layers) for chosen in plan.layers))
             if any(layers):
-                own = Plan(layers, plan.condition, plan.timestep, plan.grouping)
+                own = Plan(layers, condition, timestep, plan.grouping)
                 seen.append(eye.backbone.observe(encoded[:, eye.channels], own, noise[:, eye.channels]).to(self.device))
         features = [maps for one in seen for maps in one.features]
         width = max((maps.shape[1] for maps in features), default=0)
