@@ -171,8 +171,11 @@ FLOWS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-def flow_patcher(kind: str, seed: int = 0) -> Any:
-    """ComfyUI's ModelPatcher of a small random flow transformer; AttributeError where this ComfyUI has none."""
+def flow_patcher(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """ComfyUI's ModelPatcher of a small random flow transformer, weights kept in ``dtype`` and used in float32.
+
+    AttributeError where this ComfyUI has none.
+    """
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -181,7 +184,9 @@ def flow_patcher(kind: str, seed: int = 0) -> Any:
     config, name = FLOWS[kind]
     supported = getattr(comfy.supported_models, name)
     model_config = supported(dict(config))
-    model_config.unet_config = _known(name, config) | {"dtype": torch.float32}
+    model_config.unet_config = _known(name, config) | {"dtype": dtype}
+    if dtype != torch.float32:
+        model_config.set_inference_dtype(dtype, torch.float32)
     device = comfy.model_management.get_torch_device()
     with torch.inference_mode():
         model = getattr(comfy.model_base, name)(model_config, device="cpu")
@@ -215,9 +220,12 @@ def flow_text(kind: str, seed: int = 1) -> dict[str, Tensor]:
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Weights that keep activations of order one; ComfyUI's layers come uninitialised."""
     generator = torch.Generator().manual_seed(seed)
-    for name, tensor in model.named_parameters():
-        with torch.no_grad():
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
             tensor.copy_(random_weight(name, tensor, generator))
+        for name, buffer in model.named_buffers():
+            if "pos_embed" in name:  # of SD3, which comes with its weights
+                buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def random_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:

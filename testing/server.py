@@ -19,6 +19,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "demo" / "models" / "slime_tiny.safetensors"
+FLOW = MODEL.with_name("tiny_flow.safetensors")
 EXTENSION = "slime"
 
 

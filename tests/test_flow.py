@@ -210,3 +210,30 @@ def test_a_text_of_another_shape_in_a_file_is_refused(tmp_path) -> None:
     made = PartEmbeddings(("a",), torch.zeros(1, 1, 8), text, "", "flux-1", layers, 260, 64)
     with pytest.raises(SlimeError, match="damaged"):
         load_embeddings(save_embeddings(made, tmp_path / "x.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["flux", "sd3.5"], indirect=True)
+def test_loras_and_small_weights_are_seen(kind: str) -> None:
+    """A LoRA changes what is seen as merging it does; weights of 8 bits, cast as they are used, show about the same."""
+    plain = backbone_of(kind)
+    first, latents = next(iter(plain._blocks)), latents_for(plain)
+    before = seen(plain, kind, latents, (first,), (first,)).features[0]
+    of_image = ("img_attn.qkv.weight", "x_block.attn.qkv.weight")
+    key = next(name for name, _ in plain.model.model.named_parameters() if name.endswith(of_image))
+    weight = plain.model.model.state_dict()[key]
+    change = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
+    patched = plain.model.clone()
+    patched.add_patches({key: ("diff", (change,))})
+    after = seen(backbone_of(kind, patched), kind, latents, (first,), (first,)).features[0]
+    assert not torch.allclose(before, after, atol=1e-3)
+    merged = flow_patcher(kind)
+    with torch.inference_mode():
+        merged.model.state_dict()[key].add_(change)
+    wanted = seen(backbone_of(kind, merged), kind, latents, (first,), (first,)).features[0]
+    assert torch.allclose(after, wanted, atol=1e-5)
+    again = seen(plain, kind, latents, (first,), (first,)).features[0]
+    assert torch.equal(before, again), "the LoRA stayed"
+
+    small = backbone_of(kind, flow_patcher(kind, dtype=torch.float8_e4m3fn))
+    found = seen(small, kind, latents, (first,), (first,)).features[0]
+    assert torch.nn.functional.cosine_similarity(found, before, dim=1).min() > 0.97

@@ -192,7 +192,7 @@ def initialise(model: nn.Module) -> None:
             nn.Conv2d.reset_parameters(module)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
-        elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+        elif isinstance(module, nn.LayerNorm | nn.GroupNorm) and module.weight is not None:
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
     for name, parameter in model.named_parameters():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 LATENT_SCALE = 0.18215  # SD1.5's latent format, which ComfyUI applies around the VAE
 LATENT_CHANNELS = 4
 DOWNSCALE = 8
@@ -26,6 +28,19 @@ UNET_CONFIG = {
     "use_temporal_attention": False,
     "use_checkpoint": False,
     "legacy": False,
+}
+# A flow transformer of SD3's shape on the same latents and text.
+FLOW_CONFIG: dict[str, Any] = {
+    "in_channels": 4,
+    "patch_size": 2,
+    "depth": 3,  # heads, of 64 channels
+    "num_blocks": 8,
+    "input_size": None,
+    "mlp_ratio": 2.0,
+    "num_patches": 32 * 32,
+    "pos_embed_max_size": 32,
+    "pos_embed_scaling_factor": None,
+    "qk_norm": "rms",
 }
 CLIP_CONFIG = {
     "_name_or_path": "tiny",
@@ -56,5 +71,15 @@ SLIME_FAMILY = {
     "side": 256,
     "cross": "output.3-11",
     "self_": "output.9-10",
+    "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96},
+}
+# How SLiMe looks with the flow transformer, the arguments of its FlowFamily.
+SLIME_FLOW = {
+    "name": "tiny-flow",
+    "base": (),
+    "noise": 100,
+    "read": ("joint.2", "joint.3", "joint.4", "joint.5"),
+    "propagate": ("joint.4",),
+    "side": 256,
     "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96},
 }

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import comfy.latent_formats
 import comfy.supported_models
 from comfy import sd1_clip
 from comfy.model_base import ModelType
 from comfy.supported_models_base import ClipTarget
 
-from .shapes import CLIP_CONFIG, CONTEXT_DIM, SLIME_FAMILY, UNET_CONFIG
+from .shapes import CLIP_CONFIG, CONTEXT_DIM, FLOW_CONFIG, SLIME_FAMILY, SLIME_FLOW, UNET_CONFIG
 
 
 class TinyTokenizer(sd1_clip.SD1Tokenizer):
@@ -55,7 +56,21 @@ class TinySD(comfy.supported_models.SD15):
         return ClipTarget(TinyTokenizer, TinyTextEncoder)
 
 
+class TinyFlow(comfy.supported_models.SD3):
+    """SD3's layout on the tiny model's latents and text; of the blocks the stock loader tells the width alone."""
+
+    unet_config = {"in_channels": FLOW_CONFIG["in_channels"], "pos_embed_scaling_factor": None}
+    unet_extra_config = {name: FLOW_CONFIG[name] for name in ("num_blocks", "mlp_ratio")}
+    sampling_settings = {"shift": 1.0}
+    latent_format = comfy.latent_formats.SD15
+    slime_flow = SLIME_FLOW
+
+    def clip_target(self, state_dict: Any = None) -> ClipTarget:
+        return ClipTarget(TinyTokenizer, TinyTextEncoder)
+
+
 def register() -> None:
-    """Let the stock loader recognise the tiny model."""
-    if TinySD not in comfy.supported_models.models:
-        comfy.supported_models.models.append(TinySD)
+    """Let the stock loaders recognise the tiny models."""
+    for kind in (TinySD, TinyFlow):
+        if kind not in comfy.supported_models.models:
+            comfy.supported_models.models.append(kind)
