@@ -18,14 +18,16 @@ import torch
 
 from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
 from slime.backbones.base import Backbone
+from slime.backbones.joined import Joined
 from slime.images import resize_image, working_size
 from slime.read_out import Official, Propagated
 from slime.training import gradient
 from slime.training.reuse import forget
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
-from testing.inprocess import load_backbone
+from testing.inprocess import load_backbone, load_flow
 from testing.recipes import PAPER_LAYERS, RECIPES
+from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
 
 from .official_steps import label_maps
@@ -192,30 +194,44 @@ def learned(get_backbone: Callable[[], Any], variant: Variant, fit: Fit | None =
     return learn
 
 
-@functools.cache
-def sights_of(checkpoint: Path, style: str) -> dict[str, Sight]:
-    return best_sights(trained(checkpoint), style)
-
-
-def compared(checkpoint: Path, style: str) -> dict[str, Learn]:
+def compared(get_backbone: Callable[[], Any], style: str) -> dict[str, Learn]:
     """The rivals that compare descriptors; what one of them looks at, the others are given."""
     banks: list[tuple[Sequence[Example], int, Bank]] = []
     kept: list[tuple[Bank, np.ndarray, dict[str, list[np.ndarray]]]] = []
 
+    @functools.cache
+    def sights() -> dict[str, Sight]:
+        return best_sights(get_backbone(), style)
+
     def find(bank: Bank, images: np.ndarray) -> dict[str, list[np.ndarray]]:
         if not (kept and kept[0][0] is bank and kept[0][1] is images):
-            wanted = list(sights_of(checkpoint, style).items())
+            wanted = list(sights().items())
             kept[:] = [(bank, images, {pair[0]: m for pair, m in bank.find(as_tensor(images), wanted).items()})]
         return kept[0][2]
 
     def learn(rule: str, examples: Sequence[Example], seed: int, _validation: Sequence[Example] = ()) -> Predict:
         if not (banks and banks[0][0] is examples and banks[0][1] == seed):
-            chosen = list(dict.fromkeys(sights_of(checkpoint, style).values()))
-            banks[:] = [(examples, seed, Bank(trained(checkpoint), examples, chosen, seed))]
+            chosen = list(dict.fromkeys(sights().values()))
+            banks[:] = [(examples, seed, Bank(get_backbone(), examples, chosen, seed))]
         bank = banks[0][2]
         return lambda images: find(bank, images)[rule]
 
     return {rule: functools.partial(learn, rule) for rule in RULES}
+
+
+@functools.cache
+def flow(drawn_anew: bool = False) -> Any:
+    """The tiny flow transformer, or the same as it was before training."""
+    path = FLOW
+    if drawn_anew:
+        path = write_untrained(FLOW, Path(tempfile.mkdtemp()) / "untrained.safetensors", prefix="")
+    return encode_once(load_flow(path), {})
+
+
+@functools.cache
+def both(checkpoint: Path) -> Any:
+    """The checkpoint's UNet beside the tiny flow transformer."""
+    return Joined(trained(checkpoint), flow())
 
 
 def make_methods(checkpoint: Path, changes: Variant, style: str = scenes.WORLD) -> dict[str, Learn]:
@@ -244,7 +260,11 @@ def make_methods(checkpoint: Path, changes: Variant, style: str = scenes.WORLD) 
         "default, colours kept": learned(ours, variant("instant", train={"recolor": 0.0})),
         "paper, recoloured": learned(ours, variant("paper", train={"recolor": 1.0})),
         "untrained": learned(raw, variant("instant")),
-        **compared(checkpoint, style),
+        **compared(ours, style),
+        "flow": learned(flow, variant("instant")),
+        "flow, untrained": learned(functools.partial(flow, True), variant("instant")),
+        "flow, feature neighbours": compared(flow, style)["feature neighbours"],
+        "default beside flow": learned(functools.partial(both, checkpoint), variant("instant")),
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
         "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
         "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from slime import Example
-from slime.backbones.base import seeded_noise
+from slime.backbones.base import Backbone, Plan, seeded_noise
 from slime.backbones.layers import LayerChoice
 from slime.backbones.text import TextConditioned, capture_attention
 from slime.images import resize_image, resize_maps, soft_labels, working_size
@@ -36,16 +36,18 @@ DIFT = 261  # the timestep of DIFT's semantic correspondences (Tang et al. 2023)
 TIMESTEPS = (50, 100, DIFT)
 
 
-def sights(backbone: TextConditioned) -> list[Sight]:
-    """All decoder layers together and each alone, at every timestep."""
-    names = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
+def sights(backbone: Backbone) -> list[Sight]:
+    """All layers together, of a UNet those of the decoder, and each alone, at every timestep."""
+    decoder = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
+    names = decoder or tuple(layer.name for layer in backbone.layers)
     return [Sight(layers, timestep) for timestep in TIMESTEPS for layers in (names, *((name,) for name in names))]
 
 
-def descriptors(backbone: TextConditioned, images: Tensor, chosen: Sequence[Sight], seed: int) -> dict[Sight, Tensor]:
+def descriptors(backbone: Backbone, images: Tensor, chosen: Sequence[Sight], seed: int) -> dict[Sight, Tensor]:
     """DIFT-style descriptors of unit length, [B, D, h, w] each: self-attention queries on their layers' finest grid.
 
-    DIFT takes the decoder's activations; the queries are a linear map of them, and both hosts give them.
+    DIFT takes the decoder's activations; the queries are a linear map of them, and both hosts give them. Of a model
+    without text rows they are its features.
     """
     size = working_size(images.shape[1], images.shape[2], backbone.info.side, backbone.info.multiple)
     latents = backbone.encode_images(resize_image(images, size).to(backbone.device))
@@ -53,17 +55,28 @@ def descriptors(backbone: TextConditioned, images: Tensor, chosen: Sequence[Sigh
     found = {}
     for timestep in sorted({sight.timestep for sight in chosen}):
         mine = [sight for sight in chosen if sight.timestep == timestep]
-        layers = LayerChoice((), tuple(dict.fromkeys(name for sight in mine for name in sight.layers)))
-        seen = capture_attention(backbone, latents, timestep, noise, backbone.encode_prompt(""), layers).self_
+        seen = _looked(backbone, latents, timestep, noise, dict.fromkeys(name for one in mine for name in one.layers))
         for sight in mine:
-            attentions = [seen[name] for name in sight.layers]
-            grid = max((attention.height, attention.width) for attention in attentions)
-            maps = []
-            for attention in attentions:
-                query = attention.query.float().transpose(1, 2).unflatten(2, (attention.height, attention.width))
-                maps.append(F.normalize(resize_maps(query, grid), dim=1))
-            found[sight] = F.normalize(torch.cat(maps, 1), dim=1)
+            maps = [seen[name] for name in sight.layers]
+            grid = max((one.shape[2], one.shape[3]) for one in maps)
+            joined = torch.cat([F.normalize(resize_maps(one, grid), dim=1) for one in maps], 1)
+            found[sight] = F.normalize(joined, dim=1)
     return found
+
+
+def _looked(
+    backbone: Backbone, latents: Tensor, timestep: int, noise: Tensor, names: Iterable[str]
+) -> dict[str, Tensor]:
+    """What the layers say, [B, D, h, w] each."""
+    chosen = tuple(names)
+    if isinstance(backbone, TextConditioned):
+        layers = LayerChoice((), chosen)
+        seen = capture_attention(backbone, latents, timestep, noise, backbone.encode_prompt(""), layers).self_
+        return {
+            name: one.query.float().transpose(1, 2).unflatten(2, (one.height, one.width)) for name, one in seen.items()
+        }
+    plan = Plan(LayerChoice(chosen, ()), backbone.condition(""), timestep, grouping="layer")
+    return dict(zip(chosen, backbone.observe(latents, plan, noise).features, strict=True))
 
 
 def neighbours(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
@@ -100,9 +113,7 @@ class Bank:
     """Descriptors of examples and their labels, for every sight; of one noise for all images."""
 
     @torch.inference_mode()
-    def __init__(
-        self, backbone: TextConditioned, examples: Sequence[Example], chosen: Sequence[Sight], seed: int = 0
-    ) -> None:
+    def __init__(self, backbone: Backbone, examples: Sequence[Example], chosen: Sequence[Sight], seed: int = 0) -> None:
         self.backbone, self.seed = backbone, seed
         classes = len(examples[0].names) + 1
         known: dict[Sight, list[tuple[Tensor, Tensor]]] = {sight: [] for sight in chosen}
@@ -125,13 +136,13 @@ class Bank:
         return found
 
 
-def best_sights(backbone: TextConditioned, style: str = scenes.WORLD, images: int = 6) -> dict[str, Sight]:
+def best_sights(backbone: Backbone, style: str = scenes.WORLD, images: int = 6) -> dict[str, Sight]:
     """For every rule the sight with the highest part mIoU on validation scenes; DIFT's timestep for a large model.
 
     A rival is shown at its best layer, as its author would choose it.
     """
     everything = sights(backbone)
-    if backbone.info.id != "tiny":
+    if not backbone.info.id.startswith("tiny"):
         return dict.fromkeys(RULES, next(sight for sight in everything if sight.timestep == DIFT))
     pairs = [(rule, sight) for rule in RULES for sight in everything]
     scores = dict.fromkeys(pairs, 0.0)

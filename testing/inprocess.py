@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .server import MODEL
 from .tiny.weights import checkpoint_of
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,17 @@ def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
             str(whole), output_vae=True, output_clip=True, model_options=options
         )
         return adapter.ComfyUNet(model, vae, clip)
+
+
+def load_flow(path: Path, checkpoint: Path = MODEL) -> Any:
+    """A flow transformer's file through ComfyUI's stock loader, with the VAE and CLIP of a checkpoint, as a
+    :class:`nodes.comfy_flow.ComfyFlow`."""
+    beside = load_backbone(checkpoint)
+    import comfy.sd
+
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model(str(path))
+    return importlib.import_module(f"{NAME}.nodes.comfy_flow").ComfyFlow(model, beside.vae, beside.clip)
 
 
 @contextmanager

@@ -99,3 +99,71 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
         assert segment(denoiser, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)
         stepped = train(denoiser, [example], preset("paper", denoiser.info, views=1, steps=1))
     assert torch.isfinite(stepped.rows).all()
+
+
+def random_state(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Half-precision weights in the shapes of a model that was made without memory."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_weight(name, one, generator).half() for name, one in module.state_dict().items()}
+
+
+def test_dinov2_large_looks(extension) -> None:
+    """Read by ComfyUI's stock loader, at its 60 x 60 cells."""
+    import json
+    from pathlib import Path
+
+    import comfy.clip_vision
+    import comfy.image_encoders.dino2 as dino2
+    import comfy.ops
+
+    config = json.loads(Path(dino2.__file__).with_name("dino2_large.json").read_text(encoding="utf-8"))
+    shapes = dino2.Dinov2Model(config, torch.float16, torch.device("meta"), comfy.ops.disable_weight_init)
+    with torch.inference_mode():
+        clip_vision = comfy.clip_vision.load_clipvision_from_sd(random_state(shapes))
+        backbone = importlib.import_module("slime_extension.nodes.comfy_vision").ComfyVision(clip_vision)
+        assert backbone.info.id == "dinov2-1024" and len(backbone.layers) == 24 and backbone.info.side == 840
+        example = splits.example("car", splits.TEACH)
+        settings = preset("instant", backbone.info, views=1, steps=3, propagate_layers="block.11")
+        embeddings = train(backbone, [example], settings)
+        assert embeddings.rows.shape == (1, 5, 1024) and embeddings.layers.read == ("block.23",)
+        assert segment(backbone, example.image[None], embeddings)[0].probabilities.shape == (1, 6, 256, 256)
+
+
+def test_sd35_medium_looks(extension, monkeypatch) -> None:
+    """2.5 billion weights, read by ComfyUI's stock loader; latents and text stand in for those of VAE and CLIP."""
+    from types import SimpleNamespace
+
+    import comfy.ops
+    import comfy.sd
+    from comfy.ldm.modules.diffusionmodules.mmdit import OpenAISignatureMMDITWrapper
+
+    context = {"target": "torch.nn.Linear", "params": {"in_features": 4096, "out_features": 1536}}
+    shapes = OpenAISignatureMMDITWrapper(
+        in_channels=16,
+        depth=24,
+        input_size=None,
+        adm_in_channels=2048,
+        context_embedder_config=context,
+        num_patches=384**2,
+        pos_embed_max_size=384,
+        qk_norm="rms",
+        x_block_self_attn_layers=list(range(13)),
+        device=torch.device("meta"),
+        dtype=torch.float16,
+        operations=comfy.ops.disable_weight_init,
+    )
+    vae = SimpleNamespace(
+        downscale_ratio=8,
+        encode=lambda pixels: torch.nn.functional.avg_pool2d(pixels.movedim(-1, 1), 8).repeat(1, 6, 1, 1)[:, :16],
+    )
+    given = {"cond": torch.randn(1, 77, 4096) * 0.3, "pooled_output": torch.randn(1, 2048)}
+    clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda text, return_pooled, return_dict: given)
+    with torch.inference_mode():
+        model = comfy.sd.load_diffusion_model_state_dict(random_state(shapes))
+        backbone = importlib.import_module("slime_extension.nodes.comfy_flow").ComfyFlow(model, vae, clip)
+        assert backbone.info.id == "sd3-1536x24" and backbone.info.side == 1024 and backbone.info.timestep == 500
+        monkeypatch.setattr(backbone, "info", replace(backbone.info, side=256))
+        example = splits.example("horse", splits.TEACH)
+        embeddings = train(backbone, [example], preset("instant", backbone.info, views=1, steps=3))
+        assert embeddings.rows.shape == (1, 4, 1536) and embeddings.layers.read == ("joint.9",)
+        assert segment(backbone, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)

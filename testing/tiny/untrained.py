@@ -11,26 +11,25 @@ from safetensors.torch import save_file
 from .weights import load_weights
 
 PREFIX = "model.diffusion_model."
+NORMS = ("norm", ".ln_", ".in_layers.0.", ".out_layers.0.")
 ZERO_LAYERS = ("out_layers.3.", "proj_out.", "out.2.")  # latent diffusion starts these at zero
 
 
-def write_untrained(trained: Path, target: Path, seed: int = 0) -> Path:
-    """Copy a checkpoint with the UNet's weights drawn anew as PyTorch initialises them."""
+def write_untrained(trained: Path, target: Path, seed: int = 0, prefix: str = PREFIX) -> Path:
+    """Copy a checkpoint with the weights of its diffusion model drawn anew as PyTorch initialises them."""
     generator = torch.Generator().manual_seed(seed)
     state = load_weights(trained)
     for name, weight in state.items():
-        if not name.startswith(PREFIX):
+        if not name.startswith(prefix) or name.endswith("pos_embed"):
             continue
-        short = name.removeprefix(PREFIX)
+        short = name.removeprefix(prefix)
         if any(part in short for part in ZERO_LAYERS):
             fresh = torch.zeros_like(weight)
         elif weight.ndim >= 2:
             bound = 1 / math.sqrt(weight[0].numel())
             fresh = (torch.rand(weight.shape, generator=generator) * 2 - 1) * bound
         else:
-            norm = (
-                "norm" in short or ".in_layers.0." in short or ".out_layers.0." in short or short.startswith("out.0.")
-            )
+            norm = any(part in short for part in NORMS) or short.startswith("out.0.")
             fresh = torch.full_like(weight, 1.0 if norm and short.endswith("weight") else 0.0)
         state[name] = fresh.to(weight.dtype).contiguous()
     save_file(state, str(target))
