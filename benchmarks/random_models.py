@@ -6,6 +6,8 @@ For shapes, memory and speed: random weights segment nothing.
 from __future__ import annotations
 
 import importlib
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -286,3 +288,20 @@ def random_backbone(layout: str, dtype: torch.dtype = torch.float32) -> Any:
     clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda tokens, return_pooled: (rows, pooled))
     adapter = importlib.import_module(f"{NAME}.nodes.comfy_unet")
     return adapter.ComfyUNet(patcher, vae, clip)
+
+
+def random_state(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
+    """Half-precision weights in the shapes of a model that was made without memory."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: random_weight(name, one, generator).half() for name, one in module.state_dict().items()}
+
+
+def random_dinov2() -> Any:
+    """A CLIP_VISION of DINOv2-L's full size, read by ComfyUI's stock loader."""
+    import comfy.clip_vision
+    import comfy.ops
+    from comfy.image_encoders import dino2
+
+    config = json.loads(Path(dino2.__file__).with_name("dino2_large.json").read_text(encoding="utf-8"))
+    shapes = dino2.Dinov2Model(config, torch.float16, torch.device("meta"), comfy.ops.disable_weight_init)
+    return comfy.clip_vision.load_clipvision_from_sd(random_state(shapes))

@@ -8,7 +8,7 @@ ComfyUI since 0.3.60, whatever a model calls its patches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -181,7 +181,7 @@ class ComfyFlow:
         comfy.model_management.load_models_gpu([self.model], memory_required=memory)
         with self._watched(seen):
             try:
-                self._run(noisy.to(self.device), sigma, plan.condition, seen.attend)
+                self.run(noisy.to(self.device), sigma, plan.condition, seen.attend)
             except EndOfPass:
                 pass
         maps = [seen.values[name] for name in plan.layers.read]
@@ -203,7 +203,8 @@ class ComfyFlow:
             return None
         return self.model.model, (str(self.model.patches_uuid), ref(vae.model), str(vae.patches_uuid))
 
-    def _run(self, noisy: Tensor, sigma: float, condition: Any, attend: Callable[..., Tensor]) -> None:
+    def run(self, noisy: Tensor, sigma: float, condition: Mapping[str, Tensor], attend: Callable[..., Tensor]) -> None:
+        """One pass over latents [B, C, h, w] of noise level ``sigma``, with ``attend`` in place of the attention."""
         base = self.model.model
         given: dict[str, Any] = {"pooled_output": None}
         given |= {name: one[None].to(self.device, torch.float32) for name, one in condition.items()}

@@ -13,7 +13,7 @@ import pytest
 
 from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all
 from testing.workflows import load_workflow
-from tools.make_workflows import BLUEPRINTS, WORKFLOWS
+from tools.make_workflows import BLUEPRINTS, ENCODER, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
 
 pytestmark = NEEDED
@@ -137,6 +137,8 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     assert canvas.js(unknown) == []
     show_all(canvas, f"{name}_before")
     assert overlaps(canvas) == []
+    if name == ENCODER:
+        return
     fill_in(canvas, prepare(canvas.server, name), {"SLiMeTrain": {"views": 4, "steps": 10}})
     entry = canvas.run(600)
     assert entry["status"]["status_str"] == "success", entry["status"]

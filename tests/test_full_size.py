@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.random_models import VAE, random_weight, unet_config
+from benchmarks.random_models import VAE, random_dinov2, random_state, random_weight, unet_config
 from slime import load_embeddings, preset, save_embeddings, segment, train
 from testing import splits
 from tests.models import comfy_patcher
@@ -101,26 +101,10 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
     assert torch.isfinite(stepped.rows).all()
 
 
-def random_state(module: torch.nn.Module, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Half-precision weights in the shapes of a model that was made without memory."""
-    generator = torch.Generator().manual_seed(seed)
-    return {name: random_weight(name, one, generator).half() for name, one in module.state_dict().items()}
-
-
 def test_dinov2_large_looks(extension) -> None:
     """Read by ComfyUI's stock loader, at its 60 x 60 cells."""
-    import json
-    from pathlib import Path
-
-    import comfy.clip_vision
-    import comfy.image_encoders.dino2 as dino2
-    import comfy.ops
-
-    config = json.loads(Path(dino2.__file__).with_name("dino2_large.json").read_text(encoding="utf-8"))
-    shapes = dino2.Dinov2Model(config, torch.float16, torch.device("meta"), comfy.ops.disable_weight_init)
     with torch.inference_mode():
-        clip_vision = comfy.clip_vision.load_clipvision_from_sd(random_state(shapes))
-        backbone = importlib.import_module("slime_extension.nodes.comfy_vision").ComfyVision(clip_vision)
+        backbone = importlib.import_module("slime_extension.nodes.comfy_vision").ComfyVision(random_dinov2())
         assert backbone.info.id == "dinov2-1024" and len(backbone.layers) == 24 and backbone.info.side == 840
         example = splits.example("car", splits.TEACH)
         settings = preset("instant", backbone.info, views=1, steps=3, propagate_layers="block.11")

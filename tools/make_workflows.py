@@ -17,14 +17,23 @@ from testing.server import ComfyServer
 from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, blueprint, definition, to_editor
 
 from .run_workflows import results, thumbnail
-from .samples import FIND, FIND_TOO, TESTED, WHEELS, painting, write_samples
+from .samples import FIND, FIND_TOO, TESTED, WHEELS, painted_sample, painting, write_samples
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
-URL = f"https://huggingface.co/Comfy-Org/stable-diffusion-v1-5-archive/resolve/main/{CHECKPOINT}?download=true"
+FLUX, DINO = "flux1-dev-fp8.safetensors", "dinov2-large.safetensors"
+# Where a file that a workflow names is to be had, and the folder of ComfyUI's models it belongs to.
+HUB = "https://huggingface.co/"
+SD15 = "Comfy-Org/stable-diffusion-v1-5-archive"
+DOWNLOADS = {
+    CHECKPOINT: (f"{HUB}{SD15}/resolve/main/{CHECKPOINT}?download=true", "checkpoints"),
+    FLUX: (f"{HUB}Comfy-Org/flux1-dev/resolve/main/{FLUX}?download=true", "checkpoints"),
+    DINO: (f"{HUB}facebook/dinov2-large/resolve/main/model.safetensors?download=true", "clip_vision"),
+}
 GAP, TITLE = 50, 40
 # Width, height, and the height that its pictures need after a run, in the classic canvas and in Nodes 2.0.
 SIZES = {
     "CheckpointLoaderSimple": (320, 100, 130),
+    "CLIPVisionLoader": (320, 60, 90),
     "LoadImage": (320, 330, 390),
     "LoadVideo": (320, 110, 330),
     "GetVideoComponents": (300, 70, 100),
@@ -101,8 +110,8 @@ class Page:
 
     # ------------------------------------------------------------------------------------- groups that recur
 
-    def checkpoint(self) -> str:
-        return self.add("CheckpointLoaderSimple", ckpt_name=CHECKPOINT)
+    def checkpoint(self, file: str = CHECKPOINT) -> str:
+        return self.add("CheckpointLoaderSimple", ckpt_name=file)
 
     def image(self, title: str = "", file: str = FIND) -> str:
         return self.add("LoadImage", title, image=file)
@@ -129,10 +138,10 @@ class Page:
     def mask(self, parts: str, names: str = "", title: str = "", **more: Any) -> str:
         return self.add("SLiMePartMask", title, parts=[parts, 0], names=names, **more)
 
-    def repaint(self, model: str, image: Link, mask: str, text: str) -> str:
+    def repaint(self, model: str, image: Link, mask: str, text: str, **sampling: Any) -> str:
         """The subgraph that paints inside a mask anew."""
         kind = f"{REPAINT} {len(self.subgraphs) + 1}"  # each has values of its own
-        self.subgraphs[kind] = repaint_part(text) | {"key": kind}
+        self.subgraphs[kind] = repaint_part(text, **sampling) | {"key": kind}
         inputs: dict[str, Any] = {
             "model": [model, 0],
             "clip": [model, 1],
@@ -146,8 +155,11 @@ class Page:
 REPAINT = "Repaint part"
 
 
-def repaint_part(text: str = "") -> dict[str, Any]:
-    """Inpaint inside a mask with the same checkpoint; outside of it the image stays as it is, to the pixel."""
+def repaint_part(text: str = "", **sampling: Any) -> dict[str, Any]:
+    """Inpaint inside a mask with the same checkpoint; outside of it the image stays as it is, to the pixel.
+
+    ``sampling`` are widgets of KSampler; the usual ones suit Stable Diffusion.
+    """
     prompt = {
         "1": {"class_type": "CLIPTextEncode", "inputs": {"text": text}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": ""}},
@@ -165,7 +177,8 @@ def repaint_part(text: str = "") -> dict[str, Any]:
                 "sampler_name": "dpmpp_2m",
                 "scheduler": "karras",
                 "denoise": 0.9,
-            },
+            }
+            | sampling,
         },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0]}},
         "7": {
@@ -417,6 +430,53 @@ def check_and_share() -> Page:
     return page
 
 
+def flow_model() -> Page:
+    page = Page()
+    page.column("1  Teach")
+    model = page.checkpoint(FLUX)
+    painter = page.add("SLiMePartPainter", painting=painting())
+    page.column("2  Learn")
+    train = page.train(model, [painter, 0])
+    page.note(
+        "Flux, Chroma, SD3, Qwen-Image, Lumina 2 and Z-Image look as well, with the preset **instant**. Where model, "
+        "text encoder and VAE are files of their own, load them with the usual nodes.\n\nWhat was learned with one "
+        "family does not fit another.",
+        200,
+    )
+    page.column("3  Find")
+    image = page.image()
+    parts = page.segment(model, train, [image, 0])
+    page.column("4  Repaint")
+    mask = page.mask(parts, "wheel", grow=6, minimum_area=64)
+    page.column()
+    text = "an orange car with blue wheels"
+    result = page.repaint(model, [image, 0], mask, text, cfg=1.0, sampler_name="euler", scheduler="simple")
+    page.add("SaveImage", images=[result, 0], filename_prefix="slime_flow")
+    return page
+
+
+def vision_encoder() -> Page:
+    page = Page()
+    page.column("1  Teach")
+    encoder = page.add("CLIPVisionLoader", clip_name=DINO)
+    painter = page.add("SLiMePartPainter", painting=painting())
+    page.column("2  Learn")
+    train = page.add("SLiMeTrain", clip_vision=[encoder, 0], examples=[painter, 0], preset="instant")
+    page.note(
+        "A vision encoder needs no diffusion model: DINOv2 (its file goes to models/clip_vision), DINOv3 in newer "
+        "versions, SigLIP or CLIP.\n\nConnect *model*, *vae* and *clip* of a checkpoint as well, here and in *SLiMe "
+        "Segment*, and both look together.",
+        200,
+    )
+    page.column("3  Find")
+    other = page.image("Load Image: where to look")
+    parts = page.add("SLiMeSegment", clip_vision=[encoder, 0], embeddings=[train, 0], image=[other, 0])
+    page.column("4  Use")
+    page.mask(parts, "wheel")
+    return page
+
+
+ENCODER = "11 With DINOv2 alone"  # nothing here can run it: there are no weights
 WORKFLOWS: dict[str, Callable[[], Page]] = {
     "1 Paint parts and find them": paint_and_find,
     "2 Teach with masks from Load Image": load_image_masks,
@@ -427,6 +487,8 @@ WORKFLOWS: dict[str, Callable[[], Page]] = {
     "7 Repaint two parts": repaint_two_parts,
     "8 Video": video,
     "9 Check and share": check_and_share,
+    "10 With Flux or SD3": flow_model,
+    ENCODER: vision_encoder,
 }
 
 
@@ -489,8 +551,9 @@ def written(page: Page, info: dict[str, Any]) -> dict[str, Any]:
     made = {name: definition(**described, object_info=info) for name, described in page.subgraphs.items()}
     workflow = to_editor(page.prompt, page.layout, info, page.notes, page.titles, page.boxes(), made)
     for node in workflow["nodes"]:
-        if node["type"] == "CheckpointLoaderSimple":
-            node["properties"]["models"] = [{"name": CHECKPOINT, "url": URL, "directory": "checkpoints"}]
+        for file in set(DOWNLOADS) & {value for value in node.get("widgets_values", []) if isinstance(value, str)}:
+            url, folder = DOWNLOADS[file]
+            node["properties"]["models"] = [{"name": file, "url": url, "directory": folder}]
     if page.app is not None:
         widgets, outputs = page.app
         shown = {"inputs": [[int(node), name] for node, name in widgets], "outputs": [int(node) for node in outputs]}
@@ -515,7 +578,8 @@ def main() -> None:
             text = json.dumps(blueprint(name, **describe(), object_info=info), indent=1)
             (SUBGRAPHS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         if options.pictures:
-            for name, pictures in results(server, list(WORKFLOWS)).items():
+            stories = results(server, [name for name in WORKFLOWS if name != ENCODER])
+            for name, pictures in (stories | {ENCODER: [painted_sample()]}).items():
                 thumbnail(pictures).save(FOLDER / f"{name}.jpg", quality=85)
 
 

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+from safetensors.torch import save_file
 
 from testing.clips import clip
 from testing.server import MODEL, ComfyServer
+from testing.tiny.weights import flow_checkpoint
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
 from .samples import PICTURES, painted_sample
@@ -29,7 +31,7 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
         inputs = node["inputs"]
         match node["class_type"]:
             case "CheckpointLoaderSimple":
-                inputs["ckpt_name"] = MODEL.name
+                inputs["ckpt_name"] = put_flow(server) if "flux" in inputs["ckpt_name"] else MODEL.name
             case "LoadVideo":
                 inputs["file"] = put_video(server)
             case "SLiMeSaveEmbeddings":
@@ -37,6 +39,15 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
             case "KSampler":
                 inputs["steps"] = steps
     return prompt
+
+
+def put_flow(server: ComfyServer) -> str:
+    """The tiny flow transformer as a whole checkpoint, with the demo model's VAE and text encoder."""
+    path = server.base / "models" / "checkpoints" / "tiny_flow_checkpoint.safetensors"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(flow_checkpoint(), str(path))
+    return path.name
 
 
 def put_video(server: ComfyServer) -> str:

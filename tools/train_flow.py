@@ -103,7 +103,8 @@ def make_data(work: Path, comfyui: str, count: int) -> None:
                 log(work, f"data: {number + 1} scenes")
         ids = [[position[int(token)] for token in row[:WORDS]] for row in tokenize(comfyui, [*captions, ""])]
         rows = torch.cat([text.encode_text(part).half() for part in torch.tensor(ids).split(256)])
-    save_file({"latents": torch.cat(latents), "rows": rows}, str(work / "data.safetensors"))
+    kept = {"latents": torch.cat(latents).contiguous(), "rows": rows.contiguous()}
+    save_file(kept, str(work / "data.safetensors"))
 
 
 def train(work: Path, comfyui: str, minutes: float, count: int, batch: int) -> None:
@@ -148,7 +149,8 @@ def train(work: Path, comfyui: str, minutes: float, count: int, batch: int) -> N
         follow(ema, model, int(state["step"]))
         state["step"] += 1
         state["elapsed"] += min(time.time() - began, 20.0)  # a suspended process does not train
-        mean = float(loss) if math.isnan(mean) else 0.98 * mean + 0.02 * float(loss)
+        now = float(loss.detach())
+        mean = now if math.isnan(mean) else 0.98 * mean + 0.02 * now
         if time.time() - shown > 60:
             log(work, f"step {state['step']} loss {mean:.4f} {state['elapsed'] / 60:.1f} min")
             shown = time.time()

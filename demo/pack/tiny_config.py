@@ -64,6 +64,8 @@ class TinyFlow(comfy.supported_models.SD3):
     sampling_settings = {"shift": 1.0}
     latent_format = comfy.latent_formats.SD15
     slime_flow = SLIME_FLOW
+    text_encoder_key_prefix = comfy.supported_models.SD15.text_encoder_key_prefix
+    process_clip_state_dict = comfy.supported_models.SD15.process_clip_state_dict
 
     def clip_target(self, state_dict: Any = None) -> ClipTarget:
         return ClipTarget(TinyTokenizer, TinyTextEncoder)

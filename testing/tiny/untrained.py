@@ -8,14 +8,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from .weights import load_weights
+from .weights import DIFFUSION, load_weights
 
-PREFIX = "model.diffusion_model."
 NORMS = ("norm", ".ln_", ".in_layers.0.", ".out_layers.0.")
 ZERO_LAYERS = ("out_layers.3.", "proj_out.", "out.2.")  # latent diffusion starts these at zero
 
 
-def write_untrained(trained: Path, target: Path, seed: int = 0, prefix: str = PREFIX) -> Path:
+def write_untrained(trained: Path, target: Path, seed: int = 0, prefix: str = DIFFUSION) -> Path:
     """Copy a checkpoint with the weights of its diffusion model drawn anew as PyTorch initialises them."""
     generator = torch.Generator().manual_seed(seed)
     state = load_weights(trained)

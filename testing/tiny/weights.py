@@ -13,9 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..server import MODEL
+from ..server import FLOW, MODEL
 
 TESTBED = MODEL.parent / "testbed_warm.safetensors"
+DIFFUSION = "model.diffusion_model."
 CLIP = "cond_stage_model.transformer."
 TABLE = "text_model.embeddings.token_embedding.weight"
 TOKENS = "tokens"  # the rows of the words that are used; their places in CLIP's vocabulary are in the file's metadata
@@ -32,6 +33,12 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     table = torch.zeros(base[CLIP + TABLE].shape, dtype=torch.float16)
     table[vocabulary] = state[TOKENS]
     return base | {CLIP + TABLE: table}
+
+
+def flow_checkpoint() -> dict[str, Tensor]:
+    """The tiny flow transformer as a whole checkpoint, with the demo model's VAE and text encoder."""
+    rest = {name: weight for name, weight in load_file(str(MODEL)).items() if not name.startswith(DIFFUSION)}
+    return rest | {DIFFUSION + name: weight for name, weight in load_file(str(FLOW)).items()}
 
 
 @contextmanager
