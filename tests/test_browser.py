@@ -128,6 +128,18 @@ def test_nodes_speak_the_language_that_was_chosen(canvas) -> None:
         canvas.page.wait_for_timeout(1000)  # the front end brings back what was open
 
 
+def test_a_workflow_from_before_models_were_optional_keeps_its_links(canvas) -> None:
+    """Sockets stand in another order since; the file is template 1 of that time."""
+    older = json.loads((ROOT / "tests" / "golden" / "older_workflow.json").read_text(encoding="utf-8"))
+    open_it = "async w => { await app.loadGraphData(w); return (await app.graphToPrompt()).output; }"
+    inputs = {node["class_type"]: node["inputs"] for node in canvas.js(open_it, older).values()}
+    train, segment = inputs["SLiMeTrain"], inputs["SLiMeSegment"]
+    assert [train[name] for name in ("model", "vae", "clip")] == [["1", 0], ["1", 2], ["1", 1]]
+    assert train["examples"] == ["2", 0] and "clip_vision" not in train
+    assert [segment[name] for name in ("model", "vae", "embeddings")] == [["1", 0], ["1", 2], ["3", 0]]
+    assert segment["image"] == ["4", 0] and "latent" not in segment
+
+
 @pytest.mark.parametrize("name", WORKFLOWS)
 def test_every_template_opens_and_runs(canvas, name) -> None:
     shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)

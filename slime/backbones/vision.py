@@ -90,7 +90,8 @@ class VisionTransformer:
         return {}
 
     def encode_images(self, images: Tensor) -> Tensor:
-        return F.pixel_unshuffle(images[..., :3].movedim(-1, 1).float(), self.info.cell)
+        """On the CPU: a large batch of them would fill a device."""
+        return F.pixel_unshuffle(images[..., :3].cpu().movedim(-1, 1).float(), self.info.cell)
 
     @torch.no_grad()
     def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
