@@ -25,7 +25,7 @@ from slime.training import gradient
 from slime.training.reuse import forget
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
-from testing.inprocess import load_backbone, load_flow
+from testing.inprocess import load_backbone, load_encoder, load_flow
 from testing.recipes import PAPER_LAYERS, RECIPES
 from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
@@ -36,6 +36,7 @@ from .sources import as_tensor
 
 EMPTY: Mapping[str, Any] = {}
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
+ENCODER, BESIDE_ENCODER = "encoder", "default beside encoder"
 MODEL_FREE = ("colour neighbours", "mean mask", "all background")
 Learn = Callable[..., Predict]  # of examples, a seed and, where there are some, validation images
 
@@ -234,7 +235,22 @@ def both(checkpoint: Path) -> Any:
     return Joined(trained(checkpoint), flow())
 
 
-def make_methods(checkpoint: Path, changes: Variant, style: str = scenes.WORLD) -> dict[str, Learn]:
+@functools.cache
+def encoder(file: Path) -> Any:
+    """A vision encoder's file."""
+    return encode_once(load_encoder(file), {})
+
+
+@functools.cache
+def beside_encoder(checkpoint: Path, file: Path) -> Any:
+    """The checkpoint's model and a vision encoder."""
+    first = trained(checkpoint)
+    return Joined(first, encode_once(load_encoder(file, first.info.cell), {}))
+
+
+def make_methods(
+    checkpoint: Path, changes: Variant, style: str = scenes.WORLD, clip_vision: Path | None = None
+) -> dict[str, Learn]:
     """Methods by name; ``changes`` apply to the learned ones."""
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
 
@@ -249,6 +265,11 @@ def make_methods(checkpoint: Path, changes: Variant, style: str = scenes.WORLD) 
             official=official,
         )
 
+    encoders: dict[str, Learn] = {}
+    if clip_vision is not None:
+        encoders[ENCODER] = learned(functools.partial(encoder, clip_vision), variant("instant"))
+        together = functools.partial(beside_encoder, checkpoint, clip_vision)
+        encoders[BESIDE_ENCODER] = learned(together, variant("instant"))
     paper = fitted(ours, variant("paper"))  # is learned once for both ways to read it
     return {
         "default": learned(ours, variant("instant")),
@@ -265,6 +286,7 @@ def make_methods(checkpoint: Path, changes: Variant, style: str = scenes.WORLD) 
         "flow, untrained": learned(functools.partial(flow, True), variant("instant")),
         "flow, feature neighbours": compared(flow, style)["feature neighbours"],
         "default beside flow": learned(functools.partial(both, checkpoint), variant("instant")),
+        **encoders,
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
         "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
         "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),

@@ -2,11 +2,13 @@
 
     python dev.py benchmark paper --checkpoint sd21base.safetensors --data FOLDER
     python dev.py benchmark paper --checkpoint sd21base.safetensors --data FOLDER --archives VOC2010 CelebAMask-HQ
+    python dev.py benchmark paper --checkpoint sd21base.safetensors --data FOLDER --clip-vision dinov2-large.safetensors
 
 FOLDER has the official layout, ``{car,horse,celeba}/{train_1,train_10,val,test}`` with PNG images and NPY label maps.
 With ``--archives`` it is made first, from PASCAL-Part's annotations beside VOC2010's images and from CelebAMask-HQ, as
 their authors ship them (benchmarks/archives.py; what the paper leaves open is printed). Figures are the paper's: IoU of
 every image and class at 512 x 512, mean over images, then over classes with the background, in percent, over seeds.
+A flow model has no row of the preset paper; ``--clip-vision`` adds rows of the encoder, alone and beside the model.
 Rows that are in the JSON file are not measured again. ``--report`` writes a page to post.
 """
 
@@ -21,10 +23,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from slime.backbones.text import TextConditioned
 from slime.parts.metrics import evaluate
 
 from .archives import OPEN, prepare
-from .methods import Learn, Variant, make_methods
+from .methods import BESIDE_ENCODER, ENCODER, Learn, Variant, make_methods, trained
 from .rows import Row, read_rows, say_row, table_lines, write_rows
 from .sources import OFFICIAL_PARTS, Task, folder_task
 
@@ -113,7 +116,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="the official layout, or where it is made")
     parser.add_argument("--archives", type=Path, nargs="+", default=[], help="folders of the unpacked archives")
     parser.add_argument("--domains", nargs="+", choices=DOMAINS, default=list(DOMAINS))
-    parser.add_argument("--methods", nargs="+", default=["default", "paper", "feature neighbours", "mean mask"])
+    parser.add_argument("--clip-vision", type=Path, help="a vision encoder's file, as Load CLIP Vision takes it")
+    parser.add_argument("--methods", nargs="+", default=[])
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 10])
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=0, help="test images of a domain at most; 0 for all")
@@ -126,7 +130,11 @@ def main() -> None:
     domains = [domain for domain in options.domains if (options.data / domain).is_dir()]
     if not domains:
         parser.error(f"{options.data} has none of {', '.join(options.domains)}.")
-    methods = make_methods(options.checkpoint, Variant("instant"))
+    methods = make_methods(options.checkpoint, Variant("instant"), clip_vision=options.clip_vision)
+    if not options.methods:
+        has_text = isinstance(trained(options.checkpoint), TextConditioned)
+        added = (ENCODER, BESIDE_ENCODER) if options.clip_vision else ()
+        options.methods = ["default", *(("paper",) if has_text else ()), *added, "feature neighbours", "mean mask"]
     unknown = sorted(set(options.methods) - set(methods))
     if unknown:
         parser.error(f"unknown methods {unknown}; there are: {', '.join(methods)}")

@@ -58,8 +58,8 @@ def load_extension() -> ModuleType:
 
 
 def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
-    """A checkpoint file, or the test bed's, through ComfyUI's stock loader, as a :class:`nodes.comfy_unet.ComfyUNet`;
-    its UNet computes in ``dtype``, or as ComfyUI decides."""
+    """A checkpoint file, or the test bed's, through ComfyUI's stock loader, as the nodes take it: of Stable Diffusion a
+    :class:`nodes.comfy_unet.ComfyUNet`. It computes in ``dtype``, or as ComfyUI decides."""
     import_comfyui()
     load_extension()
     import comfy.sd
@@ -67,12 +67,23 @@ def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
     from demo.pack.tiny_config import register
 
     register()
-    adapter = importlib.import_module(f"{NAME}.nodes.comfy_unet")
+    connected = importlib.import_module(f"{NAME}.nodes.connected").connected
     with torch.inference_mode(), _computing_in(dtype) as options, checkpoint_of(checkpoint) as whole:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             str(whole), output_vae=True, output_clip=True, model_options=options
         )
-        return adapter.ComfyUNet(model, vae, clip)
+        return connected(model, vae, clip, None)
+
+
+def load_encoder(path: Path, cell: int = 0) -> Any:
+    """A vision encoder's file through ComfyUI's stock loader, as a :class:`nodes.comfy_vision.ComfyVision`."""
+    import_comfyui()
+    load_extension()
+    import comfy.clip_vision
+
+    with torch.inference_mode():
+        loaded = comfy.clip_vision.load(str(path))
+        return importlib.import_module(f"{NAME}.nodes.comfy_vision").ComfyVision(loaded, cell)
 
 
 def load_flow(path: Path, checkpoint: Path = MODEL) -> Any:

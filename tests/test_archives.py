@@ -8,10 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import archives, paper
+from benchmarks import archives, methods, paper
 from benchmarks.rows import read_rows
 from slime import SlimeError
 from testing import scenes
+from testing.toy_unet import ToyUNet
+
+from .test_vision import small_encoder
 
 
 def pascal_archive(root):
@@ -98,3 +101,24 @@ def test_the_papers_tables(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(paper, "measure", None)  # nothing is measured again
     paper.main()
     assert "100.0" in capsys.readouterr().out
+
+
+def test_the_papers_tables_with_an_encoder(tmp_path, monkeypatch, capsys) -> None:
+    """Rows of an encoder, alone and beside the model, with stand-ins for both files; a flow model has no paper."""
+    encoder = small_encoder()
+    monkeypatch.setattr(methods, "encoder", lambda file: encoder)
+    monkeypatch.setattr(methods, "trained", lambda checkpoint: ToyUNet())
+    monkeypatch.setattr(methods, "load_encoder", lambda file, cell: small_encoder(cell))
+    monkeypatch.setattr(paper, "trained", lambda checkpoint: encoder)
+    line = ["--checkpoint", "x", "--clip-vision", "y", "--data", str(tmp_path), "--shots", "1", "--seeds", "1"]
+    for split, seed in (("train_1", 1), ("val", 2), ("test", 3)):
+        scene = scenes.render("car", seed)
+        (tmp_path / "car" / split).mkdir(parents=True)
+        Image.fromarray(scene.image).save(tmp_path / "car" / split / "1.png")
+        np.save(tmp_path / "car" / split / "1.npy", scene.labels)
+    monkeypatch.setattr(sys, "argv", ["paper", *line])
+    paper.main()
+    told = capsys.readouterr().out
+    for method in ("default", "encoder", "default beside encoder", "feature neighbours"):
+        assert f"\n| {method} | " in told, method
+    assert "\n| paper | " not in told
