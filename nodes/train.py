@@ -47,6 +47,7 @@ PREVIEW_SIDE = 512
 TEXT_SECONDS = 0.25
 BAR = 1000
 STAGES = {
+    "layers": "Choosing layers, view",
     "views": "Encoding view",
     "features": "Looking at view",
     "fit": "Fitting, step",
@@ -55,6 +56,7 @@ STAGES = {
 }
 # Guesses of how much of the whole time each stage takes, in order; the rest is the last one's. On the demo model on a
 # CPU it is .6 and .1 with both; a step of paper through Stable Diffusion is far dearer than a view.
+PROBE = 0.5  # of an instant training whose layers are chosen on the examples
 SHARES = {"instant": {"views": 0.5, "features": 0.2}, "paper": {"views": 0.08, "features": 0.08}}
 
 
@@ -218,6 +220,7 @@ class _Progress:
         self._node_id, self._preset = node_id, preset
         self._bar = comfy.utils.ProgressBar(BAR)
         self._shown = self._said = 0.0
+        self._probed = False
         self._began = time.monotonic()
         self.say("Encoding the views of the examples")  # in place of what the last run said
 
@@ -232,7 +235,8 @@ class _Progress:
             palette = embeddings.palette if embeddings is not None else default_palette(len(maps) - 1)
             preview = ("JPEG", live_preview(image, maps, palette), PREVIEW_SIDE)
             self._shown = now
-        done = done_share(report, self._preset)
+        self._probed = self._probed or report.stage == "layers"
+        done = done_share(report, self._preset, self._probed)
         self._bar.update_absolute(round(BAR * done), BAR, preview)
         if now - self._said >= TEXT_SECONDS or report.step == report.steps:
             self.say(progress_text(report, done, now - self._began))
@@ -248,10 +252,13 @@ class _Progress:
         say(self._node_id, text)
 
 
-def done_share(report: StepReport, preset: str) -> float:
-    """How much of the whole training is behind, 0..1, by what its stages usually take."""
+def done_share(report: StepReport, preset: str, probed: bool = False) -> float:
+    """How much of the whole training is behind, 0..1, by what its stages usually take; ``probed`` where it began with
+    choosing layers."""
     before = 0.0
-    for stage, share in SHARES[preset].items():
+    rest = 1 - PROBE if probed else 1.0
+    shares = ({"layers": PROBE} if probed else {}) | {name: rest * share for name, share in SHARES[preset].items()}
+    for stage, share in shares.items():
         if stage == report.stage:
             return before + share * report.step / report.steps
         before += share

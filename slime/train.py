@@ -109,10 +109,10 @@ def train(
     on_step = on_step or (lambda report: None)
     prompt = settings.prompt or ("" if isinstance(settings, InstantSettings) else part_prompt(names))
     if isinstance(settings, InstantSettings):
-        settings = with_probed_layers(backbone, examples, settings, prompt)
+        settings = with_probed_layers(backbone, examples, settings, prompt, on_step)
         return train_instant(backbone, examples, settings, start, on_step)
     denoiser = text_conditioned(backbone, "The preset paper")
-    settings = with_probed_layers(backbone, examples, settings, prompt)
+    settings = with_probed_layers(backbone, examples, settings, prompt, on_step)
     try:
         return train_by_gradient(denoiser, examples, settings, start, validation, on_step)
     except OUT_OF_MEMORY:

@@ -118,8 +118,11 @@ def test_probe_prefers_layers_that_know_the_parts() -> None:
     assert found.read[LAYERS[0].name] == max(found.read.values())
     embeddings = train(toy, [picture(0)], preset("instant", views=4, read_layers="auto", propagate_layers="auto"))
     assert embeddings.layers == found.choice and score(embeddings, toy) > 0.8
-    half = train(toy, [picture(0)], preset("instant", views=4, propagate_layers="auto"))
+    reports = []
+    half = train(toy, [picture(0)], preset("instant", views=4, propagate_layers="auto"), on_step=reports.append)
     assert half.layers.propagate == found.choice.propagate
+    chosen = [report.step for report in reports if report.stage == "layers"]
+    assert chosen == list(range(1, reports[0].steps + 1)) and reports[len(chosen)].stage == "views"
 
 
 def test_parts_that_an_example_does_not_label_are_unknown_there() -> None:

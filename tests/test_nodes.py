@@ -343,9 +343,10 @@ def test_the_bar_spans_the_whole_training(extension) -> None:
 
     from slime.training.progress import StepReport
 
-    for chosen, last in (("instant", "fit"), ("paper", "train")):
-        reports = [StepReport(s, n, 4, {}, lambda: None) for s in (*SHARES[chosen], last) for n in range(1, 5)]
-        shares = [done_share(report, chosen) for report in reports]
+    for chosen, last, probed in (("instant", "fit", False), ("instant", "fit", True), ("paper", "train", False)):
+        stages = (*(("layers",) if probed else ()), *SHARES[chosen], last)
+        reports = [StepReport(stage, n, 4, {}, lambda: None) for stage in stages for n in range(1, 5)]
+        shares = [done_share(report, chosen, probed) for report in reports]
         assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] == 1
         assert {report.stage for report in reports} <= set(STAGES)
 

@@ -7,8 +7,9 @@ together. GoCA (CVPR 2026) and a first trial with a small model found the paper'
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from ..images import resize_maps
 from ..settings import InstantSettings, PaperSettings, ViewSettings
 from .fit import fit_rows
 from .losses import balanced_weights, weighted_cross_entropy
+from .progress import OnStep, StepReport
 from .views import encode_views
 
 Trained = TypeVar("Trained", InstantSettings, PaperSettings)
@@ -55,13 +57,18 @@ def probe_layers(
     condition: dict[str, Tensor],
     timestep: int,
     read: tuple[str, ...] = (),
+    on_step: OnStep | None = None,
 ) -> ProbeResult:
     """Judge every layer on the examples; ``read`` names layers that are read in any case, and judges those alone.
+
+    ``on_step`` hears of every view that was looked at, stage "layers".
 
     Costs ``VIEWS`` and ``SELF_VIEWS`` passes and a small fit a layer: about as much again as an instant training.
     """
     every = tuple(layer.name for layer in backbone.layers)
-    stack = _look(backbone, examples, settings, Plan(LayerChoice(read or every, ()), condition, timestep, "layer"))
+    looked = partial(_say, on_step) if on_step is not None else lambda _: None
+    plan = Plan(LayerChoice(read or every, ()), condition, timestep, "layer")
+    stack = _look(backbone, examples, settings, plan, looked)
     truth = stack.labels.to(backbone.device)
     sound = {
         name: maps for name, maps in stack.features.items() if all(bool(torch.isfinite(one).all()) for one in maps)
@@ -77,14 +84,20 @@ def probe_layers(
     kept = set(best_first[:chosen])
     self_plan = Plan(LayerChoice((), every), condition, timestep).to(backbone.device)
     shown = list(stack.inputs)
-    attention = (_attention(backbone, stack.inputs[view], self_plan) for view in shown)
+
+    def look_again() -> Iterator[tuple[Attention, ...]]:
+        for done, view in enumerate(shown):
+            encoded, noise = stack.inputs[view]
+            yield backbone.observe(encoded, self_plan, noise).attention
+            looked(VIEWS + done + 1)
+
+    attention = look_again()
     self_scores, self_choice = _choose_self(attention, every, trials[chosen][1][: len(shown)], truth[shown])
     return ProbeResult(LayerChoice(tuple(key for key in every if key in kept), self_choice), cross, self_scores)
 
 
-def _attention(backbone: Backbone, looked_with: tuple[Tensor, Tensor], plan: Plan) -> tuple[Attention, ...]:
-    encoded, noise = looked_with
-    return backbone.observe(encoded, plan, noise).attention
+def _say(on_step: OnStep, done: int) -> None:
+    on_step(StepReport("layers", done, VIEWS + SELF_VIEWS, {}, lambda: None))
 
 
 @dataclass(frozen=True)
@@ -98,7 +111,13 @@ class _Views:
     inputs: dict[int, tuple[Tensor, Tensor]]
 
 
-def _look(backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, plan: Plan) -> _Views:
+def _look(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    settings: ViewSettings,
+    plan: Plan,
+    looked: Callable[[int], None],
+) -> _Views:
     # As observations sort single layers.
     order = sorted(range(len(backbone.layers)), key=lambda i: (backbone.layers[i].eye, -backbone.layers[i].stride, i))
     names = [name for i in order if (name := backbone.layers[i].name) in plan.layers.read]
@@ -120,10 +139,13 @@ def _look(backbone: Backbone, examples: Sequence[Example], settings: ViewSetting
             like = features[name][0] if features[name] else _pool(maps)
             features[name].append(F.adaptive_avg_pool2d(maps, (like.shape[-2], like.shape[-1])).half())
         labels.append(F.adaptive_avg_pool2d(label, GRID))
+        looked(index + 1)
     return _Views(features, torch.stack(labels), held, inputs)
 
 
-def with_probed_layers(backbone: Backbone, examples: Sequence[Example], settings: Trained, prompt: str) -> Trained:
+def with_probed_layers(
+    backbone: Backbone, examples: Sequence[Example], settings: Trained, prompt: str, on_step: OnStep | None = None
+) -> Trained:
     """The settings with the layers that the probe chooses, where they say "auto", or say nothing and the model of the
     backbone is not known."""
     usual = backbone.default_layers()
@@ -137,7 +159,7 @@ def with_probed_layers(backbone: Backbone, examples: Sequence[Example], settings
     timestep = getattr(settings, "timestep", None)
     timestep = backbone.info.timestep if timestep is None else timestep
     given = () if probe_read else select_layers(read, backbone.layers) if read else usual.read
-    found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep, given).choice
+    found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep, given, on_step).choice
     return replace(
         settings,
         read_layers=", ".join(found.read) if probe_read else read,

@@ -15,8 +15,8 @@ class StepReport:
     """Progress of training.
 
     Attributes:
-        stage: "views" (encoding them), "features" (passes over them before the first step), "fit" or "train", and
-            "done" after an instant fit.
+        stage: "layers" (where the probe chooses them: looking at views for it), "views" (encoding them), "features"
+            (passes over them before the first step), "fit" or "train", and "done" after an instant fit.
         step, steps: of the stage, 1-based.
         losses: terms by name; empty before the first step.
         embeddings: gives the best embeddings so far, or None when there are none.
