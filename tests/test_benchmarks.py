@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import ablation, confidence, correction, device, memory, one_part, speed
+from benchmarks import ablation, confidence, correction, device, looking, memory, one_part, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
-from benchmarks.rivals import RULES, Bank, best_sights
+from benchmarks.rivals import RULES, Bank, Sight, best_sights
 from benchmarks.rows import read_rows, write_rows
 from benchmarks.sources import (
     OTHER,
@@ -36,7 +36,8 @@ from slime.reading.official import official_maps, token_maps
 from slime.training import gradient
 from slime.training.losses import guard_loss
 from testing import scenes
-from testing.server import MODEL
+from testing.inprocess import load_flow
+from testing.server import FLOW, MODEL
 from testing.tiny.weights import TESTBED, checkpoint_of
 
 from .toy import ToyUNet
@@ -327,3 +328,28 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| part mIoU | 1 example | 1 least sure | 1 random |" and table[2].startswith("| horse | ")
     assert all(0 <= float(cell) <= 1 for cell in table[2].split("|")[2:5]) and "Teaching again" in table[-1]
+
+
+def test_a_look_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
+    monkeypatch.setattr("sys.argv", ["looking", "--repeats", "1"])
+    looking.main()
+    told = capsys.readouterr().out
+    rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
+    assert [row["model"] for row in rows] == ["tiny UNet", "tiny flow transformer", "both"]
+    assert all(row[name] > 0 for row in rows for name in ("encode", "look", "bare", "look bytes", "bare bytes"))
+    assert "| both | " in told
+
+
+def test_the_flow_transformer_is_measured_as_the_unet_is() -> None:
+    """Each of its methods, on one scene; the file, the file drawn anew, its neighbours, and both models together."""
+    methods = make_methods(MODEL, Variant("instant", {"views": 4, "steps": 10}))
+    task = scene_task("horse", 1, 0, 1, "test")
+    for name in ("flow", "flow, untrained", "default beside flow"):
+        (found,) = methods[name](task.examples, 0)(task.tests["plain"].images)
+        assert found.shape == task.tests["plain"].images.shape[1:3]
+    backbone = load_flow(FLOW)
+    chosen = {rule: Sight(("joint.3",), 261) for rule in RULES}
+    found = Bank(backbone, task.examples, list(chosen.values())).find(
+        as_tensor(task.tests["plain"].images), list(chosen.items())
+    )
+    assert all(maps[0].max() > 0 for maps in found.values())
