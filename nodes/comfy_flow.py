@@ -12,7 +12,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
 
 import comfy.model_base
 import comfy.model_management
@@ -21,13 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..slime.backbones.attention import Attention
-from ..slime.backbones.base import BackboneInfo, EndOfPass, Observation, Plan
+from ..slime.backbones.base import BackboneInfo, EndOfPass, Observation, Plan, halved
 from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import InstantSettings
+from .comfy_unet import LATENT_CELL, identity_of
 
-LATENT_CELL = 8  # pixels, where no VAE is connected that says
 LEVELS = 1000  # a noise level of 260 is a sigma of .26
 MIDDLE = (0.3, 0.7)  # of the depth: of a model that nobody probed, blocks that may be read
 MODULES = {
@@ -49,6 +48,7 @@ class FlowFamily:
         noise: level of the features.
         read, propagate: blocks known to serve; none for the probe.
         side: pixels of the square whose area it works on.
+        cell: pixels that a latent's cell spans a side, where no VAE is connected that says.
         instant: what the instant trainer does on it.
     """
 
@@ -58,19 +58,21 @@ class FlowFamily:
     read: tuple[str, ...] = ()
     propagate: tuple[str, ...] = ()
     side: int = 1024
+    cell: int = LATENT_CELL
     instant: InstantSettings = field(default_factory=lambda: InstantSettings(views=16))  # a Flux view takes 50 MB
 
 
 # Flux: DiTF (NeurIPS 2025) reads single block 9 at sigma .26, double blocks 12 and 17 serve Seg4Diff (NeurIPS 2025).
 # SD3: block 9 at sigma .5 (Seg4Diff). Of the others nothing is published.
 FAMILIES = (
-    FlowFamily("flux2", ("Flux2",)),
+    FlowFamily("flux2", ("Flux2",), cell=16),
     FlowFamily("chroma", ("Chroma",), 260, ("single.9",), ("double.12", "double.17")),
     FlowFamily("flux", ("Flux",), 260, ("single.9",), ("double.12", "double.17")),
     FlowFamily("sd3", ("SD3",), 500, ("joint.9",), ("joint.9",)),
     FlowFamily("qwen-image", ("QwenImage",)),
     FlowFamily("lumina", ("Lumina2",)),
 )
+_WRONG_TEXT = "The text does not fit the model: connect the CLIP that belongs to it, or train again with it."
 OTHERS = ("ChromaRadiance", "ZImagePixelSpace")  # of these classes, which work on pixels
 
 
@@ -107,7 +109,13 @@ class ComfyFlow:
             raise SlimeError(f"{type(base).__name__} is no flow transformer that SLiMe knows.")
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
+        if not self._blocks or not hasattr(self._transformer, "patch_size"):
+            raise SlimeError(
+                f"{type(self._transformer).__name__} runs this model by other means than ComfyUI's own, so that SLiMe "
+                "cannot look into it. Load the model with ComfyUI's loaders."
+            )
         self._patch = _patch_size(self._transformer)
+        self._width = _width(self._blocks)
         self._channels = int(base.latent_format.latent_channels)
         self._of_video = getattr(base.latent_format, "latent_dimensions", 2) == 3  # an image is one frame
         taken = _channels_in(self._transformer, self._patch)
@@ -120,8 +128,8 @@ class ComfyFlow:
         self._known = LayerChoice(family.read, family.propagate) if known else LayerChoice((), ())
         readable = list(self._blocks) if family.read else _middle(list(self._blocks))
         self.layers = tuple(Layer(name, self._patch) for name in readable)
-        cell = getattr(vae, "downscale_ratio", LATENT_CELL)
-        cell = cell if isinstance(cell, int) else LATENT_CELL
+        cell = getattr(vae, "downscale_ratio", family.cell)
+        cell = cell if isinstance(cell, int) else family.cell
         self.info = BackboneInfo(
             f"{family.name}-{_build(self._blocks)}",
             family.side,
@@ -146,13 +154,15 @@ class ComfyFlow:
             raise SlimeError("Connect the CLIP of the checkpoint: the text that the model looks with is not there yet.")
         given = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
         found = {"text" if name == "cond" else name: one for name, one in given.items() if isinstance(one, Tensor)}
-        return {name: one[0].cpu().half() for name, one in found.items()}
+        return {name: halved(one[0]) for name, one in found.items()}
 
     def encode_images(self, images: Tensor) -> Tensor:
         if self.vae is None:
             raise SlimeError("Connect the VAE of the checkpoint.")
         images = images[..., :3]
-        if getattr(self.vae, "latent_dim", 2) == 3:  # of a VAE for video, which would take a batch for frames
+        if (getattr(self.vae, "latent_dim", 2) == 3) != self._of_video:
+            raise SlimeError("This VAE is of another kind of model: connect the VAE that belongs to the model.")
+        if self._of_video:  # of a VAE for video, which would take a batch for frames
             latents = torch.cat([self.vae.encode(image[None]) for image in images])[:, :, 0]
         else:
             latents = self.vae.encode(images)
@@ -177,31 +187,42 @@ class ComfyFlow:
         seen = _Seen(plan.layers, grid, getattr(self._transformer, "pad_tokens_multiple", None) or 1)
         sigma = plan.timestep / LEVELS
         noisy = sigma * noise.to(encoded) + (1 - sigma) * encoded
-        memory = self.model.memory_required([*noisy.shape])
+        memory = self.model.memory_required([*noisy.shape]) + len(noisy) * self._kept(grid, plan)
         comfy.model_management.load_models_gpu([self.model], memory_required=memory)
         with self._watched(seen):
             try:
                 self.run(noisy.to(self.device), sigma, plan.condition, seen.attend)
             except EndOfPass:
                 pass
-        maps = [seen.values[name] for name in plan.layers.read]
+            except RuntimeError as error:
+                if "shapes cannot be multiplied" in str(error):
+                    raise SlimeError(f"{_WRONG_TEXT} ({error})") from error
+                raise
+        if not seen.complete:
+            raise SlimeError(
+                "The attention of this model is patched or compiled, so that SLiMe cannot look at it. Connect the "
+                "model as it is before that node."
+            )
+        maps = [seen.values[name].float() for name in plan.layers.read]
         if plan.grouping == "resolution" and maps:
             maps = [torch.stack(maps).mean(0)]
         return Observation(tuple(maps), tuple(seen.attention[name] for name in plan.layers.propagate), grid)
+
+    def _kept(self, grid: tuple[int, int], plan: Plan) -> int:
+        """Bytes that one image's values, and queries and keys, take beside the pass."""
+        layers = 2 * len(plan.layers.read) + len(plan.layers.propagate)
+        return 4 * layers * self._width * grid[0] * grid[1]
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         if self.device.type == "cpu":
             return CPU_BATCH
         free = comfy.model_management.get_free_memory(self.device)
-        return batch_for(float(free), float(self.model.memory_required([1, self._channels, *size])))
+        grid = (size[0] // self._patch, size[1] // self._patch)
+        one = self.model.memory_required([1, self._channels, *size]) + self._kept(grid, Plan(self._known, {}, 0))
+        return batch_for(float(free), float(one))
 
     def identity(self) -> tuple[object, Hashable] | None:
-        """The model, and what tells its state: LoRAs and the VAE. None with patches that cannot be told apart."""
-        options = {name: value for name, value in self.model.model_options.items() if value}
-        vae = getattr(self.vae, "patcher", None)
-        if options or self.model.object_patches or vae is None:
-            return None
-        return self.model.model, (str(self.model.patches_uuid), ref(vae.model), str(vae.patches_uuid))
+        return identity_of(self.model, self.vae)
 
     def run(self, noisy: Tensor, sigma: float, condition: Mapping[str, Tensor], attend: Callable[..., Tensor]) -> None:
         """One pass over latents [B, C, h, w] of noise level ``sigma``, with ``attend`` in place of the attention."""
@@ -260,9 +281,13 @@ class _Seen:
 
     def left(self, *_: Any) -> None:
         self._within = None
-        done = self.values.keys() >= {*self.layers.read} and self.attention.keys() >= {*self.layers.propagate}
-        if done:
+        if self.complete:
             raise EndOfPass
+
+    @property
+    def complete(self) -> bool:
+        """Whether all that is wanted has come."""
+        return self.values.keys() >= {*self.layers.read} and self.attention.keys() >= {*self.layers.propagate}
 
     def attend(
         self,
@@ -280,7 +305,7 @@ class _Seen:
             by_head = named.get("skip_reshape", False)
             if name in self.layers.read:
                 tokens = self._of_image(value, heads, by_head)
-                self.values[name] = tokens.float().transpose(1, 2).unflatten(2, self.grid)
+                self.values[name] = tokens.transpose(1, 2).unflatten(2, self.grid)
             if name in self.layers.propagate:
                 queries, keys = (self._of_image(one, heads, by_head) for one in (query, key))
                 self.attention[name] = Attention(queries, keys, heads, *self.grid)
@@ -325,10 +350,15 @@ def _channels_in(transformer: Any, patch: int) -> int | None:
     return int(weight.shape[1]) // patch**2 if weight.ndim == 2 else None
 
 
+def _width(blocks: dict[str, nn.Module]) -> int:
+    """Of a token."""
+    first = next(iter(blocks.values()))
+    return next(int(weight.shape[1]) for weight in first.parameters() if weight.ndim == 2)
+
+
 def _build(blocks: dict[str, nn.Module]) -> str:
     """Width and depth, by which models of one family are told apart, and whether queries and keys are normalised, as
     SD3.5's are and SD3's not."""
     first = next(iter(blocks.values()))
-    width = next(weight.shape[1] for weight in first.parameters() if weight.ndim == 2)
     plain = any(isinstance(getattr(part, "ln_q", None), nn.Identity) for part in first.modules())
-    return f"{width}x{len(blocks)}" + ("-plain" if plain else "")
+    return f"{_width(blocks)}x{len(blocks)}" + ("-plain" if plain else "")

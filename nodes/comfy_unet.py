@@ -71,12 +71,7 @@ class ComfyUNet(SDUNet):
         self._lent = False
 
     def identity(self) -> tuple[object, Hashable] | None:
-        """The model, and what tells its state: LoRAs and the VAE. None with patches that cannot be told apart."""
-        options = {name: value for name, value in self.model.model_options.items() if value}
-        vae = getattr(self.vae, "patcher", None)  # other packs' VAEs may have none
-        if options or self.model.object_patches or vae is None:
-            return None
-        return self.model.model, (str(self.model.patches_uuid), weakref.ref(vae.model), str(vae.patches_uuid))
+        return identity_of(self.model, self.vae)
 
     def encode_images(self, images: Tensor) -> Tensor:
         if self.vae is None:
@@ -183,6 +178,16 @@ class ComfyUNet(SDUNet):
             self_ = {_place(name): _recorder(capture, "self", name) for name in capture.choice.propagate}
             options["patches_replace"] = {"attn2": cross, "attn1": self_}
         return options
+
+
+def identity_of(model: Any, vae: Any) -> tuple[object, Hashable] | None:
+    """The model, and what tells its state: LoRAs and the VAE. None with patches that cannot be told apart."""
+    options = {name: value for name, value in model.model_options.items() if value}
+    others = [getattr(model, name, None) for name in ("object_patches", "injections", "hook_patches", "forced_hooks")]
+    patcher = getattr(vae, "patcher", None)  # other packs' VAEs may have none
+    if options or any(others) or patcher is None:
+        return None
+    return model.model, (str(model.patches_uuid), weakref.ref(patcher.model), str(patcher.patches_uuid))
 
 
 def _place(name: str) -> tuple[str, int, int]:

@@ -11,7 +11,7 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 
-from ..slime.backbones.vision import Standard, VisionTransformer, interpolated
+from ..slime.backbones.vision import BYTES, Standard, VisionTransformer, interpolated
 from ..slime.errors import SlimeError
 
 _KINDS = {
@@ -41,7 +41,8 @@ class ComfyVision(VisionTransformer):
         super().__init__(clip_vision.model, kind, side, standard, clip_vision.load_device, cell)
 
     def run(self, pixels: Tensor) -> None:
-        comfy.model_management.load_model_gpu(self.patcher)
+        memory = len(pixels) * BYTES * self.width * (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
+        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
         if self.kind in ("dinov3", "siglip2"):
             getattr(self.model, "vision_model", self.model)(pixels)
         elif self.kind == "dinov2":

@@ -53,17 +53,20 @@ def shown(image: Tensor | None, latent: dict[str, Tensor] | None, backbone: Back
             f"A latent of shape {list(samples.shape)} is not of this model, whose latents are [B, {channels}, h, w]."
         )
     taken = backbone.take(samples)
-    return _guessed(samples, backbone) if image is None else as_images(image), taken
+    return _guessed(taken, backbone) if image is None else as_images(image), taken
 
 
-def _guessed(samples: Tensor, backbone: ComfyUNet | ComfyFlow) -> Tensor:
-    """Pixels [B, H, W, 3], roughly, of latents as they travel between nodes."""
-    kind = backbone.model.model.latent_format
-    grey = torch.ones(samples.shape[1], 3) / samples.shape[1]
+def _guessed(taken: Tensor, backbone: ComfyUNet | ComfyFlow) -> Tensor:
+    """Pixels [B, H, W, 3], roughly, of latents in the model's own scale."""
+    kind, cells = backbone.model.model.latent_format, taken.cpu()
+    reshape = getattr(kind, "latent_rgb_factors_reshape", None)
+    cells = cells if reshape is None else reshape(cells)
+    grey = torch.ones(cells.shape[1], 3) / cells.shape[1]
     factors = torch.tensor(kind.latent_rgb_factors) if kind.latent_rgb_factors else grey
     bias = torch.tensor(kind.latent_rgb_factors_bias) if kind.latent_rgb_factors_bias else torch.zeros(3)
-    cells = (torch.einsum("bchw,cr->brhw", samples, factors) + bias[:, None, None] + 1) / 2
-    pixels = torch.nn.functional.interpolate(cells, scale_factor=float(backbone.info.cell), mode="bicubic")
+    colors = (torch.einsum("bchw,cr->brhw", cells, factors) + bias[:, None, None] + 1) / 2
+    size = (taken.shape[2] * backbone.info.cell, taken.shape[3] * backbone.info.cell)
+    pixels = torch.nn.functional.interpolate(colors, size, mode="bicubic")
     return pixels.clamp(0, 1).movedim(1, -1)
 
 

@@ -48,6 +48,8 @@ class _Settings(io.ComfyNode):
         values = {LAYERS.get(name, name): value for name, value in plain.items()} | {"flip": FLIP[flip]}
         if RECOLOR[recolor] is not None:
             values["recolor"] = RECOLOR[recolor]
+        if values.get("timestep") == -1:
+            del values["timestep"]
         return io.NodeOutput(Chosen(cls.PRESET, values))
 
 
@@ -74,7 +76,13 @@ class SLiMeInstantSettings(_Settings):
                 io.Float.Input(
                     "l2", default=usual.l2, min=0.0, max=10.0, step=0.001, tooltip="Pull towards simple answers."
                 ),
-                io.Int.Input("timestep", default=100, min=0, max=999, tooltip="Noise level of the features."),
+                io.Int.Input(
+                    "timestep",
+                    default=-1,
+                    min=-1,
+                    max=999,
+                    tooltip="Noise level of the features; -1 takes the model's own. Vision encoders have none.",
+                ),
                 *_looking(),
             ],
         )

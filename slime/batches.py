@@ -55,4 +55,4 @@ def batch_for(free: float, one: float) -> int:
 def check_finite(tensors: Iterable[Tensor]) -> None:
     """Raises SlimeError where a model gave NaN or infinite values (half precision that overflows)."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise SlimeError("The UNet returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")
+        raise SlimeError("The model returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")

@@ -25,6 +25,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import save as save_bytes
 from torch import Tensor
 
+from .backbones.base import halved
 from .backbones.layers import LayerChoice
 from .embeddings import CONTEXT, KEYS, SHARED, PartEmbeddings
 from .errors import SlimeError
@@ -46,7 +47,7 @@ _LAYER = re.compile(r"[a-z_]{1,32}(\.\d{1,4}){1,3}")
 
 
 def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Write one file: rows in float32, the condition in float16, the rest as JSON in the metadata.
+    """Write one file: rows in float32, the condition in float16 where it fits, the rest as JSON in the metadata.
 
     Raises:
         SlimeError: the file exists and ``overwrite`` is False, or the system refuses to write it.
@@ -56,7 +57,7 @@ def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], ov
         raise SlimeError(f'"{target.name}" exists already; choose another name or allow overwriting.')
     tensors = {"rows": embeddings.rows.detach().float().cpu().contiguous()}
     for name, tensor in (embeddings.condition or {}).items():
-        tensors[name] = tensor.detach().half().cpu().contiguous()
+        tensors[name] = halved(tensor)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _replace(target, save_bytes(tensors, metadata=_metadata(embeddings, brief=False)))

@@ -349,7 +349,5 @@ def test_the_flow_transformer_is_measured_as_the_unet_is() -> None:
         assert found.shape == task.tests["plain"].images.shape[1:3]
     backbone = load_flow(FLOW)
     chosen = {rule: Sight(("joint.3",), 261) for rule in RULES}
-    found = Bank(backbone, task.examples, list(chosen.values())).find(
-        as_tensor(task.tests["plain"].images), list(chosen.items())
-    )
-    assert all(maps[0].max() > 0 for maps in found.values())
+    bank, images = Bank(backbone, task.examples, list(chosen.values())), as_tensor(task.tests["plain"].images)
+    assert all(maps[0].max() > 0 for maps in bank.find(images, list(chosen.items())).values())

@@ -237,3 +237,59 @@ def test_loras_and_small_weights_are_seen(kind: str) -> None:
     small = backbone_of(kind, flow_patcher(kind, dtype=torch.float8_e4m3fn))
     found = seen(small, kind, latents, (first,), (first,)).features[0]
     assert torch.nn.functional.cosine_similarity(found, before, dim=1).min() > 0.97
+
+
+def test_a_latent_without_its_image_is_shown_as_comfyui_previews_it(kind: str) -> None:
+    from slime_extension.nodes.connected import shown
+
+    backbone = backbone_of(kind)
+    samples = torch.randn(2, backbone.info.channels, 8, 12, generator=torch.Generator().manual_seed(2))
+    frames = samples.unsqueeze(2) if backbone._of_video else samples
+    images, taken = shown(None, {"samples": frames}, backbone)
+    assert images.shape == (2, 8 * backbone.info.cell, 12 * backbone.info.cell, 3) and taken.shape == samples.shape
+    assert 0 <= images.min() and images.max() <= 1 and images.std() > 0.01
+    same, _ = shown(images, {"samples": frames}, backbone)
+    assert torch.equal(same, images)
+    assert (
+        backbone_of(kind).info.cell
+        == importlib.import_module("slime_extension.nodes.comfy_flow").ComfyFlow(backbone.model).info.cell
+    ), "without a VAE"
+
+
+def test_what_cannot_be_looked_into_says_so(extension) -> None:
+    from slime_extension.nodes.comfy_flow import ComfyFlow
+    from slime_extension.nodes.comfy_unet import identity_of
+
+    backbone = backbone_of("flux")
+    latents, name = latents_for(backbone), "single.1"
+    wrong = {"text": torch.zeros(13, 24), "pooled_output": torch.zeros(24)}
+    with torch.inference_mode(), pytest.raises(SlimeError, match="connect the CLIP"):
+        backbone.observe(latents, Plan(LayerChoice((name,), ()), wrong, 260), torch.zeros_like(latents))
+    with pytest.raises(SlimeError, match="noise level of 0"):
+        backbone.observe(latents, Plan(LayerChoice((name,), ()), {}, 0), torch.zeros_like(latents))
+    backbone.vae = Pixels(16, frames=True)
+    with pytest.raises(SlimeError, match="another kind of model"):
+        backbone.encode_images(torch.rand(1, 64, 64, 3))
+
+    block = backbone._blocks[name]
+    block.forward = lambda x, *args, **kwargs: x  # as compiled or patched ones do not come by
+    with pytest.raises(SlimeError, match="patched or compiled"):
+        seen(backbone, "flux", latents, (name,), ())
+    del block.forward
+
+    assert identity_of(backbone.model, Pixels(16)) is not None
+    changed = backbone.model.clone()
+    changed.injections = {"bypass_lora": [object()]}
+    assert identity_of(changed, Pixels(16)) is None
+    patcher = flow_patcher("flux")
+    patcher.model.diffusion_model = torch.nn.Identity()
+    with pytest.raises(SlimeError, match="other means"):
+        ComfyFlow(patcher)
+
+
+def test_text_beyond_half_precision_is_kept_whole(tmp_path) -> None:
+    layers = LayerChoice(("layer.3",), ())
+    text = torch.tensor([[1.0, -70_000.0], [0.5, 2.0]])
+    made = PartEmbeddings(("a",), torch.zeros(1, 1, 8), {"text": text}, "", "lumina-1", layers, 260, 64)
+    kept = load_embeddings(save_embeddings(made, tmp_path / "x.safetensors")).condition
+    assert kept is not None and torch.equal(kept["text"], text)

@@ -164,6 +164,12 @@ def choose_layers(backbone: Backbone, read: str = "", propagate: str = "") -> La
     )
 
 
+def halved(tensor: Tensor) -> Tensor:
+    """In half precision, where that holds its numbers; else in single: some text encoders exceed 65504."""
+    half = tensor.detach().half().cpu().contiguous()
+    return half if bool(torch.isfinite(half).all()) else tensor.detach().float().cpu().contiguous()
+
+
 def seeded_noise(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
     """Gaussian noise that depends on the seed alone, not on the device; one draw serves every image of a batch."""
     generator = torch.Generator("cpu").manual_seed(seed)

@@ -76,8 +76,8 @@ class Joined:
         return first | {SECOND + name: tensor for name, tensor in second.items()}
 
     def encode_images(self, images: Tensor) -> Tensor:
-        encoded = [eye.backbone.encode_images(images).to(self.device, torch.float32) for eye in self._eyes]
-        return torch.cat(encoded, 1)
+        """On the CPU: pixels of a large batch would fill a device."""
+        return torch.cat([eye.backbone.encode_images(images).to("cpu", torch.float32) for eye in self._eyes], 1)
 
     def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
         seen = []

@@ -19,11 +19,12 @@ from torch import Tensor
 from ..backbones.attention import Attention, propagate
 from ..backbones.base import Backbone, Plan, seeded_noise
 from ..backbones.layers import AUTO, LayerChoice, select_layers
-from ..batches import check_finite
+from ..batches import OUT_OF_MEMORY, check_finite
+from ..errors import SlimeError
 from ..examples import Example
 from ..images import resize_maps
 from ..settings import InstantSettings, PaperSettings, ViewSettings
-from .fit import fit_rows
+from .fit import OnEvaluation, fit_rows
 from .losses import balanced_weights, weighted_cross_entropy
 from .progress import OnStep, StepReport
 from .views import encode_views
@@ -33,6 +34,7 @@ Trained = TypeVar("Trained", InstantSettings, PaperSettings)
 VIEWS = 24  # half of them are held out
 SELF_VIEWS = 4  # of these, for judging self-attention, whose queries and keys take memory
 GRID = 32  # finer score features are pooled: SDXL has 70 layers
+WIDEST, ENOUGH = 1024, 512  # features wider than the first are judged in as many random directions as the second
 FIT_STEPS = 25
 L2 = 0.05  # of every layer
 SIZES = (1, 2, 3, 5, 8, 12, 16, 24)  # how many of the best layers are tried together
@@ -74,11 +76,15 @@ def probe_layers(
         name: maps for name, maps in stack.features.items() if all(bool(torch.isfinite(one).all()) for one in maps)
     }
     check_finite([] if sound else [maps[0] for maps in stack.features.values()])
-    cross = {name: _held_out([maps], truth, stack.held)[0] for name, maps in sound.items()}
+
+    def heard(*_: object) -> None:
+        looked(VIEWS)  # says nothing new, but is where a training can be cancelled
+
+    cross = {name: _held_out([maps], truth, stack.held, heard)[0] for name, maps in sound.items()}
     best_first = sorted(cross, key=lambda key: cross[key])
     trials = {}
     for count in (n for n in SIZES if n <= len(best_first)) if not read else (len(best_first),):
-        trials[count] = _held_out([sound[key] for key in best_first[:count]], truth, stack.held)
+        trials[count] = _held_out([sound[key] for key in best_first[:count]], truth, stack.held, heard)
     enough = PATIENCE * min(loss for loss, _ in trials.values())
     chosen = min(count for count, (loss, _) in trials.items() if loss <= enough)
     kept = set(best_first[:chosen])
@@ -137,7 +143,8 @@ def _look(
         for name, maps in zip(names, backbone.observe(encoded, plan, noise).features, strict=True):
             # Examples of another aspect come to the first one's sizes.
             like = features[name][0] if features[name] else _pool(maps)
-            features[name].append(F.adaptive_avg_pool2d(maps, (like.shape[-2], like.shape[-1])).half())
+            pooled = _narrow(F.adaptive_avg_pool2d(maps, (like.shape[-2], like.shape[-1])))
+            features[name].append(pooled.half().cpu())  # of 24 wide layers a GPU cannot hold them beside the model
         labels.append(F.adaptive_avg_pool2d(label, GRID))
         looked(index + 1)
     return _Views(features, torch.stack(labels), held, inputs)
@@ -159,7 +166,13 @@ def with_probed_layers(
     timestep = getattr(settings, "timestep", None)
     timestep = backbone.info.timestep if timestep is None else timestep
     given = () if probe_read else select_layers(read, backbone.layers) if read else usual.read
-    found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep, given, on_step).choice
+    try:
+        found = probe_layers(backbone, examples, settings, backbone.condition(prompt), timestep, given, on_step).choice
+    except OUT_OF_MEMORY as error:
+        raise SlimeError(
+            "The GPU's memory does not suffice to choose layers on the examples. Close other programs, or name layers "
+            f"in SLiMe Instant Settings; this model has: {', '.join(layer.name for layer in backbone.layers)}."
+        ) from error
     return replace(
         settings,
         read_layers=", ".join(found.read) if probe_read else read,
@@ -167,17 +180,28 @@ def with_probed_layers(
     )
 
 
+def _narrow(maps: Tensor) -> Tensor:
+    """Features [1, D, h, w] in fewer directions where there are many, the same for all."""
+    width = maps.shape[1]
+    if width <= WIDEST:
+        return maps
+    directions = torch.randn(width, ENOUGH, generator=torch.Generator().manual_seed(width)) * width**-0.5
+    return torch.einsum("bdhw,de->behw", maps.float(), directions.to(maps.device))
+
+
 def _pool(maps: Tensor) -> Tensor:
     return F.adaptive_avg_pool2d(maps, GRID) if maps.shape[-2] > GRID or maps.shape[-1] > GRID else maps
 
 
-def _held_out(groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[int]) -> tuple[float, Tensor]:
+def _held_out(
+    groups: Sequence[Sequence[Tensor]], truth: Tensor, held: Sequence[int], heard: OnEvaluation
+) -> tuple[float, Tensor]:
     """Fit rows to the views that are not held out, a row a layer; cross-entropy and maps [len(held), K, h, w]."""
     fit = [index for index in range(len(truth)) if index not in held]
-    fitted = [torch.cat([maps[index] for index in fit]).float() for maps in groups]
-    rows = fit_rows(fitted, truth[fit], steps=FIT_STEPS, l2=L2 * len(groups)).rows
+    fitted = [torch.cat([maps[index] for index in fit]).to(truth) for maps in groups]
+    rows = fit_rows(fitted, truth[fit], steps=FIT_STEPS, l2=L2 * len(groups), on_step=heard).rows
     size = (truth.shape[-2], truth.shape[-1])
-    looks = [torch.cat([maps[index] for index in held]).float() for maps in groups]
+    looks = [torch.cat([maps[index] for index in held]).to(truth) for maps in groups]
     seen = [resize_maps(torch.einsum("bdhw,kd->bkhw", m, row), size) for m, row in zip(looks, rows, strict=True)]
     logits = F.pad(torch.stack(seen).sum(0), (0, 0, 0, 0, 1, 0))
     loss = weighted_cross_entropy(logits, truth[list(held)], balanced_weights(truth[fit]))
