@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from slime import SegmentSettings, SlimeError, load_embeddings, preset, save_embeddings, segment, train
+from slime.backbones import vision
 from slime.backbones.base import Plan, seeded_noise
 from slime.backbones.joined import Joined
 from slime.backbones.layers import LayerChoice
@@ -273,7 +274,8 @@ def test_nodes_look_with_an_encoder_alone(nodes, monkeypatch) -> None:
             )
 
 
-def test_nodes_look_with_both_and_at_latents(nodes) -> None:
+def test_nodes_look_with_both_and_at_latents(nodes, monkeypatch) -> None:
+    monkeypatch.setattr(vision, "CELLS", 12)
     clip_vision, _ = comfy_vision("dinov2")
     backbone = load_backbone(MODEL)
     loaded = {"model": backbone.model, "vae": backbone.vae, "clip": backbone.clip}
