@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable
 from typing import Any
 
@@ -37,7 +38,10 @@ class ComfyVision(VisionTransformer):
         self.patcher, self.model = patcher, clip_vision.model
         kind = _kind(clip_vision.model)
         standard = Standard(tuple(clip_vision.image_mean), tuple(clip_vision.image_std))
-        side = 0 if kind in ("dinov3", "siglip2") else int(clip_vision.image_size)
+        side = 0 if kind == "dinov3" else int(clip_vision.image_size)
+        if kind == "siglip2":  # which says how many patches it was trained with
+            embeddings = clip_vision.model.vision_model.embeddings
+            side = math.isqrt(len(embeddings.position_embedding.weight)) * int(embeddings.patch_size)
         super().__init__(clip_vision.model, kind, side, standard, clip_vision.load_device, cell)
 
     def run(self, pixels: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.random_models import randomise
 from slime import SegmentSettings, SlimeError, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones import vision
 from slime.backbones.base import Plan, seeded_noise
@@ -248,6 +249,36 @@ def test_latents_spare_the_encoding() -> None:
     for wrong in (latents[:1], latents[:, :2], latents[..., :4], latents[0]):
         with pytest.raises(SlimeError, match="latent|Latents"):
             segment(toy, images, learned, latents=wrong)
+
+
+def test_siglip2_takes_any_aspect(extension) -> None:
+    import comfy.clip_vision
+    import comfy.model_patcher
+    import comfy.ops
+
+    kind = "siglip2_vision_model"
+    made = comfy.clip_vision.IMAGE_ENCODERS.get(kind)
+    if made is None:
+        pytest.skip("this ComfyUI has no SigLIP 2")
+    config = {"model_type": kind, "num_channels": 3, "patch_size": 16, "image_size": -1, "num_patches": 64}
+    config |= {"intermediate_size": 128, "hidden_act": "gelu_pytorch_tanh"} | SIZES
+    model = made(config, torch.float32, torch.device("cpu"), comfy.ops.manual_cast)
+    randomise(model)
+    loaded = SimpleNamespace(
+        model=model,
+        patcher=comfy.model_patcher.ModelPatcher(model, torch.device("cpu"), torch.device("cpu")),
+        load_device=torch.device("cpu"),
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+        image_size=-1,
+    )
+    backbone = importlib.import_module(f"{NAME}.nodes.comfy_vision").ComfyVision(loaded)
+    assert backbone.info.id == "siglip2-64-128" and backbone.cells == 16 and backbone.default_layers().read == ()
+    with torch.inference_mode():
+        images, seen = shown(backbone, (12 * 16, 21 * 16), LayerChoice(("block.2",), ("block.1",)))
+        own = model.vision_model((images.movedim(-1, 1) - 0.5) / 0.5)[0]
+    assert seen.grid == (12, 21)
+    assert torch.allclose(seen.features[0].flatten(2).transpose(1, 2), own, atol=1e-4)
 
 
 def test_nodes_look_with_an_encoder_alone(nodes, monkeypatch) -> None:
