@@ -2,8 +2,8 @@
 
 A layer is a transformer block. Its features are the image tokens' values, which carry no rotation by their place and
 whose inputs the block's own norm has scaled; its joint attention's image part propagates. The blocks are told apart by
-hooks on them, their queries, keys and values come by ``optimized_attention_override``: both are the same in every
-ComfyUI since 0.3.60, whatever a model calls its patches.
+hooks on them, their queries, keys and values come by ``optimized_attention_override``: both are the same in ComfyUI
+0.3.75 and 0.33, whatever a model calls its patches.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import InstantSettings
-from .comfy_unet import LATENT_CELL, identity_of
+from .comfy_unet import LATENT_CELL, cell_of, identity_of
 
 LEVELS = 1000  # a noise level of 260 is a sigma of .26
 MIDDLE = (0.3, 0.7)  # of the depth: of a model that nobody probed, blocks that may be read
@@ -72,8 +72,8 @@ FAMILIES = (
     FlowFamily("qwen-image", ("QwenImage",)),
     FlowFamily("lumina", ("Lumina2",)),
 )
-_WRONG_TEXT = "The text does not fit the model: connect the CLIP that belongs to it, or train again with it."
 OTHERS = ("ChromaRadiance", "ZImagePixelSpace")  # of these classes, which work on pixels
+_WRONG_TEXT = "The text does not fit the model: connect the CLIP that belongs to it, or train again with it."
 
 
 def family_of(base: Any) -> FlowFamily | None:
@@ -128,8 +128,7 @@ class ComfyFlow:
         self._known = LayerChoice(family.read, family.propagate) if known else LayerChoice((), ())
         readable = list(self._blocks) if family.read else _middle(list(self._blocks))
         self.layers = tuple(Layer(name, self._patch) for name in readable)
-        cell = getattr(vae, "downscale_ratio", family.cell)
-        cell = cell if isinstance(cell, int) else family.cell
+        cell = cell_of(vae, family.cell)
         self.info = BackboneInfo(
             f"{family.name}-{_build(self._blocks)}",
             family.side,

@@ -58,7 +58,6 @@ class ComfyUNet(SDUNet):
             raise SlimeError("SLiMe needs the usual noise schedule of the model; remove the sampling patch.")
         prediction = "v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps"
         own = getattr(type(base.model_config), "slime_family", None)
-        cell = getattr(vae, "downscale_ratio", LATENT_CELL)
         super().__init__(
             Family.of(own) if own else family_for(_context_dim(unet), prediction),
             prediction,
@@ -66,7 +65,7 @@ class ComfyUNet(SDUNet):
             1 / (1 + sigmas.detach().cpu().double() ** 2),
             model.load_device,
             channels,
-            cell if isinstance(cell, int) else LATENT_CELL,
+            cell_of(vae),
         )
         self._lent = False
 
@@ -178,6 +177,12 @@ class ComfyUNet(SDUNet):
             self_ = {_place(name): _recorder(capture, "self", name) for name in capture.choice.propagate}
             options["patches_replace"] = {"attn2": cross, "attn1": self_}
         return options
+
+
+def cell_of(vae: Any, usual: int = LATENT_CELL) -> int:
+    """Pixels that a latent's cell spans; a VAE may not say, or say it for video."""
+    said = getattr(vae, "downscale_ratio", usual)
+    return said if isinstance(said, int) else usual
 
 
 def identity_of(model: Any, vae: Any) -> tuple[object, Hashable] | None:

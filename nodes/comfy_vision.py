@@ -35,7 +35,7 @@ class ComfyVision(VisionTransformer):
         patcher: Any = getattr(clip_vision, "patcher", None)
         if patcher is None or not isinstance(getattr(clip_vision, "model", None), nn.Module):
             raise SlimeError("This CLIP_VISION is of a kind that SLiMe cannot read. Use the node Load CLIP Vision.")
-        self.patcher, self.model = patcher, clip_vision.model
+        self.patcher = patcher
         kind = _kind(clip_vision.model)
         standard = Standard(tuple(clip_vision.image_mean), tuple(clip_vision.image_std))
         side = 0 if kind == "dinov3" else int(clip_vision.image_size)
@@ -48,14 +48,14 @@ class ComfyVision(VisionTransformer):
         memory = len(pixels) * BYTES * self.width * (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
         comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
         if self.kind in ("dinov3", "siglip2"):
-            getattr(self.model, "vision_model", self.model)(pixels)
+            getattr(self.module, "vision_model", self.module)(pixels)
         elif self.kind == "dinov2":
-            embeddings = self.model.embeddings
+            embeddings = self.module.embeddings
             tokens = embeddings.patch_embeddings(pixels)
             tokens = self._placed(tokens, pixels, embeddings.cls_token[0], embeddings.position_embeddings[0])
-            self.model.encoder(tokens)
+            self.module.encoder(tokens)
         else:
-            vision = self.model.vision_model
+            vision = self.module.vision_model
             tokens = vision.embeddings.patch_embedding(pixels).flatten(2).transpose(1, 2)
             first = vision.embeddings.class_embedding
             first = first if first is None else first[None]

@@ -54,9 +54,9 @@ STAGES = {
     "train": "Training, step",
     "done": "Done, step",
 }
+PROBE = 0.5  # a guess: of an instant training whose layers are chosen on the examples
 # Guesses of how much of the whole time each stage takes, in order; the rest is the last one's. On the demo model on a
 # CPU it is .6 and .1 with both; a step of paper through Stable Diffusion is far dearer than a view.
-PROBE = 0.5  # of an instant training whose layers are chosen on the examples
 SHARES = {"instant": {"views": 0.5, "features": 0.2}, "paper": {"views": 0.08, "features": 0.08}}
 
 

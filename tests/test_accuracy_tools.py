@@ -19,10 +19,12 @@ from slime.reading import zoom
 from slime.reading.official import official_maps
 from slime.reading.read import calibrate, calibrating_exponent, part_logits
 from slime.reading.zoom import Window, compose, look_closer, peaks, spots, sureness, windows
+from slime.training import probe
 from slime.training.augment import window
 from slime.training.gradient import official_iou
 from slime.training.probe import probe_layers
 
+from .test_backbones import ColorAndPlace
 from .test_learning import picture, score
 from .toy import LAYERS, ToyUNet
 
@@ -124,6 +126,22 @@ def test_probe_prefers_layers_that_know_the_parts() -> None:
     chosen = [report.step for report in reports if report.stage == "layers"]
     assert sorted(set(chosen)) == list(range(1, reports[0].steps + 1)) and chosen == sorted(chosen)
     assert reports[len(chosen)].stage == "views"
+
+
+def test_the_probe_judges_wide_features_in_fewer_directions() -> None:
+    class Wide(ColorAndPlace):
+        """Says the same in very many channels."""
+
+        def observe(self, encoded, plan, noise):
+            seen = super().observe(encoded, plan, noise)
+            return replace(seen, features=tuple(maps.repeat(1, 400, 1, 1) for maps in seen.features))
+
+    found = [probe_layers(eye, [picture(0)], preset("instant", views=4), {}, 0) for eye in (ColorAndPlace(), Wide())]
+    assert all(min(one.read, key=one.read.__getitem__) == "color.0" == one.choice.read[0] for one in found)
+    directions = probe._narrow(torch.eye(1200)[None, :, :, None])
+    assert directions.shape == (1, probe.ENOUGH, 1200, 1)
+    assert torch.allclose(directions.square().sum(1).mean(), torch.tensor(probe.ENOUGH / 1200), rtol=0.05)
+    assert torch.equal(probe._narrow(torch.ones(1, 1024, 2, 2)), torch.ones(1, 1024, 2, 2))
 
 
 def test_parts_that_an_example_does_not_label_are_unknown_there() -> None:

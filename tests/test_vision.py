@@ -333,3 +333,10 @@ def test_nodes_look_with_both_and_at_latents(nodes, monkeypatch) -> None:
             nodes.Segment.execute(alone, latent=latent, zoom=1, **loaded)
         with pytest.raises(SlimeError, match="not of this model"):
             nodes.Segment.execute(alone, latent={"samples": torch.zeros(1, 16, 8, 8)}, **loaded)
+
+
+def test_an_encoder_that_hooks_do_not_reach_says_so(monkeypatch) -> None:
+    backbone = small_encoder()
+    monkeypatch.setattr(backbone, "run", lambda pixels: None)  # as a compiled one that was called before
+    with pytest.raises(SlimeError, match="compiled or patched"):
+        shown(backbone, (84, 84), LayerChoice(("block.2",), ()))

@@ -1,4 +1,4 @@
-"""Vision transformers as transformers loads them; needs the extra ``transformers``."""
+"""Vision transformers as transformers loads them; they come with the extra ``diffusers``."""
 
 from __future__ import annotations
 

@@ -61,14 +61,14 @@ class VisionTransformer:
     def __init__(
         self, module: nn.Module, kind: str, side: int, standard: Standard, device: torch.device, cell: int = 0
     ) -> None:
-        self.module, self.kind, self.device = module, kind, device
+        self.module: Any = module
+        self.kind, self.device = kind, device
         self._blocks, self._norm = _blocks(module), _last_norm(module)
         self.patch, self.width = _patch_and_width(module)
-        self._native = side // self.patch
         self.layers: Sequence[Layer] = tuple(Layer(f"block.{n}", 1) for n in range(len(self._blocks)))
         self._mean, self._std = (torch.tensor(values)[:, None, None] for values in standard)
         fixed = kind not in READ_LAST and side
-        self.cells = min(CELLS, BEYOND * self._native) if fixed else CELLS
+        self.cells = min(CELLS, BEYOND * side // self.patch) if fixed else CELLS
         name = f"{kind}-{self.width}" + (f"-{side}" if fixed else "")
         cell = cell or self.patch
         self.info = BackboneInfo(name, self.cells * self.patch, cell, cell, 3 * cell**2)
@@ -107,6 +107,8 @@ class VisionTransformer:
                 self.run((pixels - self._mean.to(pixels)) / self._std.to(pixels))
             except EndOfPass:
                 pass
+        if not seen.complete:
+            raise SlimeError("This vision encoder is compiled or patched, so that SLiMe cannot look at it.")
         tokens = [self._norm(seen.tokens[name]).float() for name in plan.layers.read]
         maps = [one[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid) for one in tokens]
         if plan.grouping == "resolution" and maps:
@@ -124,13 +126,21 @@ class VisionTransformer:
         handles = []
         wanted = {*seen.layers.read, *seen.layers.propagate}
         try:
-            for layer, block in zip(self.layers, self._blocks, strict=True):
+            for layer, (block, projections) in zip(self.layers, self._blocks, strict=True):
                 if layer.name in wanted:
-                    handles += seen.hooks(layer.name, block)
+                    handles += seen.hooks(layer.name, block, projections)
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Projections(NamedTuple):
+    """A block's layers that make queries and keys, and its number of heads."""
+
+    query: nn.Module
+    key: nn.Module
+    heads: int
 
 
 class _Seen:
@@ -141,8 +151,13 @@ class _Seen:
         self.tokens: dict[str, Tensor] = {}
         self.attention: dict[str, Attention] = {}
 
-    def hooks(self, name: str, block: nn.Module) -> list[Any]:
-        query, key, heads = _projections(block)
+    @property
+    def complete(self) -> bool:
+        """Whether all that is wanted has come."""
+        return len(self.tokens) == len(self.layers.read) and len(self.attention) == len(self.layers.propagate)
+
+    def hooks(self, name: str, block: nn.Module, projections: _Projections) -> list[Any]:
+        query, key, heads = projections
         caught: dict[str, Any] = {}
 
         def before(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -157,7 +172,7 @@ class _Seen:
                 q, k = (_rotated(caught[n][:, -count:], heads, caught["rotation"]) for n in ("query", "key"))
                 self.attention[name] = Attention(q, k, heads, *self.grid)
             caught.clear()
-            if len(self.tokens) == len(self.layers.read) and len(self.attention) == len(self.layers.propagate):
+            if self.complete:
                 raise EndOfPass
 
         handles = [block.register_forward_pre_hook(before, with_kwargs=True), block.register_forward_hook(after)]
@@ -186,29 +201,25 @@ def interpolated(positions: Tensor, prefix: int, grid: tuple[int, int]) -> Tenso
     return torch.cat([positions[:, :prefix], resized.to(positions)], 1)
 
 
-def _blocks(module: nn.Module) -> nn.ModuleList:
+def _blocks(module: nn.Module) -> list[tuple[nn.Module, _Projections]]:
+    """The transformer blocks, each with its queries' and keys' layers."""
     for part in module.modules():
-        if isinstance(part, nn.ModuleList) and len(part) and _projections_of(part[0]) is not None:
-            return part
+        if isinstance(part, nn.ModuleList) and len(part):
+            found = [(block, _projections(block)) for block in part]
+            known = [(block, projections) for block, projections in found if projections is not None]
+            if len(known) == len(found):
+                return known
     raise SlimeError(f"{type(module).__name__} is no vision transformer that SLiMe knows. Load DINOv2, DINOv3 or CLIP.")
 
 
-def _projections_of(block: nn.Module) -> tuple[nn.Module, nn.Module, int] | None:
+def _projections(block: nn.Module) -> _Projections | None:
     for part in block.modules():
         query, key = (getattr(part, a, getattr(part, b, None)) for a, b in (("query", "q_proj"), ("key", "k_proj")))
         counts = [getattr(part, n, None) for n in ("num_attention_heads", "num_heads", "heads")]
         heads = next((n for n in counts if isinstance(n, int)), None)
         if isinstance(query, nn.Module) and isinstance(key, nn.Module) and heads is not None:
-            return query, key, heads
+            return _Projections(query, key, heads)
     return None
-
-
-def _projections(block: nn.Module) -> tuple[nn.Module, nn.Module, int]:
-    """A block's query and key layers, and its number of heads."""
-    found = _projections_of(block)
-    if found is None:
-        raise SlimeError(f"{type(block).__name__} has no queries and keys that SLiMe knows.")
-    return found
 
 
 def _last_norm(module: nn.Module) -> nn.Module:
