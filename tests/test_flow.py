@@ -6,6 +6,7 @@ import importlib
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -254,6 +255,18 @@ def test_a_latent_without_its_image_is_shown_as_comfyui_previews_it(kind: str) -
         backbone_of(kind).info.cell
         == importlib.import_module("slime_extension.nodes.comfy_flow").ComfyFlow(backbone.model).info.cell
     ), "without a VAE"
+
+
+def test_the_guess_has_the_colours_of_comfyuis_preview(extension) -> None:
+    from latent_preview import Latent2RGBPreviewer
+    from slime_extension.nodes.connected import shown
+
+    backbone = backbone_of("flux")
+    kind = backbone.model.model.latent_format
+    images, taken = shown(None, {"samples": torch.randn(1, 16, 8, 12)}, backbone)
+    preview = Latent2RGBPreviewer(kind.latent_rgb_factors, kind.latent_rgb_factors_bias)
+    theirs = torch.from_numpy(np.array(preview.decode_latent_to_preview(taken))).float() / 255
+    assert (images[0, 4::8, 4::8] - theirs).abs().mean() < 0.05
 
 
 def test_what_cannot_be_looked_into_says_so(extension) -> None:

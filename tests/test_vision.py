@@ -18,6 +18,7 @@ from slime.backbones.layers import LayerChoice
 from slime.backbones.transformers import TransformersVision
 from slime.images import resize_image
 from slime.segment import look, read_look
+from slime.training import probe
 from testing.inprocess import NAME, import_comfyui, load_backbone, load_extension
 from testing.server import MODEL
 from testing.toy_unet import ToyUNet
@@ -210,7 +211,7 @@ def test_an_encoder_alone_learns_parts(tmp_path) -> None:
         train(backbone, [picture(0)], preset("paper", steps=1))
 
 
-def test_two_look_together(tmp_path) -> None:
+def test_two_look_together(monkeypatch) -> None:
     toy = ToyUNet()
     both = Joined(toy, small_encoder(toy.info.cell))
     learned = train(both, [picture(0)], preset("instant", both.info, views=6))
@@ -220,6 +221,13 @@ def test_two_look_together(tmp_path) -> None:
     assert score(learned, both) > 0.8
     probed = train(both, [picture(0)], preset("instant", views=4, read_layers="auto", propagate_layers="auto"))
     assert score(probed, both) > 0.8
+    every = tuple(layer.name for layer in both.layers)
+    plan = Plan(LayerChoice(every, ()), both.condition(""), 100, "layer")
+    looked = probe._look(both, [picture(0)], preset("instant", views=4), plan, lambda _: None).features
+    sizes = {name: maps[0].shape[-1] for name, maps in looked.items()}
+    assert sizes == {"output.3.0": 4, "output.6.0": 8, "output.9.0": 16, "block.0": 12, "block.1": 12, "block.2": 12}
+    monkeypatch.setattr(toy, "identity", lambda: (toy, 0), raising=False)
+    assert both.identity() is None, "of the encoder nothing is known"
     with pytest.raises(SlimeError, match="Connect dinov2-64 as well"):
         segment(toy, picture(1).image[None], learned)
     alone = train(toy, [picture(0)], preset("instant", toy.info, views=4))
@@ -245,7 +253,12 @@ def test_latents_spare_the_encoding() -> None:
     assert (maps == segment(toy, images, learned)[0].label_map).float().mean() > 0.97
     twice = torch.nn.functional.interpolate(latents, scale_factor=2.0, mode="nearest")
     assert (maps == segment(toy, images, learned, latents=twice)[0].label_map).float().mean() > 0.97
-    segment(toy, images, learned, SegmentSettings(flip=True, draws=2, zoom=1), latents=latents)
+    sizes = {one.batches[0][1][0][1].grid for one in (look(toy, images, learned, latents=x) for x in (latents, twice))}
+    assert len(sizes) == 1, "latents come to the model's own size"
+    mirrored = SegmentSettings(flip=True, draws=2)
+    both = [segment(toy, images, learned, mirrored, latents=given)[0].label_map for given in (latents, None)]
+    assert (both[0] == both[1]).float().mean() > 0.97
+    segment(toy, images, learned, SegmentSettings(zoom=1), latents=latents)
     for wrong in (latents[:1], latents[:, :2], latents[..., :4], latents[0]):
         with pytest.raises(SlimeError, match="latent|Latents"):
             segment(toy, images, learned, latents=wrong)
