@@ -30,7 +30,7 @@ from slime.parts.draw import color_labels
 from slime.parts.metrics import boundary_f, evaluate, false_area, mean_known
 from slime.parts.palette import default_palette
 from testing import scenes
-from testing.server import MODEL
+from testing.tiny.weights import TESTBED
 
 from .methods import MODEL_FREE, EncodeOnce, Learn, Variant, assignments, make_methods, remember, trained
 from .rivals import RULES
@@ -77,13 +77,13 @@ def grid_ceiling(test: LabelledImages, classes: int) -> list[np.ndarray]:
 
 def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=MODEL, help="a checkpoint file, or a diffusers folder")
+    parser.add_argument("--checkpoint", type=Path, default=TESTBED, help="a checkpoint file, or a diffusers folder")
     parser.add_argument("--data", type=Path, help="folder in the official layout; default is rendered scenes")
     parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), help=", ".join([*methods, CEILING]))
     known = list(dict.fromkeys((*SCENE_DOMAINS, *OFFICIAL_PARTS)))
     parser.add_argument("--domains", nargs="+", choices=known, help="default: all that the style has")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--style", choices=[s for s in scenes.STYLES if s != "ink"], default=scenes.WORLD)
+    parser.add_argument("--style", choices=[s for s in scenes.STYLES if s != "ink"], default="natural")
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--seeds", type=int, default=5, help="sets of teaching examples")
     parser.add_argument("--scenes", type=int, default=60, help="plain test scenes a domain; half as many of other sets")
@@ -107,7 +107,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
 
 
 def main() -> None:
-    options = parse(list(make_methods(MODEL, Variant("instant"))))
+    options = parse(list(make_methods(TESTBED, Variant("instant"))))
     changes = Variant(
         "instant", assignments(options.set), {}, assignments(options.read_out), assignments(options.segment)
     )
