@@ -1,9 +1,10 @@
 """The demo: learn parts from one scene (and from ten) in a real ComfyUI server, find them in held-out scenes.
 
-    python dev.py demo                                 the tiny model that comes with the repository
+    python dev.py demo                                 the tiny test bed that comes with the repository
     python dev.py demo --checkpoint sd15.safetensors --image car.png --mask wheel=wheel.png --targets photos/
 
-Writes demo_output/: embeddings, masks, overlays, loss curves and one picture grid; prints IoU beside simple baselines.
+From one scene it learns twice: by the defaults, and as the paper's authors published it. Writes demo_output/: embeddings,
+masks, overlays, loss curves and one picture grid; prints IoU beside simple baselines.
 """
 
 from __future__ import annotations
@@ -27,14 +28,18 @@ from slime import PartEmbeddings, load_embeddings
 from slime.examples import Example
 from slime.parts.draw import color_labels, loss_curve
 from slime.parts.metrics import Scores, evaluate
+from slime.parts.palette import default_palette
 from testing import scenes, splits
 from testing.baselines import color_neighbours, mean_mask
 from testing.recipes import PAPER_LAYERS, RECIPES
-from testing.server import MODEL, ROOT, ComfyServer
+from testing.server import ROOT, ComfyServer
+from testing.tiny.weights import TESTBED, checkpoint_of
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
 OUTPUT = ROOT / "demo_output"
 SHOTS = (1, 10)
+STYLE = "natural"
+PUBLISHED, OURS = "SLiMe as published", "SLiMe, defaults"
 GRID_COLUMNS = 4
 NONE: Mapping[str, Any] = {}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
@@ -179,43 +184,44 @@ def row(label: str, scores: Scores, names: Sequence[str]) -> str:
     return f"  {label:<34} part mIoU {scores.part_miou:.3f}   {parts}"
 
 
-def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Sequence[str], paper: bool = False) -> None:
-    """The tiny model on the rendered domains."""
+def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Sequence[str]) -> None:
+    """The test bed on rendered scenes of every domain."""
+    with checkpoint_of(TESTBED) as whole:
+        checkpoint = server.add_checkpoint(whole)
     rows: list[np.ndarray] = []
     means: dict[str, list[float]] = {}
     for domain in domains:
         names = scenes.PARTS[domain]
-        tests = [scenes.render(domain, splits.TEST + i) for i in range(count)]
+        tests = [scenes.render(domain, splits.TEST + i, style=STYLE) for i in range(count)]
         targets = [put_image(server, f"{domain}_test_{i}.png", scene.image) for i, scene in enumerate(tests)]
         truths = [scene.labels for scene in tests]
+        rows += [tinted([scene.image for scene in tests]), tinted(truths, names)]
         for shots in SHOTS:
-            examples = [splits.example(domain, splits.TEACH + i) for i in range(shots)]
+            examples = [splits.example(domain, splits.TEACH + i, style=STYLE) for i in range(shots)]
             given = [put_example(server, f"{domain}_teach_{i}", example) for i, example in enumerate(examples)]
+            recipes = {PUBLISHED: papers_recipe(domain), OURS: {}} if shots == 1 else {OURS: {}}
             results: dict[str, Sequence[np.ndarray]] = {}
-            recipes: dict[str, dict[str, dict[str, Any]]] = {"instant": {}}
-            if paper and shots == 1:
-                recipes["paper"] = papers_recipe(domain)
-            for preset, changes in recipes.items():
-                name = f"{domain}_{shots}_shot" + ("_paper" if preset == "paper" else "")
-                learned, found, seconds = learn_and_find(
-                    server, template, MODEL.name, given, targets, name, OUTPUT / name, **changes
+            seconds = {}
+            for method, changes in recipes.items():
+                name = f"{domain}_{shots}_shot" + ("_paper" if method == PUBLISHED else "")
+                _, results[method], seconds[method] = learn_and_find(
+                    server, template, checkpoint, given, targets, name, OUTPUT / name, **changes
                 )
-                results[f"SLiMe, {preset} ({seconds:.0f} s in all)"] = found
-                if preset == "instant":
-                    embeddings, shown = learned, found
+                if shots == 1:
+                    rows.append(tinted(results[method], names))
             results["mean mask"] = [mean_mask(examples)] * count
             results["colour and position neighbours"] = color_neighbours(examples, [scene.image for scene in tests])
             say(f"{domain}, learned from {shots} image{'s' if shots > 1 else ''}, {count} held-out scenes:")
-            for label, predictions in results.items():
+            for method, predictions in results.items():
                 scores = evaluate(predictions, truths, len(names) + 1)
-                say(row(label, scores, names))
-                means.setdefault(f"{shots}-shot {label.split(' (')[0]}", []).append(scores.part_miou)
-        rows += grid_rows(tests[:GRID_COLUMNS], shown[:GRID_COLUMNS], embeddings)
+                time_taken = f" ({seconds[method]:.0f} s in all)" if method in seconds else ""
+                say(row(method + time_taken, scores, names))
+                means.setdefault(f"{shots}-shot {method}", []).append(scores.part_miou)
     Image.fromarray(np.vstack(rows)).save(OUTPUT / "grid.png")
     say("Mean over the domains:")
     for label, values in means.items():
         say(f"  {label:<40} part mIoU {np.mean(values):.3f}")
-    say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, learned from {SHOTS[-1]})")
+    say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, {PUBLISHED}, {OURS}; both learned from one image)")
 
 
 def papers_recipe(domain: str) -> dict[str, dict[str, Any]]:
@@ -228,12 +234,10 @@ def papers_recipe(domain: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def grid_rows(
-    tests: Sequence[scenes.Scene], found: Sequence[np.ndarray], embeddings: PartEmbeddings
-) -> list[np.ndarray]:
-    tinted = [color_labels(labels, embeddings.palette) for labels in found]
-    truths = [color_labels(scene.labels, embeddings.palette) for scene in tests]
-    return [np.hstack([scene.image for scene in tests]), np.hstack(truths), np.hstack(tinted)]
+def tinted(pictures: Sequence[np.ndarray], names: Sequence[str] = ()) -> np.ndarray:
+    """A row of the grid: images, or label maps of these parts in their colours."""
+    shown = list(pictures)[:GRID_COLUMNS]
+    return np.hstack([color_labels(labels, default_palette(len(names))) for labels in shown] if names else shown)
 
 
 def run_own(server: ComfyServer, template: Prompt, options: argparse.Namespace) -> None:
@@ -269,7 +273,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=12, help="held-out scenes a domain (default 12)")
     parser.add_argument("--domains", nargs="+", choices=scenes.DOMAINS, default=list(scenes.DOMAINS))
-    parser.add_argument("--paper", action="store_true", help="beside it the paper's own recipe, from one example")
     parser.add_argument("--serve", action="store_true", help="leave the server up afterwards")
     parser.add_argument("--checkpoint", type=Path, help="your own Stable Diffusion checkpoint")
     parser.add_argument("--image", type=Path, help="with --checkpoint: the picture to learn from")
@@ -292,7 +295,7 @@ def main() -> None:
         if options.checkpoint:
             run_own(server, template, options)
         else:
-            run_scenes(server, template, options.scenes, options.domains, options.paper)
+            run_scenes(server, template, options.scenes, options.domains)
         say(f"done in {time.monotonic() - start:.0f} s; everything is in {OUTPUT}")
         if options.serve:
             say(f"The server stays up at {server.address}; Ctrl+C ends it.")

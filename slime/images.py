@@ -62,6 +62,16 @@ def resize_maps(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return maps if maps.shape[-2:] == size else F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
+def most_probable(maps: Tensor) -> Tensor:
+    """uint8 [B, ...]: the first class of the highest value in maps [B, K, ...], by comparing class after class, which
+    is several times faster on a CPU than an argmax across planes."""
+    best, labels = maps[:, 0].clone(), torch.zeros(maps[:, 0].shape, dtype=torch.uint8, device=maps.device)
+    for label, values in enumerate(maps[:, 1:].unbind(1), start=1):
+        labels.masked_fill_(values > best, label)
+        torch.maximum(best, values, out=best)
+    return labels
+
+
 def soft_labels(labels: Tensor, count: int, size: tuple[int, int]) -> Tensor:
     """Label map [H, W] -> area-averaged one-hot maps [count, h, w]; ignored pixels take from the sum, which is <= 1."""
     one_hot = torch.stack([(labels == k) for k in range(count)]).float()

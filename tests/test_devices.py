@@ -42,7 +42,6 @@ def walk(backbone: ToyUNet, trainer: str) -> list[torch.Tensor]:
 @here
 def test_simulated_devices_in_a_process_of_their_own() -> None:
     pytest.importorskip("testing.devices", reason="this torch cannot simulate a device")
-    pytest.importorskip("kornia", "0.9", reason="older ones make tensors in a way that no simulated device can follow")
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     root = Path(__file__).resolve().parent.parent
     environment = os.environ | {OWN_PROCESS: "1"}

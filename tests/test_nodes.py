@@ -190,7 +190,7 @@ def test_wrong_models_are_refused(extension) -> None:
 
 
 def test_import_is_light(extension, comfy_path) -> None:
-    """kornia and scipy.ndimage users aside, importing the entry point loads no diffusers and touches no GPU."""
+    """Users of scipy.ndimage aside, importing the entry point loads no diffusers and touches no GPU."""
     import subprocess
     import sys
     from pathlib import Path

@@ -15,9 +15,10 @@ from slime.backbones.layers import Layer, select_layers
 from slime.backbones.sd_unet import PAPER_LAYERS, Family, automatic_layers, family_for
 from slime.errors import SlimeError
 from slime.examples import Example
-from slime.images import soft_labels, working_size
+from slime.images import resize_maps, soft_labels, working_size
 from slime.parts.draw import color_labels, legend_below, loss_curve, overlay
-from slime.reading.refine import refine_maps
+from slime.reading import refine
+from slime.reading.refine import EDGE, RADIUS, refine_maps, refined_labels
 from slime.settings import InstantSettings, PaperSettings
 from slime.training.augment import augmented_view, flip_allowed, official_view, rotate
 from testing import scenes, splits
@@ -92,22 +93,32 @@ def test_refinement_moves_the_border_to_the_edge() -> None:
     assert refine_maps(torch.rand(1, 2, 8, 8), torch.rand(1, 17, 40, 3), "fast").shape == (1, 2, 17, 40)
 
 
-def test_refinement_works_with_kornia_before_0_9(monkeypatch) -> None:
-    """There is no ``separable`` then, and sizes must be multiples of the subsampling; ComfyUI asks for 0.7.1."""
-    import kornia.filters
+def test_refinement_is_the_guided_filter() -> None:
+    """As kornia has it, away from the image's border, which kornia mirrors and we leave out."""
+    from kornia.filters import guided_blur
 
-    today, steps = kornia.filters.guided_blur, []
+    torch.manual_seed(0)
+    image = resize_maps(torch.rand(2, 3, 9, 11), (72, 88)).movedim(1, -1)
+    coarse = torch.rand(2, 3, 9, 11).softmax(1)
+    radius = round(RADIUS * 8)
+    known = guided_blur(image.movedim(-1, 1), resize_maps(coarse, (72, 88)), 2 * radius + 1, EDGE).clamp(min=0)
+    known = known / known.sum(1, keepdim=True)
+    best, fast = (refine_maps(coarse, image, method) for method in ("best", "fast"))
+    inside = (..., slice(2 * radius, -2 * radius), slice(2 * radius, -2 * radius))
+    assert best[inside].numel() > 100
+    torch.testing.assert_close(best[inside], known[inside], rtol=0, atol=1e-4)
+    assert (fast - best).abs().mean() < 0.01 < (fast - resize_maps(coarse, (72, 88))).abs().mean()
 
-    def then(guidance, input, kernel_size, eps, border_type="reflect", subsample=1):
-        assert guidance.shape[2] % subsample == guidance.shape[3] % subsample == 0
-        steps.append(subsample)
-        return today(guidance, input, kernel_size, eps, border_type, subsample)
 
-    maps, image = torch.rand(1, 3, 8, 8).softmax(1), torch.rand(1, 66, 131, 3)
-    expected = refine_maps(maps, image, "fast")
-    monkeypatch.setattr(kornia.filters, "guided_blur", then)
-    torch.testing.assert_close(refine_maps(maps, image, "fast"), expected, rtol=1e-3, atol=1e-4)
-    assert steps == [4]
+@pytest.mark.parametrize("method", ["off", "fast", "best"])
+def test_labels_are_the_most_probable_class_in_strips_as_well(monkeypatch, method: str) -> None:
+    torch.manual_seed(1)
+    maps, images = torch.rand(2, 5, 9, 7).softmax(1), torch.rand(2, 131, 66, 3)
+    whole = refine_maps(maps, images, method)
+    assert torch.equal(refined_labels(maps, images, method), whole.argmax(1).byte())
+    monkeypatch.setattr(refine, "STRIP", 3 * 2 * 20 * 66)  # three rows of the coefficients at once
+    torch.testing.assert_close(refine_maps(maps, images, method), whole, rtol=1e-4, atol=1e-5)
+    assert (refined_labels(maps, images, method) == whole.argmax(1)).float().mean() > 0.999
 
 
 def test_label_colors_are_exact_and_overlay_leaves_the_rest() -> None:

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ..images import most_probable
 from .palette import Color
 
 FULL_SIZE_VALUES = 2**23  # of probabilities made at once: 32 MB, of which filters take a multiple
@@ -27,6 +28,10 @@ class Pixels(Protocol):
         """float32 [b, K, H, W] on the CPU, summing to 1 over K."""
         ...
 
+    def labels(self, part: slice) -> Tensor:
+        """uint8 [b, H, W] on the CPU: the most probable class of every pixel."""
+        ...
+
 
 @dataclass(frozen=True)
 class Held:
@@ -41,6 +46,9 @@ class Held:
 
     def __call__(self, part: slice) -> Tensor:
         return self.probabilities[part]
+
+    def labels(self, part: slice) -> Tensor:
+        return most_probable(self.probabilities[part])
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,13 @@ class PartMaps:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Slices of the batch with their probabilities [b, K, H, W], as many at once as a fixed memory takes."""
+        for part in self._parts():
+            yield part, self.pixels(part)
+
+    def _parts(self) -> Iterator[slice]:
         count, classes, height, width = self.pixels.shape
         size = max(1, FULL_SIZE_VALUES // (classes * height * width))
-        for start in range(0, count, size):
-            part = slice(start, min(start + size, count))
-            yield part, self.pixels(part)
+        return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     @property
     def probabilities(self) -> Tensor:
@@ -91,6 +101,6 @@ class PartMaps:
     def label_map(self) -> Tensor:
         """uint8 [B, H, W]: the most probable class of every pixel."""
         labels = torch.empty(len(self), *self.size, dtype=torch.uint8)
-        for part, chunk in self.chunks():
-            labels[part] = chunk.argmax(1)
+        for part in self._parts():
+            labels[part] = self.pixels.labels(part)
         return labels

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..batches import in_batches
-from ..images import as_rgb
 from .read import calibrate
-from .refine import refine_maps
+from .refine import refine_maps, refined_labels
 from .zoom import Seen, compose
 
 
@@ -42,29 +42,35 @@ class Finished:
         return (*self.maps.shape[:2], self.images.shape[1], self.images.shape[2])  # type: ignore[return-value]
 
     def __call__(self, part: slice) -> Tensor:
-        start = part.start or 0
-        count = len(self.maps[part])
+        def probabilities(maps: Tensor, pictures: Tensor) -> Tensor:
+            return calibrate(refine_maps(maps, pictures, self.refine), self.exponent)
 
-        def finish(within: slice) -> Tensor:
-            return self._finish(slice(start + within.start, start + within.stop))
+        empty = torch.zeros(self.shape[1:])
+        empty[0] = 1
+        return self._each(part, probabilities, empty)
 
-        found = list(in_batches(count, count, finish))
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def labels(self, part: slice) -> Tensor:
+        """No exponent: it changes no order."""
+        return self._each(part, partial(refined_labels, method=self.refine), torch.zeros(self.shape[2:]).byte())
 
-    def _finish(self, part: slice) -> Tensor:
-        pictures = as_rgb(self.images[part]).to(self.device)
-        maps = self.maps[part].to(self.device)
-        if self.closer:
-            pairs = zip(pictures, maps, self.closer[part], strict=True)
-            full = torch.stack([compose(picture, one, closer, self.refine) for picture, one, closer in pairs])
-        else:
-            full = refine_maps(maps, pictures, self.refine)
-        full = only_background(calibrate(full, self.exponent), ~self.present[part].to(full.device))
-        return full.float().cpu()
+    def _each(self, part: slice, refine: Callable[[Tensor, Tensor], Tensor], empty: Tensor) -> Tensor:
+        """What ``refine`` makes of these images' maps, ``empty`` where there is no part."""
+        indices = range(*part.indices(len(self.maps)))
+        found = torch.empty(len(indices), *empty.shape, dtype=empty.dtype)
 
+        def finish(within: slice) -> None:
+            some = slice(indices.start + within.start, indices.start + within.stop)
+            pictures, maps = self.images[some].to(self.device), self.maps[some].to(self.device)
+            if not (self.closer and any(self.closer[some])):
+                found[within] = refine(maps, pictures).cpu()
+                return
+            for place, picture, one, closer in zip(found[within], pictures, maps, self.closer[some], strict=True):
+                if closer:
+                    place.copy_(compose(empty.to(self.device, copy=True), picture, closer, refine))
+                else:
+                    place.copy_(refine(one[None], picture[None])[0])
 
-def only_background(maps: Tensor, where: Tensor) -> Tensor:
-    """Probabilities [B, K, H, W] that are all background in the images where ``where`` [B] is true."""
-    empty = torch.zeros_like(maps)
-    empty[:, 0] = 1
-    return torch.where(where[:, None, None, None], empty, maps)
+        for _ in in_batches(len(indices), len(indices), finish):
+            pass
+        found[~self.present[part]] = empty
+        return found

@@ -15,7 +15,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..images import resize_image
-from .refine import refine_maps
 
 UNSURE = 0.8  # share of the examples' sureness, below which an image is looked at more closely
 FACTORS = (0.75, 0.56, 0.42, 0.33, 0.25)  # sides of the windows relative to the image's
@@ -119,16 +118,19 @@ def look_closer(look: Callable[[Tensor], Tensor], image: Tensor, coarse: Tensor,
     return [Seen(candidates[index], maps[index]) for index in chosen]
 
 
-def compose(image: Tensor, coarse: Tensor, closer: Sequence[Seen], refine: str) -> Tensor:
-    """Probabilities [K, H, W]: background but for the closer looks, or the first look where there are none."""
-    if not closer:
-        return refine_maps(coarse[None], image[None], refine)[0]
-    canvas = torch.zeros(coarse.shape[0], *image.shape[:2], device=coarse.device)
-    canvas[0] = 1
+def compose(blank: Tensor, image: Tensor, closer: Sequence[Seen], refine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """What closer looks showed, in its place in ``blank`` [..., H, W], which is changed.
+
+    Args:
+        blank: an image [H, W, 3] without any part, as ``refine`` gives it.
+        image: [H, W, 3].
+        closer: the surest first.
+        refine: finishes maps [1, K, h, w] with their image [1, H, W, 3].
+    """
     for window, maps in reversed(closer):  # the surest last, on top
-        part = refine_maps(maps[None].to(coarse.device), window.cut(image)[None], refine)[0]
-        canvas[:, window.top : window.top + window.height, window.left : window.left + window.width] = part
-    return canvas
+        part = refine(maps[None].to(blank.device), window.cut(image)[None])[0]
+        blank[..., window.top : window.top + window.height, window.left : window.left + window.width] = part
+    return blank
 
 
 def peaks(coarse: Tensor, closer: Sequence[Seen]) -> Tensor:
