@@ -135,7 +135,7 @@ def guided(radius: float) -> Callable[[Tensor, Tensor], Tensor]:
 
 REFINEMENTS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "off (bilinear)": lambda maps, images: refinement.refine_maps(maps, images, "off"),
-    "fast (guided, 2 cells, quarter size)": guided(2.0),
+    "fast (guided, 2 cells, at half of a cell)": guided(2.0),
     "guided, 1 cell": guided(1.0),
     "guided, 3 cells": guided(3.0),
     "best (guided, 2 cells, full size)": lambda maps, images: refinement.refine_maps(maps, images, "best"),

@@ -1,6 +1,6 @@
 """Edge-aware refinement of soft maps with the image: the guided filter (He et al. 2010), fast (He and Sun 2015).
 
-Around every place each map is fitted as a linear function of the image's colour; the coefficients are found at a quarter
+Around every place each map is fitted as a linear function of the image's colour; the coefficients are found at half
 of a map's cell, averaged, brought to full size and applied to the pixels. Full size is gone through in strips of rows,
 which stay in the cache: what takes longest is moving memory.
 """
@@ -27,7 +27,7 @@ def refine_maps(maps: Tensor, images: Tensor, method: str) -> Tensor:
     Args:
         maps: [B, K, h, w].
         images: [B, H, W, 1, 3 or 4] in [0, 1].
-        method: "off" (bilinear), "fast" (coefficients at a quarter of a cell) or "best" (at full size).
+        method: "off" (bilinear), "fast" (coefficients at half of a cell) or "best" (at full size).
 
     Returns:
         [B, K, H, W], summing to 1 over K.
@@ -92,7 +92,7 @@ def _fit(maps: Tensor, images: Tensor, method: str) -> Tensor:
     """Coefficients of the red, green and blue of a pixel, and a constant: [B, 4, K, h, w]."""
     height, width = images.shape[1:3]
     cell = max(height / maps.shape[-2], width / maps.shape[-1])
-    step = max(1, round(cell / 4)) if method == "fast" else 1
+    step = max(1, round(cell / 2)) if method == "fast" else 1
     size = (-(-height // step), -(-width // step))
     color = F.interpolate(as_rgb(images).movedim(-1, 1), size, mode="area").contiguous()
     maps = resize_maps(maps, size)

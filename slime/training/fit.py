@@ -87,11 +87,12 @@ def _fit_rows(
     groups, parts, device = len(features), labels.shape[1] - 1, labels.device
     grid = (labels.shape[-2], labels.shape[-1])
     transforms = [whitening(maps) for maps in features]
-    white = [torch.einsum("bdhw,de->behw", maps, t) for maps, t in zip(features, transforms, strict=True)]
+    # Features last: then both the scores and their gradient are one matrix product each, without a copy.
+    white = [maps.movedim(1, -1) @ t for maps, t in zip(features, transforms, strict=True)]
     # Groups of one resolution are read by one product, and resized once.
-    sizes = [maps.shape[-2:] for maps in white]
+    sizes = [maps.shape[1:3] for maps in white]
     same_size = [[i for i in range(groups) if sizes[i] == size] for size in dict.fromkeys(sizes)]
-    joined = [(same, torch.cat([white[i] for i in same], 1)) for same in same_size]
+    joined = [(same, torch.cat([white[i] for i in same], -1)) for same in same_size]
     del white
     weights = balanced_weights(labels, weight_exponent)
     whitened = torch.zeros(groups, parts, transforms[0].shape[0], device=device)
@@ -115,7 +116,7 @@ def _fit_rows(
     def evaluate() -> Tensor:
         optimizer.zero_grad()
         parts_of_score = [
-            resize_maps(torch.einsum("bdhw,kd->bkhw", maps, torch.cat([whitened[i] for i in same], 1)), grid)
+            resize_maps(F.linear(maps, torch.cat([whitened[i] for i in same], 1)).movedim(-1, 1), grid)
             for same, maps in joined
         ]
         logits = F.pad(torch.stack(parts_of_score).sum(0), (0, 0, 0, 0, 1, 0))
