@@ -188,14 +188,14 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
     """The test bed on rendered scenes of every domain."""
     with checkpoint_of(TESTBED) as whole:
         checkpoint = server.add_checkpoint(whole)
-    rows: list[np.ndarray] = []
+    blocks: list[np.ndarray] = []
     means: dict[str, list[float]] = {}
     for domain in domains:
         names = scenes.PARTS[domain]
         tests = [scenes.render(domain, splits.TEST + i, style=STYLE) for i in range(count)]
         targets = [put_image(server, f"{domain}_test_{i}.png", scene.image) for i, scene in enumerate(tests)]
         truths = [scene.labels for scene in tests]
-        rows += [tinted([scene.image for scene in tests]), tinted(truths, names)]
+        rows = [tinted([scene.image for scene in tests]), tinted(truths, names)]
         for shots in SHOTS:
             examples = [splits.example(domain, splits.TEACH + i, style=STYLE) for i in range(shots)]
             given = [put_example(server, f"{domain}_teach_{i}", example) for i, example in enumerate(examples)]
@@ -217,7 +217,8 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
                 time_taken = f" ({seconds[method]:.0f} s in all)" if method in seconds else ""
                 say(row(method + time_taken, scores, names))
                 means.setdefault(f"{shots}-shot {method}", []).append(scores.part_miou)
-    Image.fromarray(np.vstack(rows)).save(OUTPUT / "grid.png")
+        blocks.append(np.vstack(rows))
+    Image.fromarray(np.hstack(blocks)).save(OUTPUT / "grid.png")
     say("Mean over the domains:")
     for label, values in means.items():
         say(f"  {label:<40} part mIoU {np.mean(values):.3f}")

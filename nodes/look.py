@@ -49,6 +49,12 @@ class SLiMeLook(io.ComfyNode):
                 draws_input(),
                 clip_vision_input(),
                 latent_input(),
+                Looks.Input(
+                    "previous",
+                    optional=True,
+                    tooltip="A look at the same image, with another model or for other embeddings. SLiMe Read Parts then "
+                    "takes embeddings of either; what was looked at already is not looked at again.",
+                ),
             ],
             outputs=[Looks.Output(display_name="look", tooltip="For SLiMe Read Parts.")],
         )
@@ -66,12 +72,13 @@ class SLiMeLook(io.ComfyNode):
         noise_draws: int = 1,
         clip_vision: Any = None,
         latent: dict[str, Tensor] | None = None,
+        previous: Look | None = None,
     ) -> io.NodeOutput:
         settings = LookSettings(seed=seed, flip=average_flip, draws=noise_draws)
         with named_errors("SLiMe Look"):
             backbone = connected(model, vae, clip, clip_vision)
             images, latents = shown(image, latent, backbone)
-            return io.NodeOutput(look(backbone, images, embeddings, settings, latents))
+            return io.NodeOutput(look(backbone, images, embeddings, settings, latents, previous))
 
 
 class SLiMeReadParts(io.ComfyNode):

@@ -125,19 +125,29 @@ def look(
     embeddings: PartEmbeddings,
     settings: LookSettings | None = None,
     latents: Tensor | None = None,
+    previous: Look | None = None,
 ) -> Look:
     """The part of :func:`segment` that needs the model; :func:`read_look` does the rest, for any like embeddings.
 
+    With ``previous``, a look at the same images, the result serves the embeddings of both; where that one serves these
+    already nothing is looked at again.
+
     Raises:
-        SlimeError: as :func:`segment`.
+        SlimeError: as :func:`segment`, and where ``previous`` has other images.
     """
     check_images(images)
     _check_latents(latents, images, backbone)
     embeddings.check_model(backbone)
     item = embeddings.completed(backbone)
-    settings = settings or LookSettings()
+    settings, digest = settings or LookSettings(), item.pass_digest()
+    if previous is not None:
+        if previous.images.shape != images.shape or not torch.equal(previous.images, images):
+            raise SlimeError("The previous look is at other images. Connect the same image to both.")
+        found = previous.find(digest)
+        if found is not None and found.settings == settings:
+            return previous
     batches = tuple(look_at(backbone, images, [item], settings, keep, any_rows=True, latents=latents))
-    return Look(images, item.pass_digest(), batches)
+    return Look(images, digest, settings, batches, previous)
 
 
 def read_look(
@@ -146,7 +156,7 @@ def read_look(
     """Parts from a look at hand: no encoding, no pass.
 
     Args:
-        seen: from :func:`look`.
+        seen: from :func:`look`; of several in a row the one for these embeddings counts.
         embeddings: of the same kind: same condition, layers, timestep and size.
         settings: how to read.
         device: where to compute; the CPU by default.
@@ -156,14 +166,15 @@ def read_look(
     """
     if embeddings.condition is None:
         embeddings.plan()  # says what is missing
-    if embeddings.pass_digest() != seen.digest:
+    look_of_these = seen.find(embeddings.pass_digest())
+    if look_of_these is None:
         raise SlimeError(
             "These embeddings need another look at the image (another text, layers, timestep or model family than "
-            "those it was made with). Make a look with them, or use SLiMe Segment."
+            "those it was made with). Make a look with them too (its previous takes this one), or use SLiMe Segment."
         )
     device = device or torch.device("cpu")
     size, kept = (seen.images.shape[1], seen.images.shape[2]), []
-    for _, observed in seen.batches:
+    for _, observed in look_of_these.batches:
         (maps,) = read_maps(((view, one.to(device)) for view, one in observed), [embeddings], size)
         check_finite([maps])
         kept.append(maps.cpu())

@@ -15,9 +15,10 @@ from slime.backbones.attention import Attention
 from slime.backbones.base import BackboneInfo, Observation
 from slime.backbones.layers import Layer, LayerChoice
 from slime.segment import look, read_look
-from slime.settings import InstantSettings
+from slime.settings import InstantSettings, LookSettings
 
 from .test_learning import picture, score
+from .toy import ToyUNet
 
 ROOT = Path(__file__).resolve().parent.parent
 CELL = 4
@@ -145,3 +146,23 @@ def test_imports_have_no_circle_and_few_levels() -> None:
         return level[name]
 
     assert max(height(name) for name in modules if name != "slime") <= LEVELS, sorted(level.items(), key=lambda i: i[1])
+
+
+def test_looks_in_a_row_serve_files_of_several_models() -> None:
+    """What was looked at already is not looked at again, and every file is read as if it had been alone."""
+    toy, colors = ToyUNet(), ColorAndPlace()
+    of_toy = [train(toy, [picture(0)], InstantSettings(views=2, seed=seed)) for seed in range(3)]
+    of_colors = train(colors, [picture(0)], InstantSettings(views=2))
+    images = torch.stack([picture(i).image for i in range(3)])
+    toy.passes = toy.encoded = 0
+    seen = look(toy, images, of_toy[0])
+    seen = look(toy, images, of_toy[1], previous=seen)
+    seen = look(colors, images, of_colors, previous=seen)
+    seen = look(toy, images.clone(), of_toy[2], previous=seen)
+    assert toy.encoded == len(images) and toy.passes == 1, "three files, one pass"
+    for backbone, item in [(toy, one) for one in of_toy] + [(colors, of_colors)]:
+        direct = segment(backbone, images, item)[0].label_map
+        assert direct.any() and torch.equal(read_look(seen, item).label_map, direct)
+    assert look(toy, images, of_toy[0], LookSettings(seed=1), previous=seen) is not seen, "another noise"
+    with pytest.raises(SlimeError, match="at other images"):
+        look(toy, images.flip(2), of_toy[0], previous=seen)

@@ -342,6 +342,10 @@ def test_nodes_look_with_both_and_at_latents(nodes, monkeypatch) -> None:
         assert small.shape == (1, 256, 256) == guessed.images.shape[:3] and small.any()
         seen = nodes.Look.execute(alone, latent=latent, **loaded).args[0]
         assert torch.equal(small, nodes.ReadParts.execute(seen, alone).args[1])
+        encoded = nodes.Train.execute(examples, clip_vision=clip_vision, **chosen).args[0]
+        again = nodes.Look.execute(encoded, seen.images, clip_vision=clip_vision, previous=seen).args[0]
+        assert torch.equal(small, nodes.ReadParts.execute(again, alone).args[1])
+        assert nodes.ReadParts.execute(again, encoded).args[1].any()
         with pytest.raises(SlimeError, match="zoom and crops look at pixels"):
             nodes.Segment.execute(alone, latent=latent, zoom=1, **loaded)
         with pytest.raises(SlimeError, match="not of this model"):

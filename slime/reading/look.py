@@ -61,12 +61,22 @@ class Look:
     Attributes:
         images: [B, H, W, 3], as they were given.
         digest: what embeddings must agree on to be read from it, see :meth:`slime.PartEmbeddings.pass_digest`.
+        settings: it was made with.
         batches: slices of the batch with what every view and noise draw showed.
+        previous: a look at the same images for other embeddings, of this model or another.
     """
 
     images: Tensor
     digest: str
+    settings: LookSettings
     batches: tuple[tuple[slice, tuple[tuple[View, Seen], ...]], ...]
+    previous: Look | None = None
+
+    def find(self, digest: str) -> Look | None:
+        """The latest look of this digest, here or among the previous ones."""
+        if self.digest == digest:
+            return self
+        return None if self.previous is None else self.previous.find(digest)
 
 
 def look_at(
