@@ -12,7 +12,7 @@ from .errors import SlimeError
 
 T = TypeVar("T")
 LARGEST_BATCH = 16
-CPU_BATCH = 4  # more at once is no faster there
+CPU_BATCH = 1  # more at once is no faster there, and so results do not depend on neighbours
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
