@@ -207,8 +207,7 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
                 _, results[method], seconds[method] = learn_and_find(
                     server, template, checkpoint, given, targets, name, OUTPUT / name, **changes
                 )
-                if shots == 1:
-                    rows.append(tinted(results[method], names))
+                rows.append(tinted(results[method], names))
             results["mean mask"] = [mean_mask(examples)] * count
             results["colour and position neighbours"] = color_neighbours(examples, [scene.image for scene in tests])
             say(f"{domain}, learned from {shots} image{'s' if shots > 1 else ''}, {count} held-out scenes:")
@@ -222,7 +221,7 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
     say("Mean over the domains:")
     for label, values in means.items():
         say(f"  {label:<40} part mIoU {np.mean(values):.3f}")
-    say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, {PUBLISHED}, {OURS}; both learned from one image)")
+    say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, {PUBLISHED} and {OURS} from one image, from ten)")
 
 
 def papers_recipe(domain: str) -> dict[str, dict[str, Any]]:
