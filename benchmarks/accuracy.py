@@ -91,7 +91,9 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")
     parser.add_argument("--read-out", nargs="+", default=[], metavar="NAME=VALUE", help="read-out settings: order, mix")
     parser.add_argument("--segment", nargs="+", default=[], metavar="NAME=VALUE", help="refine, crops, flip, zoom ...")
-    parser.add_argument("--quick", action="store_true", help="cars and horses, one seed, 1 shot, 20 plain scenes: about 5 minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="cars and horses, one seed, 1 shot, 20 plain scenes: about 5 minutes"
+    )
     parser.add_argument("--determinism", action="store_true", help="run one configuration twice and compare")
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")

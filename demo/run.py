@@ -3,8 +3,8 @@
     python dev.py demo                                 the tiny test bed that comes with the repository
     python dev.py demo --checkpoint sd15.safetensors --image car.png --mask wheel=wheel.png --targets photos/
 
-From one scene it learns twice: by the defaults, and as the paper's authors published it. Writes demo_output/: embeddings,
-masks, overlays, loss curves and one picture grid; prints IoU beside simple baselines.
+From one scene it learns twice: by the defaults, and as the paper's authors published it. Writes demo_output/:
+embeddings, masks, overlays, loss curves and one picture grid; prints IoU beside simple baselines.
 """
 
 from __future__ import annotations

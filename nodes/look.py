@@ -52,8 +52,8 @@ class SLiMeLook(io.ComfyNode):
                 Looks.Input(
                     "previous",
                     optional=True,
-                    tooltip="A look at the same image, with another model or for other embeddings. SLiMe Read Parts then "
-                    "takes embeddings of either; what was looked at already is not looked at again.",
+                    tooltip="A look at the same image, with another model or for other embeddings. SLiMe Read Parts "
+                    "then takes embeddings of either; what was looked at already is not looked at again.",
                 ),
             ],
             outputs=[Looks.Output(display_name="look", tooltip="For SLiMe Read Parts.")],

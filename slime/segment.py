@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -179,6 +180,25 @@ def read_look(
         check_finite([maps])
         kept.append(maps.cpu())
     return _finished(seen.images, torch.cat(kept), embeddings, settings or ReadSettings(), device)
+
+
+def at_size(maps: PartMaps, index: int, image: Tensor) -> PartMaps:
+    """The part maps of one image of a batch, finished along the edges of ``image`` [H, W, 3], which is the same at
+    another size: images of unlike sizes can share a pass."""
+    pixels, part = _unfinished(maps), slice(index, index + 1)
+    pixels = replace(pixels, images=image[None], maps=pixels.maps[part], present=pixels.present[part])
+    return replace(maps, pixels=pixels, peaks=maps.peaks[part])
+
+
+def maps_of(maps: PartMaps) -> Tensor:
+    """The probabilities [B, K, h, w] on the grid that they were read on."""
+    return _unfinished(maps).maps
+
+
+def _unfinished(maps: PartMaps) -> Finished:
+    if not isinstance(maps.pixels, Finished) or maps.pixels.closer:
+        raise ValueError("pixels at full size are all there is")
+    return maps.pixels
 
 
 def _check_latents(latents: Tensor | None, images: Tensor, backbone: Backbone) -> None:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
-import pkgutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +12,13 @@ from typing import Any
 
 import torch
 
+from slime.backbones import comfyui
+
 from .server import MODEL
 from .tiny.weights import checkpoint_of
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = "slime_extension"
+NAME = comfyui.NAME  # of the extension as a package
 
 
 def import_comfyui(folder: str | None = None) -> str:
@@ -27,34 +26,13 @@ def import_comfyui(folder: str | None = None) -> str:
     folder = folder or os.environ.get("COMFYUI_DIR")
     if not folder:
         raise SystemExit("COMFYUI_DIR is not set; start this through dev.py.")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    import comfy.options  # noqa: F401
-    from comfy.cli_args import args
-
-    args.cpu = not torch.cuda.is_available()
+    comfyui.import_comfyui(Path(folder))
     return folder
 
 
 def load_extension() -> ModuleType:
     """The extension as a package, as ComfyUI imports it; its ``slime`` is this process's ``slime``."""
-    if NAME in sys.modules:
-        return sys.modules[NAME]
-    import slime
-
-    for info in pkgutil.walk_packages(slime.__path__, "slime."):
-        if info.name != "slime.backbones.diffusers":  # an extra
-            importlib.import_module(info.name)
-    spec = importlib.util.spec_from_file_location(NAME, ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
-    if spec is None or spec.loader is None:
-        raise ImportError(ROOT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[NAME] = module
-    for name, part in list(sys.modules.items()):
-        if name == "slime" or name.startswith("slime."):
-            sys.modules[f"{NAME}.{name}"] = part
-    spec.loader.exec_module(module)
-    return module
+    return comfyui.load_extension(ROOT)
 
 
 def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:

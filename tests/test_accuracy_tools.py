@@ -59,6 +59,7 @@ def test_zoom_takes_the_surer_window_and_else_the_first_look() -> None:
 
     closer = look_closer(sure, image, coarse, 1)
     assert peaks(coarse, closer).tolist() == pytest.approx([0.9])
+
     def off(maps: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
         return refine_maps(maps, images, "off")
 

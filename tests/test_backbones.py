@@ -98,7 +98,10 @@ def imported(tree: ast.Module) -> set[str]:
 
 def test_nothing_outside_a_backbone_knows_comfyui_or_a_unet() -> None:
     for path, tree in sources("slime"):
-        assert not [name for name in imported(tree) if name.split(".")[0] in ("comfy", "nodes", "folder_paths")], path
+        if path != "slime/backbones/comfyui.py":  # for those who run large sets with its loader
+            assert not [name for name in imported(tree) if name.split(".")[0] in ("comfy", "nodes", "folder_paths")], (
+                path
+            )
         if path.startswith("slime/backbones/"):
             continue
         names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
@@ -121,7 +124,7 @@ def test_only_adapters_know_comfyuis_models() -> None:
             assert not [name for name in imported(tree) if name.startswith(models)], path
 
 
-LEVELS = 8
+LEVELS, ON_TOP = 8, 3  # of the library, and of the command line above it
 
 
 def test_imports_have_no_circle_and_few_levels() -> None:
@@ -145,7 +148,11 @@ def test_imports_have_no_circle_and_few_levels() -> None:
             level[name] = 1 + max((height(other, (*path, name)) for other in below[name]), default=0)
         return level[name]
 
-    assert max(height(name) for name in modules if name != "slime") <= LEVELS, sorted(level.items(), key=lambda i: i[1])
+    on_top = {name for name in modules if name.startswith(("slime.data", "slime.__main__"))} | {"slime"}
+    assert max(height(name) for name in modules if name not in on_top) <= LEVELS, sorted(
+        level.items(), key=lambda i: i[1]
+    )
+    assert max(height(name) for name in modules) <= LEVELS + ON_TOP, sorted(level.items(), key=lambda i: i[1])
 
 
 def test_looks_in_a_row_serve_files_of_several_models() -> None:

@@ -88,7 +88,7 @@ def installed(tmp_path_factory) -> Path:
 
 def test_the_wheel_holds_the_library_alone(installed) -> None:
     names = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
-    assert names == {"slime"}
+    assert names == {"slime", "bin"}, "the library and its command"
     assert (installed / "slime" / "py.typed").is_file()
     there, here = (
         {path.relative_to(root).as_posix() for path in (root / "slime").rglob("*.py")} for root in (installed, ROOT)

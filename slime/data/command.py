@@ -1,0 +1,261 @@
+"""The command line: teach parts, find them in large sets, measure, and say what a file holds.
+
+    slime train    --model M --examples SOURCE --output wheel.safetensors
+    slime segment  --model M --embeddings wheel.safetensors INPUT --output OUT --format coco
+    slime evaluate --model M --embeddings wheel.safetensors TRUTH
+    slime info     wheel.safetensors
+
+M is a diffusers folder, a vision encoder's folder, or a checkpoint file (with --comfyui FOLDER through ComfyUI).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .. import PartEmbeddings, Segmenter, SegmentSettings, load_embeddings, preset, save_embeddings, train
+from ..backbones.load import fingerprint, load_model
+from ..edit import describe
+from ..errors import SlimeError
+from ..parts.metrics import boundary_f, evaluate
+from ..settings import REFINEMENTS
+from .annotations import read_annotations
+from .formats import FORMATS
+from .journal import Journal, write_whole
+from .pictures import decode
+from .review import least_sure, review_page
+from .run import Engine, segment_pictures
+from .sources import pictures
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run a command; returns the exit status."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except SlimeError as error:
+        sys.stderr.write(f"slime: {error}\n")
+        return 1
+    except ImportError as error:
+        sys.stderr.write(f'slime: {error.name} is missing: pip install "slime-segment-like-me[data]"\n')
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("slime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, work: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
+        found = commands.add_parser(name, help=about, description=about)
+        found.set_defaults(run=work)
+        return found
+
+    teach = command("train", _train, "Learn parts from labelled images.")
+    _model(teach)
+    teach.add_argument("--examples", required=True, help="COCO or Label Studio .json, or a folder with names.txt")
+    teach.add_argument("--parts", nargs="+", default=(), help="their names, in order; default: all in the examples")
+    teach.add_argument("--shots", type=int, default=0, help="use the first so many images; 0 for all")
+    teach.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    teach.add_argument("--preset", choices=("instant", "paper"), default="instant")
+    teach.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
+
+    find = command("segment", _segment, "Find learned parts in many pictures.")
+    _model(find)
+    _looking(find)
+    find.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
+    find.add_argument("--output", type=Path, required=True, help="folder; a run that was stopped goes on in it")
+    find.add_argument("--format", choices=FORMATS, nargs="+", default=["label-map"])
+    find.add_argument("--limit", type=int, default=0, help="at most so many pictures; 0 for all")
+    find.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0")
+    find.add_argument(
+        "--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
+    )
+    find.add_argument("--order", choices=("uncertain",), help="write order.txt: the least sure pictures first")
+    find.add_argument("--review", type=int, default=0, metavar="N", help="write review.html with the N least sure")
+
+    measure = command("evaluate", _evaluate, "Compare with labelled images.")
+    _model(measure, required=False)
+    _looking(measure, required=False)
+    measure.add_argument("truth", help="COCO or Label Studio .json, or a folder with names.txt")
+    measure.add_argument("--found", help="labels to compare, in any of these forms, in place of a model and embeddings")
+    measure.add_argument("--json", type=Path, help="write the figures here as well")
+
+    say = command("info", _info, "Say what an embeddings file holds.")
+    say.add_argument("embeddings", type=Path)
+    return parser
+
+
+def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--model", required=required, help="checkpoint file, diffusers folder, or an encoder's folder")
+    parser.add_argument("--comfyui", default="", metavar="FOLDER", help="load the checkpoint by this ComfyUI")
+    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+
+
+def _looking(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--embeddings", type=Path, required=required, help="what was learned, a .safetensors file")
+    parser.add_argument("--batch", type=int, default=0, help="pictures of one pass; 0 asks the model")
+    parser.add_argument("--refine", choices=REFINEMENTS, default="fast", help="how borders follow the image's edges")
+    parser.add_argument("--min-confidence", type=float, default=0.0, help="pictures less sure than this hold no part")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _shard(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f'"{text}" is no share: 0/8 to 7/8 are the shares of eight')
+    return int(index), int(count)
+
+
+def _bar(total: int | None, what: str, unit: str = "image") -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=what, unit=unit, file=sys.stderr, mininterval=0.5)
+
+
+def _load(options: argparse.Namespace) -> Any:
+    return load_model(options.model, options.device, options.dtype, options.comfyui)
+
+
+def _train(options: argparse.Namespace) -> None:
+    found = read_annotations(options.examples, options.parts)
+    chosen = found.images[: options.shots or None]
+    examples = [image.example(found.names) for image in chosen]
+    backbone = _load(options)
+    changes = {name: _value(value) for name, _, value in (text.partition("=") for text in options.set)}
+    settings = preset(options.preset, backbone.info, **changes)
+    with _bar(None, "learning", "step") as bar:
+
+        def on_step(report: Any) -> None:
+            if bar.desc != report.stage:
+                bar.reset(report.steps)
+                bar.set_description_str(report.stage, refresh=False)
+            bar.update(report.step - bar.n)
+
+        with torch.inference_mode():
+            embeddings = train(backbone, examples, settings, on_step=on_step)
+    save_embeddings(embeddings, options.output)
+    sys.stdout.write(f"{options.output}: {', '.join(embeddings.names)}, learned from {len(examples)} images\n")
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def _segmenter(options: argparse.Namespace, embeddings: PartEmbeddings) -> Segmenter:
+    settings = SegmentSettings(
+        seed=options.seed, refine=options.refine, min_confidence=options.min_confidence, batch_size=options.batch
+    )
+    return Segmenter(_load(options), embeddings, settings)
+
+
+def _segment(options: argparse.Namespace) -> None:
+    embeddings = load_embeddings(options.embeddings)
+    learned = fingerprint(str(options.embeddings))
+    about = {
+        "embeddings": learned,
+        "model": fingerprint(options.model),
+        "names": list(embeddings.names),
+        "formats": list(options.format),
+        "settings": {name: getattr(options, name) for name in ("refine", "seed", "min_confidence", "dtype")},
+    }
+    journal = Journal(options.output, about, options.shard)
+    version = f"slime-{learned[:12]}"
+    outputs = [FORMATS[name](options.output, embeddings, version) for name in options.format]
+    engine = Engine(_segmenter(options, embeddings), options.batch)
+    source = pictures(options.input, options.shard, options.limit)
+    with _bar(_count(options), "segmenting") as bar:
+        segment_pictures(engine, source, outputs, journal, options.workers, bar.update)
+    for output in outputs:
+        output.finish(journal)
+    _look_over(options, journal, embeddings)
+    manifest = journal.close(versions())
+    counts = manifest["counts"]
+    sys.stdout.write(f"{options.output}: {counts['pictures']} pictures, {counts['errors']} errors (errors.jsonl)\n")
+
+
+def _count(options: argparse.Namespace) -> int | None:
+    """How many pictures there are to do, where that is quick to say."""
+    if Path(options.input).suffix.lower() in (".tar", ".parquet"):
+        return None
+    return sum(1 for _ in pictures(options.input, options.shard, options.limit))
+
+
+def _look_over(options: argparse.Namespace, journal: Journal, embeddings: PartEmbeddings) -> None:
+    if options.order:
+        names = (record.name for record in sorted(journal.records(), key=lambda one: (one.confidence, one.name)))
+        write_whole(options.output / "order.txt", "".join(f"{name}\n" for name in names).encode())
+    if options.review:
+        records = least_sure(journal.records(), options.review)
+        wanted = {record.name for record in records}
+        found = {one.name: decode(one.read()) for one in pictures(options.input) if one.name in wanted}
+        page = review_page(records, found.__getitem__, embeddings.names, embeddings.palette)
+        write_whole(options.output / "review.html", page.encode())
+
+
+def versions() -> dict[str, str]:
+    """Of what computed."""
+    found = {"python": platform.python_version(), "torch": torch.__version__}
+    try:
+        found["slime"] = metadata.version("slime-segment-like-me")
+    except metadata.PackageNotFoundError:
+        found["slime"] = "a clone"
+    return found
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    if bool(options.found) == bool(options.embeddings and options.model):
+        raise SlimeError("Give --found, or both --model and --embeddings.")
+    if options.found:
+        found = read_annotations(options.found)
+        names, label_maps = found.names, {image.name: image.labels for image in found.images}
+    else:
+        embeddings = load_embeddings(options.embeddings)
+        names, engine = embeddings.names, Engine(_segmenter(options, embeddings), options.batch)
+    truth = read_annotations(options.truth, names)
+    predictions, truths = [], []
+    with _bar(len(truth.images), "evaluating") as bar:
+        for image in truth.images:
+            labels = image.labels()
+            if options.found:
+                prediction = label_maps[image.name]() if image.name in label_maps else np.zeros_like(labels)
+            else:
+                prediction = engine.find([engine.prepare(image.name, image.pixels())])[0]().labels
+            predictions.append(prediction)
+            truths.append(labels)
+            bar.update(1)
+    scores = evaluate(predictions, truths, len(names) + 1)
+    classes = len(names) + 1
+    boundary = [boundary_f(one, other, classes) for one, other in zip(predictions, truths, strict=True)]
+    figures = {
+        "images": len(truths),
+        "part_miou": round(scores.part_miou, 4),
+        "miou": round(scores.miou, 4),
+        "pooled_part_miou": round(scores.pooled_part_miou, 4),
+        "boundary_f": round(float(np.nanmean(boundary)), 4),
+        "iou": dict(zip(names, (round(float(value), 4) for value in scores.per_class[1:]), strict=True)),
+    }
+    text = json.dumps(figures, indent=2, ensure_ascii=False)
+    sys.stdout.write(text + "\n")
+    if options.json:
+        write_whole(options.json, text.encode())
+
+
+def _info(options: argparse.Namespace) -> None:
+    sys.stdout.write(describe(load_embeddings(options.embeddings)) + "\n")

@@ -1,0 +1,284 @@
+"""Files that annotation and training tools read, made of records."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from ..embeddings import PartEmbeddings
+from ..errors import SlimeError
+from .journal import Journal, write_whole
+from .records import Record, part_rle
+from .shapes import brush_rle, outlines
+
+logger = logging.getLogger(__name__)
+
+
+class Format(Protocol):
+    """A way to write what was found."""
+
+    def write(self, record: Record, labels: np.ndarray) -> None:
+        """Files of one picture, each as a whole or not at all. Called from several threads."""
+        ...
+
+    def finish(self, journal: Journal) -> None:
+        """What is made of all records, after the last one."""
+        ...
+
+
+class _Files:
+    """What the formats share."""
+
+    def __init__(self, folder: Path, embeddings: PartEmbeddings, model: str) -> None:
+        self.folder, self.names, self.palette, self.model = folder, embeddings.names, embeddings.palette, model
+
+    def write(self, record: Record, labels: np.ndarray) -> None:
+        """Nothing a picture."""
+
+    def finish(self, journal: Journal) -> None:
+        """Nothing in the end."""
+
+    def place(self, kind: str, name: str, suffix: str) -> Path:
+        """Where a file that belongs to a picture lies; names that lead out of the folder are refused."""
+        path = PurePosixPath(name.replace("\\", "/"))
+        if path.is_absolute() or ".." in path.parts or ":" in name:
+            raise SlimeError(f'A picture is called "{name}", which would be written outside {self.folder}.')
+        return self.folder / kind / path.with_suffix(suffix)
+
+
+class LabelMaps(_Files):
+    """``labels/*.png``: indexed pictures whose values are the labels, and ``names.txt``, a part a line from 1 on."""
+
+    def write(self, record: Record, labels: np.ndarray) -> None:
+        write_whole(self.place("labels", record.name, ".png"), _png(labels, [(0, 0, 0), *self.palette]))
+
+    def finish(self, journal: Journal) -> None:
+        write_whole(self.folder / "labels" / "names.txt", "".join(f"{name}\n" for name in self.names).encode())
+
+
+class Masks(_Files):
+    """``masks/PART/*.png``: 255 where the part is."""
+
+    def write(self, record: Record, labels: np.ndarray) -> None:
+        for label, part in enumerate(self.names, start=1):
+            folder = f"masks/{''.join(x if x.isalnum() or x in ' -_+.' else '_' for x in part)}"
+            write_whole(self.place(folder, record.name, ".png"), _png((labels == label).astype(np.uint8) * 255))
+
+
+class Coco(_Files):
+    """``annotations.json``: COCO instances, an annotation a part, with run lengths, or with ``polygons``."""
+
+    polygons = False
+
+    def finish(self, journal: Journal) -> None:
+        def images() -> Iterator[dict[str, Any]]:
+            for number, one in enumerate(journal.records(), start=1):
+                yield {"id": number, "file_name": one.name, "height": one.height, "width": one.width}
+
+        def annotations() -> Iterator[dict[str, Any]]:
+            number = 0
+            for image, one in enumerate(journal.records(), start=1):
+                for part in one.parts:
+                    number += 1
+                    yield {
+                        "id": number,
+                        "image_id": image,
+                        "category_id": part.label,
+                        "segmentation": self._shape(one, part),
+                        "area": part.area,
+                        "bbox": list(part.bbox),
+                        "iscrowd": 0,
+                        "score": part.score,
+                    }
+
+        categories = [{"id": i, "name": name, "supercategory": "part"} for i, name in enumerate(self.names, start=1)]
+        info = {"description": "Parts found by SLiMe", "version": self.model}
+        fixed = {"info": info, "licenses": [], "categories": categories}
+        _write_json(self.folder / "annotations.json", fixed, images=images(), annotations=annotations())
+
+    def _shape(self, record: Record, part: Any) -> Any:
+        if not self.polygons:
+            return part_rle(record, part)
+        rings = [outer for outer, _ in outlines(_mask(record, part))]
+        return [ring[:-1].round(2).ravel().tolist() for ring in rings if len(ring) > 3]
+
+
+class CocoPolygons(Coco):
+    """The same with polygons, for tools that read no run lengths; holes are filled."""
+
+    polygons = True
+
+
+class Yolo(_Files):
+    """``labels/*.txt`` as YOLO-seg has them, and ``data.yaml``; classes count from 0, holes are filled."""
+
+    def __init__(self, folder: Path, embeddings: PartEmbeddings, model: str) -> None:
+        super().__init__(folder, embeddings, model)
+        self._with_holes: list[str] = []
+
+    def write(self, record: Record, labels: np.ndarray) -> None:
+        lines, holes = [], 0
+        for part in record.parts:
+            for outer, inner in outlines(labels == part.label):
+                holes += len(inner)
+                points = outer[:-1] / (record.width, record.height)
+                if len(points) > 2:
+                    lines.append(f"{part.label - 1} " + " ".join(f"{value:.6f}" for value in points.ravel()))
+        if holes:
+            self._with_holes.append(record.name)
+        write_whole(self.place("labels", record.name, ".txt"), "".join(f"{line}\n" for line in lines).encode())
+
+    def finish(self, journal: Journal) -> None:
+        if self._with_holes:
+            count, first = len(self._with_holes), self._with_holes[0]
+            logger.warning("SLiMe: parts of %d pictures (%s ...) have holes; YOLO's polygons fill them.", count, first)
+        names = "".join(f"  {label}: {json.dumps(name, ensure_ascii=False)}\n" for label, name in enumerate(self.names))
+        text = "# Put the pictures into images/, or say where they are.\npath: .\ntrain: images\nval: images\nnames:\n"
+        write_whole(self.folder / "data.yaml", (text + names).encode())
+
+
+class LabelStudio(_Files):
+    """``tasks.json``: a task a picture with a prediction, in Label Studio's brush encoding, and ``config.xml`` for it.
+
+    The pictures' addresses are their names after ``/data/local-files/?d=``, as Label Studio's local storage has them.
+    """
+
+    def finish(self, journal: Journal) -> None:
+        write_whole(self.folder / "config.xml", self._config().encode())
+        _write_json(self.folder / "tasks.json", None, tasks=map(self._task, journal.records()))
+
+    def _config(self) -> str:
+        from xml.sax.saxutils import quoteattr
+
+        labels = "".join(
+            f'    <Label value={quoteattr(name)} background="#{bytes(color).hex()}"/>\n'
+            for name, color in zip(self.names, self.palette, strict=True)
+        )
+        return (
+            '<View>\n  <Image name="image" value="$image"/>\n'
+            f'  <BrushLabels name="parts" toName="image">\n{labels}  </BrushLabels>\n</View>\n'
+        )
+
+    def _task(self, record: Record) -> dict[str, Any]:
+        results = [
+            {
+                "id": f"{record.name}-{part.label}",
+                "type": "brushlabels",
+                "from_name": "parts",
+                "to_name": "image",
+                "original_width": record.width,
+                "original_height": record.height,
+                "image_rotation": 0,
+                "score": part.score,
+                "value": {
+                    "format": "rle",
+                    "rle": brush_rle(_mask(record, part)),
+                    "brushlabels": [self.names[part.label - 1]],
+                },
+            }
+            for part in record.parts
+        ]
+        prediction = {"model_version": self.model, "score": record.confidence, "result": results}
+        return {"data": {"image": f"/data/local-files/?d={record.name}"}, "predictions": [prediction]}
+
+
+class Parquet(_Files):
+    """``parts-*.parquet``: a row a part, its mask as COCO's run lengths; 50,000 rows a file."""
+
+    ROWS = 50_000
+
+    def finish(self, journal: Journal) -> None:
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        rows: list[dict[str, Any]] = []
+        number = 0
+
+        def flush() -> None:
+            nonlocal number
+            data = io.BytesIO()
+            parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), data)
+            write_whole(self.folder / f"parts-{number:05d}.parquet", data.getvalue())
+            rows.clear()
+            number += 1
+
+        for record in journal.records():
+            rows += list(table_rows(record, self.names))
+            if len(rows) >= self.ROWS:
+                flush()
+        if rows or not number:
+            flush()
+
+
+def table_rows(record: Record, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A row a part, and one without a part where there is none."""
+    whole = {"image": record.name, "height": record.height, "width": record.width, "confidence": record.confidence}
+    nothing = dict.fromkeys(("part", "label", "score", "area", "bbox", "counts"))
+    for part in record.parts:
+        yield whole | {
+            "part": names[part.label - 1],
+            "label": part.label,
+            "score": part.score,
+            "area": part.area,
+            "bbox": list(part.bbox),
+            "counts": part.counts,
+        }
+    if not record.parts:
+        yield whole | nothing
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    integer, text, real = pa.int64(), pa.string(), pa.float64()
+    kinds = {"image": text, "height": integer, "width": integer, "confidence": real, "part": text, "label": integer}
+    return pa.schema(
+        [*kinds.items(), ("score", real), ("area", integer), ("bbox", pa.list_(integer)), ("counts", text)]
+    )
+
+
+FORMATS: dict[str, type[_Files]] = {
+    "label-map": LabelMaps,
+    "coco": Coco,
+    "coco-polygons": CocoPolygons,
+    "yolo": Yolo,
+    "label-studio": LabelStudio,
+    "masks": Masks,
+    "parquet": Parquet,
+}
+
+
+def _mask(record: Record, part: Any) -> np.ndarray:
+    from pycocotools import mask
+
+    return np.asarray(mask.decode(part_rle(record, part)), bool)
+
+
+def _png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
+    picture, data = Image.fromarray(pixels), io.BytesIO()
+    if palette is not None:
+        picture.putpalette([level for color in palette for level in color])
+    picture.save(data, "PNG")
+    return data.getvalue()
+
+
+def _write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[str, Any]]) -> None:
+    """An object of ``fixed`` entries and lists that are written item by item; without ``fixed`` the one list alone."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        if fixed is not None:
+            file.write(json.dumps(fixed, ensure_ascii=False)[:-1] + ",")
+        for index, (name, items) in enumerate(lists.items()):
+            file.write(("," if index else "") + (f'"{name}":[' if fixed is not None else "["))
+            for place, item in enumerate(items):
+                file.write(("," if place else "") + "\n" + json.dumps(item, separators=(",", ":"), ensure_ascii=False))
+            file.write("\n]")
+        file.write("}\n" if fixed is not None else "\n")
+    partial.replace(path)

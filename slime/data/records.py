@@ -1,0 +1,95 @@
+"""What was found in a picture, a line of JSON: what every format is made of, and what a stopped run goes on from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..images import most_probable
+
+
+@dataclass(frozen=True)
+class Found:
+    """A part that was found.
+
+    Attributes:
+        label: 1.. in the order of the embeddings' names.
+        counts: its mask, as COCO's compressed run lengths.
+        area: in pixels.
+        bbox: left, top, width, height in pixels.
+        score: mean probability where it is.
+    """
+
+    label: int
+    counts: str
+    area: int
+    bbox: tuple[int, int, int, int]
+    score: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """One picture.
+
+    Attributes:
+        name: of the picture, as its source has it.
+        height, width: in pixels.
+        confidence: how sure the parts are on average, relative to the examples (1: as sure as there).
+        parts: found ones, by label.
+    """
+
+    name: str
+    height: int
+    width: int
+    confidence: float
+    parts: tuple[Found, ...]
+
+    def line(self) -> str:
+        return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False) + "\n"
+
+    @classmethod
+    def of(cls, line: str) -> Record:
+        body: dict[str, Any] = json.loads(line)
+        parts = (Found(**{**part, "bbox": tuple(part["bbox"])}) for part in body.pop("parts"))
+        return cls(**body, parts=tuple(parts))
+
+    def labels(self) -> np.ndarray:
+        """The label map, uint8 [H, W]."""
+        from pycocotools import mask
+
+        labels = np.zeros((self.height, self.width), np.uint8)
+        for part in self.parts:
+            labels[mask.decode(part_rle(self, part)).astype(bool)] = part.label
+        return labels
+
+
+def part_rle(record: Record, part: Found) -> dict[str, Any]:
+    """COCO's form of a mask."""
+    return {"size": [record.height, record.width], "counts": part.counts}
+
+
+def record_of(name: str, labels: np.ndarray, maps: Tensor, confidence: float) -> Record:
+    """From a label map uint8 [H, W] and the small probabilities [K, h, w] it was made of."""
+    from pycocotools import mask
+
+    scores, found = part_scores(maps), []
+    for label in (np.flatnonzero(np.bincount(labels.ravel(), minlength=len(maps))[1:]) + 1).tolist():
+        rle = mask.encode(np.asfortranarray(labels == label))
+        left, top, width, height = (int(side) for side in mask.toBbox(rle))
+        counts, area, score = rle["counts"].decode(), int(mask.area(rle)), round(scores[label], 4)
+        found.append(Found(label, counts, area, (left, top, width, height), score))
+    return Record(name, labels.shape[0], labels.shape[1], round(confidence, 4), tuple(found))
+
+
+def part_scores(maps: Tensor) -> Sequence[float]:
+    """Mean probability of every class [K] over the cells of [K, h, w] where it is the most probable, else its peak."""
+    labels = most_probable(maps[None])[0]
+    inside = torch.stack([labels == label for label in range(len(maps))])
+    sums, counts = (maps * inside).sum((1, 2)), inside.sum((1, 2))
+    return [float(x) for x in torch.where(counts > 0, sums / counts.clamp(min=1), maps.amax((1, 2))).clamp(0, 1)]

@@ -1,0 +1,200 @@
+"""From pictures to files: loading, passing and writing overlap, memory is bounded, and what is done stays done."""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import SlimeError
+from ..images import as_rgb, check_images, resize_image, working_size
+from ..segment import Segmenter, at_size, maps_of
+from .formats import Format
+from .journal import Journal
+from .pictures import decode
+from .records import Record, record_of
+from .sources import Picture
+
+logger = logging.getLogger(__name__)
+HELD = 4  # batches whose pictures are in memory: being loaded, passed, or written
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A picture's pixels, uint8 [H, W, 3], and the same at the size that the model looks at, float [h, w, 3]."""
+
+    name: str
+    pixels: np.ndarray
+    small: Tensor
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return tuple(self.small.shape[:2])
+
+    def image(self) -> Tensor:
+        """float [H, W, 3] in [0, 1]"""
+        return torch.from_numpy(self.pixels).float().div_(255)
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """What was found in a picture: its record, and its label map uint8 [H, W]."""
+
+    record: Record
+    labels: np.ndarray
+
+
+class Engine:
+    """A segmenter that takes pictures of any size: those of one working size share a pass.
+
+    Args:
+        segmenter: with settings that look at whole images; zoom and crops are refused.
+        batch: pictures of one pass; 0 asks the backbone.
+    """
+
+    def __init__(self, segmenter: Segmenter, batch: int = 0) -> None:
+        if segmenter.settings.zoom or segmenter.settings.crops > 1:
+            raise SlimeError("Zoom and crops are not for large sets: segment such images with slime.segment.")
+        self.segmenter, self._batch = segmenter, batch
+
+    def load(self, name: str, data: bytes) -> Loaded:
+        """Raises SlimeError where these bytes are no picture that can be looked at."""
+        return self.prepare(name, decode(data))
+
+    def prepare(self, name: str, pixels: np.ndarray) -> Loaded:
+        """Pixels uint8 [H, W, 3] as :meth:`find` takes them."""
+        whole = torch.from_numpy(pixels)[None].float().div_(255)
+        check_images(whole)
+        info, side = self.segmenter.backbone.info, self.segmenter.embeddings.side
+        size = working_size(pixels.shape[0], pixels.shape[1], side, info.multiple)
+        return Loaded(name, pixels, resize_image(as_rgb(whole), size)[0])
+
+    def batch(self, size: tuple[int, ...]) -> int:
+        """How many pictures of a working size go through the model at once."""
+        cell = self.segmenter.backbone.info.cell
+        return self._batch or self.segmenter.backbone.fitting_batch((size[0] // cell, size[1] // cell))
+
+    @torch.inference_mode()
+    def find(self, loaded: list[Loaded]) -> list[Callable[[], Labelled]]:
+        """One pass over pictures of one working size. What is left, at full size, is done when it is called for, in any
+        thread."""
+        maps = self.segmenter(torch.stack([one.small for one in loaded]))
+        small = maps_of(maps)
+
+        def finish(index: int) -> Labelled:
+            with torch.inference_mode():
+                one = at_size(maps, index, loaded[index].image())
+                labels = one.label_map[0].numpy()
+            return Labelled(record_of(loaded[index].name, labels, small[index], float(one.confidence[0])), labels)
+
+        return [lambda i=index: finish(i) for index in range(len(loaded))]  # type: ignore[misc]
+
+
+def segment_pictures(
+    engine: Engine,
+    source: Iterable[Picture],
+    outputs: Sequence[Format],
+    journal: Journal,
+    workers: int = 2,
+    on_done: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Segment what is not done yet, and write it.
+
+    Args:
+        source: named pictures.
+        outputs: files of every picture; :meth:`.formats.Format.finish` is the caller's.
+        journal: of the output folder. A picture that fails goes into its errors, and the run goes on.
+        workers: threads that load, and as many that write.
+        on_done: called with the number of pictures that are done since the last call, failed ones included.
+    """
+    stems: set[str] = set()
+
+    def load(picture: Picture) -> Loaded:
+        return engine.load(picture.name, picture.read())
+
+    def wanted() -> Iterator[Picture]:
+        for picture in source:
+            stem = picture.name.rsplit(".", 1)[0]
+            if picture.name in journal.done:
+                stems.add(stem)
+                on_done(1)
+            elif stem in stems:
+                fail(picture.name, "another picture has this name but for its suffix; outputs would be the same file")
+            else:
+                stems.add(stem)
+                yield picture
+
+    def fail(name: str, reason: object) -> None:
+        logger.warning("SLiMe: %s: %s", name, reason)
+        journal.fail(name, str(reason))
+        on_done(1)
+
+    def write(finish: Callable[[], Labelled]) -> Record:
+        found = finish()
+        for output in outputs:
+            output.write(found.record, found.labels)
+        return found.record
+
+    with ThreadPoolExecutor(workers) as loaders, ThreadPoolExecutor(workers) as writers:
+        written: deque[list[tuple[str, Future[Record]]]] = deque()
+
+        def settle(keep: int) -> None:
+            """Note batches that are written, until at most ``keep`` are left."""
+            while len(written) > keep:
+                records = []
+                for name, future in written.popleft():
+                    try:
+                        records.append(future.result())
+                    except SlimeError as error:
+                        fail(name, error)
+                journal.write(records)
+                on_done(len(records))
+
+        def look(batch: list[Loaded]) -> None:
+            try:
+                found = engine.find(batch)
+            except SlimeError as error:
+                if len(batch) > 1:  # one picture must not cost the others
+                    for one in batch:
+                        look([one])
+                else:
+                    fail(batch[0].name, error)
+                return
+            pairs = zip(batch, found, strict=True)
+            written.append([(one.name, writers.submit(write, finish)) for one, finish in pairs])
+            settle(HELD)
+
+        buckets: dict[tuple[int, ...], list[Loaded]] = {}
+        for name, future in _ahead(loaders, load, wanted(), HELD * workers):
+            try:
+                loaded = future.result()
+            except (SlimeError, OSError, KeyError) as error:
+                fail(name, error)
+                continue
+            bucket = buckets.setdefault(loaded.size, [])
+            bucket.append(loaded)
+            if len(bucket) >= engine.batch(loaded.size):
+                look(buckets.pop(loaded.size))
+            elif sum(map(len, buckets.values())) >= HELD * engine.batch(loaded.size):
+                look(buckets.pop(max(buckets, key=lambda size: len(buckets[size]))))
+        for bucket in buckets.values():
+            look(bucket)
+        settle(0)
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, work: Callable[[Picture], Loaded], source: Iterator[Picture], count: int
+) -> Iterator[tuple[str, Future[Loaded]]]:
+    """Work on the source's next ``count`` pictures while one is used, in order."""
+    waiting: deque[tuple[str, Future[Loaded]]] = deque()
+    for picture in source:
+        waiting.append((picture.name, pool.submit(work, picture)))
+        if len(waiting) >= count:
+            yield waiting.popleft()
+    yield from waiting

@@ -1,0 +1,448 @@
+"""Large sets: pictures in, labels in the formats of annotation tools out, by their makers' readers where there are."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from slime import Segmenter, SegmentSettings, SlimeError, save_embeddings, segment, train
+from slime.data import command
+from slime.data.annotations import read_annotations
+from slime.data.formats import FORMATS
+from slime.data.journal import Journal
+from slime.data.pictures import decode
+from slime.data.run import Engine, segment_pictures
+from slime.data.shapes import brush_rle, mask_of_brush, outlines
+from slime.data.sources import Picture, pictures
+from slime.settings import InstantSettings
+
+from .test_learning import picture
+from .toy import ToyUNet
+
+pytest.importorskip("pycocotools")
+ABOUT = {"embeddings": "e", "model": "m"}
+
+
+def png(pixels: np.ndarray, **options) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG", **options)
+    return data.getvalue()
+
+
+def saved(picture: Image.Image, kind: str, **options) -> bytes:
+    data = io.BytesIO()
+    picture.save(data, kind, **options)
+    return data.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def test_pictures_of_every_kind_are_decoded() -> None:
+    levels = np.arange(32 * 20 * 3, dtype=np.uint8).reshape(20, 32, 3)
+    plain = Image.fromarray(levels)
+    assert np.array_equal(decode(png(levels)), levels)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be turned by 90 degrees clockwise
+    assert decode(saved(plain, "PNG", exif=turned)).shape == (32, 20, 3)
+    wide = (levels[..., 0].astype(np.uint16) << 8) + levels[..., 0]
+    assert np.array_equal(decode(png(wide))[..., 1], levels[..., 0])
+    assert np.array_equal(
+        decode(saved(Image.fromarray(levels[..., 0] / np.float32(255)), "TIFF"))[..., 2], levels[..., 0]
+    )
+    cmyk = decode(saved(plain.convert("CMYK"), "JPEG", quality=100))
+    assert cmyk.shape == levels.shape and np.abs(cmyk.astype(int) - levels)[..., 0].mean() < 40
+    with_alpha = np.dstack([levels, np.zeros((20, 32), np.uint8)])
+    assert np.array_equal(decode(png(with_alpha)), levels), "colours under transparency, as Load Image gives them"
+    frames = [Image.fromarray(np.full((16, 16, 3), v, np.uint8)) for v in (10, 200)]
+    assert decode(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])).max() < 20
+    for broken in (b"", b"no picture", png(levels)[:60], saved(plain, "JPEG")[:200]):
+        with pytest.raises(SlimeError, match="no picture that Pillow can read"):
+            decode(broken)
+
+
+def test_sources_name_the_same_pictures_in_the_same_order(tmp_path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    files = {}
+    for index in range(5):
+        name = f"{'ab'[index % 2]}/{index}.png"
+        files[name] = png(np.full((16, 16, 3), index, np.uint8))
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(files[name])
+    (tmp_path / "a" / "notes.md").write_text("none")
+    names = sorted(files)
+    listed, coco = tmp_path / "list.txt", tmp_path / "coco.json"
+    listed.write_text("\n".join(names) + "\n\n")
+    coco.write_text(json.dumps({"images": [{"file_name": name} for name in names]}))
+    with tarfile.open(tmp_path / "set.tar", "w") as archive:
+        for name in names:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(files[name])
+            archive.addfile(entry, io.BytesIO(files[name]))
+    rows = [{"bytes": files[name], "path": name} for name in names]
+    pyarrow.parquet.write_table(pyarrow.table({"image": rows}), tmp_path / "set.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"image": [files[name] for name in names]}), tmp_path / "plain.parquet")
+    for source in (tmp_path, tmp_path / "[ab]" / "*.png", listed, coco, tmp_path / "set.tar", tmp_path / "set.parquet"):
+        found = list(pictures(str(source)))
+        assert [one.name for one in found] == names, source
+        assert [one.read() for one in found] == [files[name] for name in names]
+        assert [one.name for one in pictures(str(source), (1, 2))] == names[1::2]
+        assert [one.name for one in pictures(str(source), (0, 2), 2)] == names[0:4:2]
+    plain = list(pictures(str(tmp_path / "plain.parquet")))
+    assert plain[3].name == "plain_00000003.png" and plain[3].read() == files[names[3]]
+    assert [one.name for one in pictures(str(tmp_path / "*.tar"))] == names, "archives by a pattern"
+    for nothing in ("none", "none/*.png"):
+        with pytest.raises(SlimeError, match="There (is nothing|are no pictures) at"):
+            list(pictures(str(tmp_path / nothing)))
+
+
+# -------------------------------------------------------------------------------------------------------------- shapes
+
+
+def shapes() -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    ring = np.zeros((40, 30), bool)
+    ring[5:35, 4:26] = True
+    ring[15:20, 10:15] = False
+    return [ring, rng.random((17, 23)) > 0.5, np.ones((300, 400), bool), np.zeros((8, 9), bool), np.eye(12, dtype=bool)]
+
+
+@pytest.mark.parametrize("mask", shapes(), ids=["ring", "noise", "full", "empty", "diagonal"])
+def test_brushes_are_label_studios(mask: np.ndarray) -> None:
+    code = brush_rle(mask)
+    assert np.array_equal(mask_of_brush(code, *mask.shape), mask)
+    theirs = label_studio()
+    if theirs is not None:
+        decoded = theirs.decode_rle(code).reshape(*mask.shape, 4)
+        assert np.array_equal(decoded[..., 3] > 0, mask) and np.array_equal(decoded[..., 0], decoded[..., 3])
+        encoded = theirs.encode_rle(np.repeat(mask.astype(np.uint8) * 255, 4, -1).ravel())
+        assert np.array_equal(mask_of_brush(list(encoded), *mask.shape), mask), "and theirs is read"
+    with pytest.raises(ValueError):
+        mask_of_brush(code, mask.shape[0] + 1, mask.shape[1])
+
+
+def label_studio():
+    """Label Studio's own code, where its SDK is installed; the one file, since the package brings much along."""
+    import importlib.metadata
+    import importlib.util
+
+    try:
+        file = importlib.metadata.distribution("label-studio-sdk").locate_file("label_studio_sdk/converter/brush.py")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    spec = importlib.util.spec_from_file_location("label_studio_brush", str(file))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_outlines_are_the_masks_and_know_holes() -> None:
+    from pycocotools import mask as coco
+
+    ring = shapes()[0]
+    ((outer, holes),) = outlines(ring)
+    assert len(holes) == 1 and outer.min() >= 4 and outer[:, 1].max() <= 35
+    filled = coco.decode(coco.frPyObjects([outer[:-1].ravel().tolist()], *ring.shape))[..., 0].astype(bool)
+    whole = ring.copy()
+    whole[15:20, 10:15] = True
+    assert (filled & whole).sum() / (filled | whole).sum() > 0.99
+    assert len(list(outlines(np.eye(12, dtype=bool)))) >= 1 and list(outlines(np.zeros((5, 5), bool))) == []
+
+
+# ----------------------------------------------------------------------------------------------------------------- run
+
+
+@pytest.fixture(scope="module")
+def learned():
+    toy = ToyUNet()
+    return toy, train(toy, [picture(0), picture(1)], InstantSettings(views=4))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Five pictures of three sizes, and a broken one."""
+    place = tmp_path / "pictures"
+    (place / "deep").mkdir(parents=True)
+    for index in range(5):
+        pixels = (picture(index).image.numpy() * 255).round().astype(np.uint8)
+        pixels = np.asarray(Image.fromarray(pixels).resize([(96, 96), (96, 96), (150, 100)][index % 3]))
+        (place / ("deep/" if index == 4 else "") / f"{index}.png").write_bytes(png(pixels))
+    (place / "broken.jpg").write_bytes(b"no picture")
+    return place
+
+
+def run(learned, source: Path, out: Path, *names: str, batch: int = 2, **more) -> Journal:
+    backbone, embeddings = learned
+    engine = Engine(Segmenter(backbone, embeddings), batch)
+    journal = Journal(out, ABOUT)
+    outputs = [FORMATS[name](out, embeddings, "v1") for name in names]
+    segment_pictures(engine, pictures(str(source)), outputs, journal, **more)
+    for output in outputs:
+        output.finish(journal)
+    journal.close()
+    return journal
+
+
+def expected(learned, file: Path) -> np.ndarray:
+    image = torch.from_numpy(decode(file.read_bytes())).float() / 255
+    backbone, embeddings = learned
+    return segment(backbone, image[None], embeddings)[0].label_map[0].numpy()
+
+
+def test_labels_are_those_of_segment_in_every_format(learned, folder, tmp_path) -> None:
+    from pycocotools.coco import COCO
+
+    out, names = tmp_path / "out", learned[1].names
+    seen: list[int] = []
+    journal = run(learned, folder, out, *FORMATS, on_done=seen.append)
+    assert sum(seen) == 6 and journal.failures() == 1
+    assert "broken.jpg" in (out / "errors.jsonl").read_text()
+    truth = {
+        one.name: expected(learned, folder / one.name) for one in pictures(str(folder)) if one.name != "broken.jpg"
+    }
+    assert any(labels.any() for labels in truth.values())
+    for record in journal.records():
+        assert np.array_equal(record.labels(), truth[record.name])
+        assert all(
+            0 < part.score <= 1 and part.area == (truth[record.name] == part.label).sum() for part in record.parts
+        )
+    assert (out / "labels" / "names.txt").read_text().split("\n")[:-1] == list(names)
+    coco = COCO(str(out / "annotations.json"))
+    assert [kind["name"] for kind in coco.loadCats(coco.getCatIds())] == list(names)
+    for image in coco.loadImgs(coco.getImgIds()):
+        labels = truth[image["file_name"]]
+        stem = Path(image["file_name"]).with_suffix("")
+        with Image.open(out / "labels" / f"{stem}.png") as shown:
+            assert shown.mode == "P" and np.array_equal(np.asarray(shown), labels)
+        for label, name in enumerate(names, start=1):
+            with Image.open(out / "masks" / name / f"{stem}.png") as shown:
+                assert np.array_equal(np.asarray(shown) == 255, labels == label)
+    import pyarrow.parquet
+
+    rows = pyarrow.parquet.read_table(out / "parts-00000.parquet").to_pylist()
+    assert {row["image"] for row in rows} == set(truth)
+    tasks = json.loads((out / "tasks.json").read_text())
+    for task in tasks:
+        labels = truth[task["data"]["image"].partition("?d=")[2]]
+        found = {one["value"]["brushlabels"][0]: one["value"]["rle"] for one in task["predictions"][0]["result"]}
+        for label, name in enumerate(names, start=1):
+            mask = mask_of_brush(found[name], *labels.shape) if name in found else np.zeros_like(labels, bool)
+            assert np.array_equal(mask, labels == label)
+    assert "train: images" in (out / "data.yaml").read_text()
+
+
+@pytest.mark.parametrize("kind", ["coco", "coco-polygons"])
+def test_a_coco_file_teaches_again(learned, folder, tmp_path, kind: str) -> None:
+    """What is written is read back as labelled images; run lengths exactly, polygons nearly."""
+    out = tmp_path / "out"
+    run(learned, folder, out, kind)
+    for file in folder.rglob("*.png"):
+        target = out / "images" / file.relative_to(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(file.read_bytes())
+    found = read_annotations(str(out / "annotations.json"))
+    assert found.names == learned[1].names and len(found.images) >= 4
+    for image in found.images:
+        labels, truth = image.labels(), expected(learned, folder / image.name)
+        assert np.array_equal(labels, truth) if kind == "coco" else (labels == truth).mean() > 0.97
+        assert image.pixels().shape[:2] == labels.shape
+    example = found.images[0].example(found.names)
+    assert example.names == found.names
+
+
+def test_yolo_lines_are_normalised_polygons(learned, folder, tmp_path) -> None:
+    from pycocotools import mask as coco
+
+    run(learned, folder, tmp_path / "out", "yolo")
+    drawn = []
+    for file in sorted(folder.rglob("*.png")):
+        truth = expected(learned, file)
+        height, width = truth.shape
+        lines = (tmp_path / "out" / "labels" / file.relative_to(folder).with_suffix(".txt")).read_text().splitlines()
+        found = np.zeros_like(truth)
+        for line in lines:
+            label, *points = line.split()
+            scaled = np.array(points, float).reshape(-1, 2) * (width, height)
+            ring = coco.frPyObjects([scaled.ravel().tolist()], height, width)
+            found[coco.decode(ring)[..., 0].astype(bool)] = int(label) + 1
+            assert all(0 <= float(point) <= 1 for point in points)
+        drawn.append((found == truth).mean())
+    assert min(drawn) > 0.95
+
+
+def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
+    """Nothing twice, nothing lost, a torn line is taken away, and other embeddings do not mix in."""
+    whole = run(learned, folder, tmp_path / "whole", "label-map", "coco")
+    out = tmp_path / "out"
+    backbone, embeddings = learned
+    engine, journal = Engine(Segmenter(backbone, embeddings), 1), Journal(out, ABOUT)
+    found, finds = engine.find, []
+
+    def until_two(loaded):
+        if len(finds) == 2:
+            raise KeyboardInterrupt
+        finds.append(loaded)
+        return found(loaded)
+
+    monkeypatch.setattr(engine, "find", until_two)
+    with pytest.raises(KeyboardInterrupt):
+        segment_pictures(engine, pictures(str(folder)), [FORMATS["label-map"](out, embeddings, "v1")], journal)
+    with (out / "records.jsonl").open("a") as book:
+        book.write('{"name":"torn","hei')
+    again = run(learned, folder, out, "label-map", "coco")
+    assert [record.line() for record in sorted(again.records(), key=lambda one: one.name)] == [
+        record.line() for record in sorted(whole.records(), key=lambda one: one.name)
+    ]
+    for file in (tmp_path / "whole" / "labels").rglob("*.png"):
+        assert file.read_bytes() == (out / file.relative_to(tmp_path / "whole")).read_bytes()
+    assert again.failures() == 1, "the broken picture is noted once"
+    with pytest.raises(SlimeError, match="results of another embeddings"):
+        Journal(out, ABOUT | {"embeddings": "other"})
+
+
+def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
+    backbone, embeddings = learned
+    for index in range(2):
+        journal = Journal(tmp_path / "out", ABOUT, (index, 2))
+        engine = Engine(Segmenter(backbone, embeddings), 1)
+        segment_pictures(engine, pictures(str(folder), (index, 2)), [], journal)
+        journal.close()
+    whole = run(learned, folder, tmp_path / "whole")
+    assert {r.line() for r in journal.records()} == {r.line() for r in whole.records()} and journal.failures() == 1
+
+
+def test_names_that_would_clash_or_lead_out_are_errors(learned, tmp_path) -> None:
+    backbone, embeddings = learned
+    data = png((picture(0).image.numpy() * 255).astype(np.uint8))
+    source = [("a.png", data), ("a.jpg", data), ("../b.png", data), ("c.png", data)]
+    named = [Picture(name, partial(bytes, data)) for name, data in source]
+    journal = Journal(tmp_path / "out", ABOUT)
+    engine = Engine(Segmenter(backbone, embeddings), 1)
+    segment_pictures(engine, named, [FORMATS["label-map"](tmp_path / "out", embeddings, "v1")], journal)
+    assert {record.name for record in journal.records()} == {"a.png", "c.png"} and journal.failures() == 2
+    assert not (tmp_path / "b.png").exists()
+
+
+def test_zoom_is_not_for_large_sets(learned) -> None:
+    with pytest.raises(SlimeError, match="not for large sets"):
+        Engine(Segmenter(learned[0], learned[1], SegmentSettings(zoom=1)))
+
+
+# ------------------------------------------------------------------------------------------------------------- command
+
+
+@pytest.fixture
+def model(monkeypatch) -> str:
+    """The toy in place of a loaded model."""
+    monkeypatch.setattr(command, "load_model", lambda *_: ToyUNet())
+    monkeypatch.setattr(command, "fingerprint", lambda path: Path(path).name)
+    return "toy"
+
+
+def teaching(place: Path, indexed: bool = False) -> Path:
+    place.mkdir()
+    for index in range(2):
+        example = picture(index)
+        (place / f"{index}.jpg").write_bytes(
+            saved(Image.fromarray((example.image.numpy() * 255).astype(np.uint8)), "JPEG", quality=97)
+        )
+        labels = example.labels.numpy().astype(np.uint8)
+        if indexed:
+            (place / f"{index}.png").write_bytes(png(labels))
+        else:
+            np.save(place / f"{index}.npy", labels)
+    (place / "names.txt").write_text("\n".join(picture(0).names) + "\n")
+    return place
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["npy", "png"])
+def test_the_command_from_teaching_to_measuring(model, folder, tmp_path, capsys, indexed: bool) -> None:
+    taught, out, file = teaching(tmp_path / "teach", indexed), tmp_path / "out", tmp_path / "learned.safetensors"
+    common = ["--model", model]
+    learn = ["train", *common, "--examples", str(taught), "--output", str(file), "--set", "views=4"]
+    assert command.run(learn) == 0
+    find = ["segment", *common, "--embeddings", str(file), str(folder), "--output", str(out)]
+    more = ["--format", "coco", "label-map", "--order", "uncertain", "--review", "2"]
+    assert command.run([*find, *more]) == 0
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["counts"] == {"pictures": 5, "errors": 1} and manifest["made_by"]["model"] == "toy"
+    assert manifest["versions"]["torch"]
+    order = (out / "order.txt").read_text().split()
+    sure = {r["name"]: r["confidence"] for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
+    assert order == sorted(sure, key=lambda name: (sure[name], name))
+    page = (out / "review.html").read_text()
+    assert page.count("<figure>") == 2 and all(name in page for name in order[:2]) and "data:image/jpeg" in page
+    capsys.readouterr()
+    assert command.run(["evaluate", *common, "--embeddings", str(file), str(taught)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["images"] == 2 and 0.3 < figures["part_miou"] <= 1
+    assert command.run(["info", str(file)]) == 0 and picture(0).names[0] in capsys.readouterr().out
+    assert command.run([*find, "--format", "yolo"]) == 1
+    assert "results of another formats" in capsys.readouterr().err
+
+
+def test_what_coco_says_scores_as_segmenting_does(model, tmp_path, capsys) -> None:
+    """IoU of the written COCO file against the truth is that of the model's own label maps."""
+    taught, file = teaching(tmp_path / "teach"), tmp_path / "learned.safetensors"
+    toy = ToyUNet()
+    save_embeddings(train(toy, [picture(0)], InstantSettings(views=4)), file)
+    out = tmp_path / "out"
+    arguments = ["--model", model, "--embeddings", str(file)]
+    assert command.run(["segment", *arguments, str(taught), "--output", str(out), "--format", "coco"]) == 0
+    for image in taught.glob("*.jpg"):
+        (out / image.name).write_bytes(image.read_bytes())
+    capsys.readouterr()
+    assert command.run(["evaluate", "--found", str(out / "annotations.json"), str(taught)]) == 0
+    written = json.loads(capsys.readouterr().out)
+    assert command.run(["evaluate", *arguments, str(taught)]) == 0
+    assert written == json.loads(capsys.readouterr().out)
+
+
+def test_label_studio_exports_teach(tmp_path) -> None:
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "car.png").write_bytes(png(pixels))
+    brush = np.zeros((20, 30), bool)
+    brush[2:6, 3:9] = True
+    size = {"original_width": 30, "original_height": 20}
+    results = [
+        {**size, "value": {"format": "rle", "rle": brush_rle(brush), "brushlabels": ["wheel"]}},
+        {**size, "value": {"points": [[50, 50], [90, 50], [90, 90], [50, 90]], "polygonlabels": ["door"]}},
+        {**size, "value": {"x": 0, "y": 80, "width": 20, "height": 20, "rectanglelabels": ["plate"]}},
+        {**size, "value": {"text": ["no shape"]}},
+    ]
+    task = {"data": {"image": "/data/upload/3/1a2b3c4d-car.png"}, "annotations": [{"result": results}]}
+    (tmp_path / "export.json").write_text(json.dumps([task, {"data": {"image": "x.png"}, "annotations": []}]))
+    found = read_annotations(str(tmp_path / "export.json"))
+    assert found.names == ("wheel", "door", "plate") and len(found.images) == 1
+    labels = found.images[0].labels()
+    assert np.array_equal(labels == 1, brush) and labels[14, 20] == 2 and labels[18, 2] == 3
+    assert found.images[0].pixels().shape == (20, 30, 3)
+    chosen = read_annotations(str(tmp_path / "export.json"), ["plate", "wheel"])
+    assert np.array_equal(chosen.images[0].labels() == 2, brush) and chosen.images[0].labels()[14, 20] == 0
+    with pytest.raises(SlimeError, match="There is no part hub"):
+        read_annotations(str(tmp_path / "export.json"), ["hub"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["info", "none.safetensors"], "There is no file"),
+        (["evaluate", "none"], "Give --found"),
+        (["train", "--model", "none", "--examples", "none", "--output", "x"], "neither a folder nor"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(arguments: list[str], said: str, capsys) -> None:
+    assert command.run(arguments) == 1
+    told = capsys.readouterr().err
+    assert told.startswith("slime: ") and said in told and "Traceback" not in told
