@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+BYTE = 8
 SIZES = (3, 4, 8, 16)  # bits that a run's length may take in Label Studio's code
 
 
@@ -44,8 +45,8 @@ def brush_rle(mask: np.ndarray) -> list[int]:
             bits += ["1", _bits(kind, 2), _bits(run - 1, SIZES[kind]), "11111111" if value else "00000000"]
             length -= run
     joined = "".join(bits)
-    joined += "0" * (-len(joined) % 8)
-    return list(int(joined, 2).to_bytes(len(joined) // 8, "big"))
+    joined += "0" * (-len(joined) % BYTE)
+    return list(int(joined, 2).to_bytes(len(joined) // BYTE, "big"))
 
 
 def mask_of_brush(code: list[int], height: int, width: int) -> np.ndarray:
@@ -54,7 +55,7 @@ def mask_of_brush(code: list[int], height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: it is of another size, or cut.
     """
-    bits, place = int.from_bytes(bytes(code), "big"), len(code) * 8
+    bits, place = int.from_bytes(bytes(code), "big"), len(code) * BYTE
 
     def read(count: int) -> int:
         nonlocal place
