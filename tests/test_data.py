@@ -20,7 +20,7 @@ from slime.data.formats import FORMATS
 from slime.data.journal import Journal
 from slime.data.pictures import decode
 from slime.data.run import Engine, segment_pictures
-from slime.data.shapes import brush_rle, mask_of_brush, outlines
+from slime.data.shapes import brush_rle, coco_rle, mask_of_brush, mask_of_coco, outlines
 from slime.data.sources import Picture, pictures
 from slime.settings import InstantSettings
 
@@ -129,6 +129,16 @@ def test_brushes_are_label_studios(mask: np.ndarray) -> None:
         assert np.array_equal(mask_of_brush(list(encoded), *mask.shape), mask), "and theirs is read"
     with pytest.raises(ValueError):
         mask_of_brush(code, mask.shape[0] + 1, mask.shape[1])
+
+
+@pytest.mark.parametrize("mask", shapes(), ids=["ring", "noise", "full", "empty", "diagonal"])
+def test_run_lengths_are_pycocotools(mask: np.ndarray) -> None:
+    from pycocotools import mask as coco
+
+    assert coco_rle(mask) == coco.encode(np.asfortranarray(mask))["counts"].decode()
+    assert np.array_equal(mask_of_coco(coco_rle(mask), *mask.shape), mask)
+    with pytest.raises(ValueError, match="the run lengths hold"):
+        mask_of_coco(coco_rle(mask), mask.shape[0] + 1, mask.shape[1])
 
 
 def label_studio():

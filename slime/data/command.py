@@ -76,13 +76,18 @@ def _parser() -> argparse.ArgumentParser:
     _model(find)
     _looking(find)
     find.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
-    find.add_argument("--output", type=Path, required=True, help="folder; a run that was stopped goes on in it")
-    find.add_argument("--format", choices=FORMATS, nargs="+", default=["label-map"])
+    find.add_argument("--output", required=True, help="folder; a run that was stopped goes on in it")
+    find.add_argument(
+        "--format", choices=(*FORMATS, "jsonl"), nargs="+", default=["label-map"], help="with --ray: parquet or jsonl"
+    )
     find.add_argument("--limit", type=int, default=0, help="at most so many pictures; 0 for all")
     find.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0")
     find.add_argument(
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
     )
+    find.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster, or one on this machine")
+    find.add_argument("--actors", type=int, default=1, help="with --ray: models at once")
+    find.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of each")
     find.add_argument("--order", choices=("uncertain",), help="write order.txt: the least sure pictures first")
     find.add_argument("--review", type=int, default=0, metavar="N", help="write review.html with the N least sure")
 
@@ -159,13 +164,22 @@ def _value(text: str) -> Any:
 
 
 def _segmenter(options: argparse.Namespace, embeddings: PartEmbeddings) -> Segmenter:
-    settings = SegmentSettings(
+    return Segmenter(_load(options), embeddings, _settings(options))
+
+
+def _settings(options: argparse.Namespace) -> SegmentSettings:
+    return SegmentSettings(
         seed=options.seed, refine=options.refine, min_confidence=options.min_confidence, batch_size=options.batch
     )
-    return Segmenter(_load(options), embeddings, settings)
 
 
 def _segment(options: argparse.Namespace) -> None:
+    if options.ray is not None:
+        _segment_with_ray(options)
+        return
+    options.output = Path(options.output)
+    if "jsonl" in options.format:
+        raise SlimeError("Without --ray the records are in records.jsonl anyway; choose another --format.")
     embeddings = load_embeddings(options.embeddings)
     learned = fingerprint(str(options.embeddings))
     about = {
@@ -188,6 +202,24 @@ def _segment(options: argparse.Namespace) -> None:
     manifest = journal.close(versions())
     counts = manifest["counts"]
     sys.stdout.write(f"{options.output}: {counts['pictures']} pictures, {counts['errors']} errors (errors.jsonl)\n")
+
+
+def _segment_with_ray(options: argparse.Namespace) -> None:
+    from .ray_engine import segment_with_ray
+
+    if options.format not in (["parquet"], ["jsonl"]) or options.limit or options.shard != (0, 1):
+        raise SlimeError("With --ray give --format parquet or jsonl, and neither --limit nor --shard: Ray shares out.")
+    segment_with_ray(
+        options.input,
+        options.output,
+        (options.model, options.device, options.dtype, options.comfyui),
+        load_embeddings(options.embeddings),
+        _settings(options),
+        kind=options.format[0],
+        actors=options.actors,
+        gpus=options.gpus,
+        address=options.ray,
+    )
 
 
 def _count(options: argparse.Namespace) -> int | None:

@@ -6,6 +6,8 @@ import io
 import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -16,7 +18,7 @@ from ..embeddings import PartEmbeddings
 from ..errors import SlimeError
 from .journal import Journal, write_whole
 from .records import Record, part_rle
-from .shapes import brush_rle, outlines
+from .shapes import brush_rle, mask_of_coco, outlines
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +108,7 @@ class Coco(_Files):
     def _shape(self, record: Record, part: Any) -> Any:
         if not self.polygons:
             return part_rle(record, part)
-        rings = [outer for outer, _ in outlines(_mask(record, part))]
+        rings = [outer for outer, _ in outlines(mask_of_coco(part.counts, record.height, record.width))]
         return [ring[:-1].round(2).ravel().tolist() for ring in rings if len(ring) > 3]
 
 
@@ -179,7 +181,7 @@ class LabelStudio(_Files):
                 "score": part.score,
                 "value": {
                     "format": "rle",
-                    "rle": brush_rle(_mask(record, part)),
+                    "rle": brush_rle(mask_of_coco(part.counts, record.height, record.width)),
                     "brushlabels": [self.names[part.label - 1]],
                 },
             }
@@ -190,58 +192,36 @@ class LabelStudio(_Files):
 
 
 class Parquet(_Files):
-    """``parts-*.parquet``: a row a part, its mask as COCO's run lengths; 50,000 rows a file."""
+    """``parts-*.parquet``: a row a picture, its parts as a list with COCO's run lengths; 20,000 rows a file."""
 
-    ROWS = 50_000
+    ROWS = 20_000
 
     def finish(self, journal: Journal) -> None:
-        import pyarrow
         import pyarrow.parquet as parquet
 
-        rows: list[dict[str, Any]] = []
-        number = 0
-
-        def flush() -> None:
-            nonlocal number
+        records, number = journal.records(), 0
+        while (rows := list(islice(records, self.ROWS))) or not number:
             data = io.BytesIO()
-            parquet.write_table(pyarrow.Table.from_pylist(rows, schema=_schema()), data)
+            parquet.write_table(table(rows, self.names), data)
             write_whole(self.folder / f"parts-{number:05d}.parquet", data.getvalue())
-            rows.clear()
             number += 1
 
-        for record in journal.records():
-            rows += list(table_rows(record, self.names))
-            if len(rows) >= self.ROWS:
-                flush()
-        if rows or not number:
-            flush()
 
-
-def table_rows(record: Record, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A row a part, and one without a part where there is none."""
-    whole = {"image": record.name, "height": record.height, "width": record.width, "confidence": record.confidence}
-    nothing = dict.fromkeys(("part", "label", "score", "area", "bbox", "counts"))
-    for part in record.parts:
-        yield whole | {
-            "part": names[part.label - 1],
-            "label": part.label,
-            "score": part.score,
-            "area": part.area,
-            "bbox": list(part.bbox),
-            "counts": part.counts,
-        }
-    if not record.parts:
-        yield whole | nothing
-
-
-def _schema() -> Any:
+def table(records: Sequence[Record], names: Sequence[str], errors: Sequence[tuple[str, str]] = ()) -> Any:
+    """A pyarrow table of records, and of names with a reason for what could not be looked at."""
     import pyarrow as pa
 
     integer, text, real = pa.int64(), pa.string(), pa.float64()
-    kinds = {"image": text, "height": integer, "width": integer, "confidence": real, "part": text, "label": integer}
-    return pa.schema(
-        [*kinds.items(), ("score", real), ("area", integer), ("bbox", pa.list_(integer)), ("counts", text)]
-    )
+    part = [("name", text), ("label", integer), ("score", real), ("area", integer), ("bbox", pa.list_(integer))]
+    whole = [("image", text), ("height", integer), ("width", integer), ("confidence", real)]
+    parts = ("parts", pa.list_(pa.struct([*part, ("counts", text)])))
+    rows = [
+        asdict(record)
+        | {"image": record.name, "parts": [asdict(p) | {"name": names[p.label - 1]} for p in record.parts]}
+        for record in records
+    ]
+    rows += [{"image": name, "error": reason} for name, reason in errors]
+    return pa.Table.from_pylist(rows, schema=pa.schema([*whole, parts, ("error", text)]))
 
 
 FORMATS: dict[str, type[_Files]] = {
@@ -253,12 +233,6 @@ FORMATS: dict[str, type[_Files]] = {
     "masks": Masks,
     "parquet": Parquet,
 }
-
-
-def _mask(record: Record, part: Any) -> np.ndarray:
-    from pycocotools import mask
-
-    return np.asarray(mask.decode(part_rle(record, part)), bool)
 
 
 def _png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:

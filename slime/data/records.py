@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..images import most_probable
+from .shapes import coco_rle, mask_of_coco
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,9 @@ class Record:
 
     def labels(self) -> np.ndarray:
         """The label map, uint8 [H, W]."""
-        from pycocotools import mask
-
         labels = np.zeros((self.height, self.width), np.uint8)
         for part in self.parts:
-            labels[mask.decode(part_rle(self, part)).astype(bool)] = part.label
+            labels[mask_of_coco(part.counts, self.height, self.width)] = part.label
         return labels
 
 
@@ -76,14 +75,13 @@ def part_rle(record: Record, part: Found) -> dict[str, Any]:
 
 def record_of(name: str, labels: np.ndarray, maps: Tensor, confidence: float) -> Record:
     """From a label map uint8 [H, W] and the small probabilities [K, h, w] it was made of."""
-    from pycocotools import mask
-
     scores, found = part_scores(maps), []
     for label in (np.flatnonzero(np.bincount(labels.ravel(), minlength=len(maps))[1:]) + 1).tolist():
-        rle = mask.encode(np.asfortranarray(labels == label))
-        left, top, width, height = (int(side) for side in mask.toBbox(rle))
-        counts, area, score = rle["counts"].decode(), int(mask.area(rle)), round(scores[label], 4)
-        found.append(Found(label, counts, area, (left, top, width, height), score))
+        mask = labels == label
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        top, left = int(rows[0]), int(columns[0])
+        box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
+        found.append(Found(label, coco_rle(mask), int(mask.sum()), box, round(scores[label], 4)))
     return Record(name, labels.shape[0], labels.shape[1], round(confidence, 4), tuple(found))
 
 

@@ -1,4 +1,4 @@
-"""Outlines of masks, and Label Studio's run lengths."""
+"""Masks as run lengths, COCO's and Label Studio's, and as outlines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,48 @@ import numpy as np
 
 BYTE = 8
 SIZES = (3, 4, 8, 16)  # bits that a run's length may take in Label Studio's code
+
+
+def coco_rle(mask: np.ndarray) -> str:
+    """A mask bool [H, W] as COCO's compressed run lengths, as pycocotools has them: runs down the columns, out and in by
+    turns. From the fourth on a length is told as its difference to the last but one, in digits of five bits, the lowest
+    first; a sixth bit says that more follow."""
+    flat = np.asarray(mask, bool).ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
+    runs = [0, *runs] if flat.size and flat[0] else runs
+    text = []
+    for index, run in enumerate(runs):
+        value, more = run - (runs[index - 2] if index > 2 else 0), True
+        while more:
+            digit, value = value & 31, value >> 5
+            more = value != (-1 if digit & 16 else 0)
+            text.append(chr(48 + digit + 32 * more))
+    return "".join(text)
+
+
+def mask_of_coco(code: str, height: int, width: int) -> np.ndarray:
+    """bool [H, W] from such run lengths.
+
+    Raises:
+        ValueError: they are of another size.
+    """
+    runs: list[int] = []
+    place = 0
+    while place < len(code):
+        value = shift = 0
+        more = True
+        while more:
+            digit = ord(code[place]) - 48
+            value, more = value | (digit & 31) << shift, bool(digit & 32)
+            place, shift = place + 1, shift + 5
+            if not more and digit & 16:
+                value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+    if sum(runs) != height * width:
+        raise ValueError(f"the run lengths hold {sum(runs)} pixels, not {height} x {width}")
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
 
 
 def outlines(mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:

@@ -1,0 +1,151 @@
+"""Large sets: pictures a second beside bare passes over the same pictures, and memory against their number.
+
+    python dev.py benchmark scale [--pictures 48] [--counts 100 1000 10000] [--json FILE]
+
+Throughput is of the demo model and scenes of 256 pixels, from PNG files to a COCO file, with one and two threads that
+load and as many that write; the bare passes are encoding and looking, nothing read or written, in turns with it. Memory
+is a process's own peak with a very small vision encoder and pictures of 96 pixels: what is left is the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from slime import PartEmbeddings, Segmenter, preset, train
+from slime.backbones import vision
+from slime.backbones.base import Backbone, seeded_noise
+from slime.backbones.transformers import TransformersVision
+from slime.data.formats import Coco
+from slime.data.journal import Journal
+from slime.data.run import Engine, segment_pictures
+from slime.data.sources import Picture, pictures
+from slime.settings import InstantSettings
+from testing import scenes, splits
+from testing.inprocess import load_backbone
+from testing.server import MODEL
+
+from .rows import Row, say_row, say_table, write_rows
+
+DOMAIN, SMALL = "horse", 96
+CELLS = 8  # a side of the small encoder's grid
+KILOBYTE = 1024
+
+
+def run(backbone: Backbone, embeddings: PartEmbeddings, source: list[Picture], workers: int) -> int:
+    """Segment into a COCO file; returns the bytes of the journal."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder)
+        output, journal = Coco(out, embeddings, "benchmark"), Journal(out, {})
+        segment_pictures(Engine(Segmenter(backbone, embeddings)), source, [output], journal, workers)
+        output.finish(journal)
+        return (out / "records.jsonl").stat().st_size
+
+
+def throughput(count: int, turns: int) -> list[Row]:
+    backbone = load_backbone(MODEL)
+    with torch.inference_mode():
+        settings = preset("instant", backbone.info, views=8)
+        embeddings = train(backbone, [splits.example(DOMAIN, splits.TEACH)], settings)
+    rendered = [scenes.render(DOMAIN, splits.TEST + index) for index in range(count)]
+    tensors = [torch.from_numpy(scene.image)[None].float() / 255 for scene in rendered]
+    plan = embeddings.plan().to(backbone.device)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for image in tensors:
+                encoded = backbone.encode_images(image.to(backbone.device))
+                backbone.observe(encoded, plan, seeded_noise(encoded.shape, 0, encoded.device))
+
+    with tempfile.TemporaryDirectory() as folder:
+        for index, scene in enumerate(rendered):
+            Image.fromarray(scene.image).save(Path(folder) / f"{index:05d}.png")
+        source = list(pictures(folder))
+        works: dict[str, Callable[[], object]] = {
+            "bare passes": bare,
+            "1 worker": lambda: run(backbone, embeddings, source, 1),
+            "2 workers": lambda: run(backbone, embeddings, source, 2),
+        }
+        times: dict[str, list[float]] = {name: [] for name in works}
+        for _ in range(turns):
+            for name, work in works.items():
+                start = time.perf_counter()
+                work()
+                times[name].append(time.perf_counter() - start)
+        size = run(backbone, embeddings, source, 1)
+    seconds = {name: statistics.median(taken) for name, taken in times.items()}
+    rows: list[Row] = [
+        {"work": name, "pictures_a_second": count / taken, "of_bare": seconds["bare passes"] / taken}
+        for name, taken in seconds.items()
+    ]
+    return [*rows, {"work": "journal", "bytes_a_picture": size / count}]
+
+
+def child(count: int) -> None:
+    """In a process of its own: segment so many pictures, and print the peak of its memory in MB."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    vision.CELLS = CELLS
+    torch.manual_seed(0)
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 1}
+    backbone = TransformersVision(Dinov2Model(Dinov2Config(image_size=112, patch_size=14, **config)))
+    drawn = [scenes.render(DOMAIN, splits.TEST + index, size=SMALL) for index in range(4)]
+    settings = InstantSettings(views=2, steps=5, read_layers="block.1", propagate_layers="block.1")
+    with torch.inference_mode():
+        embeddings = train(backbone, [splits.example(DOMAIN, splits.TEACH)], settings)
+    with tempfile.TemporaryDirectory() as folder:
+        for index, scene in enumerate(drawn):
+            Image.fromarray(scene.image).save(Path(folder) / f"{index}.png")
+        read = [one.read for one in pictures(folder)]
+        run(backbone, embeddings, [Picture(f"{i:06d}.png", read[i % len(read)]) for i in range(count)], 2)
+    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KILOBYTE:.0f}\n")
+
+
+def memory(counts: list[int]) -> list[Row]:
+    rows: list[Row] = []
+    for count in counts:
+        start = time.perf_counter()
+        line = [sys.executable, "-m", "benchmarks.scale", "--child", str(count)]
+        done = subprocess.run(line, capture_output=True, text=True, check=True)
+        megabytes = int(done.stdout.split()[-1])
+        rows.append({"work": f"{count} pictures", "peak_mb": megabytes, "seconds": time.perf_counter() - start})
+        say_row(rows[-1])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=48, help="of the throughput")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000, 10000], help="of the memory")
+    parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.child:
+        child(options.child)
+        return
+    rows = throughput(options.pictures, options.turns)
+    for row in rows:
+        say_row(row)
+    rows += memory(options.counts)
+    write_rows(options.json, rows)
+    found = [row for row in rows if "of_bare" in row]
+    say_table(
+        ["work", "pictures a second", "of the bare passes"],
+        ([row["work"], f"{row['pictures_a_second']:.2f}", f"{row['of_bare']:.2f}"] for row in found),
+    )
+    say_table(["pictures", "peak, MB"], ([row["work"], str(row["peak_mb"])] for row in rows if "peak_mb" in row))
+
+
+if __name__ == "__main__":
+    main()
