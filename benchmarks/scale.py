@@ -4,13 +4,14 @@
 
 Throughput is of the demo model and scenes of 256 pixels, from PNG files to a COCO file, with one and two threads that
 load and as many that write; the bare passes are encoding and looking, nothing read or written, in turns with it. Memory
-is a process's own peak with a very small vision encoder and pictures of 96 pixels: what is left is the engine.
+(on Linux) is a process's own peak with a very small vision encoder and pictures of 96 pixels: what is left is the
+engine.
 """
 
 from __future__ import annotations
 
 import argparse
-import resource
+import io
 import statistics
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from slime import PartEmbeddings, Segmenter, preset, train
+from slime import PartEmbeddings, Segmenter, load_embeddings, preset, save_embeddings, train
 from slime.backbones import vision
 from slime.backbones.base import Backbone, seeded_noise
 from slime.backbones.transformers import TransformersVision
@@ -91,35 +92,39 @@ def throughput(count: int, turns: int) -> list[Row]:
     return [*rows, {"work": "journal", "bytes_a_picture": size / count}]
 
 
-def child(count: int) -> None:
-    """In a process of its own: segment so many pictures, and print the peak of its memory in MB."""
+def small_encoder() -> Backbone:
     from transformers import Dinov2Config, Dinov2Model
 
     vision.CELLS = CELLS
     torch.manual_seed(0)
     config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 1}
-    backbone = TransformersVision(Dinov2Model(Dinov2Config(image_size=112, patch_size=14, **config)))
-    drawn = [scenes.render(DOMAIN, splits.TEST + index, size=SMALL) for index in range(4)]
-    settings = InstantSettings(views=2, steps=5, read_layers="block.1", propagate_layers="block.1")
-    with torch.inference_mode():
-        embeddings = train(backbone, [splits.example(DOMAIN, splits.TEACH)], settings)
-    with tempfile.TemporaryDirectory() as folder:
-        for index, scene in enumerate(drawn):
-            Image.fromarray(scene.image).save(Path(folder) / f"{index}.png")
-        read = [one.read for one in pictures(folder)]
-        run(backbone, embeddings, [Picture(f"{i:06d}.png", read[i % len(read)]) for i in range(count)], 2)
-    sys.stdout.write(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / KILOBYTE:.0f}\n")
+    return TransformersVision(Dinov2Model(Dinov2Config(image_size=112, patch_size=14, **config)))
+
+
+def child(count: int, file: Path) -> None:
+    """In a process of its own: segment so many pictures, and print the peak of its memory in MB."""
+    backbone, embeddings, data = small_encoder(), load_embeddings(file), io.BytesIO()
+    Image.fromarray(scenes.render(DOMAIN, splits.TEST, size=SMALL).image).save(data, "PNG")
+    source = [Picture(f"{index:06d}.png", data.getvalue) for index in range(count)]
+    run(backbone, embeddings, source, 2)
+    # What getrusage says begins with the peak of the process that this one was forked from.
+    status = Path("/proc/self/status").read_text()
+    sys.stdout.write(f"{int(status.partition('VmHWM:')[2].split()[0]) / KILOBYTE:.0f}\n")
 
 
 def memory(counts: list[int]) -> list[Row]:
     rows: list[Row] = []
-    for count in counts:
-        start = time.perf_counter()
-        line = [sys.executable, "-m", "benchmarks.scale", "--child", str(count)]
-        done = subprocess.run(line, capture_output=True, text=True, check=True)
-        megabytes = int(done.stdout.split()[-1])
-        rows.append({"work": f"{count} pictures", "peak_mb": megabytes, "seconds": time.perf_counter() - start})
-        say_row(rows[-1])
+    settings = InstantSettings(views=2, steps=5, read_layers="block.1", propagate_layers="block.1")
+    with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+        file = Path(folder) / "learned.safetensors"
+        save_embeddings(train(small_encoder(), [splits.example(DOMAIN, splits.TEACH)], settings), file)
+        for count in counts:
+            start = time.perf_counter()
+            line = [sys.executable, "-m", "benchmarks.scale", "--child", str(count), "--embeddings", str(file)]
+            done = subprocess.run(line, capture_output=True, text=True, check=True)
+            megabytes = int(done.stdout.split()[-1])
+            rows.append({"work": f"{count} pictures", "peak_mb": megabytes, "seconds": time.perf_counter() - start})
+            say_row(rows[-1])
     return rows
 
 
@@ -129,10 +134,11 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--counts", type=int, nargs="+", default=[100, 1000, 10000], help="of the memory")
     parser.add_argument("--child", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--embeddings", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     if options.child:
-        child(options.child)
+        child(options.child, options.embeddings)
         return
     rows = throughput(options.pictures, options.turns)
     for row in rows:

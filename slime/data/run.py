@@ -6,6 +6,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -141,7 +142,7 @@ def segment_pictures(
             output.write(found.record, found.labels)
         return found.record
 
-    with ThreadPoolExecutor(workers) as loaders, ThreadPoolExecutor(workers) as writers:
+    with _threads(workers) as loaders, _threads(workers) as writers:
         written: deque[list[tuple[str, Future[Record]]]] = deque()
 
         def settle(keep: int) -> None:
@@ -186,6 +187,17 @@ def segment_pictures(
         for bucket in buckets.values():
             look(bucket)
         settle(0)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """Threads whose own work on tensors is not spread over more, which would take the cores from the model's."""
+    before = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield pool
+    finally:
+        torch.set_num_threads(before)
 
 
 def _ahead(

@@ -11,9 +11,11 @@ SIZES = (3, 4, 8, 16)  # bits that a run's length may take in Label Studio's cod
 
 
 def coco_rle(mask: np.ndarray) -> str:
-    """A mask bool [H, W] as COCO's compressed run lengths, as pycocotools has them: runs down the columns, out and in by
-    turns. From the fourth on a length is told as its difference to the last but one, in digits of five bits, the lowest
-    first; a sixth bit says that more follow."""
+    """A mask bool [H, W] as COCO's compressed run lengths, as pycocotools has them.
+
+    Runs go down the columns, out and in by turns. From the fourth on a length is told as its difference to the last but
+    one, in digits of five bits, the lowest first; a sixth bit says that more follow.
+    """
     flat = np.asarray(mask, bool).ravel(order="F")
     edges = np.flatnonzero(np.diff(flat)) + 1
     runs = np.diff(np.concatenate([[0], edges, [flat.size]])).tolist()
