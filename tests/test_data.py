@@ -19,10 +19,12 @@ from slime.data.annotations import read_annotations
 from slime.data.formats import FORMATS
 from slime.data.journal import Journal
 from slime.data.pictures import decode
+from slime.data.review import least_sure, review_page
 from slime.data.run import Engine, segment_pictures
 from slime.data.shapes import brush_rle, coco_rle, mask_of_brush, mask_of_coco, outlines
 from slime.data.sources import Picture, pictures
 from slime.settings import InstantSettings
+from testing.browser import CHROMIUM, FLAGS, SHOTS
 
 from .test_learning import picture
 from .toy import ToyUNet
@@ -456,3 +458,29 @@ def test_mistakes_are_told_in_a_line(arguments: list[str], said: str, capsys) ->
     assert command.run(arguments) == 1
     told = capsys.readouterr().err
     assert told.startswith("slime: ") and said in told and "Traceback" not in told
+
+
+@pytest.mark.server
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; set CHROMIUM to its path")
+def test_the_review_page_shows_its_pictures_in_a_browser(learned, folder, tmp_path) -> None:
+    """Opened as a file, without a server: every picture is there, nothing is wider than the window."""
+    from playwright.sync_api import sync_playwright
+
+    backbone, embeddings = learned
+    journal = run(learned, folder, tmp_path / "out")
+    least = least_sure(journal.records(), 4)
+    pixels = {one.name: decode(one.read()) for one in pictures(str(folder)) if one.name != "broken.jpg"}
+    page_file = tmp_path / "review.html"
+    page_file.write_text(review_page(least, pixels.__getitem__, embeddings.names, embeddings.palette), encoding="utf-8")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport={"width": 900, "height": 700})
+        page.goto(page_file.as_uri())
+        widths = page.eval_on_selector_all("img", "all => all.map(one => one.naturalWidth)")
+        assert len(widths) == 4 and all(widths)
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+        captions = page.locator("figcaption").all_inner_texts()
+        assert [text.split("\n")[0] for text in captions] == [record.name for record in least]
+        SHOTS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SHOTS / "review.png")
+        browser.close()

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from benchmarks.random_models import VAE, random_dinov2, random_state, random_weight, unet_config
-from slime import load_embeddings, preset, save_embeddings, segment, train
+from slime import SlimeError, load_embeddings, preset, save_embeddings, segment, train
+from slime.backbones.base import Plan, seeded_noise
+from slime.backbones.load import load_model
 from testing import splits
 from tests.models import comfy_patcher
 
@@ -20,16 +22,23 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def sd15(extension, tmp_path_factory):
-    """A 2 GB SD1.5 checkpoint with random half-precision weights, read by ComfyUI's stock loader."""
-    import comfy.sd
-    import comfy.supported_models
+def sd15_file(extension, tmp_path_factory):
+    """A 2 GB SD1.5 checkpoint with random half-precision weights."""
     from safetensors.torch import save_file
 
     path = tmp_path_factory.mktemp("sd15") / "random_sd15.safetensors"
     save_file(random_sd15_state(), str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def sd15(sd15_file):
+    """The same, read by ComfyUI's stock loader."""
+    import comfy.sd
+    import comfy.supported_models
+
     with torch.inference_mode():
-        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(path), output_vae=True, output_clip=True)
+        model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(str(sd15_file), output_vae=True, output_clip=True)
         adapter = importlib.import_module("slime_extension.nodes.comfy_unet")
         return adapter.ComfyUNet(model, vae, clip)
 
@@ -73,6 +82,25 @@ def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
         settings = preset("paper", sd15.info, views=1, steps=1, checkpointing=True)
         stepped = train(sd15, [example], settings, on_step=reports.append)
     assert torch.isfinite(stepped.rows).all() and set(reports[-1].losses) == {"loss", "ce", "was", "guard"}
+
+
+def test_a_checkpoint_file_is_read_without_a_hub(sd15, sd15_file) -> None:
+    """By diffusers' classes and shapes alone; it shows what ComfyUI's loader shows."""
+    ours = load_model(str(sd15_file), "cpu")
+    assert ours.info.id == sd15.info.id and ours.default_layers() == sd15.default_layers()
+    with torch.inference_mode():
+        own, theirs = (backbone.condition("") for backbone in (ours, sd15))
+        torch.testing.assert_close(own["context"].float(), theirs["context"].float(), rtol=1e-2, atol=1e-2)
+        image = torch.rand(1, 128, 128, 3)
+        latents = [backbone.encode_images(image).float() for backbone in (ours, sd15)]
+        torch.testing.assert_close(latents[0], latents[1], rtol=1e-2, atol=1e-2)
+        plan = Plan(ours.default_layers(), theirs, ours.info.timestep)
+        noise = seeded_noise(latents[0].shape, 0, torch.device("cpu"))
+        seen, known = (backbone.observe(latents[0], plan, noise) for backbone in (ours, sd15))
+    for features, expected in zip(seen.features, known.features, strict=True):
+        assert torch.nn.functional.cosine_similarity(features.float().ravel(), expected.float().ravel(), 0) > 0.999
+    with pytest.raises(SlimeError, match="only the empty prompt"):
+        ours.condition("a wheel")
 
 
 def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> None:

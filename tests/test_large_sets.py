@@ -26,6 +26,7 @@ from testing import scenes, splits
 pytestmark = pytest.mark.slow
 PARTS = scenes.PARTS["horse"]
 SIDE = 112
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,27 @@ def test_a_thousand_pictures_become_the_coco_file_that_segment_says(taught, tmp_
     model, file = taught
     direct = said("evaluate", "--model", model, "--device", "cpu", "--embeddings", str(file), str(source))
     assert written == direct and written["images"] == 1000
+
+
+def test_the_lines_of_the_readme_are_true(taught, tmp_path) -> None:
+    """As written there, with another model and a horse's parts."""
+    rendered(tmp_path / "taught", 2)
+    rendered(tmp_path / "photos", 3)
+    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    slime ")]
+    assert [line.split()[1] for line in lines] == ["train", "segment"]
+    for line in lines:
+        words = [{"sd15.safetensors": taught[0]}.get(word, word) for word in line.split()[1:]]
+        done = subprocess.run(
+            [sys.executable, "-m", "slime", *words],
+            cwd=tmp_path,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+    found = read_annotations(str(tmp_path / "labels" / "annotations.json"))
+    assert set(found.names) <= set(PARTS) and len(found.images) == 3
 
 
 def test_kills_at_random_moments_lose_and_double_nothing(taught, tmp_path) -> None:
