@@ -29,7 +29,7 @@ from .common import (
 )
 
 
-def _previous() -> Any:
+def previous_input() -> Any:
     return Examples.Input(
         "previous",
         optional=True,
@@ -51,7 +51,7 @@ class SLiMeExample(io.ComfyNode):
                 io.String.Input(
                     "names", default="part", tooltip="Name of each part, separated by commas: wheel, window"
                 ),
-                _previous(),
+                previous_input(),
                 expert(
                     io.Combo.Input(
                         "unlabelled",
@@ -81,7 +81,7 @@ class SLiMeExample(io.ComfyNode):
         with named_errors("SLiMe Example"):
             example = replace(_example(image, mask, names), unlabelled=unlabelled)
             examples = merge_examples(previous or (), example)
-        return _shown(cls, examples)
+        return shown(cls, examples)
 
 
 class SLiMeExampleFromLabelMap(io.ComfyNode):
@@ -102,7 +102,7 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
                     multiline=True,
                     tooltip="One part a line: its name, an equals sign, its colour.",
                 ),
-                _previous(),
+                previous_input(),
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
@@ -124,7 +124,7 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
                     f"{images.shape[2]}x{images.shape[1]}; they must have the same size."
                 )
             examples = merge_examples(previous or (), Example.from_colors(images[0], maps[0], parse_colors(colors)))
-        return _shown(cls, examples)
+        return shown(cls, examples)
 
 
 def parse_colors(text: str) -> dict[str, tuple[int, int, int]]:
@@ -141,7 +141,7 @@ def parse_colors(text: str) -> dict[str, tuple[int, int, int]]:
     return found
 
 
-def _shown(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> io.NodeOutput:
+def shown(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> io.NodeOutput:
     """Examples with a picture of the newest one."""
     newest = examples[-1]
     palette = default_palette(len(newest.names))

@@ -13,6 +13,7 @@ from .embedding_tools import (
 from .evaluate import SLiMeEvaluate
 from .example import SLiMeExample, SLiMeExampleFromLabelMap
 from .files import SLiMeLoadEmbeddings, SLiMeSaveEmbeddings
+from .labels import SLiMeExportLabels, SLiMeLoadAnnotations
 from .look import SLiMeLook, SLiMeReadParts
 from .overlay import SLiMeOverlay
 from .painter import SLiMePartPainter
@@ -51,4 +52,6 @@ class SlimeExtension(ComfyExtension):
             SLiMeEmbeddingsMerge,
             SLiMeEmbeddingsToText,
             SLiMeEmbeddingsFromText,
+            SLiMeExportLabels,
+            SLiMeLoadAnnotations,
         ]

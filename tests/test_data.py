@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from slime.data.review import least_sure, review_page
 from slime.data.run import Engine, segment_pictures
 from slime.data.shapes import brush_rle, coco_rle, mask_of_brush, mask_of_coco, outlines
 from slime.data.sources import Picture, pictures
+from slime.parts.maps import Held
 from slime.settings import InstantSettings
 from testing.browser import CHROMIUM, FLAGS, SHOTS
 
@@ -484,3 +486,70 @@ def test_the_review_page_shows_its_pictures_in_a_browser(learned, folder, tmp_pa
         SHOTS.mkdir(parents=True, exist_ok=True)
         page.screenshot(path=SHOTS / "review.png")
         browser.close()
+
+
+# --------------------------------------------------------------------------------------------------------------- nodes
+
+
+@pytest.fixture
+def nodes(extension, tmp_path, monkeypatch):
+    """The two nodes, with folders of their own."""
+    import folder_paths
+    from comfy_api.latest import io as comfy_io
+    from slime_extension.nodes import common, labels
+
+    for kind in ("input", "output"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"get_{kind}_directory", lambda kind=kind: str(tmp_path / kind))
+    monkeypatch.setattr(labels, "shown", lambda cls, examples: comfy_io.NodeOutput(examples))
+    return labels.SLiMeExportLabels, labels.SLiMeLoadAnnotations, common.Parts
+
+
+@pytest.mark.parametrize("kind", ["coco", "label-map", "masks", "label-studio", "coco-polygons", "yolo"])
+def test_nodes_export_and_load_labels(nodes, learned, tmp_path, kind: str) -> None:
+    export, load, made = nodes
+    images = torch.stack([picture(index).image for index in range(3)])
+    maps = segment(learned[0], images, learned[1])[0]
+    place = Path(export.execute(made(maps, images), kind, "set", "a.jpg\nb.jpg\nc.jpg").args[0])
+    assert place == tmp_path / "output" / "set" and sorted(f.name for f in (place / "images").iterdir()) == [
+        "a.png",
+        "b.png",
+        "c.png",
+    ]
+    before = (place / "records.jsonl").read_text()
+    again = segment(learned[0], images[:1], learned[1])[0]
+    export.execute(made(again, images[:1]), kind, "set", "a.jpg")
+    assert (place / "records.jsonl").read_text() == before, "what is there stays"
+    export.execute(made(again, images[:1]), kind, "set")
+    export.execute(made(again, images[:1]), kind, "set")
+    assert len((place / "records.jsonl").read_text().splitlines()) == 4, "named by its pixels, once"
+    file = {"coco": "set/annotations.json", "coco-polygons": "set/annotations.json", "label-studio": "set/tasks.json"}
+    if kind in file:
+        examples = load.execute(file[kind], "", 2).args[0]
+        assert len(examples) == 2 and set(examples[0].names) <= set(learned[1].names)
+        if kind != "coco-polygons":
+            assert torch.equal(examples[0].labels > 0, maps.label_map[0] > 0)
+        one = load.execute(file[kind], learned[1].names[0], 1).args[0]
+        assert one[0].names == learned[1].names[:1]
+    with pytest.raises(SlimeError, match="SLiMe Export Labels: .*another formats"):
+        export.execute(made(maps, images), "masks" if kind != "masks" else "coco", "set")
+
+
+def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path) -> None:
+    export, load, made = nodes
+    images = picture(0).image[None]
+    maps = segment(learned[0], images, learned[1])[0]
+    for folder in ("", "..", "../other", "/tmp/other", "."):
+        with pytest.raises(SlimeError, match="no folder inside"):
+            export.execute(made(maps, images), "coco", folder)
+    with pytest.raises(SlimeError, match="got 2 names for 1 images"):
+        export.execute(made(maps, images), "coco", "set", "a\nb")
+    with pytest.raises(SlimeError, match="outside"):
+        export.execute(made(maps, images), "coco", "set", "../../a")
+    (tmp_path / "secret.json").write_text("{}")
+    for path in ("../secret.json", str(tmp_path / "secret.json"), "none.json"):
+        with pytest.raises(SlimeError, match="There is no"):
+            load.execute(path, "", 1)
+    held = replace(maps, pixels=Held(maps.probabilities))
+    export.execute(made(held, images), "coco", "held", "a")
+    assert (tmp_path / "output" / "held" / "annotations.json").is_file(), "parts that are held at full size"

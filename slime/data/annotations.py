@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 from ..errors import SlimeError
 from ..examples import Example, check_names
 from .pictures import SUFFIXES, decode
-from .shapes import mask_of_brush
+from .shapes import mask_of_brush, mask_of_coco
 
 NAMES = "names.txt"
 
@@ -158,13 +158,21 @@ def _coco(body: Mapping[str, Any], folder: Path) -> AnnotatedSet:
 
 
 def _coco_mask(shape: Any, height: int, width: int) -> np.ndarray:
-    from pycocotools import mask
-
+    """bool [H, W] of run lengths, compressed or not, or of polygons."""
     if isinstance(shape, list):
-        shape = mask.merge(mask.frPyObjects(shape, height, width))
-    elif isinstance(shape["counts"], list):
-        shape = mask.frPyObjects(shape, height, width)
-    return np.asarray(mask.decode(shape), bool)
+        return _filled(shape, height, width)
+    counts = shape["counts"]
+    if isinstance(counts, str | bytes):
+        return mask_of_coco(counts if isinstance(counts, str) else counts.decode(), height, width)
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
+
+
+def _filled(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.ndarray:
+    try:
+        from pycocotools import mask
+    except ImportError as error:
+        raise SlimeError("Polygons of a COCO file need pycocotools: pip install pycocotools") from error
+    return np.asarray(mask.decode(mask.merge(mask.frPyObjects(polygons, height, width))), bool)
 
 
 def _label_studio(tasks: Sequence[Mapping[str, Any]], folder: Path) -> AnnotatedSet:

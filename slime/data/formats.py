@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from ..embeddings import PartEmbeddings
 from ..errors import SlimeError
+from ..parts.palette import Color
 from .journal import Journal, write_whole
 from .records import Record, part_rle
 from .shapes import brush_rle, mask_of_coco, outlines
@@ -35,11 +35,21 @@ class Format(Protocol):
         ...
 
 
+class Named(Protocol):
+    """Embeddings, or part maps."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def palette(self) -> tuple[Color, ...]: ...
+
+
 class _Files:
     """What the formats share."""
 
-    def __init__(self, folder: Path, embeddings: PartEmbeddings, model: str) -> None:
-        self.folder, self.names, self.palette, self.model = folder, embeddings.names, embeddings.palette, model
+    def __init__(self, folder: Path, parts: Named, model: str) -> None:
+        self.folder, self.names, self.palette, self.model = folder, parts.names, parts.palette, model
 
     def write(self, record: Record, labels: np.ndarray) -> None:
         """Nothing a picture."""
@@ -121,8 +131,8 @@ class CocoPolygons(Coco):
 class Yolo(_Files):
     """``labels/*.txt`` as YOLO-seg has them, and ``data.yaml``; classes count from 0, holes are filled."""
 
-    def __init__(self, folder: Path, embeddings: PartEmbeddings, model: str) -> None:
-        super().__init__(folder, embeddings, model)
+    def __init__(self, folder: Path, parts: Named, model: str) -> None:
+        super().__init__(folder, parts, model)
         self._with_holes: list[str] = []
 
     def write(self, record: Record, labels: np.ndarray) -> None:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from ..errors import SlimeError
+
 BYTE = 8
 SIZES = (3, 4, 8, 16)  # bits that a run's length may take in Label Studio's code
 
@@ -57,7 +59,10 @@ def mask_of_coco(code: str, height: int, width: int) -> np.ndarray:
 def outlines(mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
     """Pieces of a mask bool [H, W]: outer polygon and holes, each float [N, 2] of x, y in pixels, half-way between
     pixels in and out."""
-    from contourpy import FillType, contour_generator
+    try:
+        from contourpy import FillType, contour_generator
+    except ImportError as error:
+        raise SlimeError("Polygons need contourpy: pip install contourpy") from error
 
     padded = np.pad(mask, 1).astype(np.float64)
     filled = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)
