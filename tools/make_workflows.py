@@ -344,6 +344,29 @@ def many_images() -> Page:
     return page
 
 
+def label_images() -> Page:
+    page = Page()
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    first, second = page.image(), page.image(file=FIND_TOO)
+    page.column("2  Find")
+    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
+    parts = page.segment(model, embeddings, [batch, 0])
+    page.note(
+        "In place of the two images: *Load Image Dataset from Folder*, or any batch. For more pictures than memory "
+        "holds there is a command line, see the README.\n\nTemplate 2 makes the file my_parts.",
+        200,
+    )
+    page.column("3  Label")
+    page.add("SLiMeExportLabels", parts=[parts, 0], format="coco", folder="labels")
+    page.note(
+        "Images and annotations.json appear in output/labels; *format* says for which tool. Run again with others: "
+        "they are added.\n\n*SLiMe Load Annotations* takes a corrected set back as examples.",
+        200,
+    )
+    return page
+
+
 def repaint_one_part() -> Page:
     page = Page()
     page.column("1  Load")
@@ -489,6 +512,7 @@ WORKFLOWS: dict[str, Callable[[], Page]] = {
     "9 Check and share": check_and_share,
     "10 With Flux or SD3": flow_model,
     ENCODER: vision_encoder,
+    "12 Label a data set": label_images,
 }
 
 
