@@ -283,8 +283,9 @@ def test_text_results_are_shown(canvas) -> None:
     )
     canvas.shot("texts")
     assert len(shown) == 3 and all(shown) and any("my_parts" in text for text in shown)
-    visible = canvas.js("() => [...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).length")
-    assert visible >= 3
+    canvas.page.wait_for_function(
+        "[...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).length >= 3"
+    )
     assert not any("result" in node["inputs"] for node in entry["prompt"][2].values())
     locked = "() => [...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).every(e => e.readOnly)"
     assert canvas.js(locked)

@@ -50,6 +50,7 @@ SIZES = {
     "SLiMePickLeastSure": (340, 330, 480),
     "SLiMeEvaluate": (400, 330, 480),
     "SLiMeEmbeddingsInfo": (400, 180, 230),
+    "SLiMeExportLabels": (400, 380, 430),
     "SLiMeEmbeddingsToText": (400, 180, 230),
     "CreateVideo": (320, 80, 110),
     "SaveVideo": (340, 330, 420),

@@ -5,7 +5,7 @@ import { app } from "../../scripts/app.js";
 import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const SMALLEST = [340, 220];
-const NODES = new Set(["SLiMeEmbeddingsInfo", "SLiMeEmbeddingsToText", "SLiMeSaveEmbeddings"]);
+const NODES = new Set(["SLiMeEmbeddingsInfo", "SLiMeEmbeddingsToText", "SLiMeSaveEmbeddings", "SLiMeExportLabels"]);
 
 app.registerExtension({
   name: "slime.text",
