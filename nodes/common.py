@@ -107,7 +107,7 @@ def refine_input() -> Any:
         "refine",
         options=["off", "fast", "best"],
         default="fast",
-        tooltip="Pull mask borders to the edges of the image. fast is nearly as good as best and three times faster.",
+        tooltip="Pull mask borders to the edges of the image. fast is nearly as good as best and much faster.",
     )
 
 
