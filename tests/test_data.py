@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from slime import Segmenter, SegmentSettings, SlimeError, save_embeddings, segment, train
+from slime.backbones.load import load_model
 from slime.data import command
 from slime.data.annotations import read_annotations
 from slime.data.formats import FORMATS
@@ -420,6 +422,36 @@ def test_what_coco_says_scores_as_segmenting_does(model, tmp_path, capsys) -> No
     written = json.loads(capsys.readouterr().out)
     assert command.run(["evaluate", *arguments, str(taught)]) == 0
     assert written == json.loads(capsys.readouterr().out)
+
+
+def test_checkpoints_are_loaded_by_comfyui(extension, tmp_path) -> None:
+    """``--comfyui FOLDER``: the same model as the nodes get."""
+    from demo.pack.tiny_config import register
+    from testing.inprocess import load_backbone
+    from testing.server import MODEL
+
+    register()
+    found, known = load_model(str(MODEL), comfyui=os.environ["COMFYUI_DIR"]), load_backbone(MODEL)
+    assert type(found) is type(known) and found.info == known.info
+    image = picture(0).image[None]
+    with torch.inference_mode():
+        assert torch.equal(found.encode_images(image), known.encode_images(image))
+    with pytest.raises(SlimeError, match="not ComfyUI's folder"):
+        load_model(str(MODEL), comfyui=str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"), [("none", "no model at"), ("empty", "neither|has neither"), ("broken", "can be read")]
+)
+def test_what_is_no_model_is_told(tmp_path, kind: str, said: str) -> None:
+    place = tmp_path / "model"
+    if kind == "empty":
+        place.mkdir()
+    if kind == "broken":
+        place = tmp_path / "model.safetensors"
+        place.write_bytes(b"no checkpoint")
+    with pytest.raises(SlimeError, match=said):
+        load_model(str(place), "cpu")
 
 
 def test_label_studio_exports_teach(tmp_path) -> None:
