@@ -18,6 +18,7 @@ from PIL import Image
 from slime import Segmenter, SegmentSettings, SlimeError, save_embeddings, segment, train
 from slime.backbones.load import load_model
 from slime.data import command
+from slime.data import run as engine_module
 from slime.data.annotations import read_annotations
 from slime.data.formats import FORMATS
 from slime.data.journal import Journal
@@ -303,6 +304,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     backbone, embeddings = learned
     engine, journal = Engine(Segmenter(backbone, embeddings), 1), Journal(out, ABOUT)
     found, finds = engine.find, []
+    monkeypatch.setattr(engine_module, "HELD", 0)  # noted at once
 
     def until_two(loaded):
         if len(finds) == 2:
@@ -312,7 +314,8 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(engine, "find", until_two)
     with pytest.raises(KeyboardInterrupt):
-        segment_pictures(engine, pictures(str(folder)), [FORMATS["label-map"](out, embeddings, "v1")], journal)
+        segment_pictures(engine, pictures(str(folder)), [FORMATS["label-map"](out, embeddings, "v1")], journal, 1)
+    assert len((out / "records.jsonl").read_text().splitlines()) == 2
     with (out / "records.jsonl").open("a") as book:
         book.write('{"name":"torn","hei')
     again = run(learned, folder, out, "label-map", "coco")
@@ -324,6 +327,22 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     assert again.failures() == 1, "the broken picture is noted once"
     with pytest.raises(SlimeError, match="results of another embeddings"):
         Journal(out, ABOUT | {"embeddings": "other"})
+
+
+def test_a_picture_the_model_cannot_take_costs_no_other(learned, folder, tmp_path, monkeypatch) -> None:
+    backbone, embeddings = learned
+    engine, journal = Engine(Segmenter(backbone, embeddings), 4), Journal(tmp_path / "out", ABOUT)
+    found = engine.find
+
+    def find(loaded):
+        if any(one.name == "1.png" for one in loaded):
+            raise SlimeError("values that are no numbers")
+        return found(loaded)
+
+    monkeypatch.setattr(engine, "find", find)
+    segment_pictures(engine, pictures(str(folder)), [], journal)
+    assert {record.name for record in journal.records()} == {"0.png", "2.png", "3.png", "deep/4.png"}
+    assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text() and journal.failures() == 2
 
 
 def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
