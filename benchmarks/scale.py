@@ -108,7 +108,7 @@ def child(count: int, file: Path) -> None:
     source = [Picture(f"{index:06d}.png", data.getvalue) for index in range(count)]
     run(backbone, embeddings, source, 2)
     # What getrusage says begins with the peak of the process that this one was forked from.
-    status = Path("/proc/self/status").read_text()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
     sys.stdout.write(f"{int(status.partition('VmHWM:')[2].split()[0]) / KILOBYTE:.0f}\n")
 
 

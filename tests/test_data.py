@@ -86,11 +86,11 @@ def test_sources_name_the_same_pictures_in_the_same_order(tmp_path) -> None:
         files[name] = png(np.full((16, 16, 3), index, np.uint8))
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(files[name])
-    (tmp_path / "a" / "notes.md").write_text("none")
+    (tmp_path / "a" / "notes.md").write_text("none", encoding="utf-8")
     names = sorted(files)
     listed, coco = tmp_path / "list.txt", tmp_path / "coco.json"
-    listed.write_text("\n".join(names) + "\n\n")
-    coco.write_text(json.dumps({"images": [{"file_name": name} for name in names]}))
+    listed.write_text("\n".join(names) + "\n\n", encoding="utf-8")
+    coco.write_text(json.dumps({"images": [{"file_name": name} for name in names]}), encoding="utf-8")
     with tarfile.open(tmp_path / "set.tar", "w") as archive:
         for name in names:
             entry = tarfile.TarInfo(name)
@@ -223,7 +223,7 @@ def test_labels_are_those_of_segment_in_every_format(learned, folder, tmp_path) 
     seen: list[int] = []
     journal = run(learned, folder, out, *FORMATS, on_done=seen.append)
     assert sum(seen) == 6 and journal.failures() == 1
-    assert "broken.jpg" in (out / "errors.jsonl").read_text()
+    assert "broken.jpg" in (out / "errors.jsonl").read_text(encoding="utf-8")
     truth = {
         one.name: expected(learned, folder / one.name) for one in pictures(str(folder)) if one.name != "broken.jpg"
     }
@@ -233,7 +233,7 @@ def test_labels_are_those_of_segment_in_every_format(learned, folder, tmp_path) 
         assert all(
             0 < part.score <= 1 and part.area == (truth[record.name] == part.label).sum() for part in record.parts
         )
-    assert (out / "labels" / "names.txt").read_text().split("\n")[:-1] == list(names)
+    assert (out / "labels" / "names.txt").read_text(encoding="utf-8").split("\n")[:-1] == list(names)
     coco = COCO(str(out / "annotations.json"))
     assert [kind["name"] for kind in coco.loadCats(coco.getCatIds())] == list(names)
     for image in coco.loadImgs(coco.getImgIds()):
@@ -248,14 +248,14 @@ def test_labels_are_those_of_segment_in_every_format(learned, folder, tmp_path) 
 
     rows = pyarrow.parquet.read_table(out / "parts-00000.parquet").to_pylist()
     assert {row["image"] for row in rows} == set(truth)
-    tasks = json.loads((out / "tasks.json").read_text())
+    tasks = json.loads((out / "tasks.json").read_text(encoding="utf-8"))
     for task in tasks:
         labels = truth[task["data"]["image"].partition("?d=")[2]]
         found = {one["value"]["brushlabels"][0]: one["value"]["rle"] for one in task["predictions"][0]["result"]}
         for label, name in enumerate(names, start=1):
             mask = mask_of_brush(found[name], *labels.shape) if name in found else np.zeros_like(labels, bool)
             assert np.array_equal(mask, labels == label)
-    assert "train: images" in (out / "data.yaml").read_text()
+    assert "train: images" in (out / "data.yaml").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("kind", ["coco", "coco-polygons"])
@@ -285,7 +285,11 @@ def test_yolo_lines_are_normalised_polygons(learned, folder, tmp_path) -> None:
     for file in sorted(folder.rglob("*.png")):
         truth = expected(learned, file)
         height, width = truth.shape
-        lines = (tmp_path / "out" / "labels" / file.relative_to(folder).with_suffix(".txt")).read_text().splitlines()
+        lines = (
+            (tmp_path / "out" / "labels" / file.relative_to(folder).with_suffix(".txt"))
+            .read_text(encoding="utf-8")
+            .splitlines()
+        )
         found = np.zeros_like(truth)
         for line in lines:
             label, *points = line.split()
@@ -315,7 +319,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(engine, "find", until_two)
     with pytest.raises(KeyboardInterrupt):
         segment_pictures(engine, pictures(str(folder)), [FORMATS["label-map"](out, embeddings, "v1")], journal, 1)
-    assert len((out / "records.jsonl").read_text().splitlines()) == 2
+    assert len((out / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 2
     with (out / "records.jsonl").open("a") as book:
         book.write('{"name":"torn","hei')
     again = run(learned, folder, out, "label-map", "coco")
@@ -342,7 +346,7 @@ def test_a_picture_the_model_cannot_take_costs_no_other(learned, folder, tmp_pat
     monkeypatch.setattr(engine, "find", find)
     segment_pictures(engine, pictures(str(folder)), [], journal)
     assert {record.name for record in journal.records()} == {"0.png", "2.png", "3.png", "deep/4.png"}
-    assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text() and journal.failures() == 2
+    assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text(encoding="utf-8") and journal.failures() == 2
 
 
 def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
@@ -396,7 +400,7 @@ def teaching(place: Path, indexed: bool = False) -> Path:
             (place / f"{index}.png").write_bytes(png(labels))
         else:
             np.save(place / f"{index}.npy", labels)
-    (place / "names.txt").write_text("\n".join(picture(0).names) + "\n")
+    (place / "names.txt").write_text("\n".join(picture(0).names) + "\n", encoding="utf-8")
     return place
 
 
@@ -409,13 +413,16 @@ def test_the_command_from_teaching_to_measuring(model, folder, tmp_path, capsys,
     find = ["segment", *common, "--embeddings", str(file), str(folder), "--output", str(out)]
     more = ["--format", "coco", "label-map", "--order", "uncertain", "--review", "2"]
     assert command.run([*find, *more]) == 0
-    manifest = json.loads((out / "manifest.json").read_text())
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
     assert manifest["counts"] == {"pictures": 5, "errors": 1} and manifest["made_by"]["model"] == "toy"
     assert manifest["versions"]["torch"]
-    order = (out / "order.txt").read_text().split()
-    sure = {r["name"]: r["confidence"] for r in map(json.loads, (out / "records.jsonl").read_text().splitlines())}
+    order = (out / "order.txt").read_text(encoding="utf-8").split()
+    sure = {
+        r["name"]: r["confidence"]
+        for r in map(json.loads, (out / "records.jsonl").read_text(encoding="utf-8").splitlines())
+    }
     assert order == sorted(sure, key=lambda name: (sure[name], name))
-    page = (out / "review.html").read_text()
+    page = (out / "review.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 2 and all(name in page for name in order[:2]) and "data:image/jpeg" in page
     capsys.readouterr()
     assert command.run(["evaluate", *common, "--embeddings", str(file), str(taught)]) == 0
@@ -487,7 +494,9 @@ def test_label_studio_exports_teach(tmp_path) -> None:
         {**size, "value": {"text": ["no shape"]}},
     ]
     task = {"data": {"image": "/data/upload/3/1a2b3c4d-car.png"}, "annotations": [{"result": results}]}
-    (tmp_path / "export.json").write_text(json.dumps([task, {"data": {"image": "x.png"}, "annotations": []}]))
+    (tmp_path / "export.json").write_text(
+        json.dumps([task, {"data": {"image": "x.png"}, "annotations": []}]), encoding="utf-8"
+    )
     found = read_annotations(str(tmp_path / "export.json"))
     assert found.names == ("wheel", "door", "plate") and len(found.images) == 1
     labels = found.images[0].labels()
@@ -567,13 +576,13 @@ def test_nodes_export_and_load_labels(nodes, learned, tmp_path, kind: str) -> No
         "b.png",
         "c.png",
     ]
-    before = (place / "records.jsonl").read_text()
+    before = (place / "records.jsonl").read_text(encoding="utf-8")
     again = segment(learned[0], images[:1], learned[1])[0]
     export.execute(made(again, images[:1]), kind, "set", "a.jpg")
-    assert (place / "records.jsonl").read_text() == before, "what is there stays"
+    assert (place / "records.jsonl").read_text(encoding="utf-8") == before, "what is there stays"
     export.execute(made(again, images[:1]), kind, "set")
     export.execute(made(again, images[:1]), kind, "set")
-    assert len((place / "records.jsonl").read_text().splitlines()) == 4, "named by its pixels, once"
+    assert len((place / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 4, "named by its pixels, once"
     file = {"coco": "set/annotations.json", "coco-polygons": "set/annotations.json", "label-studio": "set/tasks.json"}
     if kind in file:
         examples = load.execute(file[kind], "", 2).args[0]
@@ -597,7 +606,7 @@ def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path) -
         export.execute(made(maps, images), "coco", "set", "a\nb")
     with pytest.raises(SlimeError, match="outside"):
         export.execute(made(maps, images), "coco", "set", "../../a")
-    (tmp_path / "secret.json").write_text("{}")
+    (tmp_path / "secret.json").write_text("{}", encoding="utf-8")
     for path in ("../secret.json", str(tmp_path / "secret.json"), "none.json"):
         with pytest.raises(SlimeError, match="There is no"):
             load.execute(path, "", 1)

@@ -50,7 +50,7 @@ def rendered(place: Path, count: int) -> Path:
         scene = scenes.render("horse", splits.TEST + index, size=SIDE)
         Image.fromarray(scene.image).save(place / f"{index:05d}.png")
         np.save(place / f"{index:05d}.npy", scene.labels)
-    (place / "names.txt").write_text("\n".join(PARTS) + "\n")
+    (place / "names.txt").write_text("\n".join(PARTS) + "\n", encoding="utf-8")
     return place
 
 
@@ -72,7 +72,9 @@ def said(*command: str) -> dict[str, object]:
 
 
 def records(out: Path) -> dict[str, str]:
-    lines = [(json.loads(line)["name"], line) for line in (out / "records.jsonl").read_text().splitlines()]
+    lines = [
+        (json.loads(line)["name"], line) for line in (out / "records.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert max(Counter(name for name, _ in lines).values()) == 1, "nothing twice"
     return dict(lines)
 
@@ -81,7 +83,10 @@ def test_a_thousand_pictures_become_the_coco_file_that_segment_says(taught, tmp_
     source, out = rendered(tmp_path / "set", 1000), tmp_path / "out"
     slime(arguments(taught, source, out, "--format", "coco"))
     found = read_annotations(str(out / "annotations.json"))
-    assert found.names == PARTS and len(json.loads((out / "annotations.json").read_text())["images"]) == 1000
+    assert (
+        found.names == PARTS
+        and len(json.loads((out / "annotations.json").read_text(encoding="utf-8"))["images"]) == 1000
+    )
     (out / "images").symlink_to(source)
     written = said("evaluate", "--found", str(out / "annotations.json"), str(source))
     model, file = taught
@@ -93,7 +98,11 @@ def test_the_lines_of_the_readme_are_true(taught, tmp_path) -> None:
     """As written there, with another model and a horse's parts."""
     rendered(tmp_path / "taught", 2)
     rendered(tmp_path / "photos", 3)
-    lines = [line.strip() for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("    slime ")]
+    lines = [
+        line.strip()
+        for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+        if line.startswith("    slime ")
+    ]
     assert [line.split()[1] for line in lines] == ["train", "segment"]
     for line in lines:
         words = [{"sd15.safetensors": taught[0]}.get(word, word) for word in line.split()[1:]]
