@@ -36,9 +36,9 @@ def taught(tmp_path_factory) -> tuple[str, Path]:
 
     place = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
-    config = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "mlp_ratio": 2}
+    config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 1}
     Dinov2Model(Dinov2Config(image_size=126, patch_size=14, **config)).save_pretrained(place / "dino")
-    settings = InstantSettings(views=8, read_layers="block.2", propagate_layers="block.3")
+    settings = InstantSettings(views=8, read_layers="block.1", propagate_layers="block.1")
     embeddings = train(load_model(str(place / "dino"), "cpu"), [splits.example("horse", splits.TEACH)], settings)
     save_embeddings(embeddings, place / "horse.safetensors")
     return str(place / "dino"), place / "horse.safetensors"
@@ -120,7 +120,7 @@ def test_the_lines_of_the_readme_are_true(taught, tmp_path) -> None:
 
 
 def test_kills_at_random_moments_lose_and_double_nothing(taught, tmp_path) -> None:
-    source = rendered(tmp_path / "set", 60)
+    source = rendered(tmp_path / "set", 240)
     slime(arguments(taught, source, tmp_path / "whole", "--format", "coco", "label-map"))
     command, out, killed = (
         arguments(taught, source, tmp_path / "out", "--format", "coco", "label-map"),
@@ -157,7 +157,7 @@ def test_kills_at_random_moments_lose_and_double_nothing(taught, tmp_path) -> No
 def whole(taught, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
     """A set with a broken picture, and what a single process finds in it."""
     place = tmp_path_factory.mktemp("ray")
-    source = rendered(place / "set", 24)
+    source = rendered(place / "set", 96)
     (source / "broken.png").write_bytes((source / "00000.png").read_bytes()[:200])
     slime(arguments(taught, source, place / "single", "--format", "parquet"))
     found = {name: json.loads(line) for name, line in records(place / "single").items()}
