@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from slime import Example, PartEmbeddings, SegmentSettings, StepReport, preset, segment, train
 from slime.backbones.text import Context, TextConditioned
@@ -301,6 +302,17 @@ class Bench:
             image = torch.nn.functional.interpolate(self.images[:1].movedim(-1, 1), (side, side)).movedim(1, -1)
             ours = self.measure(lambda: self.find(embeddings, image), count=True)  # noqa: B023
             self.row(f"segment 1 of {side} x {side}", "default", ours, self.bare())
+        with torch.inference_mode():
+            found = segment(self.backbone, image, embeddings)[0]
+            with profile(activities=[ProfilerActivity.CPU]) as seen:
+                _ = found.label_map
+        times = {event.key: event.self_cpu_time_total for event in seen.key_averages()}
+        first = sorted(times, key=lambda name: -times[name])[:6]
+        self.note(
+            f"profile of the pixels of {side} x {side}",
+            "default",
+            shares={n: times[n] / sum(times.values()) for n in first},
+        )
 
     def batch(self) -> None:
         embeddings = self.quick_embeddings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
@@ -191,7 +192,7 @@ def split_names(text: str) -> list[str]:
 def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: float = 0.55) -> Tensor:
     """Images [B, H, W, 3] tinted by label maps [B, H, W]: IMAGE [B, H, W, 3]."""
     pictures = [
-        overlay(_bytes(image), label.numpy(), palette, opacity=opacity)
+        overlay(as_bytes(image), label.numpy(), palette, opacity=opacity)
         for image, label in zip(images, labels, strict=True)
     ]
     return torch.from_numpy(np.stack(pictures)).float() / 255
@@ -211,13 +212,19 @@ def with_legend(images: Tensor, names: Sequence[str], palette: Sequence[Color], 
 def live_preview(image: Tensor, maps: Tensor, palette: Sequence[Color]) -> Image.Image:
     """A view [h, w, 3] tinted by its part maps [K, h', w'], for the progress preview."""
     grown = torch.nn.functional.interpolate(maps[None].float(), size=image.shape[:2], mode="bilinear")[0]
-    return Image.fromarray(overlay(_bytes(image), grown.argmax(0).numpy(), palette))
+    return Image.fromarray(overlay(as_bytes(image), grown.argmax(0).numpy(), palette))
 
 
 def to_picture(image: Tensor) -> Image.Image:
     """[h, w, 3] in [0, 1] for the progress preview."""
-    return Image.fromarray(_bytes(image))
+    return Image.fromarray(as_bytes(image))
 
 
-def _bytes(image: Tensor) -> np.ndarray:
+def pixel_digest(image: Tensor) -> str:
+    """Tells images [h, w, 3] apart by their pixels: a name says nothing of what another node makes."""
+    return hashlib.sha256(as_bytes(image).tobytes()).hexdigest()[:16]
+
+
+def as_bytes(image: Tensor) -> np.ndarray:
+    """uint8 [h, w, 3] of an image in [0, 1]."""
     return (image.float().cpu().clamp(0, 1) * 255).round().byte().numpy()

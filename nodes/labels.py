@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import hashlib
-import io as bytes_io
 from collections.abc import Sequence
 from pathlib import Path
 
 import folder_paths
-import numpy as np
 import torch
 from comfy_api.latest import io, ui
-from PIL import Image
 
 from ..slime.data.annotations import read_annotations
-from ..slime.data.formats import FORMATS
+from ..slime.data.formats import FORMATS, png
 from ..slime.data.journal import Journal, write_whole
 from ..slime.data.records import record_of
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, merge_examples
 from ..slime.images import as_rgb
 from ..slime.segment import maps_of
-from .common import FILES, Examples, Parts, PartsSocket, named_errors, schema, split_names
+from .common import FILES, Examples, Parts, PartsSocket, as_bytes, named_errors, pixel_digest, schema, split_names
 from .example import previous_input, shown
 
 CHOICES = ["coco", "label-map", "masks", "label-studio", "coco-polygons", "yolo"]
-HASH = 16  # characters of a name that an image gets by its pixels
 
 
 class SLiMeExportLabels(io.ComfyNode):
@@ -73,7 +68,7 @@ class SLiMeExportLabels(io.ComfyNode):
                     continue
                 labels = maps.label_map[index].numpy()
                 record = record_of(name, labels, _probabilities(parts, index), float(maps.confidence[index]))
-                write_whole(output.place("images", name, ".png"), _png(parts.images[index]))
+                write_whole(output.place("images", name, ".png"), png(as_bytes(as_rgb(parts.images[index]))))
                 output.write(record, labels)
                 records.append(record)
             journal.write(records)
@@ -149,7 +144,7 @@ def _existing(path: str) -> Path:
 def _names(text: str, images: torch.Tensor) -> list[str]:
     given = [line.strip() for line in text.splitlines() if line.strip()]
     if not given:
-        return [f"{hashlib.sha256(_png(image)).hexdigest()[:HASH]}.png" for image in images]
+        return [f"{pixel_digest(as_rgb(image))}.png" for image in images]
     if len(given) != len(images):
         raise SlimeError(f"got {len(given)} names for {len(images)} images; write one a line, or none.")
     return [f"{name.rsplit('.', 1)[0]}.png" for name in given]
@@ -161,10 +156,3 @@ def _probabilities(parts: Parts, index: int) -> torch.Tensor:
         return maps_of(parts.maps)[index]
     except ValueError:
         return parts.maps.pixels(slice(index, index + 1))[0]
-
-
-def _png(image: torch.Tensor) -> bytes:
-    data = bytes_io.BytesIO()
-    pixels = (as_rgb(image) * 255).round().to("cpu", torch.uint8).numpy()
-    Image.fromarray(np.ascontiguousarray(pixels)).save(data, "PNG", compress_level=4)
-    return data.getvalue()

@@ -22,7 +22,7 @@ from ..slime.errors import SlimeError
 from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
 from ..slime.parts.runs import decode_runs
-from .common import Examples, Parts, as_images, named_errors, say, schema, to_core
+from .common import Examples, Parts, as_images, named_errors, pixel_digest, say, schema, to_core
 from .found_parts import FOUND, read_found
 
 VERSION = 1
@@ -190,7 +190,7 @@ class SLiMePartPainter(io.ComfyNode):
                 image = found.images
             pixels = read_picture(painted.image_path()) if image is None else _one(image)
             shown: dict[str, Any] = {}
-            digest = None if image is None else _digest(pixels)
+            digest = None if image is None else pixel_digest(pixels[0])
             if image is not None:
                 shown["slime_painter"] = ui.PreviewImage(pixels, cls=cls).as_dict()["images"]
                 shown["slime_of"] = [digest]
@@ -209,11 +209,6 @@ class SLiMePartPainter(io.ComfyNode):
             examples = merge_examples(previous or (), example)
         picture = torch.from_numpy(color_labels(labels, painted.colors)).float()[None] / 255
         return io.NodeOutput(examples, to_core(pixels), to_core(picture), ui=shown)
-
-
-def _digest(pixels: Tensor) -> str:
-    """Tells images apart; a digest and not the name, which says nothing of what another node makes."""
-    return hashlib.sha256((pixels[0] * 255).round().to(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
 def _example(image: torch.Tensor, labels: np.ndarray, painted: Painting) -> Example:

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from slime import Segmenter, SegmentSettings, SlimeError, save_embeddings, segment, train
-from slime.backbones.load import load_model
+from slime.backbones.load import fingerprint, load_model
 from slime.data import command
 from slime.data import run as engine_module
 from slime.data.annotations import read_annotations
@@ -210,6 +210,10 @@ def run(learned, source: Path, out: Path, *names: str, batch: int = 2, **more) -
     return journal
 
 
+def failures(journal: Journal) -> int:
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in journal.folder.glob("errors*.jsonl"))
+
+
 def expected(learned, file: Path) -> np.ndarray:
     image = torch.from_numpy(decode(file.read_bytes())).float() / 255
     backbone, embeddings = learned
@@ -222,7 +226,7 @@ def test_labels_are_those_of_segment_in_every_format(learned, folder, tmp_path) 
     out, names = tmp_path / "out", learned[1].names
     seen: list[int] = []
     journal = run(learned, folder, out, *FORMATS, on_done=seen.append)
-    assert sum(seen) == 6 and journal.failures() == 1
+    assert sum(seen) == 6 and failures(journal) == 1
     assert "broken.jpg" in (out / "errors.jsonl").read_text(encoding="utf-8")
     truth = {
         one.name: expected(learned, folder / one.name) for one in pictures(str(folder)) if one.name != "broken.jpg"
@@ -328,7 +332,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     ]
     for file in (tmp_path / "whole" / "labels").rglob("*.png"):
         assert file.read_bytes() == (out / file.relative_to(tmp_path / "whole")).read_bytes()
-    assert again.failures() == 1, "the broken picture is noted once"
+    assert failures(again) == 1, "the broken picture is noted once"
     with pytest.raises(SlimeError, match="results of another embeddings"):
         Journal(out, ABOUT | {"embeddings": "other"})
 
@@ -346,7 +350,7 @@ def test_a_picture_the_model_cannot_take_costs_no_other(learned, folder, tmp_pat
     monkeypatch.setattr(engine, "find", find)
     segment_pictures(engine, pictures(str(folder)), [], journal)
     assert {record.name for record in journal.records()} == {"0.png", "2.png", "3.png", "deep/4.png"}
-    assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text(encoding="utf-8") and journal.failures() == 2
+    assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text(encoding="utf-8") and failures(journal) == 2
 
 
 def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
@@ -357,7 +361,7 @@ def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
         segment_pictures(engine, pictures(str(folder), (index, 2)), [], journal)
         journal.close()
     whole = run(learned, folder, tmp_path / "whole")
-    assert {r.line() for r in journal.records()} == {r.line() for r in whole.records()} and journal.failures() == 1
+    assert {r.line() for r in journal.records()} == {r.line() for r in whole.records()} and failures(journal) == 1
 
 
 def test_names_that_would_clash_or_lead_out_are_errors(learned, tmp_path) -> None:
@@ -368,7 +372,7 @@ def test_names_that_would_clash_or_lead_out_are_errors(learned, tmp_path) -> Non
     journal = Journal(tmp_path / "out", ABOUT)
     engine = Engine(Segmenter(backbone, embeddings), 1)
     segment_pictures(engine, named, [FORMATS["label-map"](tmp_path / "out", embeddings, "v1")], journal)
-    assert {record.name for record in journal.records()} == {"a.png", "c.png"} and journal.failures() == 2
+    assert {record.name for record in journal.records()} == {"a.png", "c.png"} and failures(journal) == 2
     assert not (tmp_path / "b.png").exists()
 
 
@@ -448,6 +452,37 @@ def test_what_coco_says_scores_as_segmenting_does(model, tmp_path, capsys) -> No
     written = json.loads(capsys.readouterr().out)
     assert command.run(["evaluate", *arguments, str(taught)]) == 0
     assert written == json.loads(capsys.readouterr().out)
+
+
+def test_a_part_that_was_never_found_counts_as_missed(tmp_path, capsys) -> None:
+    """A COCO file names the parts it holds alone; those of the truth count. A part that no truth holds does not."""
+    truth, found = tmp_path / "truth", tmp_path / "found"
+    for place, labels in ((truth, {1: 8, 2: 8}), (found, {1: 8})):
+        place.mkdir()
+        (place / "names.txt").write_text("one\ntwo\nthree\n" if place == truth else "one\nfour\n", encoding="utf-8")
+        (place / "a.jpg").write_bytes(saved(Image.new("RGB", (32, 32)), "JPEG"))
+        drawn = np.zeros((32, 32), np.uint8)
+        for label, side in labels.items():
+            drawn[10 * label : 10 * label + side] = label
+        np.save(place / "a.npy", drawn)
+    assert command.run(["evaluate", "--found", str(found), str(truth)]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["iou"] == {"one": 1.0, "two": 0.0, "three": None} and figures["part_miou"] == 0.5
+
+
+def test_a_models_fingerprint_is_of_its_weights(tmp_path) -> None:
+    for folder, weight in (("a", b"1"), ("b", b"2"), ("c", b"1")):
+        (tmp_path / folder / "unet").mkdir(parents=True)
+        (tmp_path / folder / "unet" / "model.safetensors").write_bytes(weight)
+    a, b, c = (fingerprint(str(tmp_path / folder)) for folder in "abc")
+    assert a == c != b and fingerprint(str(tmp_path / "a" / "unet" / "model.safetensors")) not in (a, b)
+
+
+def test_a_line_that_another_share_is_writing_is_left_out(learned, folder, tmp_path) -> None:
+    journal = run(learned, folder, tmp_path / "out")
+    count = sum(1 for _ in journal.records())
+    (tmp_path / "out" / "records-00001-of-00002.jsonl").write_text('{"name":"b","hei', encoding="utf-8")
+    assert sum(1 for _ in journal.records()) == count > 0
 
 
 def test_checkpoints_are_loaded_by_comfyui(extension, tmp_path) -> None:

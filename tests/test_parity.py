@@ -11,13 +11,15 @@ from functools import partial
 import pytest
 import torch
 
+from slime.backbones.single_file import schedule
 from testing import splits
 from testing.inprocess import load_backbone
 from testing.server import MODEL
-from testing.tiny.diffusers import load_tiny, scheduler
+from testing.tiny.diffusers import load_tiny
 from tests.models import LAYOUTS, comfy_patcher, diffusers_unet
 
 TOLERANCE = 2e-4
+KINDS = {"eps": "epsilon", "v": "v_prediction"}
 SIDE = {"sd1": 16, "sd2": 16, "sdxl": 16}
 
 
@@ -32,7 +34,7 @@ def pair(request, extension):
     with torch.inference_mode():
         ours = ComfyUNet(patcher)
     unet = diffusers_unet(layout, patcher.model.diffusion_model.state_dict())
-    return layout, ours, DiffusersUNet(unet, None, [], [], scheduler(prediction))
+    return layout, ours, DiffusersUNet(unet, None, [], [], schedule(KINDS[prediction]))
 
 
 def inputs(layout: str):

@@ -323,14 +323,20 @@ def correct_and_teach_again() -> Page:
     return page
 
 
-def many_images() -> Page:
-    page = Page()
+def find_in_two(page: Page) -> tuple[str, str, str, str, str]:
+    """A learned file's parts in a batch of two images: model, file, both images and parts."""
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
     first, second = page.image(), page.image(file=FIND_TOO)
     page.column("2  Find")
     batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
     parts = page.segment(model, embeddings, [batch, 0])
+    return model, embeddings, first, second, parts
+
+
+def many_images() -> Page:
+    page = Page()
+    model, embeddings, first, second, parts = find_in_two(page)
     page.note(
         "Any batch will do, also the frames of a video or a folder loaded by another pack. The masks come out in the "
         "same order. *SLiMe Part List* gives one mask a part instead.\n\nTemplate 2 makes the file my_parts.",
@@ -347,12 +353,7 @@ def many_images() -> Page:
 
 def label_images() -> Page:
     page = Page()
-    page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    first, second = page.image(), page.image(file=FIND_TOO)
-    page.column("2  Find")
-    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
-    parts = page.segment(model, embeddings, [batch, 0])
+    parts = find_in_two(page)[-1]
     page.note(
         "In place of the two images: *Load Image Dataset from Folder*, or any batch. For more pictures than memory "
         "holds there is a command line, see the README.\n\nTemplate 2 makes the file my_parts.",

@@ -48,15 +48,14 @@ def load_model(path: str, device: str = "", dtype: str = "float32", comfyui: str
 
 
 def fingerprint(path: str) -> str:
-    """SHA-256 of a file, or of the names and sizes of all files in a folder: enough to tell models apart."""
+    """SHA-256 of a file, or of a folder's files and their names."""
     place, digest = Path(path), hashlib.sha256()
-    if place.is_dir():
-        for part in sorted(part for part in place.rglob("*") if part.is_file()):
-            digest.update(f"{part.relative_to(place).as_posix()} {part.stat().st_size}\n".encode())
-        return digest.hexdigest()
-    with place.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
+    for file in sorted(one for one in place.rglob("*") if one.is_file()) if place.is_dir() else [place]:
+        if file != place:
+            digest.update(file.relative_to(place).as_posix().encode() + b"\0")
+        with file.open("rb") as opened:
+            while chunk := opened.read(CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -67,7 +67,7 @@ def load_checkpoint(path: Path, device: str, dtype: torch.dtype) -> DiffusersUNe
         vae.to(device, torch.float32 if large else dtype),  # SDXL's overflows in half precision
         [EmptyText(padding) for padding in paddings],
         [text.to(device, dtype) for text in texts],
-        _schedule("v_prediction" if spread > V_SPREAD else "epsilon"),
+        schedule("v_prediction" if spread > V_SPREAD else "epsilon"),
     )
 
 
@@ -180,8 +180,8 @@ def _text(kind: Any, state: Mapping[str, Tensor], prefix: str, act: str, left_ou
     )
 
 
-def _schedule(prediction: str) -> Any:
-    """What is needed of a scheduler: Stable Diffusion's noise levels and the kind of prediction."""
+def schedule(prediction: str) -> Any:
+    """What is needed of a scheduler: Stable Diffusion's noise levels, and "epsilon" or "v_prediction"."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return SimpleNamespace(
         config=SimpleNamespace(prediction_type=prediction), alphas_cumprod=torch.cumprod(1 - betas, 0)

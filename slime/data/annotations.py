@@ -43,7 +43,7 @@ class AnnotatedSet(NamedTuple):
     images: tuple[Annotated, ...]
 
 
-def read_annotations(source: str, names: Sequence[str] = ()) -> AnnotatedSet:
+def read_annotations(source: str, names: Sequence[str] = (), required: bool = True) -> AnnotatedSet:
     """A COCO or Label Studio ``.json``, or a folder of images with label maps of the same stem and a ``names.txt``.
 
     Label maps are ``.npy`` or indexed ``.png`` files beside the image, or in a folder ``labels``. Images of JSON files
@@ -51,6 +51,7 @@ def read_annotations(source: str, names: Sequence[str] = ()) -> AnnotatedSet:
 
     Args:
         names: of the parts wanted, in this order; empty for all there are.
+        required: whether each of them must be there.
 
     Raises:
         SlimeError: nothing there, an unknown form, an unknown name.
@@ -65,12 +66,12 @@ def read_annotations(source: str, names: Sequence[str] = ()) -> AnnotatedSet:
         raise SlimeError(f"{source} is neither a folder nor a .json file of COCO or Label Studio.")
     if not found.images:
         raise SlimeError(f"There is no labelled image in {source}.")
-    return _of_names(found, tuple(names)) if names else found
+    return _of_names(found, tuple(names), required) if names else found
 
 
-def _of_names(found: AnnotatedSet, names: tuple[str, ...]) -> AnnotatedSet:
+def _of_names(found: AnnotatedSet, names: tuple[str, ...], required: bool) -> AnnotatedSet:
     unknown = [name for name in names if name not in found.names]
-    if unknown:
+    if unknown and required:
         raise SlimeError(f"There is no part {', '.join(unknown)}; there are: {', '.join(found.names)}.")
     table = np.zeros(256, np.uint8)
     for label, name in enumerate(found.names, start=1):
@@ -99,8 +100,8 @@ def _folder(folder: Path) -> AnnotatedSet:
 def _labels_beside(image: Path) -> Path | None:
     """The label map of an image; None for one that is itself a label map."""
     if image.suffix.lower() == ".png":
-        others = [other for other in image.parent.glob(f"{image.stem}.*") if other.suffix.lower() in SUFFIXES]
-        if len(others) > 1 and _is_indexed(image):
+        others = [image.with_suffix(suffix) for suffix in SUFFIXES - {".png"}]
+        if any(other.is_file() for other in others) and _is_indexed(image):
             return None
     places = [image.with_suffix(".npy"), image.parent / "labels" / f"{image.stem}.npy"]
     places += [image.with_suffix(".png"), image.parent / "labels" / f"{image.stem}.png"]

@@ -16,7 +16,7 @@ import logging
 import os
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from .journal import Journal, write_whole
 from .pictures import decode
 from .review import least_sure, review_page
 from .run import Engine, segment_pictures
-from .sources import pictures
+from .sources import STREAMED, Picture, pictures
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -46,6 +46,9 @@ def run(arguments: Sequence[str]) -> int:
     try:
         options.run(options)
     except SlimeError as error:
+        sys.stderr.write(f"slime: {error}\n")
+        return 1
+    except OSError as error:
         sys.stderr.write(f"slime: {error}\n")
         return 1
     except ImportError as error:
@@ -106,8 +109,10 @@ def _parser() -> argparse.ArgumentParser:
 def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help="checkpoint file, diffusers folder, or an encoder's folder")
     parser.add_argument("--comfyui", default="", metavar="FOLDER", help="load the checkpoint by this ComfyUI")
-    parser.add_argument("--device", default="", help="cuda, mps or cpu; default: the best there is")
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32")
+    parser.add_argument(
+        "--device", default="", help="cuda, mps or cpu; default: the best there is (ComfyUI decides itself)"
+    )
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="likewise")
 
 
 def _looking(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -193,8 +198,10 @@ def _segment(options: argparse.Namespace) -> None:
     version = f"slime-{learned[:12]}"
     outputs = [FORMATS[name](options.output, embeddings, version) for name in options.format]
     engine = Engine(_segmenter(options, embeddings), options.batch)
-    source = pictures(options.input, options.shard, options.limit)
-    with _bar(_count(options), "segmenting") as bar:
+    source: Iterable[Picture] = pictures(options.input, options.shard, options.limit)
+    if Path(options.input).suffix.lower() not in STREAMED:
+        source = list(source)
+    with _bar(len(source) if isinstance(source, list) else None, "segmenting") as bar:
         segment_pictures(engine, source, outputs, journal, options.workers, bar.update)
     for output in outputs:
         output.finish(journal)
@@ -209,6 +216,8 @@ def _segment_with_ray(options: argparse.Namespace) -> None:
 
     if options.format not in (["parquet"], ["jsonl"]) or options.limit or options.shard != (0, 1):
         raise SlimeError("With --ray give --format parquet or jsonl, and neither --limit nor --shard: Ray shares out.")
+    if options.order or options.review:
+        raise SlimeError("With --ray there is neither --order nor --review: sort the table by its confidence.")
     segment_with_ray(
         options.input,
         options.output,
@@ -220,13 +229,6 @@ def _segment_with_ray(options: argparse.Namespace) -> None:
         gpus=options.gpus,
         address=options.ray,
     )
-
-
-def _count(options: argparse.Namespace) -> int | None:
-    """How many pictures there are to do, where that is quick to say."""
-    if Path(options.input).suffix.lower() in (".tar", ".parquet"):
-        return None
-    return sum(1 for _ in pictures(options.input, options.shard, options.limit))
 
 
 def _look_over(options: argparse.Namespace, journal: Journal, embeddings: PartEmbeddings) -> None:
@@ -255,12 +257,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.found) == bool(options.embeddings and options.model):
         raise SlimeError("Give --found, or both --model and --embeddings.")
     if options.found:
-        found = read_annotations(options.found)
-        names, label_maps = found.names, {image.name: image.labels for image in found.images}
+        truth = read_annotations(options.truth)
+        found = read_annotations(options.found, truth.names, required=False)
+        names, label_maps = truth.names, {image.name: image.labels for image in found.images}
     else:
         embeddings = load_embeddings(options.embeddings)
         names, engine = embeddings.names, Engine(_segmenter(options, embeddings), options.batch)
-    truth = read_annotations(options.truth, names)
+        truth = read_annotations(options.truth, names, required=False)
     predictions, truths = [], []
     with _bar(len(truth.images), "evaluating") as bar:
         for image in truth.images:
@@ -277,16 +280,21 @@ def _evaluate(options: argparse.Namespace) -> None:
     boundary = [boundary_f(one, other, classes) for one, other in zip(predictions, truths, strict=True)]
     figures = {
         "images": len(truths),
-        "part_miou": round(scores.part_miou, 4),
-        "miou": round(scores.miou, 4),
-        "pooled_part_miou": round(scores.pooled_part_miou, 4),
-        "boundary_f": round(float(np.nanmean(boundary)), 4),
-        "iou": dict(zip(names, (round(float(value), 4) for value in scores.per_class[1:]), strict=True)),
+        "part_miou": _figure(scores.part_miou),
+        "miou": _figure(scores.miou),
+        "pooled_part_miou": _figure(scores.pooled_part_miou),
+        "boundary_f": _figure(float(np.nanmean(boundary))),
+        "iou": dict(zip(names, map(_figure, scores.per_class[1:]), strict=True)),
     }
     text = json.dumps(figures, indent=2, ensure_ascii=False)
     sys.stdout.write(text + "\n")
     if options.json:
         write_whole(options.json, text.encode())
+
+
+def _figure(value: float) -> float | None:
+    """Rounded; None for a part that no image holds."""
+    return None if np.isnan(value) else round(float(value), 4)
 
 
 def _info(options: argparse.Namespace) -> None:

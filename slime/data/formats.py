@@ -16,23 +16,11 @@ from PIL import Image
 
 from ..errors import SlimeError
 from ..parts.palette import Color
-from .journal import Journal, write_whole
+from .journal import Journal, partial_of, write_whole
 from .records import Record, part_rle
 from .shapes import brush_rle, mask_of_coco, outlines
 
 logger = logging.getLogger(__name__)
-
-
-class Format(Protocol):
-    """A way to write what was found."""
-
-    def write(self, record: Record, labels: np.ndarray) -> None:
-        """Files of one picture, each as a whole or not at all. Called from several threads."""
-        ...
-
-    def finish(self, journal: Journal) -> None:
-        """What is made of all records, after the last one."""
-        ...
 
 
 class Named(Protocol):
@@ -45,17 +33,23 @@ class Named(Protocol):
     def palette(self) -> tuple[Color, ...]: ...
 
 
-class _Files:
-    """What the formats share."""
+class Format:
+    """A way to write what was found.
+
+    Args:
+        folder: of the outputs.
+        parts: whose names and colours are written.
+        model: what found them, for formats that say so.
+    """
 
     def __init__(self, folder: Path, parts: Named, model: str) -> None:
         self.folder, self.names, self.palette, self.model = folder, parts.names, parts.palette, model
 
     def write(self, record: Record, labels: np.ndarray) -> None:
-        """Nothing a picture."""
+        """Files of one picture, each as a whole or not at all. Called from several threads."""
 
     def finish(self, journal: Journal) -> None:
-        """Nothing in the end."""
+        """What is made of all records, after the last one."""
 
     def place(self, kind: str, name: str, suffix: str) -> Path:
         """Where a file that belongs to a picture lies; names that lead out of the folder are refused."""
@@ -65,26 +59,26 @@ class _Files:
         return self.folder / kind / path.with_suffix(suffix)
 
 
-class LabelMaps(_Files):
+class LabelMaps(Format):
     """``labels/*.png``: indexed pictures whose values are the labels, and ``names.txt``, a part a line from 1 on."""
 
     def write(self, record: Record, labels: np.ndarray) -> None:
-        write_whole(self.place("labels", record.name, ".png"), _png(labels, [(0, 0, 0), *self.palette]))
+        write_whole(self.place("labels", record.name, ".png"), png(labels, [(0, 0, 0), *self.palette]))
 
     def finish(self, journal: Journal) -> None:
         write_whole(self.folder / "labels" / "names.txt", "".join(f"{name}\n" for name in self.names).encode())
 
 
-class Masks(_Files):
+class Masks(Format):
     """``masks/PART/*.png``: 255 where the part is."""
 
     def write(self, record: Record, labels: np.ndarray) -> None:
         for label, part in enumerate(self.names, start=1):
             folder = f"masks/{''.join(x if x.isalnum() or x in ' -_+.' else '_' for x in part)}"
-            write_whole(self.place(folder, record.name, ".png"), _png((labels == label).astype(np.uint8) * 255))
+            write_whole(self.place(folder, record.name, ".png"), png((labels == label).astype(np.uint8) * 255))
 
 
-class Coco(_Files):
+class Coco(Format):
     """``annotations.json``: COCO instances, an annotation a part, with run lengths, or with ``polygons``."""
 
     polygons = False
@@ -128,7 +122,7 @@ class CocoPolygons(Coco):
     polygons = True
 
 
-class Yolo(_Files):
+class Yolo(Format):
     """``labels/*.txt`` as YOLO-seg has them, and ``data.yaml``; classes count from 0, holes are filled."""
 
     def __init__(self, folder: Path, parts: Named, model: str) -> None:
@@ -156,7 +150,7 @@ class Yolo(_Files):
         write_whole(self.folder / "data.yaml", (text + names).encode())
 
 
-class LabelStudio(_Files):
+class LabelStudio(Format):
     """``tasks.json``: a task a picture with a prediction, in Label Studio's brush encoding, and ``config.xml`` for it.
 
     The pictures' addresses are their names after ``/data/local-files/?d=``, as Label Studio's local storage has them.
@@ -201,7 +195,7 @@ class LabelStudio(_Files):
         return {"data": {"image": f"/data/local-files/?d={record.name}"}, "predictions": [prediction]}
 
 
-class Parquet(_Files):
+class Parquet(Format):
     """``parts-*.parquet``: a row a picture, its parts as a list with COCO's run lengths; 20,000 rows a file."""
 
     ROWS = 20_000
@@ -234,7 +228,7 @@ def table(records: Sequence[Record], names: Sequence[str], errors: Sequence[tupl
     return pa.Table.from_pylist(rows, schema=pa.schema([*whole, parts, ("error", text)]))
 
 
-FORMATS: dict[str, type[_Files]] = {
+FORMATS: dict[str, type[Format]] = {
     "label-map": LabelMaps,
     "coco": Coco,
     "coco-polygons": CocoPolygons,
@@ -245,7 +239,8 @@ FORMATS: dict[str, type[_Files]] = {
 }
 
 
-def _png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
+def png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
+    """A PNG file of pixels uint8 [H, W] or [H, W, 3]; with a palette of label numbers."""
     picture, data = Image.fromarray(pixels), io.BytesIO()
     if palette is not None:
         picture.putpalette([level for color in palette for level in color])
@@ -255,7 +250,7 @@ def _png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = No
 
 def _write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[str, Any]]) -> None:
     """An object of ``fixed`` entries and lists that are written item by item; without ``fixed`` the one list alone."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = partial_of(path)
     with partial.open("w", encoding="utf-8") as file:
         if fixed is not None:
             file.write(json.dumps(fixed, ensure_ascii=False)[:-1] + ",")

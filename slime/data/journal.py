@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from ..errors import SlimeError
 from .records import Record
@@ -69,9 +70,6 @@ class Journal:
         for file in sorted(self.folder.glob(f"{BOOK}*.jsonl")):
             yield from map(Record.of, _lines(file))
 
-    def failures(self) -> int:
-        return sum(1 for file in self.folder.glob(f"{ERRORS}*.jsonl") for _ in _lines(file))
-
     def close(self, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Write and return the manifest."""
         counts = {"pictures": sum(1 for _ in _lines(self._book)), "errors": sum(1 for _ in _lines(self._errors))}
@@ -85,9 +83,14 @@ class Journal:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears as a whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = partial_of(path)
     partial.write_bytes(data)
     partial.replace(path)
+
+
+def partial_of(path: Path) -> Path:
+    """Where to write a file until it is whole: a name that no other process takes, on whatever machine."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
 
 
 def _append(file: Path, text: str) -> None:
@@ -100,7 +103,7 @@ def _append(file: Path, text: str) -> None:
 def _lines(file: Path) -> Iterator[str]:
     if file.is_file():
         with file.open(encoding="utf-8", newline="\n") as book:
-            yield from book
+            yield from (line for line in book if line.endswith("\n"))  # another share may be writing its last one
 
 
 def _mend(file: Path) -> None:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..errors import SlimeError
-from ..images import as_rgb, check_images, resize_image, working_size
+from ..images import check_images, resize_image, working_size
 from ..segment import Segmenter, at_size, maps_of
 from .formats import Format
 from .journal import Journal
@@ -74,7 +75,7 @@ class Engine:
         check_images(whole)
         info, side = self.segmenter.backbone.info, self.segmenter.embeddings.side
         size = working_size(pixels.shape[0], pixels.shape[1], side, info.multiple)
-        return Loaded(name, pixels, resize_image(as_rgb(whole), size)[0])
+        return Loaded(name, pixels, resize_image(whole, size)[0])
 
     def batch(self, size: tuple[int, ...]) -> int:
         """How many pictures of a working size go through the model at once."""
@@ -94,7 +95,7 @@ class Engine:
                 labels = one.label_map[0].numpy()
             return Labelled(record_of(loaded[index].name, labels, small[index], float(one.confidence[0])), labels)
 
-        return [lambda i=index: finish(i) for index in range(len(loaded))]  # type: ignore[misc]
+        return [partial(finish, index) for index in range(len(loaded))]
 
 
 def segment_pictures(
@@ -175,7 +176,7 @@ def segment_pictures(
         for name, future in _ahead(loaders, load, wanted(), HELD * workers):
             try:
                 loaded = future.result()
-            except (SlimeError, OSError, KeyError) as error:
+            except (SlimeError, OSError) as error:
                 fail(name, error)
                 continue
             bucket = buckets.setdefault(loaded.size, [])

@@ -16,6 +16,7 @@ from .pictures import SUFFIXES
 
 ROWS = 64  # of a Parquet table in memory at once
 COLUMN = "image"
+STREAMED = {".tar", ".parquet"}  # gone through as they are read
 
 
 class Picture(NamedTuple):
@@ -117,6 +118,6 @@ def _table(file: Path) -> Iterator[Picture]:
         for value in batch.column(0).to_pylist():
             name = f"{file.stem}_{number:08d}.png"
             if isinstance(value, dict):
-                name, value = value.get("path") or name, value["bytes"]
+                name, value = value.get("path") or name, value.get("bytes")
             yield Picture(name, partial(bytes, value or b""))
             number += 1

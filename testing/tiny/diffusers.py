@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from demo.pack.shapes import CLIP_CONFIG, SLIME_FAMILY, UNET_CONFIG
 from slime.backbones.diffusers import DiffusersUNet
 from slime.backbones.sd_unet import Family
+from slime.backbones.single_file import schedule
 
 
 def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
@@ -60,13 +59,6 @@ def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     return unet.eval()
 
 
-def scheduler(prediction: str = "eps") -> Any:
-    """What the denoiser needs of a scheduler: Stable Diffusion's schedule and the prediction type."""
-    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    kind = "v_prediction" if prediction == "v" else "epsilon"
-    return SimpleNamespace(config=SimpleNamespace(prediction_type=kind), alphas_cumprod=torch.cumprod(1 - betas, 0))
-
-
 def load_tiny(checkpoint: Path, tokenizer_folder: Path) -> DiffusersUNet:
     """The tiny checkpoint in diffusers' and transformers' classes.
 
@@ -96,4 +88,5 @@ def load_tiny(checkpoint: Path, tokenizer_folder: Path) -> DiffusersUNet:
     )
     text.load_state_dict(part("cond_stage_model.transformer."), strict=False)
     tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer_folder))
-    return DiffusersUNet(unet, vae.eval(), [tokenizer], [text.eval()], scheduler("v"), Family.of(SLIME_FAMILY))
+    kind = schedule("v_prediction")
+    return DiffusersUNet(unet, vae.eval(), [tokenizer], [text.eval()], kind, Family.of(SLIME_FAMILY))
