@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import platform
 import re
 import subprocess
@@ -54,9 +55,11 @@ def about() -> Row:
 
 
 def parity() -> str:
-    """The tests that hold ComfyUI's and diffusers' passes against each other, on this device."""
+    """The tests that hold ComfyUI's and diffusers' passes against each other, on this device in float32."""
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_parity.py"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        line, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"SLIME_FLOAT32": "1"}
+    )
     counts = re.findall(r"\d+ (?:passed|failed|skipped|errors?)", done.stdout.strip().splitlines()[-1])
     return ", ".join(counts) or done.stdout[-200:]
 
@@ -190,7 +193,7 @@ def main() -> None:
         counts = parity()
         failed = {"failed": counts} if re.search("failed|error", counts) else {}
         report({"model": "random", "what": f"parity tests: {counts}"} | failed)
-        for name, dtype in itertools.product(options.models, options.dtypes):
+        for dtype, name in itertools.product(options.dtypes, options.models):
             costs(f"{name}, {dtype}", random_backbone(name, DTYPES[dtype]), report)
             torch.cuda.empty_cache()
     lines = [

@@ -25,6 +25,7 @@ from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import InstantSettings
+from .comfy_autograd import load_model
 from .comfy_unet import LATENT_CELL, cell_of, identity_of
 
 LEVELS = 1000  # a noise level of 260 is a sigma of .26
@@ -187,7 +188,7 @@ class ComfyFlow:
         sigma = plan.timestep / LEVELS
         noisy = sigma * noise.to(encoded) + (1 - sigma) * encoded
         memory = self.model.memory_required([*noisy.shape]) + len(noisy) * self._kept(grid, plan)
-        comfy.model_management.load_models_gpu([self.model], memory_required=memory)
+        load_model(self.model, memory)
         with self._watched(seen):
             try:
                 self.run(noisy.to(self.device), sigma, plan.condition, seen.attend)

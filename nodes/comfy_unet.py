@@ -21,7 +21,7 @@ from ..slime.backbones.sd_unet import Family, SDUNet, family_for
 from ..slime.backbones.text import Capture, Context
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
-from .comfy_autograd import trainable
+from .comfy_autograd import load_model, trainable
 
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
 LATENT_CELL = 8  # pixels, where no VAE is connected that says
@@ -98,7 +98,7 @@ class ComfyUNet(SDUNet):
     def predict_noise(self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None) -> Tensor | None:
         if not self._lent:
             memory = self.model.memory_required([noisy.shape[0], *noisy.shape[1:]])
-            comfy.model_management.load_models_gpu([self.model], memory_required=memory)
+            load_model(self.model, memory)
         batch = noisy.shape[0]
         abar = float(self.alphas_cumprod[timestep])
         sigma = ((1 - abar) / abar) ** 0.5
@@ -131,7 +131,7 @@ class ComfyUNet(SDUNet):
     def _lend(self, checkpointing: bool) -> Iterator[None]:
         side = self.info.side // self.info.cell
         memory = TRAINING_MEMORY * self.model.memory_required([1, self.channels, side, side])
-        comfy.model_management.load_models_gpu([self.model], memory_required=memory, force_full_load=True)
+        load_model(self.model, memory, whole=True)
         self._lent = True
         try:
             with trainable(self.model, checkpointing):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..slime.backbones.vision import BYTES, Standard, VisionTransformer, interpolated
 from ..slime.errors import SlimeError
+from .comfy_autograd import load_model
 
 _KINDS = {
     "clip_vision_model": "clip",
@@ -46,7 +47,7 @@ class ComfyVision(VisionTransformer):
 
     def run(self, pixels: Tensor) -> None:
         memory = len(pixels) * BYTES * self.width * (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
-        comfy.model_management.load_models_gpu([self.patcher], memory_required=memory)
+        load_model(self.patcher, memory)
         if self.kind in ("dinov3", "siglip2"):
             getattr(self.module, "vision_model", self.module)(pixels)
         elif self.kind == "dinov2":

@@ -22,11 +22,19 @@ NAME = comfyui.NAME  # of the extension as a package
 
 
 def import_comfyui(folder: str | None = None) -> str:
-    """Make ComfyUI importable (COMFYUI_DIR by default), on the CPU where there is no CUDA; returns its folder."""
+    """Make ComfyUI importable (COMFYUI_DIR by default), on the CPU where there is no CUDA; returns its folder.
+
+    With SLIME_FLOAT32 set, a GPU computes as a CPU does: all of it in float32, and no float32 in 19 bits.
+    """
     folder = folder or os.environ.get("COMFYUI_DIR")
     if not folder:
         raise SystemExit("COMFYUI_DIR is not set; start this through dev.py.")
     comfyui.import_comfyui(Path(folder))
+    if os.environ.get("SLIME_FLOAT32"):
+        from comfy.cli_args import args
+
+        args.force_fp32 = args.fp32_unet = args.fp32_vae = args.fp32_text_enc = True
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     return folder
 
 

@@ -33,17 +33,29 @@ def pair(request, extension):
     patcher = comfy_patcher(layout, prediction)
     with torch.inference_mode():
         ours = ComfyUNet(patcher)
-    unet = diffusers_unet(layout, patcher.model.diffusion_model.state_dict())
+    unet = diffusers_unet(layout, patcher.model.diffusion_model.state_dict()).to(here())
     return layout, ours, DiffusersUNet(unet, None, [], [], schedule(KINDS[prediction]))
 
 
 def inputs(layout: str):
-    generator = torch.Generator().manual_seed(1)
     side = SIDE[layout]
-    noisy = torch.randn(2, 4, side, side, generator=generator)
-    rows = torch.randn(77, LAYOUTS[layout]["context_dim"], generator=generator) * 0.5
-    pooled = torch.randn(32, generator=generator) if layout == "sdxl" else None
+    generator = torch.Generator().manual_seed(1)
+    noisy = randn(2, 4, side, side, generator=generator)
+    rows = randn(77, LAYOUTS[layout]["context_dim"], generator=generator) * 0.5
+    pooled = randn(32, generator=generator) if layout == "sdxl" else None
     return noisy, rows, pooled
+
+
+def here() -> torch.device:
+    """The device that ComfyUI computes on."""
+    import comfy.model_management
+
+    return comfy.model_management.get_torch_device()
+
+
+def randn(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    """The same numbers on every device."""
+    return torch.randn(shape, generator=generator).to(here())
 
 
 def close(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -94,11 +106,11 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
 
     layout, *denoisers = pair
     latents, rows, pooled = inputs(layout)
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
+    noise = randn(*latents.shape, generator=torch.Generator().manual_seed(2))
     found = []
     for denoiser in denoisers:
         choice = choose_layers(denoiser)
-        with torch.no_grad():
+        with torch.inference_mode():
             seen = denoiser.observe(latents, Plan(choice, condition(rows, pooled), 60), noise)
             layers = capture_attention(denoiser, latents, 60, noise, Context(rows, pooled), choice).cross.values()
         found.append(seen.features)
@@ -126,7 +138,7 @@ def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
     for denoiser in denoisers:
         choice = choose_layers(denoiser)
         plain, extra = Context(rows, pooled), Context(rows, pooled, rows[5:9] * 3)
-        with torch.no_grad():
+        with torch.inference_mode():
             captures = [Capture(choice) for _ in range(2)]
             first, second = (
                 denoiser.predict_noise(noisy, 60, context, capture)
@@ -136,7 +148,7 @@ def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
             for name in choice.read:
                 assert captures[1].cross[name].key.shape[1] == len(rows) + 4
             plan = Plan(choice, condition(rows, pooled), 60)
-            noise = torch.randn(noisy.shape, generator=torch.Generator().manual_seed(2))
+            noise = randn(*noisy.shape, generator=torch.Generator().manual_seed(2))
             offsets = torch.stack([rows[1:4], rows[4:7]]) - rows[0]
             scored = denoiser.score(noisy, plan, noise, [offsets], [3])
             (logits,) = scored.logits
@@ -177,8 +189,8 @@ def test_maps_propagated_in_the_pass_have_the_same_gradient(pair) -> None:
 
     layout, *denoisers = pair
     noisy, rows, pooled = inputs(layout)
-    labels = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(4))
-    weights = torch.randn(labels.shape, generator=torch.Generator().manual_seed(5))
+    labels = torch.rand(2, 4, 16, 16, generator=torch.Generator().manual_seed(4)).to(here())
+    weights = randn(*labels.shape, generator=torch.Generator().manual_seed(5))
     for denoiser, offers in zip(denoisers, (layout != "sdxl", False), strict=True):
         choice = choose_layers(denoiser)
         found = []
@@ -234,7 +246,7 @@ def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
                     down = torch.randn(4, weight.shape[1], generator=generator)
                     lora[name] = ("diff", (0.05 * up @ down,))
             assert len(patcher.add_patches(lora, 1.0)) == len(lora)
-            patcher.patch_model(torch.device("cpu"), lowvram_model_memory=int(memory) if memory < 1e30 else 0)
+            patcher.patch_model(here(), lowvram_model_memory=int(memory) if memory < 1e30 else 0)
             on_the_fly = sum(bool(getattr(m, "weight_function", None)) for m in patcher.model.modules())
             assert (on_the_fly > 0) == (memory < 1e30)
             denoiser = ComfyUNet(patcher)
@@ -269,8 +281,28 @@ def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
             learned.append(train(denoiser, [example], preset("instant", denoiser.info, views=6, steps=30)))
             # What one host learned, both segment with.
             found.append((prompt, latents, segment(denoiser, image, learned[0])[0].label_map))
-    assert close(found[0][0], found[1][0]) and close(found[0][1], found[1][1])
-    assert (found[0][2] == found[1][2]).float().mean() > 0.995
+    assert close(found[0][0], found[1][0]) and close(found[0][1].cpu(), found[1][1].cpu())
+    assert (found[0][2].cpu() == found[1][2].cpu()).float().mean() > 0.995
     torch.testing.assert_close(
         torch.tensor(learned[0].losses[:5]), torch.tensor(learned[1].losses[:5]), rtol=1e-3, atol=0
     )
+
+
+def test_weights_move_in_inference_mode(extension, monkeypatch) -> None:
+    """Where a model is loaded outside of it, as plain Python may, ComfyUI would move its weights to no use."""
+    import comfy.model_management
+    from slime_extension.nodes.comfy_unet import ComfyUNet
+
+    from slime.backbones.text import Context
+
+    modes: list[bool] = []
+    monkeypatch.setattr(
+        comfy.model_management, "load_models_gpu", lambda *_, **__: modes.append(torch.is_inference_mode_enabled())
+    )
+    noisy, rows, _ = inputs("sd1")
+    denoiser = ComfyUNet(comfy_patcher("sd1"))
+    with torch.no_grad():
+        denoiser.predict_noise(noisy, 60, Context(rows), None)
+    with denoiser.differentiable(checkpointing=False):
+        pass
+    assert modes == [True, True]
