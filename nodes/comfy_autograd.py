@@ -23,19 +23,12 @@ from torch.utils.checkpoint import checkpoint
 _MISSING = object()
 
 
-def load_model(patcher: Any, memory: float, whole: bool = False) -> None:
-    """ComfyUI's ``load_models_gpu``, in inference mode, as ComfyUI itself: weights that were made in it and are moved
-    outside of it become tensors that no layer takes."""
-    with torch.inference_mode():
-        comfy.model_management.load_models_gpu([patcher], memory_required=memory, force_full_load=whole)
-
-
 @contextmanager
 def trainable(patcher: Any, checkpointing: bool = False) -> Iterator[None]:
     """Make the patcher's loaded model differentiable for the duration, then restore it exactly.
 
-    Load the patcher with :func:`load_model` first, and call neither that nor a VAE or CLIP inside: they may move the
-    lent weights. Restores on success, error and interrupt alike.
+    Load the patcher with :func:`.loading.load_model` first, and call neither that nor a VAE or CLIP inside: they may
+    move the lent weights. Restores on success, error and interrupt alike.
 
     Args:
         patcher: ComfyUI's ModelPatcher.

@@ -25,8 +25,8 @@ from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import InstantSettings
-from .comfy_autograd import load_model
 from .comfy_unet import LATENT_CELL, cell_of, identity_of
+from .loading import load_model
 
 LEVELS = 1000  # a noise level of 260 is a sigma of .26
 MIDDLE = (0.3, 0.7)  # of the depth: of a model that nobody probed, blocks that may be read

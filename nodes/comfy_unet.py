@@ -21,7 +21,8 @@ from ..slime.backbones.sd_unet import Family, SDUNet, family_for
 from ..slime.backbones.text import Capture, Context
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
-from .comfy_autograd import load_model, trainable
+from .comfy_autograd import trainable
+from .loading import load_model
 
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
 LATENT_CELL = 8  # pixels, where no VAE is connected that says

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..slime.backbones.vision import BYTES, Standard, VisionTransformer, interpolated
 from ..slime.errors import SlimeError
-from .comfy_autograd import load_model
+from .loading import load_model
 
 _KINDS = {
     "clip_vision_model": "clip",

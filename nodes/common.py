@@ -25,6 +25,7 @@ from ..slime.parts.palette import Color
 
 CATEGORY = "SLiMe"
 RESULTS, FILES, EXPERTS = f"{CATEGORY}/results", f"{CATEGORY}/learned parts", f"{CATEGORY}/more"
+SAMPLING = f"{CATEGORY}/sampling"
 Examples = io.Custom("SLIME_EXAMPLES")
 Embeddings = io.Custom("SLIME_EMBEDDINGS")
 PartsSocket = io.Custom("SLIME_PARTS")

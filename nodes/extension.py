@@ -17,8 +17,11 @@ from .labels import SLiMeExportLabels, SLiMeLoadAnnotations
 from .look import SLiMeLook, SLiMeReadParts
 from .overlay import SLiMeOverlay
 from .painter import SLiMePartPainter
+from .part_detailer import SLiMePartDetailer
+from .part_latent_mask import SLiMePartLatentMask
 from .part_mask import SLiMePartMask
 from .part_outputs import SLiMePartBoxes, SLiMePartList, SLiMePartSegs
+from .part_prompts import SLiMeGuiderMasks, SLiMePartGuider, SLiMePartPrompt
 from .pick import SLiMePickLeastSure
 from .segment import SLiMeSegment
 from .steady import SLiMeSteadyParts
@@ -45,6 +48,11 @@ class SlimeExtension(ComfyExtension):
             SLiMePartList,
             SLiMePartBoxes,
             SLiMePartSegs,
+            SLiMePartPrompt,
+            SLiMePartGuider,
+            SLiMeGuiderMasks,
+            SLiMePartLatentMask,
+            SLiMePartDetailer,
             SLiMeEvaluate,
             SLiMeSaveEmbeddings,
             SLiMeLoadEmbeddings,

@@ -79,6 +79,13 @@ class Joined:
         """On the CPU: pixels of a large batch would fill a device."""
         return torch.cat([eye.backbone.encode_images(images).to("cpu", torch.float32) for eye in self._eyes], 1)
 
+    def encode_beside(self, latents: Tensor, images: Tensor) -> Tensor:
+        """Encoded images, of which the first one's are at hand: latents [B, C, h, w] of any size, images as they are
+        encoded, [B, H, W, 3]."""
+        second = self._eyes[1].backbone.encode_images(images).to("cpu", torch.float32)
+        first = F.interpolate(latents.to("cpu", torch.float32), second.shape[2:], mode="bilinear", align_corners=False)
+        return torch.cat([first, second], 1)
+
     def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
         seen = []
         first = {name: tensor for name, tensor in plan.condition.items() if not name.startswith(SECOND)}

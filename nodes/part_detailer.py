@@ -1,0 +1,241 @@
+"""SLiMe Part Detailer: redraw small parts at the model's full resolution, piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import node_helpers
+import numpy as np
+import torch
+from comfy_api.latest import io, ui
+from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
+from torch import Tensor
+
+from ..slime.errors import SlimeError
+from ..slime.parts.masks import MaskShape, shape_mask
+from ..slime.parts.regions import Region, part_regions
+from .common import SAMPLING, Parts, PartsSocket, expert, named_errors, schema, split_names, to_core
+from .part_outputs import crop_region
+
+MULTIPLE = 8  # of pixels, which every VAE takes
+
+
+class SLiMePartDetailer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMePartDetailer",
+            category=SAMPLING,
+            is_output_node=True,
+            display_name="SLiMe Part Detailer",
+            description="Cuts out every piece of the parts, redraws it at full resolution and puts it back. What is "
+            "outside of the parts stays as it is, to the bit.",
+            search_aliases=["detailer", "face detailer", "fix hands", "inpaint crop and stitch", "upscale part"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment; its images are redrawn."),
+                io.Model.Input("model", tooltip="The model that redraws, an inpainting model too."),
+                io.Vae.Input("vae", tooltip="The VAE of that model."),
+                io.Conditioning.Input("positive", tooltip="What the parts should look like."),
+                io.Conditioning.Input("negative", tooltip="What they should not look like."),
+                io.String.Input(
+                    "names", default="", tooltip="Parts to redraw, separated by commas. Empty takes every part."
+                ),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Of the first piece; every further one has the next number.",
+                ),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of sampling for each piece."),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Strength of the guidance."),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+                io.Float.Input(
+                    "denoise",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much is drawn anew: .3 sharpens, 1 forgets what was there, 0 changes nothing.",
+                ),
+                io.Int.Input(
+                    "size",
+                    default=512,
+                    min=64,
+                    max=4096,
+                    step=8,
+                    tooltip="Longer side in pixels that a piece is redrawn at: what the model was made for, 512 for "
+                    "SD1.5, 1024 for SDXL. A larger piece keeps its size.",
+                ),
+                io.Float.Input(
+                    "crop_factor",
+                    default=2.0,
+                    min=1.0,
+                    max=10.0,
+                    step=0.1,
+                    tooltip="Size of what the model sees, relative to the piece: what is around it helps.",
+                ),
+                io.Int.Input("grow", default=4, min=-512, max=512, tooltip="Widen the pieces by pixels."),
+                io.Int.Input(
+                    "feather", default=8, min=0, max=512, tooltip="Soften the border over about so many pixels."
+                ),
+                io.Boolean.Input(
+                    "separate",
+                    default=True,
+                    tooltip="On: every connected piece by itself. Off: all pieces of a part at once.",
+                ),
+                expert(
+                    io.Int.Input(
+                        "minimum_area", default=16, min=1, max=1_000_000, tooltip="Leave pieces with fewer pixels."
+                    )
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The images with their parts redrawn."),
+                io.Mask.Output(display_name="mask", tooltip="What was redrawn, soft at the border."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        parts: Parts,
+        model: Any,
+        vae: Any,
+        positive: Any,
+        negative: Any,
+        names: str = "",
+        seed: int = 0,
+        steps: int = 20,
+        cfg: float = 8.0,
+        sampler_name: str = "euler",
+        scheduler: str = "normal",
+        denoise: float = 0.5,
+        size: int = 512,
+        crop_factor: float = 2.0,
+        grow: int = 4,
+        feather: int = 8,
+        separate: bool = True,
+        minimum_area: int = 16,
+    ) -> io.NodeOutput:
+        with named_errors("SLiMe Part Detailer"):
+            wanted = _wanted(parts, split_names(names))
+        images, drawn = parts.images[..., :3].clone(), torch.zeros(parts.images.shape[:3])
+        shape = MaskShape(grow=grow, feather=feather)
+        sampling = _Sampling(model, vae, positive, negative, steps, cfg, sampler_name, scheduler, denoise)
+        pieces = list(_pieces(parts, wanted, separate, minimum_area)) if denoise > 0 else []
+        for number, (index, region) in enumerate(pieces):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            mask = _piece_mask(region, (images.shape[1], images.shape[2]), shape)
+            top, left, bottom, right = _crop(mask, crop_factor)
+            pixels, soft = images[index, top:bottom, left:right], mask[top:bottom, left:right]
+            redrawn = sampling.redraw(pixels, soft, _working(pixels.shape[0], pixels.shape[1], size), seed + number)
+            weights = soft[..., None]
+            pixels.copy_(torch.where(weights > 0, weights * redrawn + (1 - weights) * pixels, pixels))
+            drawn[index] = torch.maximum(drawn[index], mask)
+        return io.NodeOutput(to_core(images), to_core(drawn), ui=ui.PreviewImage(images, cls=cls))
+
+
+@dataclass(frozen=True)
+class _Sampling:
+    """ComfyUI's sampling of a piece, with its prompts."""
+
+    model: Any
+    vae: Any
+    positive: Any
+    negative: Any
+    steps: int
+    cfg: float
+    sampler_name: str
+    scheduler: str
+    denoise: float
+
+    def redraw(self, pixels: Tensor, mask: Tensor, size: tuple[int, int], seed: int) -> Tensor:
+        """Pixels [h, w, 3] drawn anew inside the mask [h, w], at ``size`` and brought back."""
+        shown, inside = _resized(pixels, size)[None], _resized(mask[..., None], size)[None, ..., 0]
+        latent = self.vae.encode(shown)
+        sampled = comfy.sample.sample(
+            DifferentialDiffusion.execute(self.model).args[0],
+            comfy.sample.prepare_noise(latent, seed),
+            self.steps,
+            self.cfg,
+            self.sampler_name,
+            self.scheduler,
+            *self._for_inpainting(shown, inside),
+            latent,
+            denoise=self.denoise,
+            noise_mask=inside,
+            callback=latent_preview.prepare_callback(self.model, self.steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        found = self.vae.decode(sampled)
+        found = found.reshape(-1, *found.shape[-3:])[0, ..., :3]  # of a video's frames the one there is
+        return _resized(found.to(pixels), (pixels.shape[0], pixels.shape[1]))
+
+    def _for_inpainting(self, pixels: Tensor, mask: Tensor) -> list[Any]:
+        """Both prompts with what an inpainting model takes besides, as ComfyUI's InpaintModelConditioning gives it;
+        other models do not look at it."""
+        hidden = (pixels - 0.5) * (1 - mask.round())[..., None] + 0.5
+        more = {"concat_latent_image": self.vae.encode(hidden), "concat_mask": mask[:, None]}
+        return [node_helpers.conditioning_set_values(one, more) for one in (self.positive, self.negative)]
+
+
+def _wanted(parts: Parts, names: list[str]) -> set[int]:
+    """Labels of the named parts, of all where none is named.
+
+    Raises:
+        SlimeError: a name that was not learned.
+    """
+    unknown = [name for name in names if name not in parts.maps.names]
+    if unknown:
+        raise SlimeError(f"there is no part {', '.join(unknown)}; these were learned: {', '.join(parts.maps.names)}.")
+    return {label for label, name in enumerate(parts.maps.names, start=1) if not names or name in names}
+
+
+def _pieces(parts: Parts, wanted: set[int], separate: bool, minimum_area: int) -> Iterator[tuple[int, Region]]:
+    """The pieces of every image of the batch, with the image's index."""
+    for index, labels in enumerate(parts.maps.label_map.numpy()):
+        for region in part_regions(labels, len(parts.maps.names), separate, minimum_area):
+            if region.label in wanted:
+                yield index, region
+
+
+def _piece_mask(region: Region, size: tuple[int, int], shape: MaskShape) -> Tensor:
+    """A piece's mask [H, W] on the whole image, exactly 0 where nothing is to change."""
+    mask = np.zeros(size, np.float32)
+    mask[region.top : region.top + region.height, region.left : region.left + region.width] = region.mask
+    soft = shape_mask(torch.from_numpy(mask), shape)
+    return torch.where(soft < 1 / 255, 0.0, soft)
+
+
+def _crop(mask: Tensor, factor: float) -> tuple[int, int, int, int]:
+    """Top, left, bottom and right of what is shown: the mask's box widened."""
+    rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
+    height, width = mask.shape
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else (0, 0, width, height)
+    left, top, right, bottom = crop_region(box, factor, width, height)
+    return top, left, bottom, right
+
+
+def _working(height: int, width: int, size: int) -> tuple[int, int]:
+    """A crop's height and width as it is redrawn: ``size`` at the longer side, never smaller than it is."""
+    scale = max(1.0, size / max(height, width))
+    return tuple(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in (height, width))  # type: ignore[return-value]
+
+
+def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """[H, W, C] at another size, bicubic, in [0, 1]."""
+    if tuple(pixels.shape[:2]) == size:
+        return pixels
+    moved = pixels.movedim(-1, 0)[None]
+    return torch.nn.functional.interpolate(moved, size, mode="bicubic", antialias=True)[0].clamp(0, 1).movedim(0, -1)

@@ -1,0 +1,141 @@
+"""SLiMe Part Latent Mask: from some step on, sampling goes on in a learned part alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..slime.embeddings import PartEmbeddings
+from ..slime.parts.masks import MaskShape
+from ..slime.settings import SegmentSettings
+from .common import SAMPLING, Embeddings, clip_input, confidence_input, expert, named_errors, schema, split_names
+from .connected import clip_vision_input
+from .part_prompts import PartPrompt, in_cells
+from .watching import KEY, Watcher, step_of
+
+
+class SLiMePartLatentMask(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMePartLatentMask",
+            category=SAMPLING,
+            display_name="SLiMe Part Latent Mask",
+            description="A model for KSampler that finds parts while it samples, and from then on changes nothing "
+            "else: inpainting in the same run, without a mask.",
+            search_aliases=["auto inpaint", "latent noise mask", "inpaint part", "denoise mask"],
+            inputs=[
+                io.Model.Input("model", tooltip="The model that samples, and by default finds the parts."),
+                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load Learned Embeddings."),
+                io.String.Input("names", default="", tooltip="Parts to change, separated by commas; empty takes all."),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.2,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Share of the steps that change the whole picture; 1 are all. Then parts are found: in the "
+                    "picture that sampling began with, which stays outside of them, or with an empty latent in what it "
+                    "has come to.",
+                ),
+                io.Int.Input("grow", default=8, min=-512, max=512, tooltip="Widen the parts by pixels."),
+                io.Int.Input("feather", default=8, min=0, max=512, tooltip="Soften the border over about so many px."),
+                io.Vae.Input("vae", optional=True, tooltip="Needed where a vision encoder looks: it sees pixels."),
+                clip_vision_input(),
+                clip_input(),
+                expert(confidence_input()),
+            ],
+            outputs=[io.Model.Output(tooltip="For KSampler and every other sampler.")],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        embeddings: PartEmbeddings,
+        names: str = "",
+        start_percent: float = 0.2,
+        grow: int = 8,
+        feather: int = 8,
+        vae: Any = None,
+        clip_vision: Any = None,
+        clip: Any = None,
+        min_confidence: float = 0.0,
+    ) -> io.NodeOutput:
+        settings = SegmentSettings(refine="off", min_confidence=min_confidence)
+        with named_errors("SLiMe Part Latent Mask"):
+            watcher = Watcher(model, vae, clip, clip_vision, [embeddings], settings)
+        wanted = PartPrompt(embeddings, tuple(split_names(names)), None, 1.0, MaskShape(grow=grow, feather=feather))
+        patched = watcher.ready()
+
+        def wrapper(executor: Any, *given: Any, **named: Any) -> Any:
+            return _Restricted(watcher, wanted, start_percent).sample(executor, *given, **named)
+
+        patched.add_wrapper_with_key(WrappersMP.SAMPLER_SAMPLE, KEY, wrapper)
+        return io.NodeOutput(patched)
+
+
+class _Restricted:
+    """One sampling that is restricted to parts; made for it and gone with it."""
+
+    def __init__(self, watcher: Watcher, wanted: PartPrompt, start: float) -> None:
+        self._watcher, self._wanted, self._start = watcher, wanted, start
+        self._denoised: Tensor | None = None
+        self._mask: Tensor | None = None  # [B, 1, h, w], once it was looked for
+        self._earlier: Callable[..., Tensor] | None = None
+
+    def sample(
+        self,
+        executor: Any,
+        guider: Any,
+        sigmas: Tensor,
+        extra_args: dict[str, Any],
+        callback: Any,
+        noise: Tensor,
+        latent_image: Tensor | None = None,
+        denoise_mask: Tensor | None = None,
+        disable_pbar: bool = False,
+    ) -> Any:
+        """ComfyUI's sampler with a mask of the latent that follows the parts; its own mask counts as well."""
+        self._kept = torch.zeros_like(noise) if latent_image is None else latent_image.clone()
+        self._began_empty = not bool(self._kept.any())
+        options = dict(extra_args["model_options"])
+        self._earlier = options.get("denoise_mask_function")
+        options["denoise_mask_function"] = self._mask_of
+        options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), self._remember]
+        self._options = options
+        mask = torch.ones_like(noise) if denoise_mask is None else denoise_mask
+        extra = extra_args | {"model_options": options}
+        try:
+            return executor(guider, sigmas, extra, callback, noise, self._kept, mask, disable_pbar)
+        finally:
+            self.__dict__.clear()  # also out of the options, which hold it
+
+    def _remember(self, args: dict[str, Any]) -> Tensor:
+        self._denoised = denoised = args["denoised"]
+        return denoised
+
+    def _mask_of(self, sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:
+        if self._earlier is not None:
+            denoise_mask = self._earlier(sigma, denoise_mask, extra_options=extra_options)
+        step, steps = step_of(sigma, self._options)
+        if self._mask is None and self._start * steps <= step < steps:
+            seen = self._denoised if self._began_empty else self._kept
+            if seen is not None:
+                self._look(seen)
+        return denoise_mask if self._mask is None else denoise_mask * self._mask
+
+    def _look(self, seen: Tensor) -> None:
+        with named_errors("SLiMe Part Latent Mask"):
+            (maps,) = self._watcher.look(seen)
+        mask = self._wanted.mask(maps)
+        found = mask.flatten(1).any(1)
+        mask[~found] = 1  # where there is no such part the picture is sampled as ever
+        self._mask = in_cells(mask, seen).unsqueeze(1)
+        if self._began_empty and bool(found.any()):
+            self._kept.copy_(seen)

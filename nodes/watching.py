@@ -1,0 +1,146 @@
+"""Find parts in a picture while it is sampled: an own pass over what the sampler has come to.
+
+The pass is of our text and our noise level, with fresh options: prompts, guidance, ControlNets and what other packs
+patch into sampling stay out of it, and it leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.model_management
+import torch
+from torch import Tensor
+
+from ..slime.backbones.base import Backbone
+from ..slime.backbones.joined import Joined
+from ..slime.embeddings import PartEmbeddings
+from ..slime.errors import SlimeError
+from ..slime.images import resize_image, working_size
+from ..slime.parts.maps import PartMaps
+from ..slime.segment import segment
+from ..slime.settings import SegmentSettings
+from .comfy_flow import ComfyFlow
+from .comfy_unet import ComfyUNet
+from .connected import connected
+from .loading import as_they_lie
+
+KEY = "slime"  # of the models that are loaded together with the sampled one
+
+
+class Watcher:
+    """Embeddings with what looks for each of them: the sampled model, a vision encoder, or both together.
+
+    Args:
+        model, vae, clip, clip_vision: as they come; the VAE where a vision encoder looks, the CLIP for compact files.
+        embeddings: one or several.
+        settings: how to look; edges are not refined, masks of a latent are coarser than that.
+
+    Raises:
+        SlimeError: nothing that is connected fits the embeddings, a compiled model, or no VAE where pixels are needed.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        vae: Any,
+        clip: Any,
+        clip_vision: Any,
+        embeddings: Sequence[PartEmbeddings],
+        settings: SegmentSettings,
+    ) -> None:
+        if "diffusion_model" in getattr(model, "object_patches", {}):
+            raise SlimeError(
+                "This model is compiled as a whole, so that SLiMe cannot look at it. Connect it as it is before that "
+                "node, or use ComfyUI's own TorchCompileModel, which can be looked through."
+            )
+        self.model, self.vae, self.settings = model, vae, settings
+        made: dict[str, Backbone] = {}
+        self._eyes = [_eye_for(item, model, vae, clip, clip_vision, made) for item in embeddings]
+        self.embeddings = [item.completed(eye) for item, eye in zip(embeddings, self._eyes, strict=True)]
+        self._of_pixels = any(not isinstance(eye, ComfyUNet | ComfyFlow) for eye in self._eyes)
+        if self._of_pixels and vae is None:
+            raise SlimeError("A vision encoder looks at pixels: connect the VAE of the checkpoint.")
+        self._beside = [clip_vision.patcher, vae.patcher] if self._of_pixels else []
+
+    def ready(self) -> Any:
+        """The model, cloned, with what must lie on the device beside it."""
+        clone = self.model.clone()
+        if self._beside:
+            clone.set_additional_models(KEY, self._beside)
+        return clone
+
+    @torch.inference_mode()
+    def look(self, denoised: Tensor) -> list[PartMaps]:
+        """Parts of every embeddings, as large as the decoded picture.
+
+        Args:
+            denoised: [B, C, h, w] or, of one frame, [B, C, 1, h, w], in the model's own scale.
+
+        Raises:
+            SlimeError: a video.
+        """
+        latents = denoised[:, :, 0] if denoised.ndim == 5 and denoised.shape[2] == 1 else denoised
+        if latents.ndim != 4:
+            raise SlimeError("Parts are found in pictures; this latent is a video or of another kind.")
+        with as_they_lie():
+            pixels = self._decoded(denoised) if self._of_pixels else None
+            found: dict[int, PartMaps] = {}
+            for eye in dict.fromkeys(self._eyes):
+                mine = [index for index, one in enumerate(self._eyes) if one is eye]
+                images, taken = _shown(eye, latents, pixels)
+                items = [self.embeddings[index] for index in mine]
+                maps = segment(eye, images, items, self.settings, on_batch=_interruptible, latents=taken)
+                found |= dict(zip(mine, maps, strict=True))
+        return [found[index] for index in range(len(self._eyes))]
+
+    def _decoded(self, denoised: Tensor) -> Tensor:
+        """Pixels [B, H, W, 3] on the CPU, image by image, by the VAE's module: its own decode would load models."""
+        vae, found = self.vae, []
+        for one in self.model.model.process_latent_out(denoised).split(1):
+            decoded = vae.first_stage_model.decode(one.to(vae.device, vae.vae_dtype))
+            decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
+            found.append(vae.process_output(decoded.float()).cpu().movedim(1, -1))
+        return torch.cat(found)[..., :3]
+
+
+def step_of(sigma: Tensor, options: Mapping[str, Any]) -> tuple[int, int]:
+    """Which step of sampling has this noise level, counted from 0, and how many there are."""
+    sigmas = options["transformer_options"]["sample_sigmas"]
+    return int((sigmas > sigma.max() * (1 + 1e-4)).sum()), len(sigmas) - 1
+
+
+def _eye_for(
+    item: PartEmbeddings, model: Any, vae: Any, clip: Any, clip_vision: Any, made: dict[str, Backbone]
+) -> Backbone:
+    """The model alone where the embeddings are of it, else the vision encoder, else both; made once each."""
+    ways = {"model": (model, None), "encoder": (None, clip_vision), "both": (model, clip_vision)}
+    first: SlimeError | None = None
+    for name, (looks, encodes) in ways.items():
+        if looks is None and encodes is None or name == "both" and encodes is None:
+            continue
+        if name not in made:
+            made[name] = connected(looks, vae, clip, encodes)
+        try:
+            item.check_model(made[name])
+            return made[name]
+        except SlimeError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _shown(eye: Backbone, latents: Tensor, pixels: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Images [B, H, W, 3] and latents as this eye takes them."""
+    if pixels is None or isinstance(eye, ComfyUNet | ComfyFlow):
+        height, width = (cells * eye.info.cell for cells in latents.shape[2:])
+        return torch.zeros(1, 1, 1, 1).expand(len(latents), height, width, 3), latents
+    if isinstance(eye, Joined):
+        size = working_size(pixels.shape[1], pixels.shape[2], eye.info.side, eye.info.multiple)
+        return pixels, eye.encode_beside(latents, resize_image(pixels, size))
+    return pixels, None
+
+
+def _interruptible(_done: int, _total: int) -> None:
+    comfy.model_management.throw_exception_if_processing_interrupted()

@@ -1,0 +1,320 @@
+"""Parts while sampling: plain where there is nothing to do, the part alone where there is, nothing left behind."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from slime import SegmentSettings, SlimeError, preset, segment, train
+from testing import splits
+from testing.inprocess import load_backbone, load_flow
+from testing.server import FLOW, MODEL
+
+from .test_vision import comfy_vision
+
+STEPS, SIDE = 6, 32
+
+
+@pytest.fixture(scope="module")
+def tiny(extension) -> Any:
+    backbone = load_backbone(MODEL)
+    with torch.inference_mode():
+        example = splits.example("car", splits.TEACH)
+        embeddings = train(backbone, [example], preset("instant", backbone.info, views=12))
+        conds = {
+            text: backbone.clip.encode_from_tokens_scheduled(backbone.clip.tokenize(text))
+            for text in ("a blue car on sand", "a blue car with yellow wheels on sand", "")
+        }
+        car = splits.example("car", splits.TEST).image[None]
+        encoded = backbone.vae.encode(car)
+    whole, part, nothing = conds.values()
+    return SimpleNamespace(
+        backbone=backbone,
+        embeddings=embeddings,
+        whole=whole,
+        part=part,
+        nothing=nothing,
+        example=example,
+        car=car,
+        encoded=encoded,
+    )
+
+
+@pytest.fixture(autouse=True)
+def in_inference_mode(tiny, monkeypatch) -> Any:
+    """As ComfyUI runs nodes; previews need a server."""
+    from comfy_api.latest import ui
+
+    for kind in ("PreviewImage", "PreviewMask"):
+        monkeypatch.setattr(ui, kind, lambda *a, **k: SimpleNamespace(as_dict=lambda: {"images": []}))
+    with torch.inference_mode():
+        yield
+
+
+def part_guider(
+    tiny, model: Any = None, cfg: float = 3.0, positive: Any = None, more: Any = None, **options: Any
+) -> Any:
+    from slime_extension.nodes.part_prompts import SLiMePartGuider, SLiMePartPrompt
+
+    prompt = {name: options.pop(name) for name in ("names", "strength", "grow") if name in options}
+    embeddings = options.pop("embeddings", tiny.embeddings)
+    prompts = SLiMePartPrompt.execute(embeddings, tiny.part, **({"names": "wheel"} | prompt), previous=more).args[0]
+    model, positive = model or tiny.backbone.model, positive or tiny.whole
+    return SLiMePartGuider.execute(model, positive, tiny.nothing, prompts, cfg, **options).args[0]
+
+
+def plain_guider(tiny, model: Any = None, cfg: float = 3.0, positive: Any = None) -> Any:
+    import comfy.samplers
+
+    guider = comfy.samplers.CFGGuider(model or tiny.backbone.model)
+    guider.set_conds(positive or tiny.whole, tiny.nothing)
+    guider.set_cfg(cfg)
+    return guider
+
+
+def sampled(
+    guider: Any, count: int = 1, sampler: str = "euler", callback: Any = None, shape: Any = None
+) -> torch.Tensor:
+    import comfy.sample
+    import comfy.samplers
+
+    latent = torch.zeros(shape or (count, 4, SIDE, SIDE))
+    sampling = guider.model_patcher.get_model_object("model_sampling")
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
+    noise = comfy.sample.prepare_noise(latent, 3)
+    made = comfy.samplers.sampler_object(sampler)
+    return guider.sample(noise, latent, made, sigmas, callback=callback, disable_pbar=True, seed=3)
+
+
+def masked_model(tiny, **options: Any) -> Any:
+    from slime_extension.nodes.part_latent_mask import SLiMePartLatentMask
+
+    return SLiMePartLatentMask.execute(tiny.backbone.model, tiny.embeddings, **({"names": "wheel"} | options)).args[0]
+
+
+def redrawn(tiny, model: Any, latent: torch.Tensor, mask: Any = None) -> torch.Tensor:
+    import comfy.sample
+
+    noise = comfy.sample.prepare_noise(latent, 3)
+    return comfy.sample.sample(
+        model, noise, STEPS, 3.0, "euler", "normal", tiny.part, tiny.nothing, latent,
+        denoise=0.8, noise_mask=mask, disable_pbar=True, seed=3,
+    )  # fmt: skip
+
+
+NOTHING_TO_DO = {
+    "no strength": {"strength": 0.0},
+    "no such part": {"names": "wing"},
+    "no steps": {"start_percent": 0.5, "end_percent": 0.5},
+    "no parts that are sure": {"min_confidence": 2.0},
+    "a part shrunk to nothing": {"grow": -512},
+}
+
+
+@pytest.mark.parametrize("options", NOTHING_TO_DO.values(), ids=NOTHING_TO_DO)
+def test_where_there_is_nothing_to_do_sampling_is_plain_to_the_bit(tiny, options) -> None:
+    assert torch.equal(sampled(part_guider(tiny, **options)), sampled(plain_guider(tiny)))
+
+
+@pytest.mark.parametrize("options", [{"names": "wing"}, {"start_percent": 1.0}, {"min_confidence": 2.0}])
+@pytest.mark.parametrize("began", ["empty", "image"])
+def test_a_masked_model_is_plain_where_there_is_nothing_to_do(tiny, options, began) -> None:
+    latent = tiny.encoded if began == "image" else torch.zeros_like(tiny.encoded)
+    plain = redrawn(tiny, tiny.backbone.model, latent)
+    assert torch.equal(redrawn(tiny, masked_model(tiny, **options), latent), plain)
+
+
+def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
+    """With the same noise, and the masks it says it used."""
+    from slime_extension.nodes.part_prompts import SLiMeGuiderMasks
+
+    guider = part_guider(tiny, start_percent=0.3, look_every=1)
+    found, plain = sampled(guider), sampled(plain_guider(tiny))
+    mask = SLiMeGuiderMasks.execute(guider, {"samples": found}).args[0]
+    assert mask.shape == (1, 8 * SIDE, 8 * SIDE) and 0.01 < float(mask.mean()) < 0.5
+    cells = torch.nn.functional.interpolate(mask[:, None], (SIDE, SIDE), mode="area")[:, 0]
+    moved = (found - plain).abs().mean(1)
+    assert moved[cells > 0.5].mean() > 3 * moved[cells == 0].mean() > 0
+
+
+def test_several_prompts_and_further_shapes_of_sampling(tiny) -> None:
+    """Two prompts, a batch, CFG 1, samplers that ask twice a step, areas, masks and previews."""
+    from slime_extension.nodes.part_prompts import SLiMePartPrompt
+
+    window = SLiMePartPrompt.execute(tiny.embeddings, tiny.part, "window").args[0]
+    seen: list[Any] = []
+    both = part_guider(tiny, more=window)
+    first = sampled(both, count=2, callback=lambda step, x0, x, total: seen.append(x0.shape))
+    assert len(both.used) == 2 and both.used[0].shape == (2, 8 * SIDE, 8 * SIDE) and len(seen) == STEPS
+    assert not torch.equal(both.used[0], both.used[1])
+    assert torch.isfinite(first).all()
+    for sampler, cfg in (("heun", 1.0), ("dpmpp_2s_ancestral", 3.0), ("uni_pc", 3.0)):
+        guider = part_guider(tiny, cfg=cfg)
+        assert torch.isfinite(sampled(guider, sampler=sampler)).all() and guider.used
+    half = [[rows, dict(more, area=(SIDE, SIDE // 2, 0, 0), strength=1.0)] for rows, more in tiny.part]
+    left = [[rows, dict(more, mask=torch.ones(1, SIDE, SIDE).triu(), mask_strength=0.7)] for rows, more in tiny.part]
+    for further in (half, left):
+        positive = [*tiny.whole, *further]
+        assert not torch.equal(
+            sampled(part_guider(tiny, positive=positive)), sampled(plain_guider(tiny, positive=positive))
+        )
+        absent = part_guider(tiny, positive=positive, names="wing")
+        assert torch.equal(sampled(absent), sampled(plain_guider(tiny, positive=positive)))
+
+
+def test_separate_calls_and_skipped_steps_find_the_same_parts(tiny, monkeypatch) -> None:
+    """Memory for one conditioning at a time; a patch that answers every second call with what it said before."""
+    usual = part_guider(tiny, look_every=0, start_percent=0.3)
+    wanted = sampled(usual)
+    monkeypatch.setattr(tiny.backbone.model.model, "memory_required", lambda *_, **__: 1e18)
+    alone = part_guider(tiny, look_every=0, start_percent=0.3)
+    torch.testing.assert_close(sampled(alone), wanted, rtol=1e-3, atol=1e-3)
+    monkeypatch.undo()
+
+    calls, said = [], {}
+
+    def lazy(apply: Any, given: dict[str, Any]) -> torch.Tensor:
+        calls.append(len(given["input"]))
+        if len(calls) % 2 or said.get("x") is None or said["x"].shape != given["input"].shape:
+            said["x"] = apply(given["input"], given["timestep"], **given["c"])
+        return said["x"]
+
+    model = tiny.backbone.model.clone()
+    model.set_model_unet_function_wrapper(lazy)
+    skipping = part_guider(tiny, model, look_every=1)
+    assert torch.isfinite(sampled(skipping)).all() and skipping.used[0].any()
+    count = len(calls)
+    calls.clear()
+    sampled(plain_guider(tiny, model))
+    assert count <= 2 * len(calls)  # conditionings of the part alone: looks do not pass through the patch
+
+
+@pytest.mark.parametrize("failure", ["interrupt", "memory", "mistake"])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch, failure, late) -> None:
+    import comfy.model_management
+    from slime_extension.nodes.watching import Watcher
+
+    errors = {
+        "interrupt": comfy.model_management.InterruptProcessingException(),
+        "memory": torch.cuda.OutOfMemoryError("none left"),
+        "mistake": SlimeError("cannot be"),
+    }
+    real, count = Watcher.look, [0]
+
+    def failing(self: Any, denoised: torch.Tensor) -> Any:
+        count[0] += 1
+        found = real(self, denoised)
+        if count[0] > late:
+            raise errors[failure]
+        return found
+
+    before, model = sampled(plain_guider(tiny)), tiny.backbone.model
+    options, hooks = dict(model.model_options), len(model.model.diffusion_model._forward_hooks)
+    monkeypatch.setattr(Watcher, "look", failing)
+    guider = part_guider(tiny, look_every=1)
+    with pytest.raises(type(errors[failure])):
+        sampled(guider)
+    if not late:
+        with pytest.raises(type(errors[failure])):
+            redrawn(tiny, masked_model(tiny), tiny.encoded)
+    monkeypatch.undo()
+    assert guider._denoised is None and not guider._masks
+    assert model.model_options == options and len(model.model.diffusion_model._forward_hooks) == hooks
+    assert torch.equal(sampled(plain_guider(tiny)), before)
+    assert guider.model_patcher.model is model.model and torch.isfinite(sampled(guider)).all()
+
+
+def test_no_weights_move_while_sampling_runs(tiny, monkeypatch) -> None:
+    """Models are loaded once, before the first step."""
+    import comfy.model_management
+
+    loads, real = [], comfy.model_management.load_models_gpu
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *a, **k: (loads.append(1), real(*a, **k))[1])
+    sampled(plain_guider(tiny))
+    usual, guider = len(loads), part_guider(tiny, look_every=1)
+    loads.clear()
+    sampled(guider)
+    assert len(loads) == usual and guider.used
+    assert all(mask.device.type == "cpu" for mask in guider.used)
+
+
+def test_a_masked_model_keeps_the_rest_of_the_picture(tiny) -> None:
+    """Of an image that sampling began with; an earlier mask of the latent counts as well."""
+    settings = SegmentSettings(refine="off")
+    inside = segment(tiny.backbone, tiny.car, tiny.embeddings, settings)[0].label_map[0] == 4
+    assert tiny.embeddings.names[3] == "wheel"
+    cells = torch.nn.functional.max_pool2d(inside[None].float(), 8)[0]
+    near = torch.nn.functional.max_pool2d(cells[None], 9, 1, 4)[0] > 0
+    model = masked_model(tiny, start_percent=0.0)
+    moved = (redrawn(tiny, model, tiny.encoded) - tiny.encoded).abs().mean(1)[0]
+    assert moved[~near].max() < 1e-4 < moved[cells > 0].mean()
+    left = torch.zeros(1, 8 * SIDE, 8 * SIDE)
+    left[..., : 4 * SIDE] = 1
+    moved = (redrawn(tiny, model, tiny.encoded, left) - tiny.encoded).abs().mean(1)[0]
+    assert moved[:, SIDE // 2 + 1 :].max() < 1e-4 < moved[:, : SIDE // 2].max()
+
+
+def test_the_detailer_redraws_parts_and_nothing_else(tiny) -> None:
+    from slime_extension.nodes.common import Parts
+    from slime_extension.nodes.part_detailer import SLiMePartDetailer
+
+    images = torch.cat([tiny.car, splits.example("car", splits.TEST + 1).image[None]])
+    parts = Parts(segment(tiny.backbone, images, tiny.embeddings)[0], images)
+
+    def run(**options: Any) -> Any:
+        given = {"names": "plate, light", "steps": 3, "cfg": 2.0, "size": 128, "seed": 7} | options
+        return SLiMePartDetailer.execute(
+            parts, tiny.backbone.model, tiny.backbone.vae, tiny.part, tiny.nothing, **given
+        ).args
+
+    image, mask = run()
+    assert image.shape == images.shape and mask.shape == images.shape[:3]
+    assert torch.equal(image[mask == 0], images[mask == 0]) and not torch.equal(image[mask > 0.9], images[mask > 0.9])
+    assert torch.equal(run()[0], image) and not torch.equal(run(seed=8)[0], image)
+    assert torch.equal(run(denoise=0.0)[0], images) and not run(minimum_area=100_000)[1].any()
+    with pytest.raises(SlimeError, match="SLiMe Part Detailer: there is no part wing"):
+        run(names="wing")
+
+
+def test_a_flow_transformer_is_watched_too(tiny) -> None:
+    backbone = load_flow(FLOW)
+    embeddings = train(backbone, [tiny.example], preset("instant", backbone.info, views=6))
+    shape = (1, backbone.info.channels, SIDE, SIDE)
+    guider = part_guider(tiny, backbone.model, embeddings=embeddings, look_every=1)
+    found, plain = sampled(guider, shape=shape), sampled(plain_guider(tiny, backbone.model), shape=shape)
+    assert guider.used[0].any() and not torch.equal(found, plain)
+
+
+def test_a_vision_encoder_looks_at_the_decoded_picture(tiny, monkeypatch) -> None:
+    """Alone and beside the model; the VAE's own decode, which loads models, is not called."""
+    from slime_extension.nodes.connected import connected
+
+    vision, _ = comfy_vision("dinov2")
+    backbone = tiny.backbone
+    for model in (None, backbone.model):
+        eye = connected(model, backbone.vae, backbone.clip, vision)
+        layers = {} if model is None else {"read_layers": "block.1"}
+        embeddings = train(eye, [tiny.example], preset("instant", eye.info, views=6, **layers))
+        with pytest.raises(SlimeError, match="connect the VAE"):
+            part_guider(tiny, embeddings=embeddings, clip_vision=vision, start_percent=0.0)
+        guider = part_guider(tiny, embeddings=embeddings, clip_vision=vision, vae=backbone.vae, look_every=1)
+        monkeypatch.setattr(type(backbone.vae), "decode", None)
+        assert torch.isfinite(sampled(guider)).all() and guider.used
+        monkeypatch.undo()
+
+
+def test_what_cannot_be_watched_says_so(tiny) -> None:
+    from slime_extension.nodes.part_prompts import SLiMeGuiderMasks
+
+    compiled = tiny.backbone.model.clone()
+    compiled.add_object_patch("diffusion_model", torch.nn.Identity())
+    with pytest.raises(SlimeError, match="SLiMe Part Guider: This model is compiled"):
+        part_guider(tiny, compiled)
+    with pytest.raises(SlimeError, match="SLiMe Part Guider: These embeddings .* were learned on"):
+        part_guider(tiny, load_flow(FLOW).model)
+    with pytest.raises(SlimeError, match="A CFGGuider finds no parts"):
+        SLiMeGuiderMasks.execute(plain_guider(tiny), {"samples": torch.zeros(1, 4, 8, 8)})
