@@ -185,6 +185,7 @@ def main(arguments: list[str]) -> int:
             for path, text in texts.items()
             if "def main(" in text
         )
+        rest = [rest[0].replace("-", "_"), *rest[1:]] if rest else rest
         if not rest or rest[0] not in names:
             fail(f"Name a benchmark: {', '.join(names)}.")
     python, comfyui = ensure_environment()

@@ -50,7 +50,7 @@ class SLiMePartLatentMask(io.ComfyNode):
                 clip_input(),
                 expert(confidence_input()),
             ],
-            outputs=[io.Model.Output(tooltip="For KSampler and every other sampler.")],
+            outputs=[io.Model.Output(display_name="model", tooltip="For KSampler and every other sampler.")],
         )
 
     @classmethod

@@ -265,7 +265,7 @@ class SLiMePartGuider(io.ComfyNode):
                 clip_input(),
                 expert(confidence_input()),
             ],
-            outputs=[io.Guider.Output(tooltip="For SamplerCustomAdvanced.")],
+            outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
 
     @classmethod

@@ -51,6 +51,17 @@ SIZES = {
     "SLiMeEvaluate": (400, 330, 480),
     "SLiMeEmbeddingsInfo": (400, 180, 230),
     "SLiMeExportLabels": (400, 380, 430),
+    "SLiMePartPrompt": (320, 190, 290),
+    "SLiMePartGuider": (320, 290, 400),
+    "SLiMeGuiderMasks": (320, 330, 440),
+    "SLiMePartDetailer": (340, 830, 1100),
+    "CLIPTextEncode": (320, 120, 190),
+    "RandomNoise": (320, 90, 130),
+    "KSamplerSelect": (320, 60, 100),
+    "BasicScheduler": (320, 110, 170),
+    "EmptyLatentImage": (320, 110, 170),
+    "SamplerCustomAdvanced": (280, 110, 160),
+    "VAEDecode": (280, 50, 80),
     "SLiMeEmbeddingsToText": (400, 180, 230),
     "CreateVideo": (320, 80, 110),
     "SaveVideo": (340, 330, 420),
@@ -501,6 +512,90 @@ def vision_encoder() -> Page:
     return page
 
 
+def prompt_a_part() -> Page:
+    page = Page()
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    page.note(
+        "Template 2 makes the file my_parts; press R so that it appears here.\n\nNo mask is made: the wheels are "
+        "found while the picture is sampled, and from then on a prompt of their own applies to them.",
+        200,
+    )
+    page.column("2  What the picture shall be")
+    whole = page.add(
+        "CLIPTextEncode", "The whole picture", text="a red car with blue windows on grass", clip=[model, 1]
+    )
+    part = page.add(
+        "CLIPTextEncode", "The part", text="a red car with blue windows, yellow wheels on grass", clip=[model, 1]
+    )
+    negative = page.add("CLIPTextEncode", "What it shall not be", text="", clip=[model, 1])
+    page.column("3  A prompt for a part")
+    prompts = page.add("SLiMePartPrompt", embeddings=[embeddings, 0], conditioning=[part, 0], names="wheel")
+    guider = page.add(
+        "SLiMePartGuider",
+        model=[model, 0],
+        positive=[whole, 0],
+        negative=[negative, 0],
+        part_prompts=[prompts, 0],
+        cfg=6.0,
+    )
+    page.column("4  Sampling, as ever")
+    noise = page.add("RandomNoise", noise_seed=SEED_OF_A_CAR)
+    sampler = page.add("KSamplerSelect", sampler_name="dpmpp_2m")
+    sigmas = page.add("BasicScheduler", model=[model, 0], scheduler="karras", steps=20, denoise=1.0)
+    latent = page.add("EmptyLatentImage", width=512, height=512, batch_size=1)
+    page.column()
+    sampled = page.add(
+        "SamplerCustomAdvanced",
+        noise=[noise, 0],
+        guider=[guider, 0],
+        sampler=[sampler, 0],
+        sigmas=[sigmas, 0],
+        latent_image=[latent, 0],
+    )
+    image = page.add("VAEDecode", samples=[sampled, 0], vae=[model, 2])
+    page.column("5  Result")
+    page.add("SLiMeGuiderMasks", guider=[guider, 0], latent=[sampled, 0])
+    page.add("SaveImage", images=[image, 0], filename_prefix="slime_part_prompt")
+    return page
+
+
+def sharpen_small_parts() -> Page:
+    page = Page()
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    image = page.image()
+    page.note(
+        "Template 2 makes the file my_parts; press R so that it appears here.\n\nEvery wheel is cut out, redrawn at "
+        "the size the model was made for, and put back.",
+        180,
+    )
+    page.column("2  Find")
+    parts = page.segment(model, embeddings, [image, 0])
+    page.column("3  What it shall be")
+    positive = page.add("CLIPTextEncode", text="an orange car with white wheels", clip=[model, 1])
+    negative = page.add("CLIPTextEncode", text="", clip=[model, 1])
+    page.column("4  Redraw")
+    drawn = page.add(
+        "SLiMePartDetailer",
+        parts=[parts, 0],
+        model=[model, 0],
+        vae=[model, 2],
+        positive=[positive, 0],
+        negative=[negative, 0],
+        names="wheel",
+        seed=1,
+        cfg=6.0,
+        sampler_name="dpmpp_2m",
+        scheduler="karras",
+        denoise=0.4,
+    )
+    page.column("5  Result")
+    page.add("SaveImage", images=[drawn, 0], filename_prefix="slime_detailer")
+    return page
+
+
+SEED_OF_A_CAR = 4
 ENCODER = "11 With DINOv2 alone"  # nothing here can run it: there are no weights
 WORKFLOWS: dict[str, Callable[[], Page]] = {
     "1 Paint parts and find them": paint_and_find,
@@ -515,6 +610,8 @@ WORKFLOWS: dict[str, Callable[[], Page]] = {
     "10 With Flux or SD3": flow_model,
     ENCODER: vision_encoder,
     "12 Label a data set": label_images,
+    "13 Prompt a part while sampling": prompt_a_part,
+    "14 Sharpen small parts": sharpen_small_parts,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ DOMAIN = "car"
 FIRST = "1 Paint parts and find them"
 EMBEDDINGS = "my_parts.safetensors"
 FRAMES = 6
+SIDE = 256  # that the model paints at
 THUMBNAIL = 480
 
 
@@ -36,8 +38,12 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
                 inputs["file"] = put_video(server)
             case "SLiMeSaveEmbeddings":
                 inputs["overwrite"] = True
-            case "KSampler":
+            case "KSampler" | "BasicScheduler":
                 inputs["steps"] = steps
+            case "EmptyLatentImage":
+                inputs["width"] = inputs["height"] = SIDE
+            case "SLiMePartDetailer":
+                inputs["steps"], inputs["size"] = steps, SIDE
     return prompt
 
 
@@ -87,9 +93,10 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
         for node in prompt.values():
             if node["class_type"] == "SLiMeSaveEmbeddings":
                 node["inputs"]["filename"] = "for_the_picture"
+        before = [painted_sample(), *without_prompts(server, prompt)] if find_all(prompt, "SLiMePartPrompt") else []
         outputs = server.run(prompt, 1800)
         taught = {tuple(n["inputs"]["image"]) for n in prompt.values() if n["class_type"] == "SLiMeExample"}
-        found[name] = []
+        found[name] = before
         for node_id, node in prompt.items():
             shown = pictures(server, outputs.get(node_id, {}))[:1]
             if node["class_type"] == "SLiMePartPainter" and node["inputs"]["painting"]:
@@ -98,6 +105,19 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
                 shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
             found[name] += shown
     return found
+
+
+def without_prompts(server: ComfyServer, prompt: Prompt) -> list[Image.Image]:
+    """What is sampled where no part has a prompt of its own."""
+    plain = copy.deepcopy(prompt)
+    for node in find_all(plain, "SLiMePartPrompt"):
+        plain[node]["inputs"]["strength"] = 0.0
+    outputs = server.run(plain, 1800)
+    return [image for node in find_all(plain, "SaveImage") for image in pictures(server, outputs[node])]
+
+
+def find_all(prompt: Prompt, kind: str) -> list[str]:
+    return [number for number, node in prompt.items() if node["class_type"] == kind]
 
 
 def pictures(server: ComfyServer, output: dict[str, Any]) -> list[Image.Image]:
