@@ -5,9 +5,9 @@
 A caption leaves the colour of one part open, and a prompt for that part asks for one. Of every way, with the same
 noise: the share of the part's pixels in the result that have the colour (the nearest of the twelve that scenes are
 painted with), the share of the pixels elsewhere that differ from the picture of the open caption by more than a tenth,
-and time beside plain sampling. A part's pixels are those that a teacher finds, learned from ten other examples
-than the one that the guider's file was learned from; elsewhere is what the teacher calls the part in neither picture,
-12 pixels away from it.
+time beside plain sampling, and the looks' share in it. A part's pixels are those that a teacher finds, learned from ten
+other examples than the one that the guider's file was learned from; elsewhere is what the teacher calls the part in
+neither picture, 12 pixels away from it.
 
 The detailer gets scenes that were shrunk to a quarter and enlarged again: IoU of its small parts with the truth, found
 by the teacher, and sharpness (mean absolute Laplacian on them) of the blurred picture, the redrawn and the unblurred.
@@ -48,8 +48,23 @@ NEAR = 12  # pixels
 SHAPE = MaskShape(grow=8, feather=8)  # the node's defaults
 
 
+class Timed:
+    """What looks, with the time that it took."""
+
+    def __init__(self, watcher: Any) -> None:
+        self.watcher, self.seconds = watcher, 0.0
+
+    def look(self, denoised: Tensor) -> Any:
+        start = time.perf_counter()
+        found = self.watcher.look(denoised)
+        self.seconds += time.perf_counter() - start
+        return found
+
+
 class Painting:
-    """ComfyUI's sampling with the model that paints."""
+    """ComfyUI's sampling with the model that paints; ``looking`` are the seconds of looks in the last one."""
+
+    looking = 0.0
 
     def __init__(self, backbone: Any) -> None:
         import comfy.sample
@@ -123,8 +138,12 @@ def ways(
 
     def guided(seed: int) -> Tensor:
         prompts = nodes["SLiMePartPrompt"].execute(embeddings, asked, part).args[0]
-        model, guiders = painting.backbone.model, nodes["SLiMePartGuider"]
-        return painting.paint(guiders.execute(model, whole, painting.nothing, prompts, CFG).args[0], seed)
+        model = painting.backbone.model
+        guider = nodes["SLiMePartGuider"].execute(model, whole, painting.nothing, prompts, CFG).args[0]
+        guider._watcher = Timed(guider._watcher)
+        pixels = painting.paint(guider, seed)
+        painting.looking = guider._watcher.seconds
+        return pixels
 
     return {
         "open caption": lambda seed: painting.paint(painting.guider(whole), seed),
@@ -143,7 +162,7 @@ def colors(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any
             opened, full, color = captions(domain, part, seed)
             plain, mask, base = None, None, 1.0
             for name, paint in ways(painting, nodes, guide, part, opened, full).items():
-                start = time.perf_counter()
+                start, painting.looking = time.perf_counter(), 0.0
                 pixels = paint(seed)
                 seconds = time.perf_counter() - start
                 found = part_masks(segment(painting.backbone, pixels, teacher)[0], [part])[0].numpy() > 0
@@ -155,7 +174,7 @@ def colors(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any
                 row: Row = {"way": name, "domain": domain, "part": part, "seed": seed, "asked": full}
                 row["colored"] = float(has_color(pixels, color)[found].mean()) if found.any() else None
                 row["changed"] = float(changed[elsewhere].mean())
-                report(row | {"time": seconds / base})
+                report(row | {"time": seconds / base, "looking": painting.looking / seconds})
 
 
 def details(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any], pictures: int, report: Any) -> None:
@@ -233,7 +252,12 @@ def main() -> None:
         painting = Painting(backbone)
         colors(painting, nodes, files, options.pictures, report)
         details(painting, nodes, files, options.pictures, report)
-    heads = {"colored": "share of the part in the colour", "changed": "changed elsewhere", "time": "time"}
+    heads = {
+        "colored": "share of the part in the colour",
+        "changed": "changed elsewhere",
+        "time": "time",
+        "looking": "of it looking",
+    }
     table([row for row in rows if "colored" in row], heads, "a colour for one part")
     heads = {"iou": "IoU with the truth", "sharpness": "sharpness"}
     table([row for row in rows if "iou" in row], heads, "small parts redrawn")

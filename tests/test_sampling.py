@@ -13,6 +13,9 @@ from testing import splits
 from testing.inprocess import load_backbone, load_flow
 from testing.server import FLOW, MODEL
 
+from .models import LAYOUTS, comfy_patcher
+from .test_flow import Pixels
+from .test_learning import picture
 from .test_vision import comfy_vision
 
 STEPS, SIDE = 6, 32
@@ -287,6 +290,43 @@ def test_a_flow_transformer_is_watched_too(tiny) -> None:
     guider = part_guider(tiny, backbone.model, embeddings=embeddings, look_every=1)
     found, plain = sampled(guider, shape=shape), sampled(plain_guider(tiny, backbone.model), shape=shape)
     assert guider.used[0].any() and not torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("layout", ["sd2", "sdxl"])
+def test_stable_diffusions_relatives_are_watched(layout) -> None:
+    """Narrow random models of the real classes."""
+    from slime_extension.nodes.comfy_unet import ComfyUNet
+    from slime_extension.nodes.part_prompts import SLiMePartGuider, SLiMePartPrompt
+
+    patcher = comfy_patcher(layout, "v" if layout == "sd2" else "eps")
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(1, 77, LAYOUTS[layout]["context_dim"], generator=generator)
+    pooled = torch.randn(1, 32, generator=generator)
+    clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda tokens, return_pooled: (rows, pooled))
+    backbone = ComfyUNet(patcher, Pixels(4), clip)
+    embeddings = train(backbone, [picture(0)], preset("instant", backbone.info, views=3))
+    cond = [[rows, {"pooled_output": pooled}]]
+    prompts = SLiMePartPrompt.execute(embeddings, [[2 * rows, {"pooled_output": pooled}]]).args[0]
+    guider = SLiMePartGuider.execute(patcher, cond, cond, prompts, 2.0, look_every=1).args[0]
+    plain = plain_guider(SimpleNamespace(whole=cond, nothing=cond), patcher, 2.0)
+    shape = (1, 4, 16, 24)
+    found, other = sampled(guider, shape=shape), sampled(plain, shape=shape)
+    assert guider.used[0].shape == (1, 128, 192) and torch.isfinite(found).all()
+    assert torch.equal(found, other) == (not guider.used[0].any())
+
+
+@pytest.mark.slow
+def test_a_compiled_model_is_looked_at_as_it_is(tiny) -> None:
+    """ComfyUI's TorchCompileModel compiles for its own passes; looks run beside them."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    model = tiny.backbone.model.clone()
+    set_torch_compile_wrapper(model=model, backend="eager")
+    guider = part_guider(tiny, model, look_every=0, start_percent=0.3)
+    torch.testing.assert_close(
+        sampled(guider), sampled(part_guider(tiny, look_every=0, start_percent=0.3)), rtol=1e-3, atol=1e-3
+    )
+    assert guider.used[0].any()
 
 
 def test_a_vision_encoder_looks_at_the_decoded_picture(tiny, monkeypatch) -> None:
