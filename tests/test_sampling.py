@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from slime import SegmentSettings, SlimeError, preset, segment, train
+from slime import PartEmbeddings, SegmentSettings, SlimeError, preset, segment, train
 from testing import splits
 from testing.inprocess import load_backbone, load_flow
 from testing.server import FLOW, MODEL
 
 from .models import LAYOUTS, comfy_patcher
-from .test_flow import Pixels
-from .test_learning import picture
 from .test_vision import comfy_vision
 
 STEPS, SIDE = 6, 32
@@ -143,6 +141,47 @@ def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
     assert moved[cells > 0.5].mean() > 3 * moved[cells == 0].mean() > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"start_percent": 0.0, "look_every": 1}, [1, 2, 3, 4, 5]),
+        ({"start_percent": 0.5, "look_every": 2}, [3, 5]),
+        ({"start_percent": 0.5, "end_percent": 0.7, "look_every": 1}, [3, 4]),
+        ({"start_percent": 0.0, "look_every": 0}, [1]),
+    ],
+)
+def test_looks_come_when_they_are_wanted(tiny, monkeypatch, options, steps) -> None:
+    from slime_extension.nodes import part_prompts
+
+    looked, now, real = [], [0], part_prompts.step_of
+
+    def step_of(*args: Any) -> Any:
+        now[0] = real(*args)[0]
+        return real(*args)
+
+    def look(self: Any, denoised: torch.Tensor) -> Any:
+        looked.append(now[0])
+        return find(self, denoised)
+
+    find = part_prompts.Watcher.look
+    monkeypatch.setattr(part_prompts, "step_of", step_of)
+    monkeypatch.setattr(part_prompts.Watcher, "look", look)
+    sampled(part_guider(tiny, **options))
+    assert looked == steps
+
+
+def test_a_part_has_its_prompt_in_place_of_the_pictures_own() -> None:
+    """Shares of a step: the picture's prompt outside, the part's inside; masks that conditionings bring count too."""
+    from slime_extension.nodes.part_prompts import _masked
+
+    mask, half = torch.rand(1, 4, 4), torch.full((1, 4, 4), 0.5)
+    whole, own, part = _masked([{"n": 0}, {"n": 1, "mask": half}], [([{"n": 2}], mask)])
+    assert torch.equal(whole["mask"], 1 - mask) and torch.equal(own["mask"], (1 - mask) * half)
+    assert torch.equal(part["mask"], mask) and [one["n"] for one in (whole, own, part)] == [0, 1, 2]
+    crowded = _masked([{}], [([{}], torch.ones(1, 4, 4)), ([{}], mask)])
+    assert not crowded[0]["mask"].any()
+
+
 def test_several_prompts_and_further_shapes_of_sampling(tiny) -> None:
     """Two prompts, a batch, CFG 1, samplers that ask twice a step, areas, masks and previews."""
     from slime_extension.nodes.part_prompts import SLiMePartPrompt
@@ -235,8 +274,14 @@ def test_no_weights_move_while_sampling_runs(tiny, monkeypatch) -> None:
     """Models are loaded once, before the first step."""
     import comfy.model_management
 
-    loads, real = [], comfy.model_management.load_models_gpu
-    monkeypatch.setattr(comfy.model_management, "load_models_gpu", lambda *a, **k: (loads.append(1), real(*a, **k))[1])
+    loads: list[int] = []
+    real = comfy.model_management.load_models_gpu
+
+    def counted(*args: Any, **named: Any) -> Any:
+        loads.append(1)
+        return real(*args, **named)
+
+    monkeypatch.setattr(comfy.model_management, "load_models_gpu", counted)
     sampled(plain_guider(tiny))
     usual, guider = len(loads), part_guider(tiny, look_every=1)
     loads.clear()
@@ -259,6 +304,14 @@ def test_a_masked_model_keeps_the_rest_of_the_picture(tiny) -> None:
     left[..., : 4 * SIDE] = 1
     moved = (redrawn(tiny, model, tiny.encoded, left) - tiny.encoded).abs().mean(1)[0]
     assert moved[:, SIDE // 2 + 1 :].max() < 1e-4 < moved[:, : SIDE // 2].max()
+
+
+def test_an_empty_latent_keeps_what_sampling_had_come_to(tiny) -> None:
+    latent = torch.zeros_like(tiny.encoded)
+    plain = redrawn(tiny, tiny.backbone.model, latent)
+    found = redrawn(tiny, masked_model(tiny, start_percent=0.7), latent)
+    assert not torch.equal(found, plain)
+    assert (found - plain).abs().mean() < 0.3 * plain.abs().mean()
 
 
 def test_the_detailer_redraws_parts_and_nothing_else(tiny) -> None:
@@ -302,17 +355,19 @@ def test_stable_diffusions_relatives_are_watched(layout) -> None:
     generator = torch.Generator().manual_seed(1)
     rows = torch.randn(1, 77, LAYOUTS[layout]["context_dim"], generator=generator)
     pooled = torch.randn(1, 32, generator=generator)
-    clip = SimpleNamespace(tokenize=str, encode_from_tokens=lambda tokens, return_pooled: (rows, pooled))
-    backbone = ComfyUNet(patcher, Pixels(4), clip)
-    embeddings = train(backbone, [picture(0)], preset("instant", backbone.info, views=3))
+    backbone = ComfyUNet(patcher)
+    condition = {"context": rows[0]} | ({"pooled": pooled[0]} if layout == "sdxl" else {})
+    learned = torch.randn(1, 1, rows.shape[2], generator=generator)
+    info, layers = backbone.info, backbone.default_layers()
+    embeddings = PartEmbeddings(("a",), 5 * learned, condition, "", info.id, layers, 100, 128)
     cond = [[rows, {"pooled_output": pooled}]]
     prompts = SLiMePartPrompt.execute(embeddings, [[2 * rows, {"pooled_output": pooled}]]).args[0]
-    guider = SLiMePartGuider.execute(patcher, cond, cond, prompts, 2.0, look_every=1).args[0]
+    guider = SLiMePartGuider.execute(patcher, cond, cond, prompts, 2.0).args[0]
     plain = plain_guider(SimpleNamespace(whole=cond, nothing=cond), patcher, 2.0)
     shape = (1, 4, 16, 24)
     found, other = sampled(guider, shape=shape), sampled(plain, shape=shape)
     assert guider.used[0].shape == (1, 128, 192) and torch.isfinite(found).all()
-    assert torch.equal(found, other) == (not guider.used[0].any())
+    assert guider.used[0].any() and not torch.equal(found, other)
 
 
 @pytest.mark.slow
