@@ -152,20 +152,22 @@ def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
 )
 def test_looks_come_when_they_are_wanted(tiny, monkeypatch, options, steps) -> None:
     from slime_extension.nodes import part_prompts
+    from slime_extension.nodes.watching import Watcher, step_of
 
-    looked, now, real = [], [0], part_prompts.step_of
+    looked: list[int] = []
+    now = [0]
 
-    def step_of(*args: Any) -> Any:
-        now[0] = real(*args)[0]
-        return real(*args)
+    def counted(*args: Any) -> Any:
+        now[0] = step_of(*args)[0]
+        return step_of(*args)
 
     def look(self: Any, denoised: torch.Tensor) -> Any:
         looked.append(now[0])
         return find(self, denoised)
 
-    find = part_prompts.Watcher.look
-    monkeypatch.setattr(part_prompts, "step_of", step_of)
-    monkeypatch.setattr(part_prompts.Watcher, "look", look)
+    find = Watcher.look
+    monkeypatch.setattr(part_prompts, "step_of", counted)
+    monkeypatch.setattr(Watcher, "look", look)
     sampled(part_guider(tiny, **options))
     assert looked == steps
 
