@@ -24,7 +24,7 @@ from testing.baselines import color_neighbours, mean_mask
 from testing.browser import CHROMIUM
 from testing.server import MODEL, ComfyServer, WorkflowFailed
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
-from tools.make_workflows import BLUEPRINTS, ENCODER, WORKFLOWS, written
+from tools.make_workflows import BLUEPRINTS, NOT_RUN, WORKFLOWS, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
@@ -320,7 +320,7 @@ def file_to_load(server, learned):
 
 
 @pytest.mark.skipif(CHROMIUM is not None, reason="tests/test_browser.py runs them in the page")
-@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in (WITH_MASKS, ENCODER)])
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in (WITH_MASKS, *NOT_RUN)])
 def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     """From its JSON, with the demo's checkpoint, pictures and names in it; it has notes and shows a picture."""
     assert any(node["type"] == "MarkdownNote" for node in load_workflow(name)["nodes"])
