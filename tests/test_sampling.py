@@ -394,11 +394,11 @@ def test_a_vision_encoder_looks_at_the_decoded_picture(tiny, monkeypatch) -> Non
     backbone = tiny.backbone
     for model in (None, backbone.model):
         eye = connected(model, backbone.vae, backbone.clip, vision)
-        layers = {} if model is None else {"read_layers": "block.1"}
-        embeddings = train(eye, [tiny.example], preset("instant", eye.info, views=6, **layers))
+        settings = preset("instant", eye.info, views=2, read_layers="block.1", propagate_layers="block.1")
+        embeddings = train(eye, [tiny.example], settings)
         with pytest.raises(SlimeError, match="connect the VAE"):
             part_guider(tiny, embeddings=embeddings, clip_vision=vision, start_percent=0.0)
-        guider = part_guider(tiny, embeddings=embeddings, clip_vision=vision, vae=backbone.vae, look_every=1)
+        guider = part_guider(tiny, embeddings=embeddings, clip_vision=vision, vae=backbone.vae, look_every=0)
         monkeypatch.setattr(type(backbone.vae), "decode", None)
         assert torch.isfinite(sampled(guider)).all() and guider.used
         monkeypatch.undo()
