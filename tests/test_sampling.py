@@ -331,6 +331,9 @@ def test_the_detailer_redraws_parts_and_nothing_else(tiny) -> None:
 
     image, mask = run()
     assert image.shape == images.shape and mask.shape == images.shape[:3]
+    wanted = sum(parts.maps.label_map == 1 + tiny.embeddings.names.index(name) for name in ("plate", "light"))
+    near = torch.nn.functional.max_pool2d(wanted[:, None].float(), 65, 1, 32)[:, 0] > 0
+    assert not mask[~near].any() and (~near).any(1).any() and mask[wanted > 0].any()
     assert torch.equal(image[mask == 0], images[mask == 0]) and not torch.equal(image[mask > 0.9], images[mask > 0.9])
     assert torch.equal(run()[0], image) and not torch.equal(run(seed=8)[0], image)
     assert torch.equal(run(denoise=0.0)[0], images) and not run(minimum_area=100_000)[1].any()
