@@ -12,11 +12,9 @@ from torch import Tensor
 
 from ..slime.embeddings import PartEmbeddings
 from ..slime.parts.masks import MaskShape
-from ..slime.settings import SegmentSettings
-from .common import SAMPLING, Embeddings, clip_input, confidence_input, expert, named_errors, schema, split_names
-from .connected import clip_vision_input
+from .common import SAMPLING, Embeddings, named_errors, schema, split_names
 from .part_prompts import PartPrompt, in_cells
-from .watching import KEY, Watcher, step_of
+from .watching import KEY, Watcher, step_of, watching_inputs
 
 
 class SLiMePartLatentMask(io.ComfyNode):
@@ -45,10 +43,7 @@ class SLiMePartLatentMask(io.ComfyNode):
                 ),
                 io.Int.Input("grow", default=8, min=-512, max=512, tooltip="Widen the parts by pixels."),
                 io.Int.Input("feather", default=8, min=0, max=512, tooltip="Soften the border over about so many px."),
-                io.Vae.Input("vae", optional=True, tooltip="Needed where a vision encoder looks: it sees pixels."),
-                clip_vision_input(),
-                clip_input(),
-                expert(confidence_input()),
+                *watching_inputs(),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="For KSampler and every other sampler.")],
         )
@@ -67,9 +62,8 @@ class SLiMePartLatentMask(io.ComfyNode):
         clip: Any = None,
         min_confidence: float = 0.0,
     ) -> io.NodeOutput:
-        settings = SegmentSettings(refine="off", min_confidence=min_confidence)
         with named_errors("SLiMe Part Latent Mask"):
-            watcher = Watcher(model, vae, clip, clip_vision, [embeddings], settings)
+            watcher = Watcher(model, vae, clip, clip_vision, [embeddings], min_confidence)
         wanted = PartPrompt(embeddings, tuple(split_names(names)), None, 1.0, MaskShape(grow=grow, feather=feather))
         patched = watcher.ready()
 

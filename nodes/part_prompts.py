@@ -16,20 +16,15 @@ from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from ..slime.parts.maps import PartMaps
 from ..slime.parts.masks import MaskShape, part_masks
-from ..slime.settings import SegmentSettings
 from .common import (
     SAMPLING,
     Embeddings,
-    clip_input,
-    confidence_input,
-    expert,
     named_errors,
     schema,
     split_names,
     to_core,
 )
-from .connected import clip_vision_input
-from .watching import Watcher, step_of
+from .watching import Watcher, step_of, watching_inputs
 
 PartPrompts = io.Custom("SLIME_PART_PROMPTS")
 
@@ -117,10 +112,8 @@ class PartGuider(comfy.samplers.CFGGuider):
     call is made that plain guidance makes. ``used`` has the masks [B, H, W] of the last sampling, one a prompt.
     """
 
-    def __init__(
-        self, watcher: Watcher, prompts: Sequence[PartPrompt], span: tuple[float, float], every: int, plain: Any
-    ) -> None:
-        super().__init__(watcher.ready() if prompts else plain)
+    def __init__(self, watcher: Watcher, prompts: Sequence[PartPrompt], span: tuple[float, float], every: int) -> None:
+        super().__init__(watcher.ready())
         self._watcher, self._prompts, self._span, self._every = watcher, tuple(prompts), span, every
         self.used: list[Tensor] = []
         self._denoised: Tensor | None = None
@@ -260,10 +253,7 @@ class SLiMePartGuider(io.ComfyNode):
                     max=1000,
                     tooltip="Find the parts again every so many steps; 0 finds them once.",
                 ),
-                io.Vae.Input("vae", optional=True, tooltip="Needed where a vision encoder looks: it sees pixels."),
-                clip_vision_input(),
-                clip_input(),
-                expert(confidence_input()),
+                *watching_inputs(),
             ],
             outputs=[io.Guider.Output(display_name="guider", tooltip="For SamplerCustomAdvanced.")],
         )
@@ -285,10 +275,9 @@ class SLiMePartGuider(io.ComfyNode):
         min_confidence: float = 0.0,
     ) -> io.NodeOutput:
         prompts = [one for one in part_prompts if one.strength > 0]
-        settings = SegmentSettings(refine="off", min_confidence=min_confidence)
         with named_errors("SLiMe Part Guider"):
-            watcher = Watcher(model, vae, clip, clip_vision, [one.embeddings for one in prompts], settings)
-        guider = PartGuider(watcher, prompts, (start_percent, end_percent), look_every, model)
+            watcher = Watcher(model, vae, clip, clip_vision, [one.embeddings for one in prompts], min_confidence)
+        guider = PartGuider(watcher, prompts, (start_percent, end_percent), look_every)
         guider.set_prompts(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)

@@ -11,6 +11,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
+from comfy_api.latest import io
 from torch import Tensor
 
 from ..slime.backbones.base import Backbone
@@ -23,7 +24,8 @@ from ..slime.segment import segment
 from ..slime.settings import SegmentSettings
 from .comfy_flow import ComfyFlow
 from .comfy_unet import ComfyUNet
-from .connected import connected
+from .common import clip_input, confidence_input, expert
+from .connected import clip_vision_input, connected
 from .loading import as_they_lie
 
 KEY = "slime"  # of the models that are loaded together with the sampled one
@@ -35,7 +37,7 @@ class Watcher:
     Args:
         model, vae, clip, clip_vision: as they come; the VAE where a vision encoder looks, the CLIP for compact files.
         embeddings: one or several.
-        settings: how to look; edges are not refined, masks of a latent are coarser than that.
+        min_confidence: pictures where the parts are less sure count as without them.
 
     Raises:
         SlimeError: nothing that is connected fits the embeddings, a compiled model, or no VAE where pixels are needed.
@@ -48,14 +50,16 @@ class Watcher:
         clip: Any,
         clip_vision: Any,
         embeddings: Sequence[PartEmbeddings],
-        settings: SegmentSettings,
+        min_confidence: float = 0.0,
     ) -> None:
         if "diffusion_model" in getattr(model, "object_patches", {}):
             raise SlimeError(
                 "This model is compiled as a whole, so that SLiMe cannot look at it. Connect it as it is before that "
                 "node, or use ComfyUI's own TorchCompileModel, which can be looked through."
             )
-        self.model, self.vae, self.settings = model, vae, settings
+        self.model, self.vae = model, vae
+        # Masks of a latent are coarser than the edges that would be refined.
+        self.settings = SegmentSettings(refine="off", min_confidence=min_confidence)
         made: dict[str, Backbone] = {}
         self._eyes = [_eye_for(item, model, vae, clip, clip_vision, made) for item in embeddings]
         self.embeddings = [item.completed(eye) for item, eye in zip(embeddings, self._eyes, strict=True)]
@@ -103,6 +107,16 @@ class Watcher:
             decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
             found.append(vae.process_output(decoded.float()).cpu().movedim(1, -1))
         return torch.cat(found)[..., :3]
+
+
+def watching_inputs() -> list[Any]:
+    """What may look beside the sampled model, and when it counts."""
+    return [
+        io.Vae.Input("vae", optional=True, tooltip="Needed where a vision encoder looks: it sees pixels."),
+        clip_vision_input(),
+        clip_input(),
+        expert(confidence_input()),
+    ]
 
 
 def step_of(sigma: Tensor, options: Mapping[str, Any]) -> tuple[int, int]:
