@@ -347,6 +347,16 @@ def find_in_two(page: Page) -> tuple[str, str, str, str, str]:
     return model, embeddings, first, second, parts
 
 
+def find_in_one(page: Page, text: str, height: int) -> tuple[str, str, str]:
+    """A learned file's parts in an image, with a note of that height: model, image and parts."""
+    page.column("1  Load")
+    model, embeddings = page.checkpoint(), page.load()
+    image = page.image()
+    page.note(text, height)
+    page.column("2  Find")
+    return model, image, page.segment(model, embeddings, [image, 0])
+
+
 def many_images() -> Page:
     page = Page()
     model, embeddings, first, second, parts = find_in_two(page)
@@ -384,16 +394,12 @@ def label_images() -> Page:
 
 def repaint_one_part() -> Page:
     page = Page()
-    page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    image = page.image()
-    page.note(
+    model, image, parts = find_in_one(
+        page,
         "Template 2 makes the file my_parts; press R so that it appears here.\n\nName the part in *SLiMe Part Mask* "
         "(empty takes all parts), and write in *Repaint part* what it shall become.",
         200,
     )
-    page.column("2  Find")
-    parts = page.segment(model, embeddings, [image, 0])
     page.column("3  Repaint")
     mask = page.mask(parts, "wheel", grow=6, minimum_area=64)
     page.column()
@@ -404,16 +410,12 @@ def repaint_one_part() -> Page:
 
 def repaint_two_parts() -> Page:
     page = Page()
-    page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    image = page.image()
-    page.note(
+    model, image, parts = find_in_one(
+        page,
         "The image is looked at once; each *SLiMe Part Mask* takes one part of the result.\n\nThe file my_parts must "
         "hold both: template 1, with *Save Learned Embeddings* behind *SLiMe Train*.",
         190,
     )
-    page.column("2  Find")
-    parts = page.segment(model, embeddings, [image, 0])
     page.column("3  The first part")
     first = page.mask(parts, "wheel", "Mask of the first part", grow=4, minimum_area=64)
     once = page.repaint(model, [image, 0], first, "an orange car with blue wheels")
@@ -562,21 +564,23 @@ def prompt_a_part() -> Page:
     return page
 
 
+REDRAW: dict[str, Any] = {"seed": 1, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.4}
+
+
+def redraw_prompts(page: Page, model: str) -> list[str]:
+    return [page.add("CLIPTextEncode", text=text, clip=[model, 1]) for text in ("an orange car with white wheels", "")]
+
+
 def sharpen_small_parts() -> Page:
     page = Page()
-    page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    image = page.image()
-    page.note(
+    model, image, parts = find_in_one(
+        page,
         "Template 2 makes the file my_parts; press R so that it appears here.\n\nEvery wheel is cut out, redrawn at "
         "the size the model was made for, and put back.",
         180,
     )
-    page.column("2  Find")
-    parts = page.segment(model, embeddings, [image, 0])
     page.column("3  What it shall be")
-    positive = page.add("CLIPTextEncode", text="an orange car with white wheels", clip=[model, 1])
-    negative = page.add("CLIPTextEncode", text="", clip=[model, 1])
+    positive, negative = redraw_prompts(page, model)
     page.column("4  Redraw")
     drawn = page.add(
         "SLiMePartDetailer",
@@ -586,11 +590,7 @@ def sharpen_small_parts() -> Page:
         positive=[positive, 0],
         negative=[negative, 0],
         names="wheel",
-        seed=1,
-        cfg=6.0,
-        sampler_name="dpmpp_2m",
-        scheduler="karras",
-        denoise=0.4,
+        **REDRAW,
     )
     page.column("5  Result")
     page.add("SaveImage", images=[drawn, 0], filename_prefix="slime_detailer")
@@ -599,20 +599,15 @@ def sharpen_small_parts() -> Page:
 
 def impact_detailer() -> Page:
     page = Page()
-    page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    image = page.image()
-    page.note(
+    model, image, parts = find_in_one(
+        page,
         "For users of the Impact Pack: its *Detailer (SEGS)* redraws the parts that SLiMe found. Without that pack use "
         "template 14.\n\nTemplate 2 makes the file my_parts; press R so that it appears here.",
         180,
     )
-    page.column("2  Find")
-    parts = page.segment(model, embeddings, [image, 0])
     page.column("3  What it shall be")
     segs = page.add("SLiMePartSegs", parts=[parts, 0], minimum_area=64)
-    positive = page.add("CLIPTextEncode", text="an orange car with white wheels", clip=[model, 1])
-    negative = page.add("CLIPTextEncode", text="", clip=[model, 1])
+    positive, negative = redraw_prompts(page, model)
     page.column("4  Redraw")
     drawn = page.add(
         DETAILER,
@@ -623,11 +618,7 @@ def impact_detailer() -> Page:
         vae=[model, 2],
         positive=[positive, 0],
         negative=[negative, 0],
-        seed=1,
-        cfg=6.0,
-        sampler_name="dpmpp_2m",
-        scheduler="karras",
-        denoise=0.4,
+        **REDRAW,
     )
     page.column("5  Result")
     page.add("SaveImage", images=[drawn, 0], filename_prefix="slime_impact_detailer")
