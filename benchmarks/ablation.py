@@ -27,7 +27,7 @@ from slime.parts.metrics import boundary_f, evaluate
 from slime.reading import refine as refinement
 from testing import scenes
 from testing.recipes import PAPER_LAYERS
-from testing.server import MODEL
+from testing.tiny.weights import TESTBED
 
 from .methods import Variant, remember, trained
 from .rivals import bilateral, pamr
@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=[*TABLES, "refinement"], default=[*TABLES, "refinement"])
     parser.add_argument("--only", nargs="+", default=[], help="rows of the tables to run, beside the first")
-    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--checkpoint", type=Path, default=TESTBED)
     parser.add_argument("--data", type=Path, help="folder in the official layout; its validation split is used")
     parser.add_argument("--domains", nargs="+", choices=list(OFFICIAL_PARTS), default=list(scenes.DOMAINS))
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 10])
@@ -168,7 +168,7 @@ def main() -> None:
         if options.data:
             task = folder_task(options.data, domain, shots, seed, "validation")
         else:
-            task = scene_task(domain, shots, seed, options.scenes, "validation")
+            task = scene_task(domain, shots, seed, options.scenes, "validation", style=scenes.NATURAL)
         place = {"table": name, "domain": domain, "shots": shots, "seed": seed}
         done = {row["change"] for row in rows if place.items() <= row.items()}
         measure = refinement_rows if name == "refinement" else variant_rows

@@ -83,7 +83,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     known = list(dict.fromkeys((*SCENE_DOMAINS, *OFFICIAL_PARTS)))
     parser.add_argument("--domains", nargs="+", choices=known, help="default: all that the style has")
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
-    parser.add_argument("--style", choices=[s for s in scenes.STYLES if s != "ink"], default="natural")
+    parser.add_argument("--style", choices=[s for s in scenes.STYLES if s != "ink"], default=scenes.NATURAL)
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
     parser.add_argument("--seeds", type=int, default=5, help="sets of teaching examples")
     parser.add_argument("--scenes", type=int, default=60, help="plain test scenes a domain; half as many of other sets")
@@ -98,7 +98,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
     options = parser.parse_args()
-    options.domains = options.domains or list(SCENE_DOMAINS if options.style == "natural" else scenes.DOMAINS)
+    options.domains = options.domains or list(SCENE_DOMAINS if options.style == scenes.NATURAL else scenes.DOMAINS)
     if options.quick:
         options.seeds, options.scenes, options.shots, options.sets = 1, 20, [1], ["plain"]
         options.domains = ["car", "horse"]

@@ -24,7 +24,7 @@ from slime.parts.metrics import evaluate
 from slime.read_out import Propagated
 from testing import scenes
 from testing.inprocess import load_backbone
-from testing.server import MODEL
+from testing.tiny.weights import TESTBED
 
 from .methods import Variant, encode_once, remember
 from .rows import Row, say_row, say_table, write_rows
@@ -73,7 +73,7 @@ def figures(backbone: Backbone, task: Task, seed: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--checkpoint", type=Path, default=TESTBED)
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], help="of the UNet; ComfyUI's choice")
     parser.add_argument("--shots", type=int, nargs="+", default=[1])
     parser.add_argument("--seeds", type=int, default=3)
@@ -87,7 +87,7 @@ def main() -> None:
     for shots in options.shots:
         for domain in scenes.DOMAINS:
             for seed in range(options.seeds):
-                task = scene_task(domain, shots, seed, options.scenes, options.split, ("plain", OTHER))
+                task = scene_task(domain, shots, seed, options.scenes, options.split, ("plain", OTHER), scenes.NATURAL)
                 for test in task.tests.values():
                     remember(backbone, test.images)
                 place = {"shots": shots, "domain": domain, "seed": seed}

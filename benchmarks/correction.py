@@ -10,6 +10,7 @@ choice is the mean over several draws. Seconds: to teach again with one more exa
 from __future__ import annotations
 
 import argparse
+import functools
 import random
 import sys
 import time
@@ -24,7 +25,7 @@ from slime.parts.metrics import evaluate, mean_known
 from slime.training.reuse import forget
 from testing import scenes, splits
 from testing.inprocess import load_backbone
-from testing.server import MODEL
+from testing.tiny.weights import TESTBED
 
 POOL = 20
 FIRST = 1000  # place of the pool among the teaching scenes
@@ -49,14 +50,15 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=30)
     parser.add_argument("--domains", nargs="+", choices=scenes.DOMAINS, default=scenes.DOMAINS)
     options = parser.parse_args()
-    backbone = load_backbone(MODEL)
+    backbone = load_backbone(TESTBED)
     columns = [f"{k} {how}" for k in options.corrected for how in ("least sure", "random")]
     sys.stdout.write(f"| part mIoU | 1 example | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}\n")
     rows, anew, again = [], [], []
     for domain in options.domains:
-        first = splits.example(domain, splits.TEACH)
-        pool = [splits.example(domain, splits.TEACH + FIRST + index) for index in range(POOL)]
-        tested = [splits.example(domain, splits.TEST + index) for index in range(options.scenes)]
+        shown = functools.partial(splits.example, domain, style=scenes.NATURAL)
+        first = shown(splits.TEACH)
+        pool = [shown(splits.TEACH + FIRST + index) for index in range(POOL)]
+        tested = [shown(splits.TEST + index) for index in range(options.scenes)]
         learned = learn(backbone, [first])
         with torch.inference_mode():
             confidence = segment(backbone, torch.stack([one.image for one in pool]), learned)[0].confidence

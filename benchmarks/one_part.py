@@ -23,7 +23,7 @@ from slime.parts.metrics import evaluate, mean_known
 from slime.training.losses import class_weights
 from testing import scenes, splits
 from testing.inprocess import load_backbone
-from testing.server import MODEL
+from testing.tiny.weights import TESTBED
 
 from .sources import as_tensor
 
@@ -42,7 +42,7 @@ def labels_of(scene: scenes.Scene, parts: tuple[str, ...]) -> np.ndarray:
 def taught(domain: str, parts: tuple[str, ...], first: int) -> Example:
     """The first scene that shows all these parts."""
     for seed in itertools.count(first):
-        scene = scenes.render(domain, seed)
+        scene = scenes.render(domain, seed, style=scenes.NATURAL)
         labels = labels_of(scene, parts)
         if all((labels == label).sum() >= ENOUGH for label in range(1, len(parts) + 1)):
             return Example.from_label_map(as_tensor(scene.image), torch.from_numpy(labels), parts)
@@ -53,7 +53,7 @@ def measure(backbone: Backbone, domain: str, parts: tuple[str, ...], count: int,
     """Part mIoU with the official rule and with ours."""
     first_taught, first = SPLITS[split]
     example = taught(domain, parts, first_taught)
-    tested = [scenes.render(domain, first + index) for index in range(count)]
+    tested = [scenes.render(domain, first + index, style=scenes.NATURAL) for index in range(count)]
     images = torch.stack([as_tensor(scene.image) for scene in tested])
     truth = [labels_of(scene, parts) for scene in tested]
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=10)
     parser.add_argument("--split", choices=SPLITS, default="test")
     options = parser.parse_args()
-    backbone = load_backbone(MODEL)
+    backbone = load_backbone(TESTBED)
     rows: list[tuple[float, float]] = []
     sys.stdout.write("| taught | official rule | ours |\n|---|---|---|\n")
 

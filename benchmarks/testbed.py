@@ -44,7 +44,6 @@ from .sources import as_tensor
 
 SHARE, CHANGE, BACKGROUND = 0.5, 0.4, 0.7
 TIMESTEPS = (100, 400, 800)
-STYLE = "natural"
 WORDS = 6  # "part" so often, as for five parts
 ONE_VIEW = {"views": 1, "flip": False, "crop": 1.0, "rotation": 0.0, "blur": 0.0, "recolor": 0.0}
 
@@ -107,7 +106,7 @@ def one_shot(
 ) -> Row:
     """The paper's recipe beside rivals that are not trained, from one example."""
     classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
-    example = splits.example(domain, splits.VALIDATION_TEACH, style=STYLE)
+    example = splits.example(domain, splits.VALIDATION_TEACH, style=scenes.NATURAL)
     method = Variant("paper", {"steps": steps, "views": steps})
     pixels = np.stack([scene.image for scene in tests])
     learned = method.fit(backbone, [example], 0)
@@ -134,7 +133,7 @@ def main() -> None:
     options = parser.parse_args()
     backbone = text_conditioned(load_backbone(options.checkpoint), "This benchmark")
     tests = {
-        domain: [scenes.render(domain, splits.VALIDATION + i, style=STYLE) for i in range(options.scenes)]
+        domain: [scenes.render(domain, splits.VALIDATION + i, style=scenes.NATURAL) for i in range(options.scenes)]
         for domain in scenes.DOMAINS
     }
     some = [scene for found in tests.values() for scene in found[:4]]
@@ -150,7 +149,7 @@ def main() -> None:
     missed = [f"{name} {value:.3f}, at least {SHARE}" for name, value in shares.items() if value < SHARE]
     if figures["change of queries"] > CHANGE:
         missed.append(f"change of queries {figures['change of queries']:.3f}, at most {CHANGE}")
-    chosen = best_sights(backbone, STYLE)
+    chosen = best_sights(backbone, scenes.NATURAL)
     for domain, found in tests.items():
         row: Row = {"domain": domain} | one_shot(backbone, domain, found, options.steps, chosen)
         say_row(row)

@@ -20,7 +20,7 @@ from slime.parts.metrics import evaluate
 from slime.parts.steady import steady_parts
 from testing import scenes, splits
 from testing.clips import clip
-from testing.server import MODEL
+from testing.tiny.weights import TESTBED
 
 from .methods import Variant, trained
 from .rows import say_table
@@ -34,7 +34,7 @@ def flicker(found: np.ndarray, truth: np.ndarray) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--checkpoint", type=Path, default=MODEL)
+    parser.add_argument("--checkpoint", type=Path, default=TESTBED)
     parser.add_argument("--clips", type=int, default=4, help="of every domain")
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--shots", type=int, default=10)
@@ -48,11 +48,11 @@ def main() -> None:
         rows.setdefault(name, []).append((flicker(np.stack(list(found)), truth), iou))
 
     for domain in scenes.DOMAINS:
-        examples = [splits.example(domain, splits.TEACH + i) for i in range(options.shots)]
+        examples = [splits.example(domain, splits.TEACH + i, style=scenes.NATURAL) for i in range(options.shots)]
         embeddings = Variant("instant").fit(backbone, examples, 0)
         classes = len(scenes.PARTS[domain]) + 1
         for seed in range(options.clips):
-            frames, truth = clip(domain, seed, options.frames)
+            frames, truth = clip(domain, seed, options.frames, style=scenes.NATURAL)
             with torch.inference_mode():
                 alone = [
                     segment(backbone, frame[None], embeddings, SegmentSettings(seed=i))[0].label_map[0].numpy()

@@ -38,7 +38,6 @@ from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
 OUTPUT = ROOT / "demo_output"
 SHOTS = (1, 10)
-STYLE = "natural"
 PUBLISHED, OURS = "SLiMe as published", "SLiMe, defaults"
 GRID_COLUMNS = 4
 NONE: Mapping[str, Any] = {}
@@ -192,12 +191,12 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
     means: dict[str, list[float]] = {}
     for domain in domains:
         names = scenes.PARTS[domain]
-        tests = [scenes.render(domain, splits.TEST + i, style=STYLE) for i in range(count)]
+        tests = [scenes.render(domain, splits.TEST + i, style=scenes.NATURAL) for i in range(count)]
         targets = [put_image(server, f"{domain}_test_{i}.png", scene.image) for i, scene in enumerate(tests)]
         truths = [scene.labels for scene in tests]
         rows = [tinted([scene.image for scene in tests]), tinted(truths, names)]
         for shots in SHOTS:
-            examples = [splits.example(domain, splits.TEACH + i, style=STYLE) for i in range(shots)]
+            examples = [splits.example(domain, splits.TEACH + i, style=scenes.NATURAL) for i in range(shots)]
             given = [put_example(server, f"{domain}_teach_{i}", example) for i, example in enumerate(examples)]
             recipes = {PUBLISHED: papers_recipe(domain), OURS: {}} if shots == 1 else {OURS: {}}
             results: dict[str, Sequence[np.ndarray]] = {}

@@ -21,6 +21,7 @@ from .place import PLACES, light_up, paint_background, paint_bar
 __all__ = [
     "DOMAINS",
     "FINE",
+    "NATURAL",
     "PARTS",
     "PLACES",
     "SIZE",
@@ -53,6 +54,7 @@ class Scene:
 
 STYLES: dict[str, tuple[int, ...]] = {"free": (), "natural": (1,), "ink": (3,)}  # what their seeds begin with
 WORLD = "free"  # the style that the demo model was trained on
+NATURAL = "natural"  # the test bed's
 
 
 @dataclass(frozen=True)
