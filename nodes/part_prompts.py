@@ -108,7 +108,8 @@ class PartGuider(comfy.samplers.CFGGuider):
     """ComfyUI's guidance with part prompts: from a share of the steps on, parts are found on the last denoised picture,
     and inside them the part's conditioning stands in for the positive one.
 
-    They are ordinary masked conditionings, so that ControlNets and hooks work as ever. Where no part is found the very
+    They are ordinary masked conditionings, so that ControlNets and hooks work as ever; the picture's ControlNet holds
+    in its parts too. Where no part is found the very
     call is made that plain guidance makes. ``used`` has the masks [B, H, W] of the last sampling, one a prompt.
     """
 
@@ -123,7 +124,8 @@ class PartGuider(comfy.samplers.CFGGuider):
 
     def set_prompts(self, positive: Any, negative: Any) -> None:
         """The conditionings of the whole picture; those of the parts are prepared with them."""
-        parts = {_key(index): _without_area(prompt.conditioning) for index, prompt in enumerate(self._prompts)}
+        control = next((more["control"] for _, more in positive if "control" in more), None)
+        parts = {_key(index): _of_part(prompt.conditioning, control) for index, prompt in enumerate(self._prompts)}
         self.inner_set_conds({"positive": positive, "negative": negative} | parts)
 
     def sample(self, *args: Any, **named: Any) -> Any:
@@ -189,10 +191,12 @@ def _key(index: int) -> str:
     return f"part prompt {index}"
 
 
-def _without_area(conditioning: Any) -> list[list[Any]]:
-    """An area, or bounds of a mask, would crop what the part's mask has to cover."""
+def _of_part(conditioning: Any, control: Any) -> list[list[Any]]:
+    """A part's conditioning. The picture's ControlNet holds in it where it brings none; an area, or bounds of a mask,
+    would crop what the part's mask has to cover."""
+    given = {} if control is None else {"control": control}
     return [
-        [rows, {name: value for name, value in more.items() if name not in ("area", "set_area_to_bounds")}]
+        [rows, given | {name: value for name, value in more.items() if name not in ("area", "set_area_to_bounds")}]
         for rows, more in conditioning
     ]
 

@@ -10,8 +10,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import comfy.model_management
+import folder_paths
 import torch
+from comfy.taesd.taesd import TAESD
 from comfy_api.latest import io
+from latent_preview import VIDEO_TAES
 from torch import Tensor
 
 from ..slime.backbones.base import Backbone
@@ -35,7 +38,8 @@ class Watcher:
     """Embeddings with what looks for each of them: the sampled model, a vision encoder, or both together.
 
     Args:
-        model, vae, clip, clip_vision: as they come; the VAE where a vision encoder looks, the CLIP for compact files.
+        model, vae, clip, clip_vision: as they come; the VAE where a vision encoder looks and ComfyUI has no preview
+            decoder (TAESD) for the model's latents, the CLIP for compact files.
         embeddings: one or several.
         min_confidence: pictures where the parts are less sure count as without them.
 
@@ -64,9 +68,15 @@ class Watcher:
         self._eyes = [_eye_for(item, model, vae, clip, clip_vision, made) for item in embeddings]
         self.embeddings = [item.completed(eye) for item, eye in zip(embeddings, self._eyes, strict=True)]
         self._of_pixels = any(not isinstance(eye, ComfyUNet | ComfyFlow) for eye in self._eyes)
-        if self._of_pixels and vae is None:
-            raise SlimeError("A vision encoder looks at pixels: connect the VAE of the checkpoint.")
-        self._beside = [clip_vision.patcher, vae.patcher] if self._of_pixels else []
+        self._preview = preview_decoder(model) if self._of_pixels else None
+        if self._of_pixels and self._preview is None and vae is None:
+            name = model.model.latent_format.taesd_decoder_name
+            raise SlimeError(
+                "A vision encoder looks at pixels: connect the VAE of the checkpoint"
+                + (f", or put {name}.safetensors into ComfyUI's models/vae_approx." if name else ".")
+            )
+        self._beside = [clip_vision.patcher] if self._of_pixels else []
+        self._beside += [vae.patcher] if self._of_pixels and self._preview is None else []
 
     def ready(self) -> Any:
         """The model, cloned, with what must lie on the device beside it."""
@@ -88,6 +98,9 @@ class Watcher:
         latents = denoised[:, :, 0] if denoised.ndim == 5 and denoised.shape[2] == 1 else denoised
         if latents.ndim != 4:
             raise SlimeError("Parts are found in pictures; this latent is a video or of another kind.")
+        patcher = self.model.model.current_patcher
+        if patcher is not None:  # the call before may have left the LoRAs of its hooks on the weights
+            patcher.apply_hooks(None)
         with as_they_lie():
             pixels = self._decoded(denoised) if self._of_pixels else None
             found: dict[int, PartMaps] = {}
@@ -100,7 +113,12 @@ class Watcher:
         return [found[index] for index in range(len(self._eyes))]
 
     def _decoded(self, denoised: Tensor) -> Tensor:
-        """Pixels [B, H, W, 3] on the CPU, image by image, by the VAE's module: its own decode would load models."""
+        """Pixels [B, H, W, 3] on the CPU, image by image, by the preview decoder or the VAE's module: its own decode
+        would load models."""
+        if self._preview is not None:
+            cells = (denoised[:, :, 0] if denoised.ndim == 5 else denoised).float().split(1)
+            pixels = torch.cat([self._preview.decode(one).cpu() for one in cells])
+            return ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
         vae, found = self.vae, []
         for one in self.model.model.process_latent_out(denoised).split(1):
             decoded = vae.first_stage_model.decode(one.to(vae.device, vae.vae_dtype))
@@ -109,10 +127,25 @@ class Watcher:
         return torch.cat(found)[..., :3]
 
 
+def preview_decoder(model: Any) -> Any:
+    """The small decoder (TAESD) of models/vae_approx that ComfyUI's previews take for this model's latents, on its
+    device, a few MB; None where there is none, or one for videos."""
+    kind = model.model.latent_format
+    name = kind.taesd_decoder_name
+    files = folder_paths.get_filename_list("vae_approx") if name and name not in VIDEO_TAES else []
+    file = next((file for file in files if file.startswith(name)), None)
+    if file is None:
+        return None
+    path = folder_paths.get_full_path("vae_approx", file)
+    return TAESD(None, path, latent_channels=kind.latent_channels).to(model.load_device)
+
+
 def watching_inputs() -> list[Any]:
     """What may look beside the sampled model, and when it counts."""
     return [
-        io.Vae.Input("vae", optional=True, tooltip="Needed where a vision encoder looks: it sees pixels."),
+        io.Vae.Input(
+            "vae", optional=True, tooltip="Needed where a vision encoder looks and there is no preview decoder (TAESD)."
+        ),
         clip_vision_input(),
         clip_input(),
         expert(confidence_input()),

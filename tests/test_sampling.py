@@ -7,103 +7,29 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from slime import PartEmbeddings, SegmentSettings, SlimeError, preset, segment, train
 from testing import splits
-from testing.inprocess import load_backbone, load_flow
+from testing.inprocess import load_flow
 from testing.server import FLOW, MODEL
 
 from .models import LAYOUTS, comfy_patcher
+from .sampling import SIDE, STEPS, masked_model, part_guider, plain_guider, redrawn, sampled, taught, without_previews
 from .test_vision import comfy_vision
-
-STEPS, SIDE = 6, 32
 
 
 @pytest.fixture(scope="module")
 def tiny(extension) -> Any:
-    backbone = load_backbone(MODEL)
-    with torch.inference_mode():
-        example = splits.example("car", splits.TEACH)
-        embeddings = train(backbone, [example], preset("instant", backbone.info, views=12))
-        conds = {
-            text: backbone.clip.encode_from_tokens_scheduled(backbone.clip.tokenize(text))
-            for text in ("a blue car on sand", "a blue car with yellow wheels on sand", "")
-        }
-        car = splits.example("car", splits.TEST).image[None]
-        encoded = backbone.vae.encode(car)
-    whole, part, nothing = conds.values()
-    return SimpleNamespace(
-        backbone=backbone,
-        embeddings=embeddings,
-        whole=whole,
-        part=part,
-        nothing=nothing,
-        example=example,
-        car=car,
-        encoded=encoded,
-    )
+    return taught()
 
 
 @pytest.fixture(autouse=True)
 def in_inference_mode(tiny, monkeypatch) -> Any:
-    """As ComfyUI runs nodes; previews need a server."""
-    from comfy_api.latest import ui
-
-    for kind in ("PreviewImage", "PreviewMask"):
-        monkeypatch.setattr(ui, kind, lambda *a, **k: SimpleNamespace(as_dict=lambda: {"images": []}))
+    """As ComfyUI runs nodes."""
+    without_previews(monkeypatch)
     with torch.inference_mode():
         yield
-
-
-def part_guider(
-    tiny, model: Any = None, cfg: float = 3.0, positive: Any = None, more: Any = None, **options: Any
-) -> Any:
-    from slime_extension.nodes.part_prompts import SLiMePartGuider, SLiMePartPrompt
-
-    prompt = {name: options.pop(name) for name in ("names", "strength", "grow") if name in options}
-    embeddings = options.pop("embeddings", tiny.embeddings)
-    prompts = SLiMePartPrompt.execute(embeddings, tiny.part, **({"names": "wheel"} | prompt), previous=more).args[0]
-    model, positive = model or tiny.backbone.model, positive or tiny.whole
-    return SLiMePartGuider.execute(model, positive, tiny.nothing, prompts, cfg, **options).args[0]
-
-
-def plain_guider(tiny, model: Any = None, cfg: float = 3.0, positive: Any = None) -> Any:
-    import comfy.samplers
-
-    guider = comfy.samplers.CFGGuider(model or tiny.backbone.model)
-    guider.set_conds(positive or tiny.whole, tiny.nothing)
-    guider.set_cfg(cfg)
-    return guider
-
-
-def sampled(
-    guider: Any, count: int = 1, sampler: str = "euler", callback: Any = None, shape: Any = None
-) -> torch.Tensor:
-    import comfy.sample
-    import comfy.samplers
-
-    latent = torch.zeros(shape or (count, 4, SIDE, SIDE))
-    sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
-    noise = comfy.sample.prepare_noise(latent, 3)
-    made = comfy.samplers.sampler_object(sampler)
-    return guider.sample(noise, latent, made, sigmas, callback=callback, disable_pbar=True, seed=3)
-
-
-def masked_model(tiny, **options: Any) -> Any:
-    from slime_extension.nodes.part_latent_mask import SLiMePartLatentMask
-
-    return SLiMePartLatentMask.execute(tiny.backbone.model, tiny.embeddings, **({"names": "wheel"} | options)).args[0]
-
-
-def redrawn(tiny, model: Any, latent: torch.Tensor, mask: Any = None) -> torch.Tensor:
-    import comfy.sample
-
-    noise = comfy.sample.prepare_noise(latent, 3)
-    return comfy.sample.sample(
-        model, noise, STEPS, 3.0, "euler", "normal", tiny.part, tiny.nothing, latent,
-        denoise=0.8, noise_mask=mask, disable_pbar=True, seed=3,
-    )  # fmt: skip
 
 
 NOTHING_TO_DO = {
@@ -399,12 +325,35 @@ def test_a_vision_encoder_looks_at_the_decoded_picture(tiny, monkeypatch) -> Non
         eye = connected(model, backbone.vae, backbone.clip, vision)
         settings = preset("instant", eye.info, views=2, read_layers="block.1", propagate_layers="block.1")
         embeddings = train(eye, [tiny.example], settings)
-        with pytest.raises(SlimeError, match="connect the VAE"):
+        with pytest.raises(SlimeError, match=r"connect the VAE of the checkpoint, or put taesd_decoder.safetensors"):
             part_guider(tiny, embeddings=embeddings, clip_vision=vision, start_percent=0.0)
         guider = part_guider(tiny, embeddings=embeddings, clip_vision=vision, vae=backbone.vae, look_every=0)
         monkeypatch.setattr(type(backbone.vae), "decode", None)
         assert torch.isfinite(sampled(guider)).all() and guider.used
         monkeypatch.undo()
+
+
+def test_a_preview_decoder_stands_in_for_the_vae(tiny, monkeypatch, tmp_path) -> None:
+    """The demo's VAE is a TAESD: its decoder, installed as ComfyUI's previews want it, shows the encoder the same."""
+    import folder_paths
+    from slime_extension.nodes.connected import connected
+
+    prefix = "first_stage_model.taesd_decoder."
+    decoder = {name.removeprefix(prefix): w.float() for name, w in load_file(str(MODEL)).items() if prefix in name}
+    vision, _ = comfy_vision("dinov2")
+    backbone = tiny.backbone
+    eye = connected(None, backbone.vae, backbone.clip, vision)
+    settings = preset("instant", eye.info, views=2, read_layers="block.1", propagate_layers="block.1")
+    looking = {"embeddings": train(eye, [tiny.example], settings), "clip_vision": vision, "look_every": 0}
+    by_vae = part_guider(tiny, vae=backbone.vae, **looking)
+    wanted = sampled(by_vae)
+    save_file(decoder, str(tmp_path / "taesd_decoder.safetensors"))
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae_approx", ([str(tmp_path)], {".safetensors"}))
+    by_preview = part_guider(tiny, **looking)
+    assert by_preview.used == [] and not any(backbone.vae.patcher is one for one in by_preview._watcher._beside)
+    found = sampled(by_preview)
+    assert by_preview.used[0].any() and (by_preview.used[0] - by_vae.used[0]).abs().mean() < 0.01
+    torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
 
 
 def test_what_cannot_be_watched_says_so(tiny) -> None:
