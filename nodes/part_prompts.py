@@ -183,7 +183,8 @@ def used_masks(guider: Any, sampled: Tensor) -> list[Tensor]:
     """
     if not isinstance(guider, PartGuider):
         raise SlimeError(f"A {type(guider).__name__} finds no parts: connect SLiMe Part Guider.")
-    height, width = (8 * cells for cells in sampled.shape[-2:])
+    cell = getattr(guider.model_patcher.model.latent_format, "spacial_downscale_ratio", 8)  # older cores do not say
+    height, width = (cell * cells for cells in sampled.shape[-2:])
     return guider.used or [torch.zeros(len(sampled), height, width)]
 
 

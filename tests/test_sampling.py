@@ -333,6 +333,17 @@ def test_a_vision_encoder_looks_at_the_decoded_picture(tiny, monkeypatch) -> Non
         monkeypatch.undo()
 
 
+def test_masks_that_were_never_looked_for_are_empty_and_of_the_pictures_size(tiny, monkeypatch) -> None:
+    from slime_extension.nodes.part_prompts import used_masks
+
+    guider = part_guider(tiny)
+    assert [mask.shape for mask in used_masks(guider, torch.zeros(2, 4, 8, 16))] == [(2, 64, 128)]
+    kind = guider.model_patcher.model.latent_format
+    monkeypatch.setattr(kind, "spacial_downscale_ratio", 16, raising=False)
+    (mask,) = used_masks(guider, torch.zeros(1, 4, 1, 8, 8))
+    assert mask.shape == (1, 128, 128) and not mask.any()
+
+
 def test_a_preview_decoder_stands_in_for_the_vae(tiny, monkeypatch, tmp_path) -> None:
     """The demo's VAE is a TAESD: its decoder, installed as ComfyUI's previews want it, shows the encoder the same."""
     import folder_paths
