@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -142,13 +143,15 @@ class PartGuider(comfy.samplers.CFGGuider):
         options = model_options or {}
         if self._prompts:
             self._watch(x, timestep, options)
+        masks = self._masks if self._active else {}
+        parts = [(self.conds[_key(index)], mask) for index, mask in masks.items()]
         positive = self.conds.get("positive")
-        if self._active and self._masks:
-            positive = _masked(positive, [(self.conds[_key(index)], mask) for index, mask in self._masks.items()])
+        positive = _masked(positive, parts) if parts else positive
         negative = self.conds.get("negative")
-        denoised: Tensor = comfy.samplers.sampling_function(
-            self.inner_model, x, timestep, negative, positive, self.cfg, model_options=options, seed=seed
-        )
+        with _computed(parts, options):
+            denoised: Tensor = comfy.samplers.sampling_function(
+                self.inner_model, x, timestep, negative, positive, self.cfg, model_options=options, seed=seed
+            )
         self._denoised = denoised if self._prompts else None
         return denoised
 
@@ -186,6 +189,22 @@ def used_masks(guider: Any, sampled: Tensor) -> list[Tensor]:
     cell = getattr(guider.model_patcher.model.latent_format, "spacial_downscale_ratio", 8)  # older cores do not say
     height, width = (cell * cells for cells in sampled.shape[-2:])
     return guider.used or [torch.zeros(len(sampled), height, width)]
+
+
+@contextmanager
+def _computed(parts: Sequence[tuple[Any, Tensor]], options: dict[str, Any]) -> Iterator[None]:
+    """ComfyUI's EasyCache keeps what every conditioning gave at the last computed step; older cores take it for granted
+    that there is something. So with the conditioning of a new part the step is computed."""
+    cache = options.get("transformer_options", {}).get("easycache")
+    known = getattr(cache, "uuid_cache_diffs", None)
+    if known is None or all(one["uuid"] in known for conds, _ in parts for one in conds):
+        yield
+        return
+    kept, cache.reuse_threshold = cache.reuse_threshold, 0.0
+    try:
+        yield
+    finally:
+        cache.reuse_threshold = kept
 
 
 def _key(index: int) -> str:

@@ -68,14 +68,14 @@ def plain_guider(tiny, model: Any = None, cfg: float = 3.0, positive: Any = None
 
 
 def sampled(
-    guider: Any, count: int = 1, sampler: str = "euler", callback: Any = None, shape: Any = None
+    guider: Any, count: int = 1, sampler: str = "euler", callback: Any = None, shape: Any = None, steps: int = STEPS
 ) -> torch.Tensor:
     import comfy.sample
     import comfy.samplers
 
     latent = torch.zeros(shape or (count, 4, SIDE, SIDE))
     sampling = guider.model_patcher.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", STEPS)
+    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
     noise = comfy.sample.prepare_noise(latent, 3)
     made = comfy.samplers.sampler_object(sampler)
     return guider.sample(noise, latent, made, sigmas, callback=callback, disable_pbar=True, seed=3)

@@ -118,6 +118,21 @@ def test_patches_of_attention_see_the_parts_conditionings_and_no_looks(tiny) -> 
     assert len(kinds) == calls and max(kind.count(0) for kind in kinds) == 2  # the picture's and the part's in one call
 
 
+@pytest.mark.parametrize("cache", ["EasyCacheNode", "LazyCacheNode"])
+def test_comfyuis_own_caches_skip_steps_and_parts_are_found(tiny, cache, caplog) -> None:
+    from comfy_extras import nodes_easycache
+
+    caplog.set_level("INFO")
+    model = getattr(nodes_easycache, cache).execute(tiny.backbone.model, 5.0, 0.0, 1.0, True).args[0]
+    plain = sampled(plain_guider(tiny, model), steps=12)
+    assert torch.equal(sampled(part_guider(tiny, model, names="wing"), steps=12), plain)
+    caplog.clear()
+    guider = part_guider(tiny, model, look_every=2, start_percent=0.4)
+    found = sampled(guider, steps=12)
+    assert "skipped" in caplog.text and guider.used[0].any()
+    assert torch.isfinite(found).all() and not torch.equal(found, plain)
+
+
 @pytest.mark.parametrize("lora", [False, True])
 def test_little_memory_changes_no_picture(tiny, monkeypatch, lora) -> None:
     """ComfyUI's --novram on what it takes for a GPU: weights are cast, and LoRAs applied, when a layer runs."""
