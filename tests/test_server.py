@@ -243,11 +243,11 @@ def test_interrupt_autosaves_and_training_goes_on(server, shots) -> None:
     server.run(builder.prompt)
 
 
-async def saw_progress(server, node: str, step: int) -> bool:
+async def saw_progress(server, node: str, step: int, with_preview: bool = True) -> bool:
     """Follow the socket until the node reports ``step`` and a live preview has come."""
     import aiohttp
 
-    preview = False
+    preview = not with_preview
     async with aiohttp.ClientSession() as session:
         async with session.ws_connect(f"{server.address}/ws?clientId={server.client}") as socket:
             await socket.send_json({"type": "feature_flags", "data": {"supports_preview_metadata": True}})
@@ -264,6 +264,23 @@ async def saw_progress(server, node: str, step: int) -> bool:
                     if at >= step and preview:
                         return True
     return False
+
+
+def test_an_interrupted_sampling_with_parts_leaves_all_as_it_was(server, file_to_load) -> None:
+    """Also one that ended: the next KSampler's pixels are what they were."""
+    before = sample(server)
+    prompt = prepare(server, "13 Prompt a part while sampling", steps=400)
+    prompt_id, sampler = server.queue(prompt), find(prompt, "SamplerCustomAdvanced")
+    assert asyncio.run(asyncio.wait_for(saw_progress(server, sampler, 40, with_preview=False), 120))
+    server.interrupt()
+    entry = server.wait(prompt_id, 60)
+    assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
+    assert np.array_equal(sample(server), before)
+    prompt = prepare(server, "13 Prompt a part while sampling", steps=6)
+    outputs = server.run(prompt)
+    masks = pictures(server, outputs[find(prompt, "SLiMeGuiderMasks")])
+    assert masks and np.asarray(masks[0]).any()
+    assert np.array_equal(sample(server), before)
 
 
 def test_lora_is_respected(server, shots, learned) -> None:
