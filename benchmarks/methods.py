@@ -53,6 +53,7 @@ class Variant:
         segment: settings.
         constants: values of constants of :mod:`slime.training.gradient` while training.
         official: changes of the official read-out's steps, see :func:`.official_steps.label_maps`; None for none.
+        bgr: images with red and blue exchanged, as the official code shows them to the VAE.
     """
 
     preset: str
@@ -62,6 +63,7 @@ class Variant:
     segment: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, float] = field(default_factory=dict)
     official: dict[str, Any] | None = None
+    bgr: bool = False
 
     def recipe(self, names: Sequence[str], of: str) -> dict[str, Any]:
         """The paper's settings for these parts."""
@@ -74,6 +76,8 @@ class Variant:
         if self.preset == "paper" and backbone.info.id == "tiny":  # whose own layers were chosen for the other preset
             recipe = PAPER_LAYERS | recipe
         settings = preset(self.preset, backbone.info, **({"seed": seed} | recipe | self.train))
+        if self.bgr:
+            examples = [dataclasses.replace(one, image=one.image.flip(-1)) for one in examples]
         forget()  # learning is timed with all of it
         with constants(self.constants), torch.inference_mode():
             return train(backbone, examples, settings, validation=validation)
@@ -87,6 +91,7 @@ class Variant:
         plain = {"refine": "off"} if isinstance(read_out, Official) else {}
         recipe = self.recipe(embeddings.names, "segment")
         settings = SegmentSettings(**({"seed": seed} | plain | recipe | self.segment))
+        images = images[..., ::-1] if self.bgr else images
         with torch.inference_mode():
             if self.official is not None:
                 return list(label_maps(backbone, as_tensor(images), changed, settings, **self.official).numpy())

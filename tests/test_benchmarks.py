@@ -302,6 +302,19 @@ def test_the_papers_recipe_is_that_of_its_domain_and_is_learned_once() -> None:
     assert fit(task.examples, 1, ()) is not first
 
 
+def test_a_variant_may_see_red_as_blue() -> None:
+    toy, task = ToyUNet(), toy_task()
+    plain, swapped = Variant("instant", {"views": 2}), Variant("instant", {"views": 2}, bgr=True)
+    learned = plain.fit(toy, task.examples, 0)
+    turned = [replace(one, image=one.image.flip(-1)) for one in task.examples]
+    assert torch.equal(swapped.fit(toy, turned, 0).rows, learned.rows)
+    assert not torch.equal(swapped.fit(toy, task.examples, 0).rows, learned.rows)
+    images = task.tests["plain"].images
+    found = plain.find(toy, learned, images, 0)
+    again = swapped.find(toy, learned, images[..., ::-1], 0)
+    assert all(np.array_equal(one, other) for one, other in zip(found, again, strict=True))
+
+
 def test_the_test_bed_is_a_whole_checkpoint_for_whoever_loads_it() -> None:
     demo = load_file(str(MODEL))
     with checkpoint_of(MODEL) as same, checkpoint_of(TESTBED) as whole:
