@@ -54,9 +54,9 @@ class Timed:
     def __init__(self, watcher: Any) -> None:
         self.watcher, self.seconds = watcher, 0.0
 
-    def look(self, denoised: Tensor) -> Any:
+    def look(self, denoised: Tensor, sampled: Any) -> Any:
         start = time.perf_counter()
-        found = self.watcher.look(denoised)
+        found = self.watcher.look(denoised, sampled)
         self.seconds += time.perf_counter() - start
         return found
 

@@ -24,8 +24,6 @@ from ..slime.parts.regions import Region, part_regions
 from .common import SAMPLING, Parts, PartsSocket, expert, named_errors, schema, split_names, to_core
 from .part_outputs import crop_region
 
-MULTIPLE = 8  # of pixels, which every VAE takes
-
 
 class SLiMePartDetailer(io.ComfyNode):
     @classmethod
@@ -129,16 +127,20 @@ class SLiMePartDetailer(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors("SLiMe Part Detailer"):
             wanted = _wanted(parts, split_names(names))
-        images, drawn = parts.images[..., :3].clone(), torch.zeros(parts.images.shape[:3])
+        images = parts.images[..., :3].expand(*parts.images.shape[:3], 3).clone()  # of grey ones three channels
+        drawn = torch.zeros(images.shape[:3])
         shape = MaskShape(grow=grow, feather=feather)
         sampling = _Sampling(model, vae, positive, negative, steps, cfg, sampler_name, scheduler, denoise)
         pieces = list(_pieces(parts, wanted, separate, minimum_area)) if denoise > 0 else []
         for number, (index, region) in enumerate(pieces):
             comfy.model_management.throw_exception_if_processing_interrupted()
             mask = _piece_mask(region, (images.shape[1], images.shape[2]), shape)
+            if not mask.any():  # shrunk away
+                continue
             top, left, bottom, right = _crop(mask, crop_factor)
             pixels, soft = images[index, top:bottom, left:right], mask[top:bottom, left:right]
-            redrawn = sampling.redraw(pixels, soft, _working(pixels.shape[0], pixels.shape[1], size), seed + number)
+            working = _working(pixels.shape[0], pixels.shape[1], size, max(8, vae.spacial_compression_encode()))
+            redrawn = sampling.redraw(pixels, soft, working, (seed + number) % 2**64)
             weights = soft[..., None]
             pixels.copy_(torch.where(weights > 0, weights * redrawn + (1 - weights) * pixels, pixels))
             drawn[index] = torch.maximum(drawn[index], mask)
@@ -222,15 +224,15 @@ def _crop(mask: Tensor, factor: float) -> tuple[int, int, int, int]:
     """Top, left, bottom and right of what is shown: the mask's box widened."""
     rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
     height, width = mask.shape
-    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1) if rows else (0, 0, width, height)
+    box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
     left, top, right, bottom = crop_region(box, factor, width, height)
     return top, left, bottom, right
 
 
-def _working(height: int, width: int, size: int) -> tuple[int, int]:
-    """A crop's height and width as it is redrawn: ``size`` at the longer side, never smaller than it is."""
-    scale = max(1.0, size / max(height, width))
-    return tuple(max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in (height, width))  # type: ignore[return-value]
+def _working(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    """A crop's height and width as it is redrawn: ``size`` at the longer side, never much smaller than it is."""
+    scale = max(1.0, size / max(height, width)) / multiple
+    return max(1, round(height * scale)) * multiple, max(1, round(width * scale)) * multiple
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:

@@ -75,11 +75,22 @@ class SLiMePartLatentMask(io.ComfyNode):
 
 
 class _Restricted:
-    """One sampling that is restricted to parts; made for it and gone with it."""
+    """One sampling that is restricted to parts; made for it and gone with it.
+
+    What stays outside of them is ``_kept``, under ``_noise``: tensors that the sampler holds, and that are filled when
+    parts are found. Sampling that began with an image keeps it. One that began empty, or amidst the steps of another,
+    keeps the picture that it has come to.
+    """
+
+    _kept: Tensor
+    _noise: Tensor
+    _amidst: bool
+    _has_image: bool
 
     def __init__(self, watcher: Watcher, wanted: PartPrompt, start: float) -> None:
         self._watcher, self._wanted, self._start = watcher, wanted, start
         self._denoised: Tensor | None = None
+        self._left: Tensor | None = None  # noise in the last input
         self._mask: Tensor | None = None  # [B, 1, h, w], once it was looked for
         self._earlier: Callable[..., Tensor] | None = None
 
@@ -96,40 +107,57 @@ class _Restricted:
         disable_pbar: bool = False,
     ) -> Any:
         """ComfyUI's sampler with a mask of the latent that follows the parts; its own mask counts as well."""
-        self._kept = torch.zeros_like(noise) if latent_image is None else latent_image.clone()
-        self._began_empty = not bool(self._kept.any())
         options = dict(extra_args["model_options"])
         self._earlier = options.get("denoise_mask_function")
+        before = getattr(self._earlier, "__self__", None)
+        if isinstance(before, _Restricted):  # another such node, whose tensors the sampler will hold
+            self._kept, self._noise, self._amidst = before._kept, before._noise, before._amidst
+            self._has_image = before._has_image
+        else:
+            self._kept = torch.zeros_like(noise) if latent_image is None else latent_image.clone()
+            self._noise, self._amidst = noise.clone(), not bool(noise.any())
+            self._has_image = bool(self._kept.any()) and not self._amidst
         options["denoise_mask_function"] = self._mask_of
         options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), self._remember]
-        self._options = options
+        self._options, self._patcher = options, guider.model_patcher
         mask = torch.ones_like(noise) if denoise_mask is None else denoise_mask
         extra = extra_args | {"model_options": options}
         try:
-            return executor(guider, sigmas, extra, callback, noise, self._kept, mask, disable_pbar)
+            return executor(guider, sigmas, extra, callback, self._noise, self._kept, mask, disable_pbar)
         finally:
             self.__dict__.clear()  # also out of the options, which hold it
 
     def _remember(self, args: dict[str, Any]) -> Tensor:
         self._denoised = denoised = args["denoised"]
+        if self._amidst and self._mask is None:
+            self._left = noise_in(args["input"], denoised, args["sigma"], args["model"].model_sampling)
         return denoised
 
     def _mask_of(self, sigma: Tensor, denoise_mask: Tensor, extra_options: dict[str, Any]) -> Tensor:
         if self._earlier is not None:
             denoise_mask = self._earlier(sigma, denoise_mask, extra_options=extra_options)
         step, steps = step_of(sigma, self._options)
-        if self._mask is None and self._start * steps <= step < steps:
-            seen = self._denoised if self._began_empty else self._kept
-            if seen is not None:
-                self._look(seen)
+        seen = self._kept if self._has_image else self._denoised
+        if self._mask is None and self._start * steps <= step and seen is not None:
+            self._look(seen, denoise_mask)
         return denoise_mask if self._mask is None else denoise_mask * self._mask
 
-    def _look(self, seen: Tensor) -> None:
+    def _look(self, seen: Tensor, changing: Tensor) -> None:
         with named_errors("SLiMe Part Latent Mask"):
-            (maps,) = self._watcher.look(seen)
+            (maps,) = self._watcher.look(seen, self._patcher)
         mask = self._wanted.mask(maps)
         found = mask.flatten(1).any(1)
         mask[~found] = 1  # where there is no such part the picture is sampled as ever
         self._mask = in_cells(mask, seen).unsqueeze(1)
-        if self._began_empty and bool(found.any()):
-            self._kept.copy_(seen)
+        if not self._has_image and bool(found.any()):  # what an earlier mask keeps is kept already
+            self._kept.lerp_(seen, changing)
+            if self._left is not None:
+                self._noise.lerp_(self._left, changing)
+
+
+def noise_in(x: Tensor, denoised: Tensor, sigma: Tensor, sampling: Any) -> Tensor:
+    """The noise that makes ``x`` of the denoised picture, by the model's own rule, which is linear in it."""
+    level = sigma.reshape(-1, *[1] * (x.ndim - 1))
+    nothing = torch.zeros_like(x)
+    rest: Tensor = x - sampling.noise_scaling(level, nothing, denoised)
+    return rest / sampling.noise_scaling(level, torch.ones_like(x), nothing)

@@ -28,6 +28,9 @@ from .common import (
 from .watching import Watcher, step_of, watching_inputs
 
 PartPrompts = io.Custom("SLIME_PART_PROMPTS")
+# What a conditioning says of the whole picture beside its prompt: it holds in the parts too.
+OF_THE_PICTURE = ("control", "reference_latents", "concat_latent_image", "concat_mask", "guidance")
+LITTLE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -109,24 +112,27 @@ class PartGuider(comfy.samplers.CFGGuider):
     """ComfyUI's guidance with part prompts: from a share of the steps on, parts are found on the last denoised picture,
     and inside them the part's conditioning stands in for the positive one.
 
-    They are ordinary masked conditionings, so that ControlNets and hooks work as ever; the picture's ControlNet holds
-    in its parts too. Where no part is found the very
-    call is made that plain guidance makes. ``used`` has the masks [B, H, W] of the last sampling, one a prompt.
+    They are ordinary masked conditionings, so that ControlNets and hooks work as ever; what is said of the whole
+    picture (``OF_THE_PICTURE``) holds in its parts too. Where no part is found the very call is made that plain
+    guidance makes. ``used`` has the masks [B, H, W] of the last sampling, one a prompt.
     """
 
     def __init__(self, watcher: Watcher, prompts: Sequence[PartPrompt], span: tuple[float, float], every: int) -> None:
         super().__init__(watcher.ready())
-        self._watcher, self._prompts, self._span, self._every = watcher, tuple(prompts), span, every
+        self._watcher, self._span, self._every = watcher, span, every
+        self.count = len(prompts)
+        self._prompts = {index: prompt for index, prompt in enumerate(prompts) if prompt.strength > 0}
         self.used: list[Tensor] = []
         self._denoised: Tensor | None = None
-        self._masks: dict[int, Tensor] = {}
+        self._masks: dict[int, Tensor] = {}  # in cells, by strength; of the prompts whose parts were found
         self._looked: int | None = None
         self._active = False
 
     def set_prompts(self, positive: Any, negative: Any) -> None:
         """The conditionings of the whole picture; those of the parts are prepared with them."""
-        control = next((more["control"] for _, more in positive if "control" in more), None)
-        parts = {_key(index): _of_part(prompt.conditioning, control) for index, prompt in enumerate(self._prompts)}
+        whole: dict[str, Any] = next((more for _, more in positive if "area" not in more and "mask" not in more), {})
+        given = {name: whole[name] for name in OF_THE_PICTURE if name in whole}
+        parts = {_key(index): _of_part(prompt.conditioning, given) for index, prompt in self._prompts.items()}
         self.inner_set_conds({"positive": positive, "negative": negative} | parts)
 
     def sample(self, *args: Any, **named: Any) -> Any:
@@ -146,7 +152,7 @@ class PartGuider(comfy.samplers.CFGGuider):
         masks = self._masks if self._active else {}
         parts = [(self.conds[_key(index)], mask) for index, mask in masks.items()]
         positive = self.conds.get("positive")
-        positive = _masked(positive, parts) if parts else positive
+        positive = _masked(positive, parts, x) if parts else positive
         negative = self.conds.get("negative")
         with _computed(parts, options):
             denoised: Tensor = comfy.samplers.sampling_function(
@@ -163,19 +169,19 @@ class PartGuider(comfy.samplers.CFGGuider):
         step, steps = step_of(sigma, options)
         self._active = self._span[0] <= step / steps < self._span[1] and self._denoised is not None
         due = self._looked is None or (self._every > 0 and step >= self._looked + self._every)
-        if not (self._active and due):
-            return
-        self._looked = step
-        assert self._denoised is not None
-        with named_errors("SLiMe Part Guider"):
-            found = self._watcher.look(self._denoised)
-        self.used = [prompt.mask(maps) for prompt, maps in zip(self._prompts, found, strict=True)]
-        cells = [in_cells(mask, x) for mask in self.used]
-        self._masks = {
-            index: prompt.strength * mask
-            for index, (prompt, mask) in enumerate(zip(self._prompts, cells, strict=True))
-            if bool(mask.any())
-        }
+        if self._active and due:
+            self._looked = step
+            assert self._denoised is not None
+            with named_errors("SLiMe Part Guider"):
+                found = self._watcher.look(self._denoised, self.model_patcher)
+            masks = [prompt.mask(maps) for prompt, maps in zip(self._prompts.values(), found, strict=True)]
+            by_prompt = dict(zip(self._prompts, masks, strict=True))
+            self.used = [by_prompt.get(index, torch.zeros_like(masks[0])) for index in range(self.count)]
+            self._masks = {}
+        # Made anew also where a sampler goes on at another size.
+        if self._active and (not self._masks or next(iter(self._masks.values())).shape[-2:] != x.shape[-2:]):
+            cells = {index: prompt.strength * in_cells(self.used[index], x) for index, prompt in self._prompts.items()}
+            self._masks = {index: mask for index, mask in cells.items() if bool(mask.any())}
 
 
 def used_masks(guider: Any, sampled: Tensor) -> list[Tensor]:
@@ -188,7 +194,7 @@ def used_masks(guider: Any, sampled: Tensor) -> list[Tensor]:
         raise SlimeError(f"A {type(guider).__name__} finds no parts: connect SLiMe Part Guider.")
     cell = getattr(guider.model_patcher.model.latent_format, "spacial_downscale_ratio", 8)  # older cores do not say
     height, width = (cell * cells for cells in sampled.shape[-2:])
-    return guider.used or [torch.zeros(len(sampled), height, width)]
+    return guider.used or [torch.zeros(len(sampled), height, width)] * max(1, guider.count)
 
 
 @contextmanager
@@ -211,10 +217,9 @@ def _key(index: int) -> str:
     return f"part prompt {index}"
 
 
-def _of_part(conditioning: Any, control: Any) -> list[list[Any]]:
-    """A part's conditioning. The picture's ControlNet holds in it where it brings none; an area, or bounds of a mask,
-    would crop what the part's mask has to cover."""
-    given = {} if control is None else {"control": control}
+def _of_part(conditioning: Any, given: dict[str, Any]) -> list[list[Any]]:
+    """A part's conditioning, with what is given of the picture's where it brings nothing of its own; an area, or bounds
+    of a mask, would crop what the part's mask has to cover."""
     return [
         [rows, given | {name: value for name, value in more.items() if name not in ("area", "set_area_to_bounds")}]
         for rows, more in conditioning
@@ -227,15 +232,32 @@ def in_cells(mask: Tensor, x: Tensor) -> Tensor:
     return (small if x.ndim == 5 else small[:, 0]).to(x.device)
 
 
-def _masked(positive: Any, parts: Sequence[tuple[Any, Tensor]]) -> list[dict[str, Any]]:
-    """The positive conditionings outside of the parts, and the parts' own inside."""
-    rest = (1 - torch.stack([mask for _, mask in parts]).sum(0)).clamp(min=0)
-    return [_within(one, rest) for one in positive] + [_within(one, mask) for conds, mask in parts for one in conds]
+def _masked(positive: Any, parts: Sequence[tuple[Any, Tensor]], x: Tensor) -> list[dict[str, Any]]:
+    """The positive conditionings outside of the parts, and the parts' own inside. Of the first ones there is a little
+    everywhere: they alone count where the part's does not apply, by a mask or a range of steps of its own."""
+    rest = (1 - torch.stack([mask for _, mask in parts]).sum(0)).clamp(min=LITTLE)
+    return [_within(one, rest, x) for one in positive] + [
+        _within(one, mask, x) for conds, mask in parts for one in conds
+    ]
 
 
-def _within(cond: dict[str, Any], mask: Tensor) -> dict[str, Any]:
+def _within(cond: dict[str, Any], mask: Tensor, x: Tensor) -> dict[str, Any]:
     own = cond.get("mask")
-    return cond | {"mask": mask if own is None else mask * own.to(mask)}
+    if own is None:
+        return cond | {"mask": mask * _soft_area(cond["area"], x) if "area" in cond else mask}
+    own = own[: len(mask)].to(mask)  # as ComfyUI fits a batch of masks to a batch of latents
+    return cond | {"mask": mask * own.repeat(len(mask) // len(own), *[1] * (own.ndim - 1))}
+
+
+def _soft_area(area: Sequence[int], x: Tensor) -> Tensor:
+    """An area [h, w, y, x] as a mask with ComfyUI's soft border, which it leaves out where there is a mask."""
+    bare: dict[str, Any] = {"area": area, "model_conds": {}, "uuid": None}
+    inside = comfy.samplers.get_area_and_mult(bare, x, x.new_zeros(1))
+    sides = len(inside.area) // 2
+    window = tuple(slice(at, at + length) for length, at in zip(inside.area[:sides], inside.area[sides:], strict=True))
+    mask = torch.zeros_like(x[:, 0])
+    mask[(slice(None), *window)] = inside.mult[:, 0]
+    return mask
 
 
 class SLiMePartGuider(io.ComfyNode):
@@ -298,10 +320,10 @@ class SLiMePartGuider(io.ComfyNode):
         clip: Any = None,
         min_confidence: float = 0.0,
     ) -> io.NodeOutput:
-        prompts = [one for one in part_prompts if one.strength > 0]
+        wanted = [one.embeddings for one in part_prompts if one.strength > 0]
         with named_errors("SLiMe Part Guider"):
-            watcher = Watcher(model, vae, clip, clip_vision, [one.embeddings for one in prompts], min_confidence)
-        guider = PartGuider(watcher, prompts, (start_percent, end_percent), look_every)
+            watcher = Watcher(model, vae, clip, clip_vision, wanted, min_confidence)
+        guider = PartGuider(watcher, part_prompts, (start_percent, end_percent), look_every)
         guider.set_prompts(positive, negative)
         guider.set_cfg(cfg)
         return io.NodeOutput(guider)

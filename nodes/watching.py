@@ -7,6 +7,7 @@ patch into sampling stay out of it, and it leaves nothing behind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import comfy.model_management
@@ -64,8 +65,8 @@ class Watcher:
         self.model, self.vae = model, vae
         # Masks of a latent are coarser than the edges that would be refined.
         self.settings = SegmentSettings(refine="off", min_confidence=min_confidence)
-        made: dict[str, Backbone] = {}
-        self._eyes = [_eye_for(item, model, vae, clip, clip_vision, made) for item in embeddings]
+        self._eyes = _eyes_for(embeddings, model, vae, clip, clip_vision)
+        self._eyes_of = partial(_eyes_for, embeddings, vae=vae, clip=clip, clip_vision=clip_vision)
         self.embeddings = [item.completed(eye) for item, eye in zip(embeddings, self._eyes, strict=True)]
         self._of_pixels = any(not isinstance(eye, ComfyUNet | ComfyFlow) for eye in self._eyes)
         self._preview = preview_decoder(model) if self._of_pixels else None
@@ -82,15 +83,16 @@ class Watcher:
         """The model, cloned, with what must lie on the device beside it."""
         clone = self.model.clone()
         if self._beside:
-            clone.set_additional_models(KEY, self._beside)
+            clone.set_additional_models(KEY, [*clone.get_additional_models_with_key(KEY), *self._beside])
         return clone
 
     @torch.inference_mode()
-    def look(self, denoised: Tensor) -> list[PartMaps]:
+    def look(self, denoised: Tensor, sampled: Any) -> list[PartMaps]:
         """Parts of every embeddings, as large as the decoded picture.
 
         Args:
             denoised: [B, C, h, w] or, of one frame, [B, C, 1, h, w], in the model's own scale.
+            sampled: the model that is on the device: mostly the watched one, but guiders may take a copy of it.
 
         Raises:
             SlimeError: a video.
@@ -98,19 +100,18 @@ class Watcher:
         latents = denoised[:, :, 0] if denoised.ndim == 5 and denoised.shape[2] == 1 else denoised
         if latents.ndim != 4:
             raise SlimeError("Parts are found in pictures; this latent is a video or of another kind.")
-        patcher = self.model.model.current_patcher
-        if patcher is not None:  # the call before may have left the LoRAs of its hooks on the weights
-            patcher.apply_hooks(None)
+        sampled.apply_hooks(None)  # the call before may have left the LoRAs of its hooks on the weights
+        eyes = self._eyes if sampled.model is self.model.model else self._eyes_of(sampled)
         with as_they_lie():
             pixels = self._decoded(denoised) if self._of_pixels else None
             found: dict[int, PartMaps] = {}
-            for eye in dict.fromkeys(self._eyes):
-                mine = [index for index, one in enumerate(self._eyes) if one is eye]
+            for eye in dict.fromkeys(eyes):
+                mine = [index for index, one in enumerate(eyes) if one is eye]
                 images, taken = _shown(eye, latents, pixels)
                 items = [self.embeddings[index] for index in mine]
                 maps = segment(eye, images, items, self.settings, on_batch=_interruptible, latents=taken)
                 found |= dict(zip(mine, maps, strict=True))
-        return [found[index] for index in range(len(self._eyes))]
+        return [found[index] for index in range(len(eyes))]
 
     def _decoded(self, denoised: Tensor) -> Tensor:
         """Pixels [B, H, W, 3] on the CPU, image by image, by the preview decoder or the VAE's module: its own decode
@@ -121,6 +122,7 @@ class Watcher:
             return ((pixels + 1) / 2).clamp(0, 1).movedim(1, -1)
         vae, found = self.vae, []
         for one in self.model.model.process_latent_out(denoised).split(1):
+            one = one[:, :, 0] if one.ndim == 5 and vae.latent_dim == 2 else one
             decoded = vae.first_stage_model.decode(one.to(vae.device, vae.vae_dtype))
             decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
             found.append(vae.process_output(decoded.float()).cpu().movedim(1, -1))
@@ -154,8 +156,16 @@ def watching_inputs() -> list[Any]:
 
 def step_of(sigma: Tensor, options: Mapping[str, Any]) -> tuple[int, int]:
     """Which step of sampling has this noise level, counted from 0, and how many there are."""
-    sigmas = options["transformer_options"]["sample_sigmas"]
-    return int((sigmas > sigma.max() * (1 + 1e-4)).sum()), len(sigmas) - 1
+    sigmas, now = options["transformer_options"]["sample_sigmas"], float(sigma.max())
+    steps = len(sigmas) - 1
+    rising = sigmas[0] < sigmas[-1]  # from a picture to its noise
+    past = sigmas < now * (1 - 1e-4) if rising else sigmas > now * (1 + 1e-4)
+    return min(int(past.sum()), steps - 1), steps
+
+
+def _eyes_for(items: Sequence[PartEmbeddings], model: Any, vae: Any, clip: Any, clip_vision: Any) -> list[Backbone]:
+    made: dict[str, Backbone] = {}
+    return [_eye_for(item, model, vae, clip, clip_vision, made) for item in items]
 
 
 def _eye_for(

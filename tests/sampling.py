@@ -68,7 +68,7 @@ def plain_guider(tiny, model: Any = None, cfg: float = 3.0, positive: Any = None
 
 
 def sampled(
-    guider: Any, count: int = 1, sampler: str = "euler", callback: Any = None, shape: Any = None, steps: int = STEPS
+    guider: Any, count: int = 1, sampler: Any = "euler", callback: Any = None, shape: Any = None, steps: int = STEPS
 ) -> torch.Tensor:
     import comfy.sample
     import comfy.samplers
@@ -77,7 +77,7 @@ def sampled(
     sampling = guider.model_patcher.get_model_object("model_sampling")
     sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps)
     noise = comfy.sample.prepare_noise(latent, 3)
-    made = comfy.samplers.sampler_object(sampler)
+    made = comfy.samplers.sampler_object(sampler) if isinstance(sampler, str) else sampler
     return guider.sample(noise, latent, made, sigmas, callback=callback, disable_pbar=True, seed=3)
 
 

@@ -87,9 +87,9 @@ def test_looks_come_when_they_are_wanted(tiny, monkeypatch, options, steps) -> N
         now[0] = step_of(*args)[0]
         return step_of(*args)
 
-    def look(self: Any, denoised: torch.Tensor) -> Any:
+    def look(*args: Any) -> Any:
         looked.append(now[0])
-        return find(self, denoised)
+        return find(*args)
 
     find = Watcher.look
     monkeypatch.setattr(part_prompts, "step_of", counted)
@@ -102,12 +102,23 @@ def test_a_part_has_its_prompt_in_place_of_the_pictures_own() -> None:
     """Shares of a step: the picture's prompt outside, the part's inside; masks that conditionings bring count too."""
     from slime_extension.nodes.part_prompts import _masked
 
-    mask, half = torch.rand(1, 4, 4), torch.full((1, 4, 4), 0.5)
-    whole, own, part = _masked([{"n": 0}, {"n": 1, "mask": half}], [([{"n": 2}], mask)])
+    mask, half, x = torch.rand(2, 4, 4), torch.full((1, 4, 4), 0.5), torch.zeros(2, 4, 4, 4)
+    whole, own, part = _masked([{"n": 0}, {"n": 1, "mask": half}], [([{"n": 2}], mask)], x)
     assert torch.equal(whole["mask"], 1 - mask) and torch.equal(own["mask"], (1 - mask) * half)
     assert torch.equal(part["mask"], mask) and [one["n"] for one in (whole, own, part)] == [0, 1, 2]
-    crowded = _masked([{}], [([{}], torch.ones(1, 4, 4)), ([{}], mask)])
-    assert not crowded[0]["mask"].any()
+    crowded = _masked([{}], [([{}], torch.ones(2, 4, 4)), ([{}], mask)], x)
+    assert 0 < crowded[0]["mask"].min() == crowded[0]["mask"].max() < 1e-3
+
+
+def test_an_area_keeps_its_soft_border_and_a_batch_of_masks_its_size() -> None:
+    from slime_extension.nodes.part_prompts import _masked
+
+    x, nothing = torch.zeros(4, 4, 32, 32), torch.zeros(4, 32, 32)
+    own = torch.stack([torch.zeros(32, 32), torch.ones(32, 32)])
+    left, masked, _ = _masked([{"area": (32, 16, 0, 8)}, {"mask": own}], [([{}], nothing)], x)
+    row = left["mask"][0, 5]
+    assert not row[:8].any() and not row[24:].any() and row[8:13].tolist() == pytest.approx([0.25, 0.5, 0.75, 1, 1])
+    assert masked["mask"].mean((1, 2)).tolist() == [0, 1, 0, 1]
 
 
 def test_several_prompts_and_further_shapes_of_sampling(tiny) -> None:
@@ -175,9 +186,9 @@ def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch
     }
     real, count = Watcher.look, [0]
 
-    def failing(self: Any, denoised: torch.Tensor) -> Any:
+    def failing(*args: Any) -> Any:
         count[0] += 1
-        found = real(self, denoised)
+        found = real(*args)
         if count[0] > late:
             raise errors[failure]
         return found
