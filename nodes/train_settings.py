@@ -73,9 +73,6 @@ class SLiMeInstantSettings(_Settings):
                     tooltip="Copies with other colours in every part, so that colours are not learned. auto leaves it "
                     "off for Stable Diffusion.",
                 ),
-                io.Float.Input(
-                    "l2", default=usual.l2, min=0.0, max=10.0, step=0.001, tooltip="Pull towards simple answers."
-                ),
                 io.Int.Input(
                     "timestep",
                     default=-1,
