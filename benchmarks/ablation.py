@@ -25,6 +25,7 @@ from demo.pack.shapes import SLIME_FAMILY
 from slime import SegmentSettings, segment
 from slime.parts.metrics import boundary_f, evaluate
 from slime.reading import refine as refinement
+from slime.settings import InstantSettings
 from testing import scenes
 from testing.recipes import PAPER_LAYERS
 from testing.tiny.weights import TESTBED
@@ -82,8 +83,18 @@ PAPER_DIFFERENCES = {
     "rows judged at every step": Variant("paper", constants={"JUDGED_STEPS": 1}),
 }
 
+# Stable Diffusion's families have the paper's layers and the preset's own values.
+AS_STABLE_DIFFUSION = PAPER_LAYERS | {
+    name: getattr(InstantSettings(), name) for name in ("recolor", "views", "row_groups", "l2")
+}
+
 DEFAULT = {
     "default": Variant("instant"),
+    "what Stable Diffusion gets": Variant("instant", AS_STABLE_DIFFUSION),
+    "what Stable Diffusion gets, recoloured": Variant("instant", AS_STABLE_DIFFUSION | {"recolor": 1.0}),
+    "what Stable Diffusion gets, recoloured, 96 views": Variant(
+        "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0, "views": 96}
+    ),
     "no recolouring": Variant("instant", {"recolor": 0.0}),
     "24 views": Variant("instant", {"views": 24}),
     "48 views": Variant("instant", {"views": 48}),
