@@ -25,9 +25,8 @@ from demo.pack.shapes import SLIME_FAMILY
 from slime import SegmentSettings, segment
 from slime.parts.metrics import boundary_f, evaluate
 from slime.reading import refine as refinement
-from slime.settings import InstantSettings
 from testing import scenes
-from testing.recipes import PAPER_LAYERS
+from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS
 from testing.tiny.weights import TESTBED
 
 from .methods import Variant, remember, trained
@@ -83,15 +82,11 @@ PAPER_DIFFERENCES = {
     "rows judged at every step": Variant("paper", constants={"JUDGED_STEPS": 1}),
 }
 
-# Stable Diffusion's families have the paper's layers and the preset's own values.
-AS_STABLE_DIFFUSION = PAPER_LAYERS | {
-    name: getattr(InstantSettings(), name) for name in ("recolor", "views", "row_groups", "l2")
-}
-
 DEFAULT = {
     "default": Variant("instant"),
     "what Stable Diffusion gets": Variant("instant", AS_STABLE_DIFFUSION),
     "what Stable Diffusion gets, recoloured": Variant("instant", AS_STABLE_DIFFUSION | {"recolor": 1.0}),
+    "what Stable Diffusion gets, recoloured mildly": Variant("instant", AS_STABLE_DIFFUSION | {"recolor": 0.3}),
     "what Stable Diffusion gets, recoloured, 96 views": Variant(
         "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0, "views": 96}
     ),

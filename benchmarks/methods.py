@@ -26,7 +26,7 @@ from slime.training.reuse import forget
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone, load_encoder, load_flow
-from testing.recipes import PAPER_LAYERS, RECIPES
+from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS, RECIPES
 from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
 
@@ -284,6 +284,10 @@ def make_methods(
         "paper": learned(ours, variant("paper"), paper),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False}), paper),
         "default, colours kept": learned(ours, variant("instant", train={"recolor": 0.0})),
+        "what Stable Diffusion gets": learned(ours, variant("instant", train=AS_STABLE_DIFFUSION)),
+        "what Stable Diffusion gets, recoloured": learned(
+            ours, variant("instant", train=AS_STABLE_DIFFUSION | {"recolor": 1.0})
+        ),
         "paper, recoloured": learned(ours, variant("paper", train={"recolor": 1.0})),
         "untrained": learned(raw, variant("instant")),
         **compared(ours, style),

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from slime.settings import InstantSettings
+
 from . import scenes
 
 # The tiny model's that have the paper's cells: cross-attention at 16 and 32, self-attention at 32 (the paper: 64). The
 # paper's blocks, output.3-7, have 8 and 16 here, too coarse for any part.
 PAPER_LAYERS = {"read_layers": "output.6-10", "propagate_layers": "output.9-11"}
+# The preset instant as Stable Diffusion's families have it: these layers, and of the settings no values of their own.
+AS_STABLE_DIFFUSION = PAPER_LAYERS | {
+    name: getattr(InstantSettings(), name) for name in ("recolor", "views", "row_groups", "l2")
+}
 # Of the paper's recipe, by the parts that are learned (official README and src/dataset.py): crop, rotation, and faces
 # in 2 x 2 crops of 400 pixels of 512.
 BY_DOMAIN: dict[str, dict[str, dict[str, Any]]] = {
