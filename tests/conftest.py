@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from testing.browser import canvas, chromium, fresh  # noqa: F401  fixtures of the browser tests
 from testing.inprocess import import_comfyui, load_extension
 from testing.server import ComfyServer
+
+from .sampling import taught, without_previews
 
 torch.set_num_threads(1)  # one thread: measured many times faster than several on a busy machine
 
@@ -34,3 +37,17 @@ def server(comfy_path: str) -> Iterator[ComfyServer]:
     """A real ComfyUI server with the extension and the demo pack."""
     with ComfyServer(comfy_path) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def tiny(extension) -> Any:
+    """The demo model with a car's parts learned, see :func:`.sampling.taught`."""
+    return taught()
+
+
+@pytest.fixture
+def in_inference_mode(monkeypatch) -> Iterator[None]:
+    """As ComfyUI runs nodes; without the previews, which need a server."""
+    without_previews(monkeypatch)
+    with torch.inference_mode():
+        yield

@@ -15,21 +15,10 @@ from testing.inprocess import load_flow
 from testing.server import FLOW, MODEL
 
 from .models import LAYOUTS, comfy_patcher
-from .sampling import SIDE, STEPS, masked_model, part_guider, plain_guider, redrawn, sampled, taught, without_previews
+from .sampling import SIDE, STEPS, masked_model, part_guider, plain_guider, redrawn, sampled
 from .test_vision import comfy_vision
 
-
-@pytest.fixture(scope="module")
-def tiny(extension) -> Any:
-    return taught()
-
-
-@pytest.fixture(autouse=True)
-def in_inference_mode(tiny, monkeypatch) -> Any:
-    """As ComfyUI runs nodes."""
-    without_previews(monkeypatch)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
 NOTHING_TO_DO = {

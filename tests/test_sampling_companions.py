@@ -9,20 +9,9 @@ import torch
 
 from demo.pack.shapes import UNET_CONFIG
 
-from .sampling import masked_model, part_guider, plain_guider, redrawn, sampled, taught, without_previews
+from .sampling import masked_model, part_guider, plain_guider, redrawn, sampled
 
-
-@pytest.fixture(scope="module")
-def tiny(extension) -> Any:
-    return taught()
-
-
-@pytest.fixture(autouse=True)
-def in_inference_mode(tiny, monkeypatch) -> Any:
-    """As ComfyUI runs nodes."""
-    without_previews(monkeypatch)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
 def a_control_net(tiny) -> Any:

@@ -12,21 +12,10 @@ from slime import segment
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 
-from .sampling import SIDE, masked_model, part_guider, redrawn, sampled, taught, without_previews
+from .sampling import SIDE, masked_model, part_guider, redrawn, sampled
 from .test_sampling_companions import changed
 
-
-@pytest.fixture(scope="module")
-def tiny(extension) -> Any:
-    return taught()
-
-
-@pytest.fixture(autouse=True)
-def in_inference_mode(tiny, monkeypatch) -> Any:
-    """As ComfyUI runs nodes."""
-    without_previews(monkeypatch)
-    with torch.inference_mode():
-        yield
+pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
 def in_two_stages(tiny, first: Any, second: Any) -> tuple[torch.Tensor, torch.Tensor]:
