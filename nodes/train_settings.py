@@ -103,7 +103,7 @@ class SLiMePaperSettings(_Settings):
                     min=0.0001,
                     max=10.0,
                     step=0.0001,
-                    tooltip="Of Adam. With 0.01 results vary less.",
+                    tooltip="Of Adam. Smaller ones need more steps.",
                 ),
                 *_views(usual),
                 io.Boolean.Input("checkpointing", default=False, tooltip="Needs less memory and more time."),
