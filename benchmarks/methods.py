@@ -283,7 +283,6 @@ def make_methods(
         "default + best": learned(ours, variant("instant", flip=True, draws=2, refine="best")),
         "paper": learned(ours, variant("paper"), paper),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False}), paper),
-        "default, colours kept": learned(ours, variant("instant", train={"recolor": 0.0})),
         "what Stable Diffusion gets": learned(ours, variant("instant", train=AS_STABLE_DIFFUSION)),
         "what Stable Diffusion gets, recoloured": learned(
             ours, variant("instant", train=AS_STABLE_DIFFUSION | {"recolor": 1.0})

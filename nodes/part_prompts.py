@@ -30,7 +30,7 @@ from .watching import Watcher, step_of, watching_inputs
 PartPrompts = io.Custom("SLIME_PART_PROMPTS")
 # What a conditioning says of the whole picture beside its prompt: it holds in the parts too.
 OF_THE_PICTURE = ("control", "reference_latents", "concat_latent_image", "concat_mask", "guidance")
-LITTLE = 1e-4
+LITTLE = 1e-4  # of a conditioning where another has all: counts where that one does not apply
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,7 @@ class PartGuider(comfy.samplers.CFGGuider):
         self.used: list[Tensor] = []
         self._denoised: Tensor | None = None
         self._masks: dict[int, Tensor] = {}  # in cells, by strength; of the prompts whose parts were found
+        self._size: torch.Size | None = None  # that the masks were made for
         self._looked: int | None = None
         self._active = False
 
@@ -162,7 +163,7 @@ class PartGuider(comfy.samplers.CFGGuider):
         return denoised
 
     def _forget(self) -> None:
-        self._denoised, self._masks, self._looked, self._active = None, {}, None, False
+        self._denoised, self._masks, self._size, self._looked, self._active = None, {}, None, None, False
 
     def _watch(self, x: Tensor, sigma: Tensor, options: dict[str, Any]) -> None:
         """Look where it is time to: the first time there is a picture, and every so many steps."""
@@ -177,9 +178,9 @@ class PartGuider(comfy.samplers.CFGGuider):
             masks = [prompt.mask(maps) for prompt, maps in zip(self._prompts.values(), found, strict=True)]
             by_prompt = dict(zip(self._prompts, masks, strict=True))
             self.used = [by_prompt.get(index, torch.zeros_like(masks[0])) for index in range(self.count)]
-            self._masks = {}
-        # Made anew also where a sampler goes on at another size.
-        if self._active and (not self._masks or next(iter(self._masks.values())).shape[-2:] != x.shape[-2:]):
+            self._size = None
+        if self._active and self._size != x.shape[-2:]:  # a sampler may go on at another size
+            self._size = x.shape[-2:]
             cells = {index: prompt.strength * in_cells(self.used[index], x) for index, prompt in self._prompts.items()}
             self._masks = {index: mask for index, mask in cells.items() if bool(mask.any())}
 

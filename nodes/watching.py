@@ -156,11 +156,11 @@ def watching_inputs() -> list[Any]:
 
 def step_of(sigma: Tensor, options: Mapping[str, Any]) -> tuple[int, int]:
     """Which step of sampling has this noise level, counted from 0, and how many there are."""
-    sigmas, now = options["transformer_options"]["sample_sigmas"], float(sigma.max())
-    steps = len(sigmas) - 1
+    sigmas = options["transformer_options"]["sample_sigmas"]
+    now, steps = sigma.max().to(sigmas), len(sigmas) - 1
     rising = sigmas[0] < sigmas[-1]  # from a picture to its noise
-    past = sigmas < now * (1 - 1e-4) if rising else sigmas > now * (1 + 1e-4)
-    return min(int(past.sum()), steps - 1), steps
+    past = torch.where(rising, sigmas < now * (1 - 1e-4), sigmas > now * (1 + 1e-4))
+    return min(int(past.sum()), steps - 1), steps  # the host waits once
 
 
 def _eyes_for(items: Sequence[PartEmbeddings], model: Any, vae: Any, clip: Any, clip_vision: Any) -> list[Backbone]:
