@@ -14,7 +14,8 @@
     python dev.py setup                     only the set-up
 
 Environment variables: SLIME_VENV (virtual environment, default .venv), COMFYUI_DIR (a ComfyUI to use), SLIME_CACHE
-(downloads, default the user's cache folder), SLIME_FLOAT32 (a GPU in full float32, for benchmarks that compare). Needs
+(downloads, default the user's cache folder), SLIME_FRONT_END (the static folder of another ComfyUI front end, for the
+tests), SLIME_FLOAT32 (a GPU in full float32, for benchmarks that compare). Needs
 Python 3.10 or later and nothing else; with uv the set-up is faster.
 """
 

@@ -88,6 +88,7 @@ class ComfyServer:
             "--database-url",
             "sqlite:///:memory:",
             *self._device_options(),
+            *(("--front-end-root", os.environ["SLIME_FRONT_END"]) if os.environ.get("SLIME_FRONT_END") else ()),
             *self.options,
         ]
         environment = os.environ | {"PYTHONUTF8": "1"}

@@ -116,6 +116,92 @@ def test_two_parts_are_painted_and_kept(canvas) -> None:
     canvas.shot("painter_in_a_subgraph")
 
 
+ON_THE_PAGE = """id => {
+    const node = app.graph.getNodeById(id), widget = node.widgets.find(w => w.name === 'painting');
+    const shown = [...document.querySelectorAll('.slime-painter')].filter(one => one.offsetParent);
+    return [shown.length, shown[0] === widget.element, shown[0] === widget.painter.element];
+}"""
+
+
+def assert_seen_is_saved(canvas: Canvas, node: int) -> None:
+    """The element on the page is the living node's, and its painting is what the workflow and the prompt hold."""
+    canvas.page.wait_for_timeout(400)
+    assert canvas.js(ON_THE_PAGE, node) == [1, True, True]
+    seen = json.loads(canvas.js(f"id => {PAINTER}(id).painting.serialise()", node))
+    assert painted(canvas, node) == seen
+    prompt = canvas.js("async () => (await app.graphToPrompt()).output")
+    assert json.loads(prompt[str(node)]["inputs"]["painting"]) == seen
+
+
+def test_nothing_painted_is_lost_by_any_undo(canvas) -> None:
+    """Strokes, undo in the painter, by the graph, redo, loading anew, another tab: what is seen is what is saved."""
+    node, element = painter_on(canvas)
+    steps = iter(range(20))
+
+    def two_strokes() -> None:
+        """Two more strokes; each must arrive in what is saved."""
+        for _ in range(2):
+            y = 0.15 + 0.035 * next(steps)
+            before = sum(painted_labels(canvas, node))
+            stroke(canvas, element, (0.3, y), (0.4, y), (0.7, y))
+            assert sum(painted_labels(canvas, node)) > before
+        assert_seen_is_saved(canvas, node)
+
+    two_strokes()
+    both = painted(canvas, node)
+    canvas.js(f"id => {PAINTER}(id).view.zoom(50, 50, 1.1)", node)
+    zoom = canvas.js(f"id => {PAINTER}(id).view.scale", node)
+    canvas.page.keyboard.press("Control+z")
+    assert_seen_is_saved(canvas, node)
+    assert painted(canvas, node) != both and any(painted_labels(canvas, node))
+    assert canvas.js(f"id => {PAINTER}(id).view.scale", node) == zoom  # the graph did not load anew
+    canvas.page.keyboard.press("Control+y")
+    assert_seen_is_saved(canvas, node)
+    assert painted(canvas, node) == both
+    canvas.page.locator(".slime-undo:visible").first.click()
+    canvas.page.keyboard.press("Control+Shift+Z")
+    assert_seen_is_saved(canvas, node)
+    assert painted(canvas, node) == both
+    two_strokes()
+
+    undo, redo = ("app.extensionManager.workflow.activeWorkflow.changeTracker." + name for name in ("undo()", "redo()"))
+    canvas.js(f"() => {undo}")
+    assert_seen_is_saved(canvas, node)
+    two_strokes()
+    canvas.js(f"() => {undo}")
+    canvas.js(f"() => {redo}")
+    assert_seen_is_saved(canvas, node)
+    two_strokes()
+
+    kept = painted(canvas, node)
+    saved = canvas.js("() => app.graph.serialize()")
+    canvas.load(saved)
+    assert_seen_is_saved(canvas, node)
+    assert painted(canvas, node) == kept
+    two_strokes()
+    kept = painted(canvas, node)
+
+    canvas.js("() => app.extensionManager.command.execute('Comfy.NewBlankWorkflow')")
+    canvas.page.wait_for_function("() => !app.graph.nodes.some(node => node.type === 'SLiMePartPainter')")
+    other = json.loads(json.dumps(saved))  # the same node in another workflow, with a painting of its own
+    other["id"] = "0b3d0a5c-30f4-4d60-8a3b-0f2f4a8f1d11"
+    canvas.load(other)
+    assert_seen_is_saved(canvas, node)
+    assert painted(canvas, node)["runs"] == json.loads(painting_of(other, node))["runs"]
+    two_strokes()
+    for _ in range(2):  # past the blank one
+        canvas.js("() => app.extensionManager.command.execute('Workspace.PreviousOpenedWorkflow')")
+        canvas.page.wait_for_timeout(500)
+    canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type === 'SLiMePartPainter')")
+    assert painted(canvas, node) == kept
+    assert_seen_is_saved(canvas, node)
+    two_strokes()
+
+
+def painting_of(workflow: dict[str, Any], node: int) -> str:
+    return next(item["widgets_values"][0] for item in workflow["nodes"] if str(item["id"]) == str(node))
+
+
 def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
     node, element = painter_on(canvas)
     scale = f"id => {PAINTER}(id).view.scale"

@@ -55,6 +55,32 @@ function upstreamUrl(node) {
   return viewUrl({ name: path.slice(cut + 1), subfolder: path.slice(0, Math.max(cut, 0)), type });
 }
 
+/**
+ * The last painter of every node id, with the node it belonged to then. The graph makes new nodes when it is loaded
+ * again (undo, redo, another tab), while Nodes 2.0 may keep the element of the node before on the page.
+ * @type {Map<string, any>}
+ */
+const last = new Map();
+
+/** Whether a node is part of the graph that is open. @param {any} node */
+function living(node) {
+  const root = app.rootGraph ?? app.graph;
+  const reachable = node.graph === root || root.subgraphs?.get(node.graph?.id) === node.graph;
+  return reachable && node.graph.getNodeById(node.id) === node;
+}
+
+/**
+ * Let the painter that a node's predecessor left on the page go on in that node, with its history, zoom and focus.
+ * @param {any} widget @param {any} before widget, node and id of the graph of the predecessor @param {any} graph
+ */
+function inherit(widget, before, graph) {
+  const { painter } = before.widget;
+  painter.show(widget.painter.value, before.graph === graph);
+  painter.host = widget.painter.host;
+  widget.painter = painter;
+  widget.element = painter.element;
+}
+
 app.registerExtension({
   name: "slime.painter",
   getCustomWidgets() {
@@ -71,23 +97,33 @@ app.registerExtension({
         const widget = node.addDOMWidget(name, "SLIME_PAINTING", painter.element, {
           hideOnZoom: false,
           getMinHeight: () => 400,
-          getValue: () => painter.value,
+          getValue: () => widget.painter.value,
           setValue: (/** @type {string} */ value) => {
-            painter.value = value;
+            widget.painter.value = value;
           },
         });
         widget.painter = painter;
-        const refresh = () => painter.connect(upstreamUrl(node) ?? (connected(node) ? sent : null));
+        const refresh = () => widget.painter.connect(upstreamUrl(node) ?? (connected(node) ? sent : null));
         /** Address of the image that the last run sent, for sources other than Load Image. @type {string | null} */
         let sent = null;
         chain(node, "onExecuted", (/** @type {any} */ output) => {
           const image = output?.slime_painter?.[0];
           if (image) sent = `${viewUrl({ name: image.filename, subfolder: image.subfolder, type: image.type })}&run=${Date.now()}`;
           refresh();
-          if (output) painter.propose(output.slime_of?.[0] ?? null, output.slime_found?.[0] ?? null);
+          if (output) widget.painter.propose(output.slime_of?.[0] ?? null, output.slime_found?.[0] ?? null);
         });
         chain(node, "onConnectionsChange", () => queueMicrotask(refresh));
-        chain(node, "onConfigure", () => setTimeout(refresh));
+        /** @type {any} */
+        let predecessor;
+        chain(node, "onAdded", () => {
+          predecessor = last.get(String(node.id));
+          last.set(String(node.id), { node, widget, graph: node.graph?.id });
+        });
+        chain(node, "onConfigure", () => {
+          if (predecessor && predecessor.node !== node && !living(predecessor.node)) inherit(widget, predecessor, node.graph?.id);
+          predecessor = undefined;
+          setTimeout(refresh);
+        });
         return { widget, minWidth: SMALLEST[0], minHeight: SMALLEST[1] };
       },
     };

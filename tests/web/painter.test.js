@@ -206,7 +206,7 @@ describe("Painter", () => {
     painter.fit();
     painter.commit();
     document.body.replaceChildren(painter.element);
-    painter.canvas.focus();
+    painter.keys.focus();
     return { painter, host };
   };
   const pointer = (painter, type, clientX, clientY, more = {}) => {
@@ -215,7 +215,7 @@ describe("Painter", () => {
     painter.canvas.dispatchEvent(Object.assign(event, { pointerId, pointerType, pressure }));
   };
   const press = (painter, key, more = {}) =>
-    painter.canvas.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
+    painter.keys.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true, ...more }));
 
   it("paints where the pointer is, whatever the graph's zoom, and undoes", () => {
     const { painter, host } = make();
@@ -262,11 +262,11 @@ describe("Painter", () => {
 
   it("takes the focus without a dot, but paints a line at once", () => {
     const { painter } = make();
-    painter.canvas.blur();
+    painter.keys.blur();
     pointer(painter, "pointerdown", 10, 10);
     pointer(painter, "pointerup", 10, 10);
     expect(painter.painting.map.has(1)).toBe(false);
-    painter.canvas.blur();
+    painter.keys.blur();
     pointer(painter, "pointerdown", 10, 10);
     pointer(painter, "pointermove", 20, 10);
     pointer(painter, "pointerup", 20, 10);

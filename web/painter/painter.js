@@ -64,6 +64,7 @@ export class Painter {
     this.tint = document.createElement("canvas");
     this.element = element("div", "slime-painter widget-expands"); // Nodes 2.0 lets it grow with the node
     this.canvas = element("canvas", "slime-canvas");
+    this.keys = element("textarea", "slime-keys"); // holds the focus: ComfyUI's shortcuts spare text fields
     this.list = element("div", "slime-parts");
     this.file = element("input");
     this.sizes = slider(this.say("size"), 1, 150, this.radius, (value) => (this.radius = value));
@@ -82,6 +83,14 @@ export class Painter {
 
   /** @param {string} text */
   set value(text) {
+    this.show(text, false);
+  }
+
+  /**
+   * Show a saved painting.
+   * @param {string} text @param {boolean} undoable whether undo returns to the painting before
+   */
+  show(text, undoable) {
     if (text === this.value) return;
     this.unreadable = false;
     this.message = "";
@@ -93,7 +102,9 @@ export class Painter {
       this.message = `${this.say("unreadable")}: ${error instanceof Error ? error.message : error}`;
     }
     this.label = Math.min(this.label, this.painting.parts.length) || 1;
-    this.history.reset(this.unreadable ? text : this.painting.serialise());
+    const state = this.unreadable ? text : this.painting.serialise();
+    if (undoable && !this.unreadable) this.history.push(state);
+    else this.history.reset(state);
     this.showParts();
     this.loadPicture();
   }
@@ -268,13 +279,13 @@ export class Painter {
       this.load(this.file.files?.[0]);
       this.file.value = "";
     };
-    this.canvas.tabIndex = 0;
-    this.canvas.dataset.captureWheel = "true"; // Nodes 2.0 would zoom the graph
+    this.element.dataset.captureWheel = "true"; // Nodes 2.0 would zoom the graph
     this.canvas.setAttribute("role", "img");
     this.canvas.setAttribute("aria-label", this.say("canvas"));
-    // ComfyUI leaves keys alone that go to a text field; with this its undo leaves ours alone.
-    Object.assign(this.canvas, { type: "textarea" });
-    this.element.append(bar, sliders, this.list, this.canvas, this.file);
+    this.keys.readOnly = true;
+    this.keys.inputMode = "none"; // no keyboard on a touch screen
+    this.keys.setAttribute("aria-label", this.say("canvas"));
+    this.element.append(bar, sliders, this.list, this.keys, this.canvas, this.file);
     this.listen();
     this.choose("brush");
     new ResizeObserver(() => this.resize()).observe(this.canvas);
@@ -343,7 +354,7 @@ export class Painter {
   /** @param {Tool} tool */
   choose(tool) {
     this.tool = tool;
-    this.canvas.focus({ preventScroll: true });
+    this.focus();
     for (const name of TOOLS) this.buttons[name].classList.toggle("active", name === tool);
     this.sizes.element.hidden = tool !== "brush" && tool !== "eraser";
     this.tolerances.element.hidden = tool !== "wand";
@@ -375,15 +386,15 @@ export class Painter {
       this.draw();
     });
     canvas.addEventListener("contextmenu", (event) => event.preventDefault());
-    canvas.addEventListener("keydown", (event) => this.key(event));
-    canvas.addEventListener("keyup", (event) => {
+    this.keys.addEventListener("keydown", (event) => this.key(event));
+    this.keys.addEventListener("keyup", (event) => {
       if (event.code === "Space") this.panning = false;
     });
     canvas.addEventListener(
       "wheel",
       (event) => {
         // The wheel belongs to the graph until the painter has been clicked.
-        if (document.activeElement !== canvas) return;
+        if (document.activeElement !== this.keys) return;
         event.preventDefault();
         event.stopPropagation();
         const { x, y } = this.position(event);
@@ -393,12 +404,23 @@ export class Painter {
       { passive: false },
     );
     root.addEventListener("pointerdown", (event) => event.stopPropagation()); // it would drag the node
+    root.addEventListener("mousedown", (event) => {
+      // A button, or the canvas, would take the focus from the keys.
+      if (!(event.target instanceof HTMLInputElement)) event.preventDefault();
+    });
+    root.addEventListener("click", () => {
+      if (!(document.activeElement instanceof HTMLInputElement && root.contains(document.activeElement))) this.focus();
+    });
     root.addEventListener("dragover", (event) => event.preventDefault());
     root.addEventListener("drop", (event) => {
       event.preventDefault();
       event.stopPropagation();
       this.load(event.dataTransfer?.files[0]);
     });
+  }
+
+  focus() {
+    this.keys.focus({ preventScroll: true });
   }
 
   /** Canvas position of an event, whatever the graph's zoom. @param {MouseEvent} event */
@@ -413,7 +435,7 @@ export class Painter {
   /** @param {PointerEvent} event */
   down(event) {
     const focused = this.element.contains(document.activeElement);
-    this.canvas.focus({ preventScroll: true });
+    this.focus();
     this.canvas.setPointerCapture?.(event.pointerId);
     const at = this.position(event);
     this.pointers.set(event.pointerId, at);
