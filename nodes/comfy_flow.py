@@ -26,7 +26,7 @@ from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import InstantSettings
 from .comfy_unet import LATENT_CELL, cell_of, identity_of
-from .loading import load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_model
 
 LEVELS = 1000  # a noise level of 260 is a sigma of .26
 MIDDLE = (0.3, 0.7)  # of the depth: of a model that nobody probed, blocks that may be read
@@ -103,10 +103,14 @@ class ComfyFlow:
     """
 
     def __init__(self, model: Any, vae: Any = None, clip: Any = None) -> None:
-        self.model, self.vae, self.clip = model, vae, clip
-        base = model.model
+        self.model, self.vae, self.clip = checkpoint_patcher(model), vae, clip
+        with checkpoint_modules(self.model):
+            self._read_model()
+
+    def _read_model(self) -> None:
+        base = self.model.model
         family = family_of(base)
-        if family is None or not isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.CONST):
+        if family is None or not isinstance(base.model_sampling, comfy.model_sampling.CONST):
             raise SlimeError(f"{type(base).__name__} is no flow transformer that SLiMe knows.")
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
@@ -129,7 +133,7 @@ class ComfyFlow:
         self._known = LayerChoice(family.read, family.propagate) if known else LayerChoice((), ())
         readable = list(self._blocks) if family.read else _middle(list(self._blocks))
         self.layers = tuple(Layer(name, self._patch) for name in readable)
-        cell = cell_of(vae, family.cell)
+        cell = cell_of(self.vae, family.cell)
         self.info = BackboneInfo(
             f"{family.name}-{_build(self._blocks)}",
             family.side,
@@ -189,7 +193,7 @@ class ComfyFlow:
         noisy = sigma * noise.to(encoded) + (1 - sigma) * encoded
         memory = self.model.memory_required([*noisy.shape]) + len(noisy) * self._kept(grid, plan)
         load_model(self.model, memory)
-        with self._watched(seen):
+        with checkpoint_modules(self.model), self._watched(seen):
             try:
                 self.run(noisy.to(self.device), sigma, plan.condition, seen.attend)
             except EndOfPass:

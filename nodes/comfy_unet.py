@@ -22,7 +22,7 @@ from ..slime.backbones.text import Capture, Context
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from .comfy_autograd import trainable
-from .loading import load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_model
 
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
 LATENT_CELL = 8  # pixels, where no VAE is connected that says
@@ -39,8 +39,13 @@ class ComfyUNet(SDUNet):
     """
 
     def __init__(self, model: Any, vae: Any = None, clip: Any = None) -> None:
-        self.model, self.vae, self.clip = model, vae, clip
-        base = model.model
+        self.model, self.vae, self.clip = checkpoint_patcher(model), vae, clip
+        with checkpoint_modules(self.model):
+            self._read_model()
+        self._lent = False
+
+    def _read_model(self) -> None:
+        base = self.model.model
         unet = getattr(base, "diffusion_model", None)
         if not isinstance(unet, UNetModel):
             raise SlimeError(
@@ -53,10 +58,13 @@ class ComfyUNet(SDUNet):
                 f"This UNet takes {taken} input channels, as inpainting and editing checkpoints do. SLiMe needs a "
                 f"plain text-to-image checkpoint with {channels}: learn and segment with one, inpaint with this one."
             )
-        sampling = model.get_model_object("model_sampling")
+        sampling = base.model_sampling
         sigmas = getattr(sampling, "sigmas", None)
         if sigmas is None or len(sigmas) != getattr(sampling, "num_timesteps", None):
-            raise SlimeError("SLiMe needs the usual noise schedule of the model; remove the sampling patch.")
+            raise SlimeError(
+                f"{type(base).__name__} has a noise schedule that SLiMe does not know. Load an SD1.x, SD2.x or SDXL "
+                "checkpoint."
+            )
         prediction = "v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps"
         own = getattr(type(base.model_config), "slime_family", None)
         super().__init__(
@@ -64,11 +72,10 @@ class ComfyUNet(SDUNet):
             prediction,
             unet_layers(unet),
             1 / (1 + sigmas.detach().cpu().double() ** 2),
-            model.load_device,
+            self.model.load_device,
             channels,
-            cell_of(vae),
+            cell_of(self.vae),
         )
-        self._lent = False
 
     def identity(self) -> tuple[object, Hashable] | None:
         return identity_of(self.model, self.vae)
@@ -108,13 +115,14 @@ class ComfyUNet(SDUNet):
         rows = context.for_batch(batch).to(self.device)
         arguments = self._extra_arguments(context, x)
         try:
-            denoised = self.model.model.apply_model(
-                x,
-                torch.full((batch,), sigma, device=self.device),
-                c_crossattn=rows,
-                transformer_options=self._options(capture, context.tokens),
-                **arguments,
-            )
+            with checkpoint_modules(self.model):
+                denoised = self.model.model.apply_model(
+                    x,
+                    torch.full((batch,), sigma, device=self.device),
+                    c_crossattn=rows,
+                    transformer_options=self._options(capture, context.tokens),
+                    **arguments,
+                )
         except EndOfPass:
             return None
         return (x - denoised) / sigma

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..slime.backbones.vision import BYTES, Standard, VisionTransformer, interpolated
 from ..slime.errors import SlimeError
-from .loading import load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_model
 
 _KINDS = {
     "clip_vision_model": "clip",
@@ -36,7 +36,11 @@ class ComfyVision(VisionTransformer):
         patcher: Any = getattr(clip_vision, "patcher", None)
         if patcher is None or not isinstance(getattr(clip_vision, "model", None), nn.Module):
             raise SlimeError("This CLIP_VISION is of a kind that SLiMe cannot read. Use the node Load CLIP Vision.")
-        self.patcher = patcher
+        self.patcher = checkpoint_patcher(patcher)
+        with checkpoint_modules(self.patcher):
+            self._read_model(clip_vision, cell)
+
+    def _read_model(self, clip_vision: Any, cell: int) -> None:
         kind = _kind(clip_vision.model)
         standard = Standard(tuple(clip_vision.image_mean), tuple(clip_vision.image_std))
         side = 0 if kind == "dinov3" else int(clip_vision.image_size)
@@ -48,6 +52,10 @@ class ComfyVision(VisionTransformer):
     def run(self, pixels: Tensor) -> None:
         memory = len(pixels) * BYTES * self.width * (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
         load_model(self.patcher, memory)
+        with checkpoint_modules(self.patcher):
+            self._run(pixels)
+
+    def _run(self, pixels: Tensor) -> None:
         if self.kind in ("dinov3", "siglip2"):
             getattr(self.module, "vision_model", self.module)(pixels)
         elif self.kind == "dinov2":

@@ -1,4 +1,4 @@
-"""Bring models to the device; while sampling runs they are used as they lie."""
+"""Load models to the device, and reach the checkpoint's own modules behind what other nodes put in their place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from contextvars import ContextVar
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import torch
+
+PRECISION = "manual_cast_dtype"  # the object patch of ComfyUI's ModelComputeDtype
 
 _AS_THEY_LIE: ContextVar[bool] = ContextVar("as_they_lie", default=False)
 
@@ -29,3 +32,33 @@ def as_they_lie() -> Iterator[None]:
         yield
     finally:
         _AS_THEY_LIE.reset(token)
+
+
+def checkpoint_patcher(patcher: Any) -> Any:
+    """Return the patcher without the modules, functions and noise schedule that other nodes put in place of the
+    checkpoint's own; a clone if there are any. LoRAs stay, which are patches of weights, and so does the precision."""
+    replaced = [name for name in patcher.object_patches if name != PRECISION]
+    if not replaced:
+        return patcher
+    clone = patcher.clone()
+    for name in replaced:
+        del clone.object_patches[name]
+    return clone
+
+
+@contextmanager
+def checkpoint_modules(patcher: Any) -> Iterator[None]:
+    """Put the checkpoint's own modules and noise schedule into the live model, which all clones share.
+
+    The live model may hold what was patched in for another clone: one that sampled last, or one that is sampling now.
+    """
+    model, backup = patcher.model, patcher.object_patches_backup
+    names = sorted((name for name in backup if name != PRECISION), key=len)  # a module before what lies inside it
+    patched: dict[str, Any] = {}
+    try:
+        for name in names:
+            patched[name] = comfy.utils.set_attr(model, name, backup[name])
+        yield
+    finally:
+        for name in reversed(patched):
+            comfy.utils.set_attr(model, name, patched[name])

@@ -30,7 +30,7 @@ from .comfy_flow import ComfyFlow
 from .comfy_unet import ComfyUNet
 from .common import clip_input, confidence_input, expert
 from .connected import clip_vision_input, connected
-from .loading import as_they_lie
+from .loading import as_they_lie, checkpoint_patcher
 
 KEY = "slime"  # of the models that are loaded together with the sampled one
 
@@ -45,7 +45,7 @@ class Watcher:
         min_confidence: pictures where the parts are less sure count as without them.
 
     Raises:
-        SlimeError: nothing that is connected fits the embeddings, a compiled model, or no VAE where pixels are needed.
+        SlimeError: nothing that is connected fits the embeddings, a model that another replaces, or no VAE where pixels are needed.
     """
 
     def __init__(
@@ -57,10 +57,11 @@ class Watcher:
         embeddings: Sequence[PartEmbeddings],
         min_confidence: float = 0.0,
     ) -> None:
-        if "diffusion_model" in getattr(model, "object_patches", {}):
+        replaced = model.object_patches.get("diffusion_model")
+        if replaced is not None and not _wraps(replaced, checkpoint_patcher(model).get_model_object("diffusion_model")):
             raise SlimeError(
-                "This model is compiled as a whole, so that SLiMe cannot look at it. Connect it as it is before that "
-                "node, or use ComfyUI's own TorchCompileModel, which can be looked through."
+                "Another node replaced this model as a whole (TensorRT and the like), so that its own weights are not "
+                "loaded while it samples. Connect the model as it is before that node."
             )
         self.model, self.vae = model, vae
         # Masks of a latent are coarser than the edges that would be refined.
@@ -127,6 +128,11 @@ class Watcher:
             decoded = decoded[:, :, 0] if decoded.ndim == 5 else decoded
             found.append(vae.process_output(decoded.float()).cpu().movedim(1, -1))
         return torch.cat(found)[..., :3]
+
+
+def _wraps(module: Any, own: torch.nn.Module) -> bool:
+    """Whether a module that stands for the checkpoint's own holds it, as compiled ones do."""
+    return isinstance(module, torch.nn.Module) and any(inner is own for inner in module.modules())
 
 
 def preview_decoder(model: Any) -> Any:

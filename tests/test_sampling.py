@@ -372,7 +372,7 @@ def test_what_cannot_be_watched_says_so(tiny) -> None:
 
     compiled = tiny.backbone.model.clone()
     compiled.add_object_patch("diffusion_model", torch.nn.Identity())
-    with pytest.raises(SlimeError, match="SLiMe Part Guider: This model is compiled"):
+    with pytest.raises(SlimeError, match="SLiMe Part Guider: Another node replaced this model"):
         part_guider(tiny, compiled)
     with pytest.raises(SlimeError, match="SLiMe Part Guider: These embeddings .* were learned on"):
         part_guider(tiny, load_flow(FLOW).model)
