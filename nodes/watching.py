@@ -45,7 +45,7 @@ class Watcher:
         min_confidence: pictures where the parts are less sure count as without them.
 
     Raises:
-        SlimeError: nothing that is connected fits the embeddings, a model that another replaces, or no VAE where pixels are needed.
+        SlimeError: nothing connected fits the embeddings, another node replaced the model, or a VAE is needed.
     """
 
     def __init__(
