@@ -2,8 +2,8 @@
 
 ComfyUI runs nodes under ``inference_mode``; its weights are inference tensors, which autograd refuses to save. Inside
 :func:`trainable` every parameter and buffer is replaced by an ordinary tensor over the same storage (no copy) where the
-weight is resident, or by one copy on the compute device where it is offloaded, quantised or patched on the fly. Nothing
-is trained: all weights stay frozen and gradients flow through them to the text rows.
+weight is resident, or by one copy on the compute device where it is offloaded, quantised or patched on the fly. No
+weight is trained: all stay frozen, and gradients flow through them to the token embeddings.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _lend_module(module: nn.Module, device: torch.device, dtype: torch.dtype, un
 
 
 def _alias(tensor: Tensor) -> Tensor:
-    """An ordinary tensor over the storage of an inference tensor."""
+    """Return an ordinary tensor over the storage of an inference tensor."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
@@ -115,7 +115,7 @@ def _swap(table: dict[str, Any], name: str, value: Any, undo: list[Callable[[], 
 
 
 def _set(owner: Any, name: str, value: Any, undo: list[Callable[[], None]]) -> None:
-    """Set an attribute and remember how to restore it; one set on the instance over the class's is deleted again."""
+    """Set an attribute, and add what restores it to ``undo``; an attribute new on the instance is deleted again."""
     before = vars(owner).get(name, _MISSING)
     undo.append(partial(delattr, owner, name) if before is _MISSING else partial(setattr, owner, name, before))
     setattr(owner, name, value)

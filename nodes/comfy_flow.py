@@ -1,9 +1,9 @@
-"""ComfyUI's flow transformers (Flux, Chroma, SD3, Qwen-Image, Lumina, Z-Image) as a backbone, for the instant trainer.
+"""Adapt ComfyUI's flow transformers (Flux, Chroma, SD3, Qwen-Image, Lumina, Z-Image), for the instant trainer.
 
-A layer is a transformer block. Its features are the image tokens' values, which carry no rotation by their place and
-whose inputs the block's own norm has scaled; its joint attention's image part propagates. The blocks are told apart by
-hooks on them, their queries, keys and values come by ``optimized_attention_override``: both are the same in ComfyUI
-0.3.75 and 0.33, whatever a model calls its patches.
+A layer is a transformer block. Its features are the values of the image tokens, which have no rotary position and whose
+inputs the block's own norm has scaled; the image part of its joint attention propagates. Hooks tell which block runs;
+queries, keys and values come through ``optimized_attention_override``. Both work alike in ComfyUI 0.3.75 and 0.33, for
+every model.
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from ..slime.backbones.attention import Attention
-from ..slime.backbones.base import BackboneInfo, EndOfPass, Observation, Plan, halved
+from ..slime.backbones.base import BackboneInfo, EndOfPass, ExtractionSpec, Features, halved
 from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
-from ..slime.settings import InstantSettings
-from .comfy_unet import LATENT_CELL, cell_of, identity_of
+from ..slime.settings import LAYER, RESOLUTION, InstantSettings
+from .comfy_unet import LATENT_CELL, cache_key_of, cell_of
 from .loading import checkpoint_modules, checkpoint_patcher, load_model
 
-LEVELS = 1000  # a noise level of 260 is a sigma of .26
-MIDDLE = (0.3, 0.7)  # of the depth: of a model that nobody probed, blocks that may be read
+LEVELS = 1000  # a timestep of 260 is a sigma of .26
+MIDDLE = (0.3, 0.7)  # range of depth of the blocks that the probe reads
+GROUP = "values"  # name of the features of all blocks together
 MODULES = {
     "double_blocks": "double",
     "single_blocks": "single",
@@ -44,13 +45,14 @@ class FlowFamily:
     """A kind of flow transformer.
 
     Attributes:
-        name: begins the backbone's id.
+        name: prefix of the backbone's id.
         base: names of its classes in ``comfy.model_base``.
-        noise: level of the features.
-        read, propagate: blocks known to serve; none for the probe.
+        noise: noise level of the features.
+        read, propagate: blocks known to work; none for the probe.
         side: pixels of the square whose area it works on.
-        cell: pixels that a latent's cell spans a side, where no VAE is connected that says.
-        instant: what the instant trainer does on it.
+        cell: pixels per side of a latent pixel, unless the connected VAE says otherwise.
+        instant: default settings of the instant trainer.
+        grouping, l2: see :class:`slime.backbones.base.BackboneInfo`.
     """
 
     name: str
@@ -61,10 +63,12 @@ class FlowFamily:
     side: int = 1024
     cell: int = LATENT_CELL
     instant: InstantSettings = field(default_factory=lambda: InstantSettings(views=16))  # a Flux view takes 50 MB
+    grouping: str = RESOLUTION
+    l2: float = 1e-3
 
 
-# Flux: DiTF (NeurIPS 2025) reads single block 9 at sigma .26, double blocks 12 and 17 serve Seg4Diff (NeurIPS 2025).
-# SD3: block 9 at sigma .5 (Seg4Diff). Of the others nothing is published.
+# Flux: DiTF (NeurIPS 2025) reads single block 9 at sigma .26; Seg4Diff (NeurIPS 2025) uses double blocks 12 and 17.
+# SD3: block 9 at sigma .5 (Seg4Diff). For the others nothing is published.
 FAMILIES = (
     FlowFamily("flux2", ("Flux2",), cell=16),
     FlowFamily("chroma", ("Chroma",), 260, ("single.9",), ("double.12", "double.17")),
@@ -73,30 +77,31 @@ FAMILIES = (
     FlowFamily("qwen-image", ("QwenImage",)),
     FlowFamily("lumina", ("Lumina2",)),
 )
-OTHERS = ("ChromaRadiance", "ZImagePixelSpace")  # of these classes, which work on pixels
+PIXEL_MODELS = ("ChromaRadiance", "ZImagePixelSpace")  # subclasses that work on pixels; not supported
 _WRONG_TEXT = "The text does not fit the model: connect the CLIP that belongs to it, or train again with it."
 
 
 def family_of(base: Any) -> FlowFamily | None:
-    """Of a loaded model, or None where it is no flow transformer that is known.
+    """Return the family of a loaded model, or None if it is not a supported flow transformer.
 
-    A model-config class may bring along its own, an attribute ``slime_flow`` with the values of :class:`FlowFamily`.
+    A model-config class may describe its models in an attribute ``slime_flow`` with the arguments of
+    :class:`FlowFamily`.
     """
     own = getattr(type(base.model_config), "slime_flow", None) if hasattr(base, "model_config") else None
     if own is not None:
         return FlowFamily(**{**own, "instant": InstantSettings(**own.get("instant", {}))})
 
     def is_one_of(names: tuple[str, ...]) -> bool:
-        known = [getattr(comfy.model_base, name, None) for name in names]
-        return isinstance(base, tuple(one for one in known if one is not None))
+        classes = [getattr(comfy.model_base, name, None) for name in names]
+        return isinstance(base, tuple(kind for kind in classes if kind is not None))
 
-    if is_one_of(OTHERS):
+    if is_one_of(PIXEL_MODELS):
         return None
     return next((family for family in FAMILIES if is_one_of(family.base)), None)
 
 
 class ComfyFlow:
-    """One ComfyUI model patcher of a flow transformer; keeps nothing of its own on the GPU.
+    """A ComfyUI model patcher of a flow transformer; keeps nothing of its own on the GPU.
 
     Raises:
         SlimeError: another kind of model, or one for filling or control, which takes more than the noised image.
@@ -107,17 +112,22 @@ class ComfyFlow:
         with checkpoint_modules(self.model):
             self._read_model()
 
+    @classmethod
+    def accepts(cls, model: Any) -> bool:
+        """Return whether this adapter is for the model."""
+        return family_of(model.model) is not None
+
     def _read_model(self) -> None:
         base = self.model.model
         family = family_of(base)
         if family is None or not isinstance(base.model_sampling, comfy.model_sampling.CONST):
-            raise SlimeError(f"{type(base).__name__} is no flow transformer that SLiMe knows.")
+            raise SlimeError(f"{type(base).__name__} is not a flow transformer that SLiMe supports.")
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
         if not self._blocks or not hasattr(self._transformer, "patch_size"):
             raise SlimeError(
-                f"{type(self._transformer).__name__} runs this model by other means than ComfyUI's own, so that SLiMe "
-                "cannot look into it. Load the model with ComfyUI's loaders."
+                f"{type(self._transformer).__name__} is not ComfyUI's own implementation of this model, so SLiMe "
+                "cannot read its blocks. Load the model with ComfyUI's loaders."
             )
         self._patch = _patch_size(self._transformer)
         self._width = _width(self._blocks)
@@ -127,7 +137,7 @@ class ComfyFlow:
         if taken is not None and taken != self._channels:
             raise SlimeError(
                 f"This transformer takes {taken} channels, as filling and control checkpoints do. SLiMe needs a plain "
-                f"text-to-image checkpoint with {self._channels}: learn and segment with one, inpaint with this one."
+                f"text-to-image checkpoint with {self._channels}: train and segment with one, inpaint with this one."
             )
         known = {*family.read, *family.propagate} <= self._blocks.keys()
         self._known = LayerChoice(family.read, family.propagate) if known else LayerChoice((), ())
@@ -142,6 +152,8 @@ class ComfyFlow:
             self._channels,
             family.noise,
             family.instant,
+            family.grouping,
+            family.l2,
         )
 
     @property
@@ -153,20 +165,20 @@ class ComfyFlow:
         return self._known
 
     def condition(self, prompt: str) -> dict[str, Tensor]:
-        """What the text encoder gives, in half precision: "text" [T, D], "pooled_output" [P] and so on."""
+        """Return the output of the text encoder, in half precision: "text" [T, D], "pooled_output" [P] and so on."""
         if self.clip is None:
-            raise SlimeError("Connect the CLIP of the checkpoint: the text that the model looks with is not there yet.")
-        given = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
-        found = {"text" if name == "cond" else name: one for name, one in given.items() if isinstance(one, Tensor)}
-        return {name: halved(one[0]) for name, one in found.items()}
+            raise SlimeError("Connect the CLIP that belongs to the model: the prompt has to be encoded.")
+        encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
+        tensors = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
+        return {"text" if name == "cond" else name: halved(tensor[0]) for name, tensor in tensors.items()}
 
     def encode_images(self, images: Tensor) -> Tensor:
         if self.vae is None:
             raise SlimeError("Connect the VAE of the checkpoint.")
         images = images[..., :3]
         if (getattr(self.vae, "latent_dim", 2) == 3) != self._of_video:
-            raise SlimeError("This VAE is of another kind of model: connect the VAE that belongs to the model.")
-        if self._of_video:  # of a VAE for video, which would take a batch for frames
+            raise SlimeError("This VAE belongs to another kind of model: connect the VAE that belongs to this one.")
+        if self._of_video:  # a VAE for video would take a batch for frames
             latents = torch.cat([self.vae.encode(image[None]) for image in images])[:, :, 0]
         else:
             latents = self.vae.encode(images)
@@ -175,99 +187,98 @@ class ComfyFlow:
                 f"This VAE gives latents of {latents.shape[1]} channels, the model needs {self._channels}: connect the "
                 "VAE that belongs to the model."
             )
-        return self.take(latents)
+        return self.process_latents(latents)
 
-    def take(self, latents: Tensor) -> Tensor:
-        """LATENT samples [B, C, h, w] in the model's own scale, on its device."""
+    def process_latents(self, latents: Tensor) -> Tensor:
+        """Return LATENT samples [B, C, h, w] in the model's own scale, on its device."""
         latents = latents.to(self.device, torch.float32)
-        taken: Tensor = self.model.model.process_latent_in(latents.unsqueeze(2) if self._of_video else latents)
-        return taken.squeeze(2) if self._of_video else taken
+        processed: Tensor = self.model.model.process_latent_in(latents.unsqueeze(2) if self._of_video else latents)
+        return processed.squeeze(2) if self._of_video else processed
 
     @torch.no_grad()
-    def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
-        if not 0 < plan.timestep < LEVELS:
-            raise SlimeError(f"A noise level of {plan.timestep} is not between 0 and {LEVELS}.")
+    def extract(self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor) -> Features:
+        if not 0 < spec.timestep < LEVELS:
+            raise SlimeError(f"The timestep is {spec.timestep}; it must be between 1 and {LEVELS - 1}.")
         grid = (encoded.shape[2] // self._patch, encoded.shape[3] // self._patch)
-        seen = _Seen(plan.layers, grid, getattr(self._transformer, "pad_tokens_multiple", None) or 1)
-        sigma = plan.timestep / LEVELS
+        recorder = _Recorder(spec.layers, grid, getattr(self._transformer, "pad_tokens_multiple", None) or 1)
+        sigma = spec.timestep / LEVELS
         noisy = sigma * noise.to(encoded) + (1 - sigma) * encoded
-        memory = self.model.memory_required([*noisy.shape]) + len(noisy) * self._kept(grid, plan)
+        memory = self.model.memory_required([*noisy.shape]) + len(noisy) * self._recorded_bytes(grid, spec.layers)
         load_model(self.model, memory)
-        with checkpoint_modules(self.model), self._watched(seen):
+        with checkpoint_modules(self.model), self._recording(recorder):
             try:
-                self.run(noisy.to(self.device), sigma, plan.condition, seen.attend)
+                self.run(noisy.to(self.device), sigma, spec.condition, recorder.attend)
             except EndOfPass:
                 pass
             except RuntimeError as error:
                 if "shapes cannot be multiplied" in str(error):
                     raise SlimeError(f"{_WRONG_TEXT} ({error})") from error
                 raise
-        if not seen.complete:
+        if not recorder.complete:
             raise SlimeError(
-                "The attention of this model is patched or compiled, so that SLiMe cannot look at it. Connect the "
+                "Another node has patched or compiled the attention of this model, so it cannot be read. Connect the "
                 "model as it is before that node."
             )
-        maps = [seen.values[name].float() for name in plan.layers.read]
-        if plan.grouping == "resolution" and maps:
-            maps = [torch.stack(maps).mean(0)]
-        return Observation(tuple(maps), tuple(seen.attention[name] for name in plan.layers.propagate), grid)
+        groups = {name: recorder.values[name].float() for name in spec.layers.read}
+        if spec.grouping != LAYER and groups:
+            groups = {GROUP: torch.stack(list(groups.values())).mean(0)}
+        return Features(groups, tuple(recorder.attention[name] for name in spec.layers.propagate), grid)
 
-    def _kept(self, grid: tuple[int, int], plan: Plan) -> int:
-        """Bytes that one image's values, and queries and keys, take beside the pass."""
-        layers = 2 * len(plan.layers.read) + len(plan.layers.propagate)
-        return 4 * layers * self._width * grid[0] * grid[1]
+    def _recorded_bytes(self, grid: tuple[int, int], layers: LayerChoice) -> int:
+        """Return the bytes of one image's recorded values, queries and keys."""
+        return 4 * (2 * len(layers.read) + len(layers.propagate)) * self._width * grid[0] * grid[1]
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         if self.device.type == "cpu":
             return CPU_BATCH
         free = comfy.model_management.get_free_memory(self.device)
         grid = (size[0] // self._patch, size[1] // self._patch)
-        one = self.model.memory_required([1, self._channels, *size]) + self._kept(grid, Plan(self._known, {}, 0))
+        one = self.model.memory_required([1, self._channels, *size]) + self._recorded_bytes(grid, self._known)
         return batch_for(float(free), float(one))
 
-    def identity(self) -> tuple[object, Hashable] | None:
-        return identity_of(self.model, self.vae)
+    def cache_key(self) -> tuple[object, Hashable] | None:
+        return cache_key_of(self.model, self.vae)
 
     def run(self, noisy: Tensor, sigma: float, condition: Mapping[str, Tensor], attend: Callable[..., Tensor]) -> None:
-        """One pass over latents [B, C, h, w] of noise level ``sigma``, with ``attend`` in place of the attention."""
+        """Run one pass over latents [B, C, h, w] of noise level ``sigma``, with ``attend`` in place of attention."""
         base = self.model.model
-        given: dict[str, Any] = {"pooled_output": None}
-        given |= {name: one[None].to(self.device, torch.float32) for name, one in condition.items()}
-        if "attention_mask" in given:
-            given["attention_mask"] = given["attention_mask"].long()
+        inputs: dict[str, Any] = {"pooled_output": None}
+        inputs |= {name: tensor[None].to(self.device, torch.float32) for name, tensor in condition.items()}
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = inputs["attention_mask"].long()
         height, width = (side * self.info.cell for side in noisy.shape[2:])
         noisy = noisy.unsqueeze(2) if self._of_video else noisy
         conds = base.extra_conds(
-            cross_attn=given.pop("text"), noise=noisy, device=self.device, width=width, height=height, **given
+            cross_attn=inputs.pop("text"), noise=noisy, device=self.device, width=width, height=height, **inputs
         )
         batch = len(noisy)
-        made = {
+        arguments = {
             name: cond.process_cond(batch_size=batch, device=self.device, area=None).cond
             for name, cond in conds.items()
         }
         sigmas = torch.full((batch,), sigma, device=self.device)
-        # Fresh options: what other packs patch into sampling stays out.
+        # New options: patches of other packs stay out.
         options = {"optimized_attention_override": attend, "sigmas": sigmas[:1]}
-        base.apply_model(noisy, sigmas, transformer_options=options, **made)
+        base.apply_model(noisy, sigmas, transformer_options=options, **arguments)
 
     @contextmanager
-    def _watched(self, seen: _Seen) -> Iterator[None]:
-        """Hooks on the blocks that the plan names, gone afterwards."""
+    def _recording(self, recorder: _Recorder) -> Iterator[None]:
+        """Hook the chosen blocks, and remove the hooks afterwards."""
         handles: list[Any] = []
         try:
-            for name in {*seen.layers.read, *seen.layers.propagate}:
+            for name in {*recorder.layers.read, *recorder.layers.propagate}:
                 block = self._blocks[name]
-                handles.append(block.register_forward_pre_hook(seen.entering(name)))
-                handles.append(block.register_forward_hook(seen.left))
+                handles.append(block.register_forward_pre_hook(recorder.entering(name)))
+                handles.append(block.register_forward_hook(recorder.left))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
-class _Seen:
-    """What the chosen blocks' first attention shows during one pass: ``values`` [B, D, h, w] and ``attention`` of the
-    image's tokens, which stand last, padded to a ``multiple``."""
+class _Recorder:
+    """Records the first attention of chosen blocks in one pass: ``values`` [B, D, h, w] and ``attention`` of the image
+    tokens, which come last, padded to a ``multiple``."""
 
     def __init__(self, layers: LayerChoice, grid: tuple[int, int], multiple: int) -> None:
         self.layers, self.grid = layers, grid
@@ -290,7 +301,7 @@ class _Seen:
 
     @property
     def complete(self) -> bool:
-        """Whether all that is wanted has come."""
+        """Whether every chosen block was recorded."""
         return self.values.keys() >= {*self.layers.read} and self.attention.keys() >= {*self.layers.propagate}
 
     def attend(
@@ -303,21 +314,23 @@ class _Seen:
         *more: Any,
         **named: Any,
     ) -> Tensor:
-        """In place of ComfyUI's attention, which is called as it would have been."""
-        name, self._within = self._within, None  # SD3.5 attends twice; the second time without the text
+        """Record queries, keys and values, then call ComfyUI's attention as it would have been called."""
+        name, self._within = self._within, None  # SD3.5 attends twice; the second time without text
         if name is not None:
             by_head = named.get("skip_reshape", False)
             if name in self.layers.read:
-                tokens = self._of_image(value, heads, by_head)
+                tokens = self._image_tokens(value, heads, by_head)
                 self.values[name] = tokens.transpose(1, 2).unflatten(2, self.grid)
             if name in self.layers.propagate:
-                queries, keys = (self._of_image(one, heads, by_head) for one in (query, key))
+                queries, keys = (self._image_tokens(tokens, heads, by_head) for tokens in (query, key))
                 self.attention[name] = Attention(queries, keys, heads, *self.grid)
         return function(query, key, value, heads, *more, **named)
 
-    def _of_image(self, tokens: Tensor, heads: int, by_head: bool) -> Tensor:
-        """[B, L, heads * d], [B, L, heads, d] or, by head, [B, heads, L, d] -> a copy [B, N, heads * d]; where fewer
-        heads are shared they are repeated."""
+    def _image_tokens(self, tokens: Tensor, heads: int, by_head: bool) -> Tensor:
+        """Copy the image tokens out of [B, L, heads * d], [B, L, heads, d] or, by head, [B, heads, L, d].
+
+        Returns [B, N, heads * d]; heads that several queries share are repeated.
+        """
         if by_head:
             if tokens.shape[1] != heads:
                 tokens = tokens.repeat_interleave(heads // tokens.shape[1], 1)
@@ -328,7 +341,7 @@ class _Seen:
 
 
 def _blocks(transformer: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The blocks that see text and image, in the order they run."""
+    """Yield the blocks that process text and image, in the order they run."""
     for attribute, name in MODULES.items():
         for number, block in enumerate(getattr(transformer, attribute, ())):
             yield f"{name}.{number}", block
@@ -345,7 +358,7 @@ def _patch_size(transformer: Any) -> int:
 
 
 def _channels_in(transformer: Any, patch: int) -> int | None:
-    """Channels of the latent that the first layer takes; None where that cannot be told."""
+    """Return the latent channels that the first layer takes; None where that is unknown."""
     first = getattr(transformer, "img_in", None)
     weight = getattr(first, "weight", None)
     if weight is None:
@@ -355,14 +368,14 @@ def _channels_in(transformer: Any, patch: int) -> int | None:
 
 
 def _width(blocks: dict[str, nn.Module]) -> int:
-    """Of a token."""
+    """Return the width of a token."""
     first = next(iter(blocks.values()))
     return next(int(weight.shape[1]) for weight in first.parameters() if weight.ndim == 2)
 
 
 def _build(blocks: dict[str, nn.Module]) -> str:
-    """Width and depth, by which models of one family are told apart, and whether queries and keys are normalised, as
-    SD3.5's are and SD3's not."""
+    """Return width and depth, which identify a model of a family, and "plain" where queries and keys have no norm (SD3,
+    unlike SD3.5)."""
     first = next(iter(blocks.values()))
-    plain = any(isinstance(getattr(part, "ln_q", None), nn.Identity) for part in first.modules())
+    plain = any(isinstance(getattr(module, "ln_q", None), nn.Identity) for module in first.modules())
     return f"{_width(blocks)}x{len(blocks)}" + ("-plain" if plain else "")

@@ -1,4 +1,4 @@
-"""ComfyUI's loaded MODEL, VAE and CLIP as a :class:`slime.backbones.sd_unet.SDUNet`."""
+"""Adapt ComfyUI's Stable Diffusion MODEL, VAE and CLIP to :class:`slime.backbones.sd_unet.SDUNet`."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .comfy_autograd import trainable
 from .loading import checkpoint_modules, checkpoint_patcher, load_model
 
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
-LATENT_CELL = 8  # pixels, where no VAE is connected that says
+LATENT_CELL = 8  # pixels per side of a latent pixel, unless the connected VAE says otherwise
 
 
 class ComfyUNet(SDUNet):
-    """One ComfyUI model patcher; keeps nothing of its own on the GPU.
+    """A ComfyUI model patcher of a UNet; keeps nothing of its own on the GPU.
 
-    A model-config class may say how SLiMe looks at its models, in an attribute ``slime_family`` with the values of
+    A model-config class may describe its models in an attribute ``slime_family`` with the arguments of
     :meth:`slime.backbones.sd_unet.Family.of`.
 
     Raises:
@@ -42,21 +42,27 @@ class ComfyUNet(SDUNet):
         self.model, self.vae, self.clip = checkpoint_patcher(model), vae, clip
         with checkpoint_modules(self.model):
             self._read_model()
-        self._lent = False
+        self._in_training = False
+
+    @classmethod
+    def accepts(cls, model: Any) -> bool:
+        """Return whether this adapter is for the model; a missing UNet is reported by the constructor."""
+        return isinstance(getattr(model.model, "diffusion_model", None), UNetModel)
 
     def _read_model(self) -> None:
         base = self.model.model
         unet = getattr(base, "diffusion_model", None)
         if not isinstance(unet, UNetModel):
             raise SlimeError(
-                f"SLiMe looks with Stable Diffusion UNets (SD1.x, SD2.x, SDXL) and with Flux, Chroma, SD3, Qwen-Image, "
-                f"Lumina 2 and Z-Image; {type(base).__name__} is another kind of model. Load one of these."
+                "SLiMe supports Stable Diffusion (SD1.x, SD2.x, SDXL), Flux, Chroma, SD3, Qwen-Image, Lumina 2 and "
+                "Z-Image; "
+                f"{type(base).__name__} is another kind of model. Load one of these."
             )
         taken, channels = int(unet.input_blocks[0][0].weight.shape[1]), int(base.latent_format.latent_channels)
         if taken != channels:
             raise SlimeError(
                 f"This UNet takes {taken} input channels, as inpainting and editing checkpoints do. SLiMe needs a "
-                f"plain text-to-image checkpoint with {channels}: learn and segment with one, inpaint with this one."
+                f"plain text-to-image checkpoint with {channels}: train and segment with one, inpaint with this one."
             )
         sampling = base.model_sampling
         sigmas = getattr(sampling, "sigmas", None)
@@ -77,8 +83,8 @@ class ComfyUNet(SDUNet):
             cell_of(self.vae),
         )
 
-    def identity(self) -> tuple[object, Hashable] | None:
-        return identity_of(self.model, self.vae)
+    def cache_key(self) -> tuple[object, Hashable] | None:
+        return cache_key_of(self.model, self.vae)
 
     def encode_images(self, images: Tensor) -> Tensor:
         if self.vae is None:
@@ -86,25 +92,25 @@ class ComfyUNet(SDUNet):
         latents = self.vae.encode(images[..., :3])
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise SlimeError(
-                f"This VAE gives latents of shape {list(latents.shape)}, the model needs {self.channels} channels: "
+                f"This VAE gives latents of shape {list(latents.shape)}, but the model needs {self.channels} channels: "
                 "connect the VAE of the same checkpoint."
             )
-        return self.take(latents)
+        return self.process_latents(latents)
 
-    def take(self, latents: Tensor) -> Tensor:
-        """LATENT samples [B, C, h, w] in the model's own scale, on its device."""
-        taken: Tensor = self.model.model.process_latent_in(latents.to(self.device, torch.float32))
-        return taken
+    def process_latents(self, latents: Tensor) -> Tensor:
+        """Return LATENT samples [B, C, h, w] in the model's own scale, on its device."""
+        processed: Tensor = self.model.model.process_latent_in(latents.to(self.device, torch.float32))
+        return processed
 
     def encode_prompt(self, prompt: str) -> Context:
         if self.clip is None:
-            raise SlimeError("Connect the CLIP of the checkpoint: the text that the model looks with is not there yet.")
-        rows, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
+            raise SlimeError("Connect the CLIP of the checkpoint: the prompt has to be encoded.")
+        tokens, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
         needs_pooled = self.model.model.adm_channels > 0
-        return Context(rows[0].float().cpu(), pooled[0].float().cpu() if needs_pooled else None)
+        return Context(tokens[0].float().cpu(), pooled[0].float().cpu() if needs_pooled else None)
 
     def predict_noise(self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None) -> Tensor | None:
-        if not self._lent:
+        if not self._in_training:
             memory = self.model.memory_required([noisy.shape[0], *noisy.shape[1:]])
             load_model(self.model, memory)
         batch = noisy.shape[0]
@@ -112,15 +118,15 @@ class ComfyUNet(SDUNet):
         sigma = ((1 - abar) / abar) ** 0.5
         # ComfyUI's x is z + sigma * eps (variance exploding).
         x = noisy.to(self.device) / abar**0.5
-        rows = context.for_batch(batch).to(self.device)
+        tokens = context.for_batch(batch).to(self.device)
         arguments = self._extra_arguments(context, x)
         try:
             with checkpoint_modules(self.model):
                 denoised = self.model.model.apply_model(
                     x,
                     torch.full((batch,), sigma, device=self.device),
-                    c_crossattn=rows,
-                    transformer_options=self._options(capture, context.tokens),
+                    c_crossattn=tokens,
+                    transformer_options=self._options(capture, len(context)),
                     **arguments,
                 )
         except EndOfPass:
@@ -141,15 +147,15 @@ class ComfyUNet(SDUNet):
         side = self.info.side // self.info.cell
         memory = TRAINING_MEMORY * self.model.memory_required([1, self.channels, side, side])
         load_model(self.model, memory, whole=True)
-        self._lent = True
+        self._in_training = True
         try:
             with trainable(self.model, checkpointing):
                 yield
         finally:
-            self._lent = False
+            self._in_training = False
 
     def _extra_arguments(self, context: Context, latents: Tensor) -> dict[str, Tensor]:
-        """SDXL's size and pooled text conditioning, made by the model itself; nothing for SD1.x and SD2.x."""
+        """Return SDXL's size and pooled text conditioning, made by the model itself; nothing for SD1.x and SD2.x."""
         if context.pooled is None:
             return {}
         height, width = (side * self.info.cell for side in latents.shape[2:])
@@ -171,15 +177,15 @@ class ComfyUNet(SDUNet):
             for name, cond in conds.items()
             if name != "c_crossattn"
         }
-        return {name: value.clone() for name, value in made.items()} if self._lent else made
+        return {name: value.clone() for name, value in made.items()} if self._in_training else made
 
     def _options(self, capture: Capture | None, tokens: int) -> dict[str, Any]:
-        """Fresh transformer options: captures, and in training an attention function that autograd knows.
+        """Return new transformer options: captures, and in training an attention function that autograd supports.
 
-        Every cross-attention layer is replaced where some must see only the first ``tokens`` of the context.
+        Every cross-attention layer is replaced: it must see only the first ``tokens`` of the context.
         """
         options: dict[str, Any] = {}
-        if self._lent:
+        if self._in_training:
             options["optimized_attention_override"] = _differentiable_attention
         if capture is not None:
             cross = {_place(layer.name): _recorder(capture, "cross", layer.name, tokens) for layer in self.layers}
@@ -189,13 +195,13 @@ class ComfyUNet(SDUNet):
 
 
 def cell_of(vae: Any, usual: int = LATENT_CELL) -> int:
-    """Pixels that a latent's cell spans; a VAE may not say, or say it for video."""
-    said = getattr(vae, "downscale_ratio", usual)
-    return said if isinstance(said, int) else usual
+    """Return the pixels per side of a latent pixel; a VAE may not tell, or only for video."""
+    ratio = getattr(vae, "downscale_ratio", usual)
+    return ratio if isinstance(ratio, int) else usual
 
 
-def identity_of(model: Any, vae: Any) -> tuple[object, Hashable] | None:
-    """The model, and what tells its state: LoRAs and the VAE. None with patches that cannot be told apart."""
+def cache_key_of(model: Any, vae: Any) -> tuple[object, Hashable] | None:
+    """Return the model and a key of its state (LoRAs, VAE), or None with patches that cannot be compared."""
     options = {name: value for name, value in model.model_options.items() if value}
     others = [getattr(model, name, None) for name in ("object_patches", "injections", "hook_patches", "forced_hooks")]
     patcher = getattr(vae, "patcher", None)  # other packs' VAEs may have none
@@ -205,7 +211,7 @@ def identity_of(model: Any, vae: Any) -> tuple[object, Hashable] | None:
 
 
 def _place(name: str) -> tuple[str, int, int]:
-    """ "output.3.0" as ComfyUI's patches name it."""
+    """Return the key of a layer such as "output.3.0" in ComfyUI's patches."""
     place, block, depth = name.split(".")
     return place, int(block), int(depth)
 
@@ -213,7 +219,7 @@ def _place(name: str) -> tuple[str, int, int]:
 def _differentiable_attention(
     _function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor, heads: int, **_others: Any
 ) -> Tensor:
-    """PyTorch's, whatever ComfyUI was started with; a Stable Diffusion UNet has no masks."""
+    """Compute attention with PyTorch, whatever ComfyUI was started with; a Stable Diffusion UNet has no masks."""
     return attend(query, key, value, heads)
 
 
@@ -224,7 +230,7 @@ def _recorder(capture: Capture, kind: str, name: str, tokens: int | None = None)
         if wanted:
             height, width = extra["activations_shape"][2:4]
             attention = Attention(query, keys, extra["n_heads"], int(height), int(width))
-            maps = capture.to_propagate(name) if kind == "self" else None
+            maps = capture.maps_to_propagate(name) if kind == "self" else None
             if maps is not None:
                 output, capture.propagated[name] = attend_and_propagate(attention, values, maps)
             capture.record(kind, name, attention)  # may end the pass
@@ -243,7 +249,7 @@ def _context_dim(unet: UNetModel) -> int:
 
 
 def unet_layers(unet: UNetModel) -> tuple[Layer, ...]:
-    """Every transformer block of the UNet in the order it runs, with its resolution."""
+    """Return every transformer block of the UNet in the order it runs, with its stride."""
     layers: list[Layer] = []
     stride = 1
 

@@ -1,4 +1,4 @@
-"""SLiMe Evaluate: how well found parts agree with true masks."""
+"""SLiMe Evaluate: compare parts with ground-truth masks."""
 
 from __future__ import annotations
 
@@ -24,35 +24,43 @@ class SLiMeEvaluate(io.ComfyNode):
             is_output_node=True,
             category=RESULTS,
             display_name="SLiMe Evaluate",
-            description="How well found parts agree with true masks, part by part: intersection over union.",
+            description="Compares parts with ground-truth masks: intersection over union and boundary F of every part.",
             search_aliases=["iou", "mask accuracy", "compare masks", "test segmentation"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Mask.Input(
-                    "truth", tooltip="True masks of one part: one for each image, or one for all named parts in order."
+                    "ground_truth",
+                    tooltip="Ground-truth masks: of one part, one per image; of several, part by part in the order of "
+                    "names.",
                 ),
-                io.String.Input("names", default="", tooltip="Which parts the true masks are, separated by commas."),
+                io.String.Input(
+                    "names",
+                    default="",
+                    tooltip="Names of the parts of the masks, separated by commas. Empty = all parts.",
+                ),
             ],
             outputs=[
-                io.Float.Output(display_name="mean_iou", tooltip="Mean over the named parts that the truth holds."),
-                io.String.Output(display_name="table", tooltip="Markdown: each part's IoU and boundary F."),
-                io.Image.Output(display_name="picture", tooltip="The same as bars."),
+                io.Float.Output(
+                    display_name="mean_iou", tooltip="Mean over the named parts that the ground truth contains."
+                ),
+                io.String.Output(display_name="table", tooltip="Markdown table: IoU and boundary F of every part."),
+                io.Image.Output(display_name="chart", tooltip="The table as a bar chart."),
             ],
         )
 
     @classmethod
-    def execute(cls, parts: Parts, truth: Tensor, names: str = "") -> io.NodeOutput:
+    def execute(cls, parts: Parts, ground_truth: Tensor, names: str = "") -> io.NodeOutput:
         with named_errors("SLiMe Evaluate"):
-            rows = score_parts(parts, as_masks(truth), names)
+            rows = score_parts(parts, as_masks(ground_truth), names)
         known = [iou for _, iou, _ in rows if iou == iou]
         mean = float(np.mean(known)) if known else 0.0
         table = as_table(rows, mean)
-        picture = torch.from_numpy(np.array(draw_table(rows, mean))).float()[None] / 255
-        return io.NodeOutput(mean, table, to_core(picture), ui=ui.PreviewImage(picture, cls=cls))
+        chart = torch.from_numpy(np.array(draw_table(rows, mean))).float()[None] / 255
+        return io.NodeOutput(mean, table, to_core(chart), ui=ui.PreviewImage(chart, cls=cls))
 
 
 def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str, float, float]]:
-    """Name, IoU and boundary F of every named part; NaN where the truth does not hold it.
+    """Return name, IoU and boundary F of every named part; NaN where the ground truth does not contain it.
 
     Raises:
         SlimeError: unknown names, or masks that do not fit the images in number or size.
@@ -60,21 +68,23 @@ def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
     names = list(check_names(split_names(text) or list(parts.maps.names)))
     unknown = [name for name in names if name not in parts.maps.names]
     if unknown:
-        raise SlimeError(f"there is no part {', '.join(unknown)}; these were learned: {', '.join(parts.maps.names)}.")
+        raise SlimeError(
+            f"There is no part {', '.join(unknown)}. The learned parts are: {', '.join(parts.maps.names)}."
+        )
     labels = parts.maps.label_map.numpy()
     wanted = len(labels) * len(names)
     if len(truth) != wanted or truth.shape[1:] != labels.shape[1:]:
         raise SlimeError(
-            f"{wanted} true masks of {labels.shape[2]}x{labels.shape[1]} are needed, for {len(names)} parts "
-            f"({', '.join(names)}) in {len(labels)} images, part after part; got {len(truth)} of "
+            f"{wanted} masks of {labels.shape[2]}x{labels.shape[1]} are needed, for {len(names)} parts "
+            f"({', '.join(names)}) in {len(labels)} images, part by part; ground_truth has {len(truth)} of "
             f"{truth.shape[2]}x{truth.shape[1]}."
         )
     rows = []
     for index, name in enumerate(names):
-        real = (truth[index * len(labels) : (index + 1) * len(labels)] > 0.5).numpy().astype(int)
-        found = (labels == parts.maps.names.index(name) + 1).astype(int)
-        iou = float(evaluate(list(found), list(real), 2).per_class[1])
-        edges = [boundary_f(a, b, 2) for a, b in zip(found, real, strict=True) if b.any()]
+        actual = (truth[index * len(labels) : (index + 1) * len(labels)] > 0.5).numpy().astype(int)
+        predicted = (labels == parts.maps.names.index(name) + 1).astype(int)
+        iou = float(evaluate(list(predicted), list(actual), 2).per_class[1])
+        edges = [boundary_f(a, b, 2) for a, b in zip(predicted, actual, strict=True) if b.any()]
         rows.append((name, iou, float(np.mean(edges)) if edges else float("nan")))
     return rows
 
@@ -86,7 +96,7 @@ def as_table(rows: list[tuple[str, float, float]], mean: float) -> str:
 
 
 def draw_table(rows: list[tuple[str, float, float]], mean: float) -> Image.Image:
-    """Name, IoU with a bar, and boundary F of every part."""
+    """Draw name, IoU with a bar, and boundary F of every part."""
     image = Image.new("RGB", (WIDTH, 2 * MARGIN + ROW * (len(rows) + 2)), (30, 30, 34))
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
     left, right, columns = 150, 290, (MARGIN, 300, 375)

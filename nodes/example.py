@@ -1,4 +1,4 @@
-"""SLiMe Example: an image and the masks of its parts."""
+"""SLiMe Example and SLiMe Example from Label Map: an image with the masks of its parts."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
 from ..slime.parts.palette import default_palette
 from .common import (
-    EXPERTS,
+    ADVANCED,
     Examples,
+    advanced,
     as_images,
     as_masks,
-    expert,
     named_errors,
     overlays,
     schema,
@@ -33,7 +33,7 @@ def previous_input() -> Any:
     return Examples.Input(
         "previous",
         optional=True,
-        tooltip="Another SLiMe Example. The same image adds parts to it, another is one more example.",
+        tooltip="Another example. The same image adds parts to it, another image is one more example.",
     )
 
 
@@ -43,29 +43,29 @@ class SLiMeExample(io.ComfyNode):
         return schema(
             node_id="SLiMeExample",
             display_name="SLiMe Example",
-            description="One image with the masks of the parts to learn. Chain several for more parts or more images.",
-            search_aliases=["one shot segmentation", "part mask", "teach segmenter", "few shot"],
+            description="One image with masks of the parts to learn. Chain several for more parts or more images.",
+            search_aliases=["one shot segmentation", "part mask", "teach segmenter", "few shot", "similar"],
             inputs=[
-                io.Image.Input("image", tooltip="The image to learn from; one image, not a batch."),
-                io.Mask.Input("mask", tooltip="Where the part is. A batch gives one mask for each name, in order."),
+                io.Image.Input("image", tooltip="The image to learn from: one image, not a batch."),
+                io.Mask.Input("mask", tooltip="White where the part is. A batch is one mask for each name, in order."),
                 io.String.Input(
-                    "names", default="part", tooltip="Name of each part, separated by commas: wheel, window"
+                    "names", default="part", tooltip="Names of the parts, separated by commas: wheel, window"
                 ),
                 previous_input(),
-                expert(
+                advanced(
                     io.Combo.Input(
                         "unlabelled",
                         options=["auto", "background", "ignore"],
                         default="auto",
                         optional=True,
-                        tooltip="What is without a mask. background: no part is there. ignore: nobody knows. auto: "
-                        "ignored where other examples label parts that this image does not, else background.",
+                        tooltip="Meaning of pixels without a mask. background: no part. ignore: not trained on. auto: "
+                        "ignored if other examples label parts that this one does not, else background.",
                     )
                 ),
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
-                io.Image.Output(display_name="preview", tooltip="The images with their parts tinted."),
+                io.Image.Output(display_name="preview", tooltip="The image with its parts tinted."),
             ],
         )
 
@@ -81,7 +81,7 @@ class SLiMeExample(io.ComfyNode):
         with named_errors("SLiMe Example"):
             example = replace(_example(image, mask, names), unlabelled=unlabelled)
             examples = merge_examples(previous or (), example)
-        return shown(cls, examples)
+        return examples_result(cls, examples)
 
 
 class SLiMeExampleFromLabelMap(io.ComfyNode):
@@ -89,18 +89,20 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeExampleFromLabelMap",
-            category=EXPERTS,
+            category=ADVANCED,
             display_name="SLiMe Example from Label Map",
-            description="One image with a picture that paints each part in its own colour.",
+            description="One image with a second one that shows each part in its own colour.",
             search_aliases=["label map", "segmentation map", "color mask", "few shot"],
             inputs=[
-                io.Image.Input("image", tooltip="The image to learn from; one image, not a batch."),
-                io.Image.Input("label_map", tooltip="Of the same size; every part in one colour, the rest in others."),
+                io.Image.Input("image", tooltip="The image to learn from: one image, not a batch."),
+                io.Image.Input(
+                    "label_map", tooltip="An image of the same size: each part in one colour, the background in others."
+                ),
                 io.String.Input(
                     "colors",
                     default="wheel = #e6194b\nwindow = #3cb44b",
                     multiline=True,
-                    tooltip="One part a line: its name, an equals sign, its colour.",
+                    tooltip="One part per line: its name, an equals sign, its colour.",
                 ),
                 previous_input(),
             ],
@@ -117,37 +119,37 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
         with named_errors("SLiMe Example from Label Map"):
             images, maps = as_images(image), as_images(label_map)
             if len(images) != 1 or len(maps) != 1:
-                raise SlimeError(f"got {len(images)} images and {len(maps)} label maps; connect one of each.")
+                raise SlimeError(f"There are {len(images)} images and {len(maps)} label maps. Connect one of each.")
             if images.shape != maps.shape:
                 raise SlimeError(
-                    f"the label map is {maps.shape[2]}x{maps.shape[1]} but the image is "
-                    f"{images.shape[2]}x{images.shape[1]}; they must have the same size."
+                    f"The label map is {maps.shape[2]}x{maps.shape[1]} but the image is "
+                    f"{images.shape[2]}x{images.shape[1]}. Resize the label map, with nearest neighbours."
                 )
             examples = merge_examples(previous or (), Example.from_colors(images[0], maps[0], parse_colors(colors)))
-        return shown(cls, examples)
+        return examples_result(cls, examples)
 
 
 def parse_colors(text: str) -> dict[str, tuple[int, int, int]]:
-    """ "wheel = #e6194b" lines as names and RGB colours."""
-    found: dict[str, tuple[int, int, int]] = {}
+    """Parse lines such as "wheel = #e6194b" into RGB colours by name."""
+    colors: dict[str, tuple[int, int, int]] = {}
     for line in filter(None, (line.strip() for line in text.splitlines())):
-        name, _, color = (piece.strip() for piece in line.rpartition("="))
+        name, _, color = (word.strip() for word in line.rpartition("="))
         if not name or not re.fullmatch(r"#[0-9a-fA-F]{6}", color):
-            raise SlimeError(f'"{line}" is not a part and its colour; write for example: wheel = #e6194b')
-        if name in found:
-            raise SlimeError(f'"{name}" is given twice.')
+            raise SlimeError(f'"{line}" is not a part and its colour. Write for example: wheel = #e6194b')
+        if name in colors:
+            raise SlimeError(f'"{name}" is listed twice. Use one line per part.')
         red, green, blue = bytes.fromhex(color[1:])
-        found[name] = (red, green, blue)
-    return found
+        colors[name] = (red, green, blue)
+    return colors
 
 
-def shown(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> io.NodeOutput:
-    """Examples with a picture of the newest one."""
+def examples_result(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> io.NodeOutput:
+    """Return examples with a preview of the newest one."""
     newest = examples[-1]
     palette = default_palette(len(newest.names))
     preview = overlays(newest.image[None], newest.labels[None], palette)
-    shown = ui.PreviewImage(with_legend(preview, newest.names, palette), cls=cls)
-    return io.NodeOutput(examples, to_core(preview), ui=shown)
+    preview_image = ui.PreviewImage(with_legend(preview, newest.names, palette), cls=cls)
+    return io.NodeOutput(examples, to_core(preview), ui=preview_image)
 
 
 def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:
@@ -155,11 +157,12 @@ def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:
     names = check_names(split_names(text))
     if len(images) != 1:
         raise SlimeError(
-            f"got a batch of {len(images)} images; connect one image, and chain one example for each image."
+            f"The image is a batch of {len(images)}. Connect one image, and chain one SLiMe Example per image."
         )
     if len(masks) != len(names):
         raise SlimeError(
-            f"got {len(masks)} masks for {len(names)} names ({', '.join(names)}); give one mask for each name, "
-            "for example with a Mask Batch, or chain one SLiMe Example for each part."
+            f"There are {len(masks)} masks for {len(names)} names ({', '.join(names)}). Connect one mask for each "
+            "name, as "
+            "a batch, or chain one SLiMe Example per part."
         )
     return Example.from_masks(images[0], dict(zip(names, masks, strict=True)))

@@ -1,4 +1,4 @@
-"""Save and load learned embeddings in models/slime."""
+"""Save SLiMe Embeddings and Load SLiMe Embeddings: files in models/slime, or a text inside a workflow."""
 
 from __future__ import annotations
 
@@ -9,44 +9,46 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..slime.embedding_files import load_embeddings, save_embeddings
+from ..slime.edit import describe
+from ..slime.embedding_files import from_text, load_embeddings, save_embeddings, to_text
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
-from .common import Embeddings, named_errors, schema
+from .common import Embeddings, advanced, named_errors, schema
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "slime"
-PICTURES = Path(__file__).resolve().parent.parent / "example_workflows" / "pictures"
+SAMPLE_IMAGES = Path(__file__).resolve().parent.parent / "example_workflows" / "pictures"
 SUFFIX = ".safetensors"
 NOTHING_SAVED = "(nothing saved yet)"
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff\\/]')
 _DEVICES = re.compile(
     r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE
 )  # Windows opens no file of such a name
-LONGEST = 150  # bytes of a name; file systems take 255, a number and the ending come on top
+LONGEST = 150  # bytes of a name; file systems allow 255, and a number and the suffix are added
 
 
 def register_folder() -> None:
-    """Make models/slime known for .safetensors only, keeping folders that extra_model_paths.yaml added."""
+    """Register models/slime for .safetensors only, keeping folders that extra_model_paths.yaml added."""
     folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, {SUFFIX})
 
 
-def place_pictures() -> None:
-    """Put the small pictures of the bundled workflows where Load Image finds them, so that they run untouched."""
+def copy_sample_images() -> None:
+    """Copy the small images of the templates to where Load Image finds them, so that the templates run as they are."""
     target = Path(folder_paths.get_input_directory())
-    for picture in PICTURES.iterdir() if PICTURES.is_dir() else ():
+    for image in SAMPLE_IMAGES.iterdir() if SAMPLE_IMAGES.is_dir() else ():
         try:
-            if not (target / picture.name).exists():
-                shutil.copyfile(picture, target / picture.name)
-        except OSError as error:  # a folder that may not be written to: the workflows ask for pictures then
-            logger.warning("SLiMe: %s could not be copied to %s (%s)", picture.name, target, error)
+            if not (target / image.name).exists():
+                shutil.copyfile(image, target / image.name)
+        except OSError as error:  # a read-only folder: the templates ask for images then
+            logger.warning("SLiMe: could not copy the sample image %s to %s (%s)", image.name, target, error)
 
 
 def _folder() -> Path:
@@ -54,22 +56,24 @@ def _folder() -> Path:
 
 
 def save_path(name: str, overwrite: bool) -> Path:
-    """Path in models/slime for a name a user typed; a number is added where the file exists and may not be replaced.
+    """Return the path in models/slime for a name; a number is added if the file exists and must not be replaced.
 
     Raises:
         SlimeError: empty names and names with path separators or characters that Windows refuses.
     """
     stem = name.strip().removesuffix(SUFFIX).strip()
     if not stem or stem.strip(".") == "":
-        raise SlimeError("the file needs a name, for example car_parts.")
+        raise SlimeError("The file name is empty. Write one, for example car_parts.")
     bad = sorted(set(_FORBIDDEN.findall(stem)))
     if bad:
-        shown = " ".join(repr(one)[1:-1] for one in bad)
-        raise SlimeError(f"{name!r} cannot be a file name because of {shown}; use letters, digits, - and _.")
+        shown = " ".join(repr(character)[1:-1] for character in bad)
+        raise SlimeError(f"{name!r} cannot be a file name because of {shown}. Use letters, digits, - and _.")
     if _DEVICES.fullmatch(stem) or stem.endswith("."):
-        raise SlimeError(f'"{stem}" cannot be a file name on Windows; use another one.')
+        raise SlimeError(f'"{stem}" cannot be a file name on Windows. Use another one.')
     if len(stem.encode()) > LONGEST:
-        raise SlimeError(f"the file name is {len(stem.encode())} bytes long; at most {LONGEST} are possible.")
+        raise SlimeError(
+            f"The file name is {len(stem.encode())} bytes long; at most {LONGEST} are possible. Use a shorter one."
+        )
     path = _folder() / f"{stem}{SUFFIX}"
     number = 2
     while path.exists() and not overwrite:
@@ -88,25 +92,45 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return schema(
             node_id="SLiMeSaveEmbeddings",
-            display_name="Save Learned Embeddings",
-            description="Writes what SLiMe Train learned to models/slime: a small file to keep and to share.",
-            search_aliases=["save slime", "save segmenter", "save part embeddings"],
+            display_name="Save SLiMe Embeddings",
+            description="Saves trained parts to models/slime: a small file to keep and to share. Shows a text of "
+            "them as "
+            "well, which can be shared inside a workflow.",
+            search_aliases=[
+                "save learned embeddings",
+                "save segmenter",
+                "save part embeddings",
+                "embeddings to text",
+                "share segmenter",
+            ],
             inputs=[
                 Embeddings.Input("embeddings", tooltip="From SLiMe Train."),
                 io.String.Input("filename", default="my_parts", tooltip="File name in models/slime, without folders."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Off: a number is added when the file exists."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Off: a number is added if the file exists."),
             ],
-            outputs=[Embeddings.Output(display_name="embeddings", tooltip="The same embeddings, to go on with.")],
+            outputs=[
+                Embeddings.Output(display_name="embeddings", tooltip="The same embeddings, unchanged."),
+                io.String.Output(
+                    display_name="text",
+                    tooltip="The embeddings as text, for the input text of Load SLiMe Embeddings. Empty if they are "
+                    "too "
+                    "large for a workflow.",
+                ),
+            ],
             is_output_node=True,
         )
 
     @classmethod
     def execute(cls, embeddings: PartEmbeddings, filename: str, overwrite: bool = False) -> io.NodeOutput:
-        with named_errors("Save Learned Embeddings"):
+        with named_errors("Save SLiMe Embeddings"):
             path = save_embeddings(embeddings, save_path(filename, overwrite), overwrite)
         size = path.stat().st_size / 1024
-        text = f"{path} ({size:.0f} KB): {', '.join(embeddings.names)}"
-        return io.NodeOutput(embeddings, ui=ui.PreviewText(text))
+        saved = f"{path} ({size:.0f} KB): {', '.join(embeddings.names)}"
+        try:
+            text = to_text(embeddings)
+        except SlimeError as error:
+            return io.NodeOutput(embeddings, "", ui=ui.PreviewText(f"{saved}\n\nNo text: {error}"))
+        return io.NodeOutput(embeddings, text, ui=ui.PreviewText(f"{saved}\n\n{text}"))
 
 
 class SLiMeLoadEmbeddings(io.ComfyNode):
@@ -115,35 +139,66 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
         files = folder_paths.get_filename_list(FOLDER)
         return schema(
             node_id="SLiMeLoadEmbeddings",
-            display_name="Load Learned Embeddings",
-            description="Reads embeddings from models/slime.",
-            search_aliases=["load slime", "load segmenter", "load part embeddings"],
+            display_name="Load SLiMe Embeddings",
+            description="Loads trained parts from models/slime, or from a text of Save SLiMe Embeddings; shows what is "
+            "inside.",
+            search_aliases=[
+                "load learned embeddings",
+                "load segmenter",
+                "load part embeddings",
+                "embeddings from text",
+                "embeddings info",
+            ],
             inputs=[
                 io.Combo.Input(
                     "filename",
                     options=files or [NOTHING_SAVED],
-                    tooltip="A file in models/slime; refresh (R) after saving a new one.",
+                    tooltip="A file in models/slime. Press R after saving a new one.",
+                ),
+                advanced(
+                    io.String.Input(
+                        "text",
+                        default="",
+                        multiline=True,
+                        optional=True,
+                        tooltip="A text from Save SLiMe Embeddings, which begins with slime1:. Used instead of the "
+                        "file; "
+                        "connect clip in SLiMe Segment.",
+                    )
                 ),
             ],
             outputs=[
                 Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment, or SLiMe Train to continue."),
-                io.String.Output(display_name="names", tooltip="The parts in the file, separated by commas."),
+                io.String.Output(display_name="names", tooltip="The part names, separated by commas."),
             ],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, filename: str) -> str:
-        path = folder_paths.get_full_path(FOLDER, filename)
+    def validate_inputs(cls, filename: Any = None) -> bool:
+        """Accept any file name: a workflow with a text needs no file, and execute says what is missing."""
+        del filename
+        return True
+
+    @classmethod
+    def fingerprint_inputs(cls, filename: str | None = None, text: str | None = None) -> str:
+        path = folder_paths.get_full_path(FOLDER, filename) if filename and not text else None
         if path is None:
-            return filename
+            return f"{filename}/{text}"
         status = os.stat(path)
         return f"{filename}/{status.st_mtime_ns}/{status.st_size}"
 
     @classmethod
-    def execute(cls, filename: str) -> io.NodeOutput:
-        with named_errors("Load Learned Embeddings"):
-            path = folder_paths.get_full_path(FOLDER, filename)
-            if path is None:
-                raise SlimeError(f'there is no "{filename}" in models/slime. Save embeddings first, then refresh.')
-            embeddings = load_embeddings(path)
-        return io.NodeOutput(embeddings, ", ".join(embeddings.names))
+    def execute(cls, filename: str, text: str = "") -> io.NodeOutput:
+        with named_errors("Load SLiMe Embeddings"):
+            embeddings = from_text(text) if text.strip() else _load(filename)
+        return io.NodeOutput(embeddings, ", ".join(embeddings.names), ui=ui.PreviewText(describe(embeddings)))
+
+
+def _load(filename: str) -> PartEmbeddings:
+    path = folder_paths.get_full_path(FOLDER, filename)
+    if path is None:
+        raise SlimeError(
+            f'There is no file "{filename}" in models/slime. Save embeddings with Save SLiMe Embeddings, press R, and '
+            "choose it again."
+        )
+    return load_embeddings(path)

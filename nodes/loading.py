@@ -13,25 +13,27 @@ import torch
 
 PRECISION = "manual_cast_dtype"  # the object patch of ComfyUI's ModelComputeDtype
 
-_AS_THEY_LIE: ContextVar[bool] = ContextVar("as_they_lie", default=False)
+_WITHOUT_LOADING: ContextVar[bool] = ContextVar("without_loading", default=False)
 
 
 def load_model(patcher: Any, memory: float, whole: bool = False) -> None:
-    """ComfyUI's ``load_models_gpu``, in inference mode, as ComfyUI itself: weights that were made in it and are moved
-    outside of it become tensors that no layer takes."""
-    if not _AS_THEY_LIE.get():
+    """Call ComfyUI's ``load_models_gpu`` in inference mode, as ComfyUI does.
+
+    Weights that were created in it and are moved outside of it become tensors that no layer accepts.
+    """
+    if not _WITHOUT_LOADING.get():
         with torch.inference_mode():
             comfy.model_management.load_models_gpu([patcher], memory_required=memory, force_full_load=whole)
 
 
 @contextmanager
-def as_they_lie() -> Iterator[None]:
-    """Inside sampling, which has loaded what it needs: no weights are moved."""
-    token = _AS_THEY_LIE.set(True)
+def without_loading() -> Iterator[None]:
+    """Make :func:`load_model` do nothing: during sampling all models are loaded, and must not move."""
+    token = _WITHOUT_LOADING.set(True)
     try:
         yield
     finally:
-        _AS_THEY_LIE.reset(token)
+        _WITHOUT_LOADING.reset(token)
 
 
 def checkpoint_patcher(patcher: Any) -> Any:

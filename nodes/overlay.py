@@ -1,4 +1,4 @@
-"""SLiMe Overlay: see the parts, and the label map in exact colours."""
+"""SLiMe Overlay: draw the parts over their images, and as a label map."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ class SLiMeOverlay(io.ComfyNode):
             is_output_node=True,
             category=RESULTS,
             display_name="SLiMe Overlay",
-            description="Draws the found parts over their images, and as a label map in exact colours.",
+            description="Draws the parts over their images, and as a label map in exact colours.",
             search_aliases=["overlay", "label map", "segmentation preview", "color mask"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
-                io.Float.Input("opacity", default=0.55, min=0.0, max=1.0, step=0.05, tooltip="Of the tint."),
-                io.Boolean.Input("legend", default=True, tooltip="Names and colours in the corner."),
+                io.Float.Input("opacity", default=0.55, min=0.0, max=1.0, step=0.05, tooltip="Opacity of the tint."),
+                io.Boolean.Input("legend", default=True, tooltip="Show names and colours in the corner."),
             ],
             outputs=[
                 io.Image.Output(display_name="overlay", tooltip="The images with their parts tinted."),
-                io.Image.Output(display_name="label_map", tooltip="One exact colour for each part, black background."),
+                io.Image.Output(display_name="label_map", tooltip="One exact colour per part on black."),
             ],
         )
 

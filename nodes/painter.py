@@ -22,32 +22,30 @@ from ..slime.errors import SlimeError
 from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
 from ..slime.parts.runs import decode_runs
-from .common import Examples, Parts, as_images, named_errors, pixel_digest, say, schema, to_core
-from .found_parts import FOUND, read_found
+from .common import Examples, Parts, as_images, named_errors, pixel_digest, schema, show_text, to_core
+from .initial_masks import INITIAL_MASKS, read_initial_masks
 
 VERSION = 1
 TEXT_LIMIT = 16 * 2**20  # characters
 # The type whose widget web/slime_painter.js draws.
 Painted = io.Custom("SLIME_PAINTING")
-NOTHING = (
-    "SLiMe Part Painter: nothing is painted yet. Choose a part in the node, paint it on the image, and queue again."
-)
-PROPOSED = "What was found stands here now. Correct it, and run again."
+NOTHING = "SLiMe Part Painter: nothing is painted. Choose a part in the node, paint it on the image, and run again."
+PROPOSED = "The masks are in the painter now. Correct them, and run again."
 ANOTHER = (
-    "SLiMe Part Painter: the connected image is another one than the painting was made on. Take what was found, or "
-    "paint anew, and queue again."
+    "SLiMe Part Painter: the painting belongs to another image than the connected one. Press the arrow to take the "
+    "initial masks, or paint again, and run."
 )
 
 
 @dataclass(frozen=True)
 class Painting:
-    """What web/painter/painting.js saves.
+    """A painting as web/painter/painting.js saves it.
 
     Attributes:
-        image: file below ComfyUI's folders as "subfolder/name [type]", or None.
+        image: file in ComfyUI's folders as "subfolder/name [type]", or None.
         names, colors: of the parts, in the order of their labels.
-        labels: [h, w] uint8, or None where nothing was painted; stretched to the image.
-        of: digest of the connected image it was painted on, or None where that is not known.
+        labels: [h, w] uint8, resized to the image later; None where nothing was painted.
+        of: digest of the connected image it was painted on, or None if unknown.
     """
 
     image: str | None
@@ -58,45 +56,45 @@ class Painting:
 
     @classmethod
     def parse(cls, text: str) -> Painting:
-        """Raises SlimeError for text that the painter did not write."""
+        """Parse a painting; raise SlimeError for text that the painter did not write."""
         with _readable():
             saved = _saved(text)
             colors = [bytes.fromhex(_short(part["color"]).removeprefix("#")) for part in saved["parts"]]
             labels = decode_runs(saved["runs"], saved["width"], saved["height"]) if saved["runs"] else None
             names = tuple(_short(part["name"]) for part in saved["parts"])
             of = _short(saved["of"]) if saved.get("of") else None
-            return cls(_place(saved), names, tuple((c[0], c[1], c[2]) for c in colors), labels, of)
+            return cls(_annotated_name(saved), names, tuple((c[0], c[1], c[2]) for c in colors), labels, of)
 
     def image_path(self) -> Path:
-        """Raises SlimeError where there is no image, no longer, or outside ComfyUI's folders."""
+        """Return the image's path; raise SlimeError if there is none, or it is outside ComfyUI's folders."""
         if self.image is None:
-            raise SlimeError("there is no image. Load one in the node, drop one on it, or connect one.")
+            raise SlimeError("There is no image. Load one in the node, drop one on it, or connect one.")
         path = image_file(self.image)
         if path is None:
-            raise SlimeError(f"the image {self.image} is not there any more. Load it again in the node.")
+            raise SlimeError(f"The image {self.image} no longer exists. Load it again in the node.")
         return path
 
 
 @contextmanager
 def _readable() -> Iterator[None]:
-    """One error for text that the painter did not write."""
+    """Turn every error about text that the painter did not write into one SlimeError."""
     try:
         yield
     except SlimeError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, OverflowError) as error:
-        raise SlimeError(f"the painting cannot be read ({error}). Delete the node and paint anew.") from error
+        raise SlimeError(f"The painting cannot be read ({error}). Add a new painter and paint again.") from error
 
 
 def _saved(text: str) -> dict[str, Any]:
-    """The painter's JSON, before anything is made of it."""
+    """Parse the painter's JSON, and check its version and size."""
     if len(text) > TEXT_LIMIT:
         raise ValueError(f"{len(text)} characters")
     saved = json.loads(text) if text else {"version": VERSION, "image": None, "parts": [], "runs": ""}
     if saved["version"] > VERSION:
-        raise SlimeError("the painting was saved by a newer version of SLiMe; update the extension.")
+        raise SlimeError("The painting was saved by a newer version of SLiMe. Update the extension.")
     if len(saved["parts"]) > MAX_PARTS:
-        raise SlimeError(f"{len(saved['parts'])} parts are listed; at most {MAX_PARTS} are possible.")
+        raise SlimeError(f"The painting has {len(saved['parts'])} parts; at most {MAX_PARTS} are possible.")
     return dict(saved)
 
 
@@ -106,23 +104,23 @@ def _short(value: Any) -> str:
     return value
 
 
-def _place(saved: dict[str, Any]) -> str | None:
+def _annotated_name(saved: dict[str, Any]) -> str | None:
     file = saved["image"]
     if not file:
         return None
     return f"{_short(file['subfolder'])}/{_short(file['name'])} [{_short(file['type'])}]".lstrip("/")
 
 
-def image_file(place: str) -> Path | None:
-    """Path of an image below ComfyUI's folders by its annotated name, or None where there is none.
+def image_file(name: str) -> Path | None:
+    """Return the path of an image in ComfyUI's folders by its annotated name, or None if there is none.
 
     Raises:
-        SlimeError: it lies elsewhere, be it by ``..`` or behind a link.
+        SlimeError: it is elsewhere, by ``..`` or through a link.
     """
-    path = Path(folder_paths.get_annotated_filepath(place))
-    ways = (folder_paths.get_input_directory, folder_paths.get_output_directory, folder_paths.get_temp_directory)
-    if not any(path.resolve().is_relative_to(Path(folder()).resolve()) for folder in ways):
-        raise SlimeError(f"the image {place} lies outside ComfyUI's own folders. Copy it into the folder input.")
+    path = Path(folder_paths.get_annotated_filepath(name))
+    folders = (folder_paths.get_input_directory, folder_paths.get_output_directory, folder_paths.get_temp_directory)
+    if not any(path.resolve().is_relative_to(Path(folder()).resolve()) for folder in folders):
+        raise SlimeError(f"The image {name} is outside ComfyUI's folders. Copy it into the folder input.")
     return path if path.is_file() else None
 
 
@@ -134,26 +132,37 @@ class SLiMePartPainter(io.ComfyNode):
             essentials_category="Image Tools",
             display_name="SLiMe Part Painter",
             description="Paint several parts on one image, each in its colour and with its name.",
-            search_aliases=["paint mask", "draw mask", "mask editor", "label image", "annotate"],
+            search_aliases=[
+                "paint",
+                "paint mask",
+                "draw mask",
+                "mask editor",
+                "label image",
+                "annotate",
+                "teach",
+                "wheel",
+            ],
             inputs=[
-                Painted.Input("painting", tooltip="The painted parts; they travel inside the workflow."),
+                Painted.Input("painting", tooltip="The painted parts; they are saved in the workflow."),
                 io.Image.Input(
                     "image",
                     optional=True,
-                    tooltip="An image to paint on instead of one loaded in the node. Queue once to see it here, unless "
-                    "it comes from Load Image.",
+                    tooltip="An image to paint on, instead of one loaded in the node. Run once to see it here, "
+                    "unless it "
+                    "comes from Load Image.",
                 ),
                 Examples.Input(
                     "previous",
                     optional=True,
-                    tooltip="Other examples. The same image adds parts to it, another is one more example.",
+                    tooltip="Another example. The same image adds parts to it, another image is one more example.",
                 ),
                 io.MultiType.Input(
-                    "found",
-                    list(FOUND),
+                    "initial_masks",
+                    list(INITIAL_MASKS),
                     optional=True,
-                    tooltip="Rough parts to correct: SLiMe parts of one image, masks, SEGS or bounding boxes. Queue "
-                    "once to see them here.",
+                    tooltip="Masks to correct: SLiMe parts of one image, masks, SEGS or bounding boxes. Run once to "
+                    "see "
+                    "them here.",
                 ),
             ],
             outputs=[
@@ -165,13 +174,14 @@ class SLiMePartPainter(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, painting: str, **others: Any) -> str:
-        """Runs again when the image file changes."""
+    def fingerprint_inputs(cls, painting: str | None = None, **others: Any) -> str:
+        """Return a key that changes with the painting and the image file."""
+        del others
         try:
             with _readable():
-                place = _place(_saved(painting))
-            path = image_file(place) if place else None
-        except SlimeError:  # said when the node runs
+                name = _annotated_name(_saved(painting or ""))
+            path = image_file(name) if name else None
+        except SlimeError:  # execute reports it
             path = None
         stamp = path.stat().st_mtime_ns if path is not None else ""
         return hashlib.sha256(f"{painting}{stamp}".encode(errors="replace")).hexdigest()
@@ -182,49 +192,56 @@ class SLiMePartPainter(io.ComfyNode):
         painting: str,
         image: Tensor | None = None,
         previous: Sequence[Example] | None = None,
-        found: Any = None,
+        initial_masks: Any = None,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Part Painter"):
             painted = Painting.parse(painting)
-            if image is None and isinstance(found, Parts):
-                image = found.images
-            pixels = read_picture(painted.image_path()) if image is None else _one(image)
-            shown: dict[str, Any] = {}
+            if image is None and isinstance(initial_masks, Parts):
+                image = initial_masks.images
+            pixels = read_image(painted.image_path()) if image is None else _single(image)
             digest = None if image is None else pixel_digest(pixels[0])
-            if image is not None:
-                shown["slime_painter"] = ui.PreviewImage(pixels, cls=cls).as_dict()["images"]
-                shown["slime_of"] = [digest]
-            if found is not None:
-                shown["slime_found"] = [read_found(found, (pixels.shape[1], pixels.shape[2])).for_painter()]
+            shown = _for_painter(cls, pixels, digest, initial_masks)
             if painted.labels is None or not painted.labels.any():
-                # The image reaches the canvas all the same; what follows waits.
-                if found is None:
+                # The image reaches the painter all the same; later nodes wait.
+                if initial_masks is None:
                     return io.NodeOutput(None, None, None, ui=shown, block_execution=NOTHING)
-                say(getattr(cls.hidden, "unique_id", None), PROPOSED)
+                show_text(getattr(cls.hidden, "unique_id", None), PROPOSED)
                 return io.NodeOutput(*[ExecutionBlocker(None)] * 3, ui=shown)
             if digest is not None and painted.of not in (None, digest):
                 return io.NodeOutput(None, None, None, ui=shown, block_execution=ANOTHER)
-            labels = _stretched(painted.labels, pixels.shape[1], pixels.shape[2])
+            labels = _resized(painted.labels, pixels.shape[1], pixels.shape[2])
             example = _example(pixels[0], labels, painted)
             examples = merge_examples(previous or (), example)
-        picture = torch.from_numpy(color_labels(labels, painted.colors)).float()[None] / 255
-        return io.NodeOutput(examples, to_core(pixels), to_core(picture), ui=shown)
+        label_image = torch.from_numpy(color_labels(labels, painted.colors)).float()[None] / 255
+        return io.NodeOutput(examples, to_core(pixels), to_core(label_image), ui=shown)
+
+
+def _for_painter(cls: type[io.ComfyNode], pixels: Tensor, digest: str | None, initial_masks: Any) -> dict[str, Any]:
+    """Return what web/slime_painter.js gets: the connected image and its digest, and the initial masks."""
+    shown: dict[str, Any] = {}
+    if digest is not None:
+        shown["slime_image"] = ui.PreviewImage(pixels, cls=cls).as_dict()["images"]
+        shown["slime_digest"] = [digest]
+    if initial_masks is not None:
+        size = (pixels.shape[1], pixels.shape[2])
+        shown["slime_initial_masks"] = [read_initial_masks(initial_masks, size).for_painter()]
+    return shown
 
 
 def _example(image: torch.Tensor, labels: np.ndarray, painted: Painting) -> Example:
-    """Parts in the list that are not painted here are left out."""
+    """Make the example; parts that are listed but not painted are left out."""
     present = [label for label in range(1, len(painted.names) + 1) if (labels == label).any()]
     table = np.zeros(256, np.int64)
     table[present] = range(1, len(present) + 1)
     return Example.from_label_map(image, torch.from_numpy(table[labels]), [painted.names[i - 1] for i in present])
 
 
-def _stretched(labels: np.ndarray, height: int, width: int) -> np.ndarray:
+def _resized(labels: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
 
 
-def read_picture(path: Path) -> torch.Tensor:
-    """[1, H, W, 3] in [0, 1], turned as the camera says, as browsers show it."""
+def read_image(path: Path) -> torch.Tensor:
+    """Read an image file as [1, H, W, 3] in [0, 1], rotated by its EXIF data as browsers do."""
     try:
         with Image.open(path) as file:
             pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
@@ -233,8 +250,8 @@ def read_picture(path: Path) -> torch.Tensor:
     return torch.from_numpy(pixels).float()[None] / 255
 
 
-def _one(image: torch.Tensor) -> torch.Tensor:
+def _single(image: torch.Tensor) -> torch.Tensor:
     images = as_images(image)
     if len(images) != 1:
-        raise SlimeError(f"got a batch of {len(images)} images; connect one image, and paint a node for each.")
+        raise SlimeError(f"The image is a batch of {len(images)}. Connect one image, and use one painter per image.")
     return images

@@ -1,4 +1,4 @@
-"""SLiMe Part Detailer: redraw small parts at the model's full resolution, piece by piece."""
+"""SLiMe Part Detailer: redraw small parts at the model's full resolution, region by region."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from torch import Tensor
 from ..slime.errors import SlimeError
 from ..slime.parts.masks import MaskShape, shape_mask
 from ..slime.parts.regions import Region, part_regions
-from .common import SAMPLING, Parts, PartsSocket, expert, named_errors, schema, split_names, to_core
+from .common import SAMPLING, Parts, PartsSocket, advanced, named_errors, schema, split_names, to_core
 from .part_outputs import crop_region
 
 
@@ -33,17 +33,18 @@ class SLiMePartDetailer(io.ComfyNode):
             category=SAMPLING,
             is_output_node=True,
             display_name="SLiMe Part Detailer",
-            description="Cuts out every piece of the parts, redraws it at full resolution and puts it back. What is "
-            "outside of the parts stays as it is, to the bit.",
+            description="Crops every region of the parts, redraws it at full resolution and pastes it back. Pixels "
+            "outside "
+            "the parts do not change.",
             search_aliases=["detailer", "face detailer", "fix hands", "inpaint crop and stitch", "upscale part"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment; its images are redrawn."),
-                io.Model.Input("model", tooltip="The model that redraws, an inpainting model too."),
+                io.Model.Input("model", tooltip="The model that redraws; an inpainting model works too."),
                 io.Vae.Input("vae", tooltip="The VAE of that model."),
-                io.Conditioning.Input("positive", tooltip="What the parts should look like."),
-                io.Conditioning.Input("negative", tooltip="What they should not look like."),
+                io.Conditioning.Input("positive", tooltip="Prompt for the parts."),
+                io.Conditioning.Input("negative", tooltip="Negative prompt."),
                 io.String.Input(
-                    "names", default="", tooltip="Parts to redraw, separated by commas. Empty takes every part."
+                    "names", default="", tooltip="Names of the parts to redraw, separated by commas. Empty = all parts."
                 ),
                 io.Int.Input(
                     "seed",
@@ -51,10 +52,12 @@ class SLiMePartDetailer(io.ComfyNode):
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Of the first piece; every further one has the next number.",
+                    tooltip="Seed of the first region; each further region uses the next number.",
                 ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Steps of sampling for each piece."),
-                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Strength of the guidance."),
+                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps per region."),
+                io.Float.Input(
+                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance scale."
+                ),
                 io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
                 io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
                 io.Float.Input(
@@ -63,7 +66,7 @@ class SLiMePartDetailer(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much is drawn anew: .3 sharpens, 1 forgets what was there, 0 changes nothing.",
+                    tooltip="How much changes: 0.3 sharpens, 1 replaces everything, 0 = off.",
                 ),
                 io.Int.Input(
                     "size",
@@ -71,8 +74,9 @@ class SLiMePartDetailer(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Longer side in pixels that a piece is redrawn at: what the model was made for, 512 for "
-                    "SD1.5, 1024 for SDXL. A larger piece keeps its size.",
+                    tooltip="Longer side in pixels at which a region is redrawn: 512 for SD1.5, 1024 for SDXL. A "
+                    "larger "
+                    "region keeps its size.",
                 ),
                 io.Float.Input(
                     "crop_factor",
@@ -80,26 +84,30 @@ class SLiMePartDetailer(io.ComfyNode):
                     min=1.0,
                     max=10.0,
                     step=0.1,
-                    tooltip="Size of what the model sees, relative to the piece: what is around it helps.",
+                    tooltip="Size of the crop relative to the region. Its surroundings help the model.",
                 ),
-                io.Int.Input("grow", default=4, min=-512, max=512, tooltip="Widen the pieces by pixels."),
+                io.Int.Input("grow", default=4, min=-512, max=512, tooltip="Widen the regions by pixels."),
                 io.Int.Input(
-                    "feather", default=8, min=0, max=512, tooltip="Soften the border over about so many pixels."
+                    "feather", default=8, min=0, max=512, tooltip="Blur the border over about this many pixels."
                 ),
                 io.Boolean.Input(
                     "separate",
                     default=True,
-                    tooltip="On: every connected piece by itself. Off: all pieces of a part at once.",
+                    tooltip="On: redraw every connected region separately. Off: all regions of a part at once.",
                 ),
-                expert(
+                advanced(
                     io.Int.Input(
-                        "minimum_area", default=16, min=1, max=1_000_000, tooltip="Leave pieces with fewer pixels."
+                        "minimum_area",
+                        default=16,
+                        min=1,
+                        max=1_000_000,
+                        tooltip="Ignore connected regions with fewer pixels.",
                     )
                 ),
             ],
             outputs=[
                 io.Image.Output(display_name="image", tooltip="The images with their parts redrawn."),
-                io.Mask.Output(display_name="mask", tooltip="What was redrawn, soft at the border."),
+                io.Mask.Output(display_name="mask", tooltip="The redrawn pixels, soft at the border."),
             ],
         )
 
@@ -127,29 +135,29 @@ class SLiMePartDetailer(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors("SLiMe Part Detailer"):
             wanted = _wanted(parts, split_names(names))
-        images = parts.images[..., :3].expand(*parts.images.shape[:3], 3).clone()  # of grey ones three channels
-        drawn = torch.zeros(images.shape[:3])
+        images = parts.images[..., :3].expand(*parts.images.shape[:3], 3).clone()  # three channels of grey ones
+        redrawn_mask = torch.zeros(images.shape[:3])
         shape = MaskShape(grow=grow, feather=feather)
         sampling = _Sampling(model, vae, positive, negative, steps, cfg, sampler_name, scheduler, denoise)
-        pieces = list(_pieces(parts, wanted, separate, minimum_area)) if denoise > 0 else []
-        for number, (index, region) in enumerate(pieces):
+        regions = list(_regions(parts, wanted, separate, minimum_area)) if denoise > 0 else []
+        for number, (index, region) in enumerate(regions):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            mask = _piece_mask(region, (images.shape[1], images.shape[2]), shape)
-            if not mask.any():  # shrunk away
+            mask = _region_mask(region, (images.shape[1], images.shape[2]), shape)
+            if not mask.any():  # nothing left after shrinking
                 continue
             top, left, bottom, right = _crop(mask, crop_factor)
             pixels, soft = images[index, top:bottom, left:right], mask[top:bottom, left:right]
-            working = _working(pixels.shape[0], pixels.shape[1], size, max(8, vae.spacial_compression_encode()))
+            working = _working_size(pixels.shape[0], pixels.shape[1], size, max(8, vae.spacial_compression_encode()))
             redrawn = sampling.redraw(pixels, soft, working, (seed + number) % 2**64)
             weights = soft[..., None]
             pixels.copy_(torch.where(weights > 0, weights * redrawn + (1 - weights) * pixels, pixels))
-            drawn[index] = torch.maximum(drawn[index], mask)
-        return io.NodeOutput(to_core(images), to_core(drawn), ui=ui.PreviewImage(images, cls=cls))
+            redrawn_mask[index] = torch.maximum(redrawn_mask[index], mask)
+        return io.NodeOutput(to_core(images), to_core(redrawn_mask), ui=ui.PreviewImage(images, cls=cls))
 
 
 @dataclass(frozen=True)
 class _Sampling:
-    """ComfyUI's sampling of a piece, with its prompts."""
+    """ComfyUI's sampling of a region, with its prompts."""
 
     model: Any
     vae: Any
@@ -162,7 +170,7 @@ class _Sampling:
     denoise: float
 
     def redraw(self, pixels: Tensor, mask: Tensor, size: tuple[int, int], seed: int) -> Tensor:
-        """Pixels [h, w, 3] drawn anew inside the mask [h, w], at ``size`` and brought back."""
+        """Redraw pixels [h, w, 3] inside the mask [h, w] at ``size``; return them at their own size."""
         shown, inside = _resized(pixels, size)[None], _resized(mask[..., None], size)[None, ..., 0]
         latent = self.vae.encode(shown)
         sampled = comfy.sample.sample(
@@ -180,40 +188,44 @@ class _Sampling:
             disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
             seed=seed,
         )
-        found = self.vae.decode(sampled)
-        found = found.reshape(-1, *found.shape[-3:])[0, ..., :3]  # of a video's frames the one there is
-        return _resized(found.to(pixels), (pixels.shape[0], pixels.shape[1]))
+        decoded = self.vae.decode(sampled)
+        decoded = decoded.reshape(-1, *decoded.shape[-3:])[0, ..., :3]  # the one frame of a video VAE
+        return _resized(decoded.to(pixels), (pixels.shape[0], pixels.shape[1]))
 
     def _for_inpainting(self, pixels: Tensor, mask: Tensor) -> list[Any]:
-        """Both prompts with what an inpainting model takes besides, as ComfyUI's InpaintModelConditioning gives it;
-        other models do not look at it."""
+        """Return both prompts with the entries that inpainting models need, as InpaintModelConditioning makes them.
+
+        Other models ignore these.
+        """
         hidden = (pixels - 0.5) * (1 - mask.round())[..., None] + 0.5
         more = {"concat_latent_image": self.vae.encode(hidden), "concat_mask": mask[:, None]}
-        return [node_helpers.conditioning_set_values(one, more) for one in (self.positive, self.negative)]
+        return [node_helpers.conditioning_set_values(cond, more) for cond in (self.positive, self.negative)]
 
 
 def _wanted(parts: Parts, names: list[str]) -> set[int]:
-    """Labels of the named parts, of all where none is named.
+    """Return the labels of the named parts, or of all if none is named.
 
     Raises:
         SlimeError: a name that was not learned.
     """
     unknown = [name for name in names if name not in parts.maps.names]
     if unknown:
-        raise SlimeError(f"there is no part {', '.join(unknown)}; these were learned: {', '.join(parts.maps.names)}.")
+        raise SlimeError(
+            f"There is no part {', '.join(unknown)}. The learned parts are: {', '.join(parts.maps.names)}."
+        )
     return {label for label, name in enumerate(parts.maps.names, start=1) if not names or name in names}
 
 
-def _pieces(parts: Parts, wanted: set[int], separate: bool, minimum_area: int) -> Iterator[tuple[int, Region]]:
-    """The pieces of every image of the batch, with the image's index."""
+def _regions(parts: Parts, wanted: set[int], separate: bool, minimum_area: int) -> Iterator[tuple[int, Region]]:
+    """Yield the index of an image and a region of it, for all images."""
     for index, labels in enumerate(parts.maps.label_map.numpy()):
         for region in part_regions(labels, len(parts.maps.names), separate, minimum_area):
             if region.label in wanted:
                 yield index, region
 
 
-def _piece_mask(region: Region, size: tuple[int, int], shape: MaskShape) -> Tensor:
-    """A piece's mask [H, W] on the whole image, exactly 0 where nothing is to change."""
+def _region_mask(region: Region, size: tuple[int, int], shape: MaskShape) -> Tensor:
+    """Return a region's mask [H, W] on the whole image, exactly 0 where nothing may change."""
     mask = np.zeros(size, np.float32)
     mask[region.top : region.top + region.height, region.left : region.left + region.width] = region.mask
     soft = shape_mask(torch.from_numpy(mask), shape)
@@ -221,7 +233,7 @@ def _piece_mask(region: Region, size: tuple[int, int], shape: MaskShape) -> Tens
 
 
 def _crop(mask: Tensor, factor: float) -> tuple[int, int, int, int]:
-    """Top, left, bottom and right of what is shown: the mask's box widened."""
+    """Return top, left, bottom and right of the crop: the mask's box, enlarged."""
     rows, columns = mask.any(1).nonzero()[:, 0].tolist(), mask.any(0).nonzero()[:, 0].tolist()
     height, width = mask.shape
     box = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
@@ -229,14 +241,14 @@ def _crop(mask: Tensor, factor: float) -> tuple[int, int, int, int]:
     return top, left, bottom, right
 
 
-def _working(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """A crop's height and width as it is redrawn: ``size`` at the longer side, never much smaller than it is."""
+def _working_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    """Return height and width at which a crop is redrawn: ``size`` for the longer side, or about its own if larger."""
     scale = max(1.0, size / max(height, width)) / multiple
     return max(1, round(height * scale)) * multiple, max(1, round(width * scale)) * multiple
 
 
 def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """[H, W, C] at another size, bicubic, in [0, 1]."""
+    """Resize [H, W, C], bicubic, clamped to [0, 1]."""
     if tuple(pixels.shape[:2]) == size:
         return pixels
     moved = pixels.movedim(-1, 0)[None]

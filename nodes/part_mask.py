@@ -1,11 +1,11 @@
-"""SLiMe Part Mask: one or several parts as a MASK ready for inpainting."""
+"""SLiMe Part Mask: one or several parts as a MASK for inpainting."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
 from ..slime.parts.masks import MODES, MaskShape, part_masks
-from .common import Parts, PartsSocket, expert, named_errors, schema, split_names, to_core
+from .common import Parts, PartsSocket, advanced, named_errors, schema, split_names, to_core
 
 
 class SLiMePartMask(io.ComfyNode):
@@ -16,43 +16,48 @@ class SLiMePartMask(io.ComfyNode):
             essentials_category="Image Tools",
             is_output_node=True,
             display_name="SLiMe Part Mask",
-            description="The mask of one or several parts, cleaned for inpainting.",
+            description="Makes a mask of one or several parts, cleaned for inpainting.",
             search_aliases=["part mask", "grow mask", "feather mask", "fill holes", "mask by name"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.String.Input(
                     "names",
                     default="",
-                    tooltip="Parts to take, separated by commas; background is one too. Empty takes every part.",
+                    tooltip="Names of the parts, separated by commas; background is one too. Empty = all parts.",
                 ),
                 io.Combo.Input(
                     "mode",
                     options=list(MODES),
                     default="argmax",
-                    tooltip="argmax: where the parts are the most probable class. threshold: where their probability "
-                    "reaches the threshold. soft: the probability itself.",
+                    tooltip="argmax: white where the parts are the most probable class. threshold: where their "
+                    "probability reaches the threshold. soft: the probability itself.",
                 ),
                 io.Float.Input(
-                    "threshold", default=0.5, min=0.0, max=1.0, step=0.01, tooltip="For the mode threshold."
+                    "threshold",
+                    default=0.5,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Least probability, for the mode threshold.",
                 ),
                 io.Int.Input(
                     "grow", default=0, min=-512, max=512, tooltip="Widen the mask by pixels; negative shrinks it."
                 ),
                 io.Int.Input(
-                    "feather", default=0, min=0, max=512, tooltip="Soften the border over about so many pixels."
+                    "feather", default=0, min=0, max=512, tooltip="Blur the border over about this many pixels."
                 ),
-                io.Boolean.Input("invert", default=False, tooltip="Everything but these parts."),
-                expert(
-                    io.Boolean.Input("fill_holes", default=False, optional=True, tooltip="Close holes inside the mask.")
+                io.Boolean.Input("invert", default=False, tooltip="Invert the mask."),
+                advanced(
+                    io.Boolean.Input("fill_holes", default=False, optional=True, tooltip="Fill holes in the mask.")
                 ),
-                expert(
+                advanced(
                     io.Int.Input(
                         "minimum_area",
                         default=0,
                         min=0,
                         max=1_000_000,
                         optional=True,
-                        tooltip="Drop separate pieces with fewer pixels.",
+                        tooltip="Drop connected regions with fewer pixels.",
                     )
                 ),
             ],

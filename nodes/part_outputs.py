@@ -1,4 +1,4 @@
-"""Parts in the forms other nodes take: a mask a part, bounding boxes, Impact Pack's SEGS."""
+"""Parts to Mask List, to BBoxes and to SEGS: the forms that other nodes take."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ BoundingBox = getattr(io, "BoundingBox", None) or io.Custom("BOUNDING_BOX")
 def _region_inputs() -> list[Any]:
     return [
         PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
-        io.Boolean.Input(
-            "separate", default=True, tooltip="On: every connected piece is one. Off: all pieces of a part together."
+        io.Boolean.Input("separate", default=True, tooltip="On: one per connected region. Off: one per part."),
+        io.Int.Input(
+            "minimum_area", default=16, min=1, max=1_000_000, tooltip="Ignore connected regions with fewer pixels."
         ),
-        io.Int.Input("minimum_area", default=16, min=1, max=1_000_000, tooltip="Leave out pieces with fewer pixels."),
     ]
 
 
 def _regions(parts: Parts, separate: bool, minimum_area: int) -> list[list[Region]]:
-    """Regions of every image."""
+    """Return the regions of every image."""
     labels = parts.maps.label_map.numpy()
     return [list(part_regions(label, len(parts.maps.names), separate, minimum_area)) for label in labels]
 
 
 def _score(probabilities: torch.Tensor, region: Region) -> float:
-    """Mean probability of the part inside the region, from an image's probabilities [K, H, W]."""
+    """Return the mean probability of the part inside the region, from an image's probabilities [K, H, W]."""
     rows, columns = slice(region.top, region.top + region.height), slice(region.left, region.left + region.width)
     return float(probabilities[region.label, rows, columns][torch.from_numpy(region.mask)].mean())
 
@@ -50,9 +50,9 @@ class SLiMePartList(io.ComfyNode):
         return schema(
             node_id="SLiMePartList",
             category=RESULTS,
-            display_name="SLiMe Part List",
-            description="One mask for each part, as a list, with the parts' names in the same order.",
-            search_aliases=["split masks", "mask list", "masks by name", "separate masks"],
+            display_name="SLiMe Parts to Mask List",
+            description="Makes one mask per part, as a list, with the names in the same order.",
+            search_aliases=["part list", "split masks", "mask list", "masks by name", "separate masks"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Combo.Input(
@@ -61,32 +61,29 @@ class SLiMePartList(io.ComfyNode):
                     default="argmax",
                     tooltip="argmax: exactly 0 or 1. soft: the probability of the part.",
                 ),
-                io.Boolean.Input(
-                    "skip_empty", default=False, tooltip="Leave out parts that are in none of the images."
-                ),
+                io.Boolean.Input("skip_empty", default=False, tooltip="Leave out parts that no image contains."),
             ],
             outputs=[
                 io.Mask.Output(
-                    display_name="masks", is_output_list=True, tooltip="One for each part: all images of the batch."
+                    display_name="masks", is_output_list=True, tooltip="One per part, with all images of the batch."
                 ),
-                io.String.Output(display_name="names", is_output_list=True, tooltip="The parts' names, in that order."),
+                io.String.Output(display_name="names", is_output_list=True, tooltip="The part names, in that order."),
                 io.Mask.Output(
-                    display_name="mask_batch", tooltip="The same as one batch: part after part, each with all images."
+                    display_name="mask_batch", tooltip="The same as one batch: part by part, each with all images."
                 ),
             ],
         )
 
     @classmethod
     def execute(cls, parts: Parts, mode: str = "argmax", skip_empty: bool = False) -> io.NodeOutput:
-        labels, found = parts.maps.label_map, []
+        labels, masks = parts.maps.label_map, {}
         for index, name in enumerate(parts.maps.names, start=1):
             if not skip_empty or (labels == index).any():
-                found.append((name, to_core(part_masks(parts.maps, [name], mode))))
-        if not found:
-            found = [("", to_core(torch.zeros(labels.shape)))]  # a list node with nothing to do stops the workflow
-        masks = [mask for _, mask in found]
-        batch = torch.cat(masks)
-        return io.NodeOutput(masks, [name for name, _ in found], batch, ui=ui.PreviewMask(batch, cls=cls))
+                masks[name] = to_core(part_masks(parts.maps, [name], mode))
+        if not masks:
+            masks[""] = to_core(torch.zeros(labels.shape))  # an empty list would stop the workflow
+        batch = torch.cat(list(masks.values()))
+        return io.NodeOutput(list(masks.values()), list(masks), batch, ui=ui.PreviewMask(batch, cls=cls))
 
 
 class SLiMePartBoxes(io.ComfyNode):
@@ -95,20 +92,22 @@ class SLiMePartBoxes(io.ComfyNode):
         return schema(
             node_id="SLiMePartBoxes",
             category=RESULTS,
-            display_name="SLiMe Part Boxes",
-            description="Bounding boxes of the parts, with names and scores.",
-            search_aliases=["bounding box", "bbox", "detect parts"],
+            display_name="SLiMe Parts to BBoxes",
+            description="Makes bounding boxes of the parts, with names and scores.",
+            search_aliases=["part boxes", "bounding box", "bbox", "detect parts"],
             inputs=_region_inputs(),
             outputs=[
-                BoundingBox.Output(display_name="bboxes", tooltip="For each image a list of x, y, width, height."),
-                io.String.Output(display_name="json", tooltip="The same as text."),
+                BoundingBox.Output(
+                    display_name="bboxes", tooltip="For each image a list of boxes: x, y, width, height."
+                ),
+                io.String.Output(display_name="json", tooltip="The same as JSON text."),
             ],
         )
 
     @classmethod
     def execute(cls, parts: Parts, separate: bool = True, minimum_area: int = 16) -> io.NodeOutput:
         boxes = []
-        for image, found in enumerate(_regions(parts, separate, minimum_area)):
+        for image, regions in enumerate(_regions(parts, separate, minimum_area)):
             probabilities = parts.maps.pixels(slice(image, image + 1))[0]
             boxes.append(
                 [
@@ -120,7 +119,7 @@ class SLiMePartBoxes(io.ComfyNode):
                         "label": parts.maps.names[region.label - 1],
                         "score": round(_score(probabilities, region), 4),
                     }
-                    for region in found
+                    for region in regions
                 ]
             )
         text = json.dumps(boxes)
@@ -138,15 +137,16 @@ class SLiMePartSegs(io.ComfyNode):
                 min=1.0,
                 max=10.0,
                 step=0.1,
-                tooltip="Size of the crop around a piece, for detailers, relative to the piece.",
+                tooltip="Size of the crop around a region, for detailers, relative to the region.",
             )
         )
         return schema(
             node_id="SLiMePartSegs",
             category=RESULTS,
-            display_name="SLiMe Part SEGS",
-            description="Parts as SEGS with the parts' names as labels, for the Impact Pack. First image of a batch.",
-            search_aliases=["segs", "impact pack", "detailer", "mask to segs"],
+            display_name="SLiMe Parts to SEGS",
+            description="Makes SEGS of the parts, with the names as labels, for the Impact Pack. First image of a "
+            "batch.",
+            search_aliases=["part segs", "segs", "impact pack", "detailer", "mask to segs"],
             inputs=inputs,
             outputs=[io.SEGS.Output(display_name="segs", tooltip="For Impact Pack's detailers and SEGS filters.")],
         )
@@ -170,7 +170,7 @@ class SLiMePartSegs(io.ComfyNode):
 
 
 def crop_region(box: tuple[int, int, int, int], factor: float, width: int, height: int) -> tuple[int, int, int, int]:
-    """A box (x1, y1, x2, y2) widened about its centre by ``factor`` and shifted into the image."""
+    """Enlarge a box (x1, y1, x2, y2) about its centre by ``factor``, and shift it into the image."""
     x1, y1, x2, y2 = box
     wide, high = min(round((x2 - x1) * factor), width), min(round((y2 - y1) * factor), height)
     left = min(max((x1 + x2 - wide) // 2, 0), width - wide)

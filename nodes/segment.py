@@ -11,23 +11,23 @@ from torch import Tensor
 
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
-from ..slime.segment import Segmenter
 from ..slime.settings import SegmentSettings
+from .backbones import build_backbone, clip_vision_input, latent_input, model_inputs, resolve_inputs
 from .common import (
     Embeddings,
+    advanced,
     clip_input,
     confidence_input,
-    draws_input,
-    expert,
     flip_input,
     named_errors,
     parts_outputs,
     parts_result,
     refine_input,
+    samples_input,
     schema,
     seed_input,
 )
-from .connected import clip_vision_input, connected, latent_input, looking_inputs, shown
+from .feature_cache import segment_cached
 
 
 class SLiMeSegment(io.ComfyNode):
@@ -38,49 +38,60 @@ class SLiMeSegment(io.ComfyNode):
             essentials_category="Image Tools",
             is_output_node=True,
             display_name="SLiMe Segment",
-            description="Finds the learned parts in other images, with one pass through the model each.",
-            search_aliases=["segment", "one shot segmentation", "mask", "part segmentation", "segment same thing"],
+            description="Finds the learned parts in other images, with one pass through the model per image. "
+            "Features of "
+            "the last images are kept in main memory (up to 1 GB): another file or other settings need no new pass.",
+            search_aliases=[
+                "segment",
+                "segment anything",
+                "SAM",
+                "one shot segmentation",
+                "mask",
+                "part segmentation",
+                "segment same thing",
+                "similar",
+            ],
             inputs=[
-                *looking_inputs("The model the parts were learned on, or one of the same family."),
-                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load Learned Embeddings."),
+                *model_inputs("The model the parts were trained with, or one of the same family."),
+                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
                 io.Image.Input("image", optional=True, tooltip="Images of any size; a batch gives a batch of masks."),
                 refine_input(),
                 seed_input(),
                 clip_input(),
-                expert(
+                advanced(
                     io.Int.Input(
                         "crops",
                         default=1,
                         min=1,
                         max=4,
                         optional=True,
-                        tooltip="2 looks at 2 x 2 overlapping crops, as the paper does for faces: four times the work. "
+                        tooltip="2 segments 2 x 2 overlapping crops, as the paper does for faces: four times the work. "
                         "Worse where an object fills the image.",
                     )
                 ),
                 flip_input(),
-                expert(
+                advanced(
                     io.Int.Input(
                         "batch_size",
                         default=0,
                         min=0,
                         max=64,
                         optional=True,
-                        tooltip="Images in one pass; 0 chooses from the free memory.",
+                        tooltip="Images per pass; 0 chooses by the free memory.",
                     )
                 ),
-                # Newer inputs stand last: saved workflows hold widget values by position.
                 io.Int.Input(
                     "zoom",
                     default=0,
                     min=0,
                     max=4,
                     optional=True,
-                    tooltip="How many objects to look at again more closely, 0 for none: for objects that are much "
-                    "smaller in the image than in the examples. Up to ten passes more for one object.",
+                    tooltip="Number of objects to segment again in close-up crops, 0 = off: for objects much smaller "
+                    "than "
+                    "in the examples. Up to ten more passes for one object.",
                 ),
                 confidence_input(),
-                draws_input(),
+                samples_input(),
                 clip_vision_input(),
                 latent_input(),
             ],
@@ -94,26 +105,22 @@ class SLiMeSegment(io.ComfyNode):
         image: Tensor | None = None,
         model: Any = None,
         vae: Any = None,
-        refine: str = "fast",
-        seed: int = 0,
         clip: Any = None,
-        average_flip: bool = False,
-        noise_draws: int = 1,
         clip_vision: Any = None,
         latent: dict[str, Tensor] | None = None,
         **more: Any,
     ) -> io.NodeOutput:
-        settings = SegmentSettings(seed=seed, refine=refine, flip=average_flip, draws=noise_draws, **more)
+        settings = SegmentSettings(**more)
         with named_errors("SLiMe Segment"):
-            backbone = connected(model, vae, clip, clip_vision)
-            images, latents = shown(image, latent, backbone)
+            backbone = build_backbone(model, vae, clip, clip_vision)
+            images, latents = resolve_inputs(image, latent, backbone)
             if image is None and (settings.zoom or settings.crops > 1):
-                raise SlimeError("zoom and crops look at pixels: connect the image as well, or switch them off.")
+                raise SlimeError("zoom and crops need pixels: connect the image as well, or switch them off.")
             bar = comfy.utils.ProgressBar(1)
 
             def on_batch(done: int, total: int) -> None:
                 bar.update_absolute(done, total)
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
-            maps = Segmenter(backbone, embeddings, settings)(images, on_batch, latents)
+            maps = segment_cached(backbone, images, embeddings, settings, on_batch, latents)
         return parts_result(cls, maps, images)

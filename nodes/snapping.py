@@ -1,4 +1,4 @@
-"""Edge snapping for SLiMe Part Painter: a rough painting becomes the regions that the image suggests."""
+"""Edge snapping for SLiMe Part Painter: move the borders of a rough painting to edges of the image."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import ndimage
 
 from ..slime.errors import SlimeError
 from ..slime.parts.runs import encode_runs
-from .painter import Painting, read_picture
+from .painter import Painting, read_image
 
 REACH = 0.03  # how far a border may move, relative to the longer side
 
@@ -18,11 +18,11 @@ REACH = 0.03  # how far a border may move, relative to the longer side
 def snap(labels: np.ndarray, image: np.ndarray, reach: float = REACH) -> np.ndarray:
     """Move the borders of painted parts to edges of the image, by SciPy's watershed.
 
-    What lies deeper in a part than ``reach``, or deepest where it is thinner, stays the part's; what lies farther away
-    from all parts stays free; the strip between is shared out along the image's edges.
+    Pixels deeper inside a part than ``reach`` (or deepest, where the part is thinner) keep its label; pixels farther
+    away from all parts stay background; the pixels between are assigned along the image's edges.
 
     Args:
-        labels: [h, w] uint8, 0 free.
+        labels: [h, w] uint8, 0 is background.
         image: [h, w, 3] uint8.
         reach: share of the longer side.
 
@@ -42,30 +42,30 @@ def snap(labels: np.ndarray, image: np.ndarray, reach: float = REACH) -> np.ndar
     markers = np.zeros(labels.shape, np.int16)
     markers[outside > far] = free
     for label in np.unique(labels[labels > 0]):
-        pieces, count = ndimage.label(labels == label)
+        components, count = ndimage.label(labels == label)
         depth = ndimage.distance_transform_edt(labels == label)
-        deepest = ndimage.maximum(depth, pieces, range(1, count + 1))
-        inside = np.minimum(far, 0.6 * np.concatenate([[0], np.atleast_1d(deepest)]))[pieces]
-        markers[(pieces > 0) & (depth >= inside)] = label
-    found = ndimage.watershed_ift(height, markers)
-    return np.where(found == free, 0, found).astype(np.uint8)
+        deepest = ndimage.maximum(depth, components, range(1, count + 1))
+        inside = np.minimum(far, 0.6 * np.concatenate([[0], np.atleast_1d(deepest)]))[components]
+        markers[(components > 0) & (depth >= inside)] = label
+    snapped = ndimage.watershed_ift(height, markers)
+    return np.where(snapped == free, 0, snapped).astype(np.uint8)
 
 
-def snapped(text: str, file: str | None) -> dict[str, Any]:
-    """A painting's label map with its borders snapped, as web/painter/painter.js takes it.
+def snap_painting(text: str, file: str | None) -> dict[str, Any]:
+    """Snap the label map of a painting; return the form that web/painter/painter.js takes.
 
     Args:
         text: the painting.
-        file: of the connected image as "subfolder/name [type]", or None for the painting's own.
+        file: the connected image as "subfolder/name [type]", or None for the painting's own.
 
     Raises:
         SlimeError: nothing is painted, or the text or the image cannot be read.
     """
     painted = Painting.parse(text)
     if painted.labels is None or not painted.labels.any():
-        raise SlimeError("nothing is painted yet.")
-    picture = read_picture(painted.image_path() if file is None else Painting(file, (), (), None).image_path())
+        raise SlimeError("Nothing is painted yet.")
+    image = read_image(painted.image_path() if file is None else Painting(file, (), (), None).image_path())
     height, width = painted.labels.shape
-    pixels = Image.fromarray((picture[0].numpy() * 255).round().astype(np.uint8)).resize((width, height))
+    pixels = Image.fromarray((image[0].numpy() * 255).round().astype(np.uint8)).resize((width, height))
     labels = snap(painted.labels, np.asarray(pixels))
     return {"width": width, "height": height, "runs": encode_runs(labels)}

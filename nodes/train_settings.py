@@ -1,4 +1,4 @@
-"""Settings of SLiMe Train: a node for each preset, whose numbers mean themselves. Without one the preset counts."""
+"""SLiMe Instant Settings and SLiMe Paper Settings: settings of SLiMe Train, one node per preset."""
 
 from __future__ import annotations
 
@@ -10,28 +10,32 @@ from comfy_api.latest import io
 
 from ..slime.errors import SlimeError
 from ..slime.settings import InstantSettings, PaperSettings, TrainSettings
-from .common import EXPERTS, schema
+from .common import ADVANCED, schema
 
 FLIP = {"auto": None, "on": True, "off": False}
-RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}  # None: as the preset does on the model
-LAYERS = {"cross_layers": "read_layers", "self_layers": "propagate_layers"}  # what they are called in slime.settings
+RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}  # None: the preset's value for the model
+LAYERS = {"cross_layers": "read_layers", "self_layers": "propagate_layers"}  # inputs and their names in slime.settings
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """What a settings node says: the preset and its settings."""
+class TrainSettingsValue:
+    """Value of a settings socket: the preset and its settings."""
 
     preset: str
     values: dict[str, Any]
 
-    def of(self, preset: str) -> dict[str, Any]:
-        """The settings, for this preset.
+    def for_preset(self, preset: str) -> dict[str, Any]:
+        """Return the settings.
 
         Raises:
-            SlimeError: they are another one's.
+            SlimeError: they are another preset's.
         """
         if preset != self.preset:
-            raise SlimeError(f"The settings that are connected are for the preset {self.preset}; it says {preset}.")
+            raise SlimeError(
+                f"preset is {preset}, but the connected settings are for {self.preset}. Choose {self.preset}, or "
+                "connect "
+                f"SLiMe {preset.capitalize()} Settings."
+            )
         return self.values
 
 
@@ -39,7 +43,7 @@ SettingsSocket = io.Custom("SLIME_TRAIN_SETTINGS")
 
 
 class _Settings(io.ComfyNode):
-    """A settings node."""
+    """Base class of the settings nodes."""
 
     PRESET: str
 
@@ -50,7 +54,7 @@ class _Settings(io.ComfyNode):
             values["recolor"] = RECOLOR[recolor]
         if values.get("timestep") == -1:
             del values["timestep"]
-        return io.NodeOutput(Chosen(cls.PRESET, values))
+        return io.NodeOutput(TrainSettingsValue(cls.PRESET, values))
 
 
 class SLiMeInstantSettings(_Settings):
@@ -62,25 +66,27 @@ class SLiMeInstantSettings(_Settings):
         return _schema(
             "SLiMeInstantSettings",
             "SLiMe Instant Settings",
-            "Settings of SLiMe Train's preset instant.",
+            "Settings of SLiMe Train with the preset instant.",
             [
-                *_views(usual),
-                io.Int.Input("steps", default=usual.steps, min=1, max=100_000, tooltip="Steps of the fit, at most."),
+                *_view_inputs(usual),
+                io.Int.Input(
+                    "steps", default=usual.steps, min=1, max=100_000, tooltip="Largest number of steps of the fit."
+                ),
                 io.Combo.Input(
                     "recolor",
                     options=list(RECOLOR),
                     default="auto",
-                    tooltip="Copies with other colours in every part, so that colours are not learned. auto leaves it "
-                    "off for Stable Diffusion.",
+                    tooltip="Change the colours of every part in the views, so that colour is not learned. auto is off "
+                    "for Stable Diffusion.",
                 ),
                 io.Int.Input(
                     "timestep",
                     default=-1,
                     min=-1,
                     max=999,
-                    tooltip="Noise level of the features; -1 takes the model's own. Vision encoders have none.",
+                    tooltip="Noise level of the features; -1 = the model's own. Vision encoders have none.",
                 ),
-                *_looking(),
+                *_model_inputs("Empty is an empty prompt."),
             ],
         )
 
@@ -94,7 +100,7 @@ class SLiMePaperSettings(_Settings):
         return _schema(
             "SLiMePaperSettings",
             "SLiMe Paper Settings",
-            "Settings of SLiMe Train's preset paper.",
+            "Settings of SLiMe Train with the preset paper.",
             [
                 io.Int.Input("steps", default=usual.steps, min=1, max=100_000, tooltip="Steps of Adam."),
                 io.Float.Input(
@@ -103,11 +109,11 @@ class SLiMePaperSettings(_Settings):
                     min=0.0001,
                     max=10.0,
                     step=0.0001,
-                    tooltip="Of Adam. Smaller ones need more steps.",
+                    tooltip="Learning rate of Adam. A smaller one needs more steps.",
                 ),
-                *_views(usual),
-                io.Boolean.Input("checkpointing", default=False, tooltip="Needs less memory and more time."),
-                *_looking(),
+                *_view_inputs(usual),
+                io.Boolean.Input("checkpointing", default=False, tooltip="Less memory, more time."),
+                *_model_inputs('Empty is the word "part" once for the background and for every part.'),
             ],
         )
 
@@ -115,7 +121,7 @@ class SLiMePaperSettings(_Settings):
 def _schema(node_id: str, title: str, description: str, inputs: Sequence[Any]) -> io.Schema:
     return schema(
         node_id=node_id,
-        category=EXPERTS,
+        category=ADVANCED,
         display_name=title,
         description=description,
         inputs=list(inputs),
@@ -123,17 +129,24 @@ def _schema(node_id: str, title: str, description: str, inputs: Sequence[Any]) -
     )
 
 
-def _views(usual: TrainSettings) -> list[Any]:
+def _view_inputs(usual: TrainSettings) -> list[Any]:
     return [
         io.Int.Input(
             "views",
             default=usual.views,
             min=1,
             max=1000,
-            tooltip="Augmented copies of the examples. Time grows with them, accuracy a little.",
+            tooltip="Number of augmented views of the examples. More take more time, for slightly better masks."
+            if isinstance(usual, InstantSettings)
+            else "Number of augmented views of the examples; training repeats them until it has made its steps.",
         ),
         io.Float.Input(
-            "crop", default=usual.crop, min=0.1, max=1.0, step=0.05, tooltip="Smallest random crop; 1 for none."
+            "crop",
+            default=usual.crop,
+            min=0.1,
+            max=1.0,
+            step=0.05,
+            tooltip="Smallest side of a random crop, relative to the image; 1 = no crops.",
         ),
         io.Float.Input(
             "rotation",
@@ -147,28 +160,29 @@ def _views(usual: TrainSettings) -> list[Any]:
             "flip",
             options=list(FLIP),
             default="auto",
-            tooltip="Mirrored copies; auto switches them off when a part name says left or right.",
+            tooltip="Mirror half of the views; auto does not if a part name says left or right.",
         ),
     ]
 
 
-def _looking() -> list[Any]:
+def _model_inputs(empty: str) -> list[Any]:
     return [
         io.String.Input(
             "prompt",
             default="",
-            tooltip="Text the model sees while it looks, for example: a photo of a car. Empty is fine.",
+            tooltip=f"Prompt for the passes through the model, for example: a photo of a car. {empty}",
         ),
         io.String.Input(
             "cross_layers",
             default="",
-            tooltip="Cross-attention layers to read, as output.3-5, output.6.0. Empty: the model's table. auto: a "
-            "probe on the examples chooses, for about the time of an instant training.",
+            tooltip="Layers to read features from, such as output.3-5, output.6.0. Empty: the known ones of the model. "
+            "auto: chosen on the examples, in about the time of an instant training.",
         ),
         io.String.Input(
             "self_layers",
             default="",
-            tooltip="Self-attention layers to read, as output.9-11. Empty: the model's table. auto: chosen by the "
-            "probe.",
+            tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the known ones. "
+            "auto: "
+            "chosen on the examples.",
         ),
     ]

@@ -1,8 +1,8 @@
-"""SLiMe: learn a part segmenter from one example with a model's attention (arXiv 2309.03179). It knows no ComfyUI.
+"""SLiMe: learn a part segmenter from one example with the features of a frozen model (arXiv 2309.03179).
 
-The road: images and masks become an :class:`Example`, :func:`train` learns :class:`PartEmbeddings` from it (a file), a
-:class:`Segmenter` finds :class:`PartMaps` in other images, and ``slime.parts`` makes masks of them. What looks at
-images is a backbone, see ``slime.backbones``.
+Independent of ComfyUI. Data flows one way: images and masks make an :class:`Example`, :func:`train` learns
+:class:`PartEmbeddings` from it (a file), :func:`segment` finds :class:`PartMaps` in other images, and ``slime.parts``
+makes masks of them. The model is a backbone, see ``slime.backbones``.
 """
 
 from .embedding_files import from_text, load_embeddings, save_embeddings, to_text
@@ -10,7 +10,7 @@ from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import Example, merge_examples
 from .parts.maps import PartMaps
-from .segment import Segmenter, segment
+from .segment import Segmenter, decode, extract, segment
 from .settings import InstantSettings, PaperSettings, SegmentSettings
 from .train import StepReport, preset, train
 
@@ -24,6 +24,8 @@ __all__ = [
     "Segmenter",
     "SlimeError",
     "StepReport",
+    "decode",
+    "extract",
     "from_text",
     "load_embeddings",
     "merge_examples",

@@ -1,4 +1,4 @@
-"""Change learned embeddings: merge, rename, drop, recolour, describe."""
+"""Edit embeddings: merge, rename, drop, recolour, describe."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from .embeddings import CONTEXT, KEYS, PartEmbeddings
+from .embeddings import CONTEXT, LINEAR, PartEmbeddings
 from .errors import SlimeError
 from .examples import check_names
 from .parts.palette import PALETTE
@@ -17,11 +17,11 @@ _COLOR = re.compile(r"^#([0-9a-fA-F]{6})$")
 
 
 def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbeddings:
-    """Parts of both in one softmax. Colours of the second that the first has too are changed.
+    """Put the parts of both into one softmax. Colours of the second that the first has too are changed.
 
     Raises:
-        SlimeError: different families, conditions, layers, timesteps or row groups; rows that stand in a context (the
-            preset paper); or names that occur in both.
+        SlimeError: different families, conditions, layers, timesteps or groups; embeddings of the preset paper; or
+            names that occur in both.
     """
     if first.backbone != second.backbone:
         raise SlimeError(
@@ -29,25 +29,33 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
         )
     if CONTEXT in (first.mode, second.mode):
         raise SlimeError(
-            "Rows of the preset paper were learned together in one text and do not work apart. Merge embeddings of the "
-            "preset instant, or segment with each."
+            "Embeddings of the preset paper were learned together in one text and do not work apart. Merge "
+            "embeddings of "
+            "the preset instant, or segment with each."
         )
     if (first.condition is None) != (second.condition is None):
-        raise SlimeError("One of them came as text, without its context; save and load it with a CLIP first.")
-    same = first.row_groups == second.row_groups and len(first.rows) == len(second.rows)
-    if not same or first.pass_digest() != second.pass_digest():
+        raise SlimeError(
+            "One of them is in the compact text form, without text conditioning. Use the .safetensors file of both."
+        )
+    if first.vectors.keys() != second.vectors.keys() or first.extraction_key() != second.extraction_key():
         raise SlimeError("They were learned with other settings (text, layers, timestep or size) and cannot merge.")
     names = check_names([*first.names, *second.names])
     a, b = len(first.names), len(second.names)
-    rows = torch.cat([first.rows, second.rows], 1)
+    vectors = {name: torch.cat([vector, second.vectors[name]]) for name, vector in first.vectors.items()}
     taken = set(first.palette)
     spare = [color for color in PALETTE if color not in taken and color not in second.palette]
     palette = list(first.palette)
     for color in second.palette:
         palette.append(spare.pop(0) if color in taken and spare else color)
-    sure = (a * first.sureness + b * second.sureness) / (a + b)
-    settings = {"merged": [first.settings, second.settings]}
-    return replace(first, names=names, rows=rows, palette=tuple(palette), sureness=sure, settings=settings, losses=())
+    return replace(
+        first,
+        names=names,
+        vectors=vectors,
+        palette=tuple(palette),
+        example_confidence=(a * first.example_confidence + b * second.example_confidence) / (a + b),
+        settings={"merged": [first.settings, second.settings]},
+        losses=(),
+    )
 
 
 def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
@@ -59,11 +67,11 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
     names, colors = list(embeddings.names), list(embeddings.palette)
     dropped: set[int] = set()
     for line in filter(None, (line.strip() for line in text.splitlines())):
-        name, equals, value = (piece.strip() for piece in line.partition("="))
+        name, equals, value = (text.strip() for text in line.partition("="))
         if not equals or not value:
             raise SlimeError(f'"{line}" is not a change; write for example: wheel = tyre')
         if name not in embeddings.names:
-            raise SlimeError(f'There is no part "{name}"; these were learned: {", ".join(embeddings.names)}.')
+            raise SlimeError(f'There is no part "{name}". The learned parts are: {", ".join(embeddings.names)}.')
         index, color = embeddings.names.index(name), _COLOR.match(value)
         if color:
             colors[index] = tuple(bytes.fromhex(color[1]))  # type: ignore[assignment]
@@ -73,28 +81,29 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
             names[index] = value
     parts = [index for index in range(len(names)) if index not in dropped]
     if dropped and embeddings.mode == CONTEXT:
-        raise SlimeError("Parts of the preset paper stand in one text together: none can be dropped.")
+        raise SlimeError("Parts of the preset paper were learned together in one text: none can be dropped.")
     if not parts:
-        raise SlimeError("No part would be left.")
+        raise SlimeError("All parts are dropped. Keep at least one.")
     kept = check_names([names[index] for index in parts])
     palette = tuple(colors[index] for index in parts)
-    return replace(embeddings, names=kept, palette=palette, rows=embeddings.rows[:, parts])
+    vectors = {name: vector[parts] for name, vector in embeddings.vectors.items()}
+    return replace(embeddings, names=kept, palette=palette, vectors=vectors)
 
 
 def describe(embeddings: PartEmbeddings) -> str:
-    """A readable text: parts, kind of model, how it was learned."""
-    groups, _, width = embeddings.rows.shape
-    place, text = ("extra keys" if embeddings.mode == KEYS else "in the text"), embeddings.prompt or "(empty)"
+    """Return a readable text: parts, kind of model, training."""
+    shapes = ", ".join(f"{name} ({vector.shape[1]})" for name, vector in embeddings.vectors.items())
+    kind = "linear probe" if embeddings.mode == LINEAR else "token embeddings in the text"
     lines = [
         f"parts ({len(embeddings.names)}): {', '.join(embeddings.names)}",
-        f"model family: {embeddings.backbone}, rows {width} wide",
-        f"rows: {groups} a part ({embeddings.row_groups}), {place}",
-        f"features: timestep {embeddings.timestep}, {embeddings.side} pixels, text: {text}",
+        f"model family: {embeddings.backbone}",
+        f"{kind}, width by feature group: {shapes}",
+        f"features: timestep {embeddings.timestep}, {embeddings.side} pixels, prompt: {embeddings.prompt or '(empty)'}",
     ]
     settings = embeddings.settings
     if "preset" in settings:
         known = [f"{key} {settings[key]}" for key in ("steps", "views", "seed") if key in settings]
-        lines.append(f"learned with: {settings['preset']}" + "".join(f", {item}" for item in known))
+        lines.append(f"trained with: {settings['preset']}" + "".join(f", {item}" for item in known))
     if embeddings.losses:
         lines.append(f"loss: {embeddings.losses[0]:.4f} at first, {embeddings.losses[-1]:.4f} at last")
     return "\n".join(lines)

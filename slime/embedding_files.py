@@ -1,7 +1,7 @@
-"""Part embeddings as a ``.safetensors`` file, and as a text that travels inside a workflow.
+"""Save part embeddings as a ``.safetensors`` file, or as a text that is shared inside a workflow.
 
-Both hold tensors ("rows", and the condition's by their names) and a JSON body, whose fields are those of
-:class:`slime.embeddings.PartEmbeddings`. Files of every version so far are read.
+Both hold tensors ("vectors/GROUP", "condition/NAME") and a JSON body, whose fields are those of
+:class:`slime.embeddings.PartEmbeddings`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 import tempfile
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -27,14 +27,15 @@ from torch import Tensor
 
 from .backbones.base import halved
 from .backbones.layers import LayerChoice
-from .embeddings import CONTEXT, KEYS, SHARED, PartEmbeddings
+from .decoders import DECODERS, Decoder
+from .embeddings import CONTEXT, LINEAR, PartEmbeddings
 from .errors import SlimeError
 from .examples import MAX_PARTS
-from .read_out import KINDS, ReadOut
-from .settings import ROW_GROUPS
+from .settings import GROUPINGS, SHARED
 
 FORMAT = "slime-part-embeddings"
-VERSION = 2
+VERSION = 1
+VECTORS, CONDITION = "vectors/", "condition/"  # begin the names of tensors
 COMPACT_PREFIX = "slime1:"
 COMPACT_LIMIT = 400_000  # characters; a workflow JSON should stay readable
 FILE_LIMIT = 64 * 2**20  # bytes; three times the largest there can be
@@ -42,12 +43,12 @@ BODY_LIMIT = 2**20  # characters of JSON
 LAYERS_LIMIT = 512
 TEXT_LIMIT = 10_000
 SCRATCH = ".slime-partial"
-LEFT_SECONDS = 3600.0
-_LAYER = re.compile(r"[a-z_]{1,32}(\.\d{1,4}){1,3}")
+ABANDONED_SECONDS = 3600.0
+_LAYER = re.compile(r"([\w.+-]{1,64}:)?[a-z_]{1,32}(\.\d{1,4}){1,3}")
 
 
 def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """Write one file: rows in float32, the condition in float16 where it fits, the rest as JSON in the metadata.
+    """Write one file: vectors in float32, the condition in float16 where it fits, the rest as JSON metadata.
 
     Raises:
         SlimeError: the file exists and ``overwrite`` is False, or the system refuses to write it.
@@ -55,31 +56,31 @@ def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], ov
     target = Path(os.path.realpath(path))  # a link stays one
     if target.exists() and not overwrite:
         raise SlimeError(f'"{target.name}" exists already; choose another name or allow overwriting.')
-    tensors = {"rows": embeddings.rows.detach().float().cpu().contiguous()}
-    for name, tensor in (embeddings.condition or {}).items():
-        tensors[name] = halved(tensor)
+    tensors = {VECTORS + name: _contiguous(vector.float()) for name, vector in embeddings.vectors.items()}
+    tensors |= {CONDITION + name: halved(tensor) for name, tensor in (embeddings.condition or {}).items()}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         _replace(target, save_bytes(tensors, metadata=_metadata(embeddings, brief=False)))
     except OSError as error:
         raise SlimeError(
-            f'"{target.name}" could not be written: {error.strerror or error}. Check the free space and the rights of '
-            f"{target.parent}; Windows refuses paths beyond 259 characters (this one has {len(str(target))})."
+            f'"{target.name}" could not be written: {error.strerror or error}. Check the free space and the '
+            "permissions "
+            f"of {target.parent}; Windows refuses paths beyond 259 characters (this one has {len(str(target))})."
         ) from error
     return target
 
 
 def _replace(target: Path, data: bytes) -> None:
-    """Write a file under another name first: a half-written one never bears the real name. Two savers do not meet."""
-    for left in target.parent.glob(f"*{SCRATCH}"):
-        with suppress(FileNotFoundError):  # another saver's, done in the meantime
-            if time.time() - left.stat().st_mtime > LEFT_SECONDS:  # of a save that was killed
-                left.unlink()
+    """Write a file under a unique temporary name, then rename it, so that no half-written file has the real name."""
+    for abandoned in target.parent.glob(f"*{SCRATCH}"):
+        with suppress(FileNotFoundError):  # another process has just finished it
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:  # its process was killed
+                abandoned.unlink()
     handle, scratch = tempfile.mkstemp(SCRATCH, dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
-        os.chmod(scratch, 0o644)  # scratch files are made for their owner alone
+        os.chmod(scratch, 0o644)  # temporary files are readable by their owner alone
         os.replace(scratch, target)
     except BaseException:
         Path(scratch).unlink(missing_ok=True)
@@ -87,7 +88,7 @@ def _replace(target: Path, data: bytes) -> None:
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> PartEmbeddings:
-    """Read a file written by :func:`save_embeddings`, into memory of its own: the file may change afterwards.
+    """Read a file written by :func:`save_embeddings` into memory; the file may change afterwards.
 
     Raises:
         SlimeError: missing, truncated, foreign or newer file; the message says which.
@@ -106,35 +107,36 @@ def load_embeddings(path: str | os.PathLike[str]) -> PartEmbeddings:
 
 
 def to_text(embeddings: PartEmbeddings) -> str:
-    """A text without the condition, short enough to travel inside a workflow.
+    """Return a text without the condition, short enough to be stored inside a workflow.
 
-    The rows are kept in float16 as offsets: the background row's large entries would cost precision.
+    Vectors are kept in float16 as offsets: the large entries of the background's token would cost precision.
 
     Raises:
         SlimeError: it would be too long.
     """
-    rows = embeddings.rows
+    vectors = embeddings.vectors
     if embeddings.mode == CONTEXT and embeddings.condition is not None:
-        rows = rows - embeddings.condition["context"][0].float()
-    tensors = {"rows": rows.detach().half().cpu().contiguous()}
+        vectors = {name: vector - embeddings.condition["context"][0].float() for name, vector in vectors.items()}
+    tensors = {VECTORS + name: _contiguous(vector.half()) for name, vector in vectors.items()}
     packed = zlib.compress(save_bytes(tensors, metadata=_metadata(embeddings, brief=True)), 9)
     text = COMPACT_PREFIX + base64.b64encode(packed).decode("ascii")
     if len(text) > COMPACT_LIMIT:
         raise SlimeError(
-            f"These embeddings take {len(text)} characters; at most {COMPACT_LIMIT} travel inline. Save a file."
+            f"These embeddings take {len(text)} characters; a workflow can hold at most {COMPACT_LIMIT}. Share the "
+            "file instead."
         )
     return text
 
 
 def from_text(text: str) -> PartEmbeddings:
-    """Read :func:`to_text`'s text.
+    """Read a text written by :func:`to_text`.
 
     Raises:
         SlimeError: not such a text, cut off, or too long.
     """
     text = text.strip()
     if not text.startswith(COMPACT_PREFIX) or len(text) > COMPACT_LIMIT:
-        raise SlimeError(f'This is not a SLiMe embeddings text: it must start with "{COMPACT_PREFIX}".')
+        raise SlimeError(f'This is not a SLiMe embeddings text: it must start with "{COMPACT_PREFIX}". Copy all of it.')
     try:
         packed = base64.b64decode(text[len(COMPACT_PREFIX) :], validate=True)
         return _unpack(zlib.decompressobj().decompress(packed, 8 * COMPACT_LIMIT), "the embeddings text")
@@ -145,7 +147,7 @@ def from_text(text: str) -> PartEmbeddings:
 
 
 class _Field(NamedTuple):
-    """How a field stands in JSON, and how it is read from there; ``default`` where it may be missing."""
+    """How a field is written to JSON and read from it; ``default`` where it may be missing."""
 
     write: Callable[[Any], Any]
     read: Callable[[Any], Any]
@@ -189,7 +191,7 @@ def _list_of(read: Callable[[Any], Any], most: int) -> Callable[[Any], tuple[Any
     def read_all(value: Any) -> tuple[Any, ...]:
         if not isinstance(value, list) or len(value) > most:
             raise ValueError(f"it is not a list of at most {most}")
-        return tuple(read(one) for one in value)
+        return tuple(read(item) for item in value)
 
     return read_all
 
@@ -205,36 +207,31 @@ def _layer(value: Any) -> str:
     return str(value)
 
 
-def _write_read_out(read_out: ReadOut) -> dict[str, Any]:
-    return {"kind": read_out.kind} | asdict(read_out)
+def _write_decoder(decoder: Decoder) -> dict[str, Any]:
+    return {"kind": decoder.kind} | asdict(decoder)  # type: ignore[call-overload]
 
 
-def _read_read_out(value: dict[str, Any]) -> ReadOut:
-    kind = KINDS[_one_of(*KINDS)(value["kind"])]
-    limits: dict[str, Callable[[Any], Any]] = {
-        "order": _whole(0, 4),
-        "mix": _number(0, 1),
-        "sharpen": _number(0.01, 100),
-    }
-    return kind(**{one.name: limits[one.name](value[one.name]) for one in fields(kind) if one.name in value})
+def _read_decoder(value: dict[str, Any]) -> Decoder:
+    kind = DECODERS[_one_of(*DECODERS)(value["kind"])]
+    return kind(**{field.name: _number(0.01, 100)(value[field.name]) for field in fields(kind)})
 
 
 def _read_layers(value: dict[str, Any]) -> LayerChoice:
-    return LayerChoice(*(_list_of(_layer, LAYERS_LIMIT)(value[part]) for part in LayerChoice._fields))
+    return LayerChoice(*(_list_of(_layer, LAYERS_LIMIT)(value[field]) for field in LayerChoice._fields))
 
 
 _FIELDS = {
     "names": _Field(list, _list_of(_text, MAX_PARTS)),
     "prompt": _Field(str, _text),
     "backbone": _Field(str, _text),
-    "mode": _Field(str, _one_of(KEYS, CONTEXT)),
-    "row_groups": _Field(str, _one_of(SHARED, *ROW_GROUPS)),
+    "mode": _Field(str, _one_of(LINEAR, CONTEXT)),
+    "grouping": _Field(str, _one_of(*GROUPINGS)),
     "layers": _Field(LayerChoice._asdict, _read_layers),
     "timestep": _Field(int, _whole(0, 100_000)),
     "side": _Field(int, _whole(64, 4096)),
-    "read_out": _Field(_write_read_out, _read_read_out),
+    "decoder": _Field(_write_decoder, _read_decoder),
     "palette": _Field(list, _list_of(_color, MAX_PARTS)),
-    "sureness": _Field(float, _number(0, 1)),
+    "example_confidence": _Field(float, _number(0, 1)),
     "settings": _Field(dict, dict, {}),
     "losses": _Field(list, _list_of(_number(-1e9, 1e9), 1_000_000), ()),
 }
@@ -242,14 +239,14 @@ _FIELDS = {
 
 def _metadata(embeddings: PartEmbeddings, brief: bool) -> dict[str, str]:
     left_out = ("settings", "losses") if brief else ()
-    body = {name: one.write(getattr(embeddings, name)) for name, one in _FIELDS.items() if name not in left_out}
+    body = {name: field.write(getattr(embeddings, name)) for name, field in _FIELDS.items() if name not in left_out}
     body["compact"] = brief or embeddings.condition is None
     return {"format": FORMAT, "version": str(VERSION), "embeddings": json.dumps(body)}
 
 
 def _unpack(raw: bytes, name: str) -> PartEmbeddings:
-    """Embeddings from safetensors bytes; fields that this version does not know are left alone."""
-    tensors, field = load_bytes(raw), "header"
+    """Read embeddings from safetensors bytes; unknown fields are ignored."""
+    tensors, current = load_bytes(raw), "header"
     try:
         metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
         if metadata.get("format") != FORMAT:
@@ -262,50 +259,46 @@ def _unpack(raw: bytes, name: str) -> PartEmbeddings:
         if len(metadata["embeddings"]) > BODY_LIMIT:
             raise ValueError("it is too long")
         body = json.loads(metadata["embeddings"])
-        if int(version) == 1:
-            body, tensors = _from_version_1(body, tensors)
         values = {}
-        for field, one in _FIELDS.items():
-            values[field] = one.default if one.default is not None and field not in body else one.read(body[field])
-        field = "rows"
-        rows = tensors.pop("rows").float()
-        embeddings = PartEmbeddings(rows=rows, condition=None if body["compact"] else tensors, **values)
-        for field, tensor in {"rows": rows, **tensors}.items():
-            _check_tensor(field, tensor, embeddings)
+        for current, field in _FIELDS.items():
+            missing = field.default is not None and current not in body
+            values[current] = field.default if missing else field.read(body[current])
+        current = "vectors"
+        vectors = {key: vector.float() for key, vector in _named(tensors, VECTORS).items()}
+        condition = None if body["compact"] else _named(tensors, CONDITION)
+        embeddings = PartEmbeddings(vectors=vectors, condition=condition, **values)
+        if embeddings.mode == CONTEXT and set(vectors) != {SHARED}:
+            raise ValueError(f"it holds {', '.join(vectors)} instead of {SHARED}")
+        for current, tensor in (vectors | dict(condition or {})).items():
+            _check_tensor(current, tensor, embeddings)
         return embeddings
     except SlimeError:
         raise
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise SlimeError(
-            f'{name} is damaged at "{field}": {str(error)[:200]}. Ask its author for a new copy.'
+            f'{name} is damaged at "{current}": {str(error)[:200]}. Ask its author for a new copy.'
         ) from error
 
 
+def _named(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with a prefix, by the rest of their names, in the order of the file."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _contiguous(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
 def _check_tensor(name: str, tensor: Tensor, embeddings: PartEmbeddings) -> None:
-    """Raises ValueError where a tensor is not finite, or its shape does not fit the rows."""
+    """Raise ValueError where a tensor is not finite, or its shape does not fit the vectors."""
     if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()) or tensor.numel() == 0:
         raise ValueError("it holds no finite numbers")
+    if name in embeddings.vectors:
+        return
     if name == "context":
+        (width,) = {vector.shape[1] for vector in embeddings.vectors.values()}
         needed = len(embeddings.names) + 1 if embeddings.mode == CONTEXT else 1
-        if tensor.ndim != 2 or tensor.shape[1] != embeddings.rows.shape[2] or len(tensor) < needed:
-            raise ValueError(f"shape {list(tensor.shape)} beside rows {list(embeddings.rows.shape)}")
-    elif name != "rows" and tensor.ndim > (1 if "pooled" in name else 2):
+        if tensor.ndim != 2 or tensor.shape[1] != width or len(tensor) < needed:
+            raise ValueError(f"shape {list(tensor.shape)} beside vectors {width} wide")
+    elif tensor.ndim > (1 if "pooled" in name else 2):
         raise ValueError(f"shape {list(tensor.shape)}")
-
-
-def _from_version_1(body: dict[str, Any], tensors: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Version 1 kept rows with the background row in them, layers in two lists, and one read-out for both kinds."""
-    if body["row_groups"] == "head" or tensors["rows"].ndim != 3 or tensors["rows"].shape[1] != len(body["names"]):
-        raise SlimeError("These embeddings were learned with a trial setting that was dropped. Train them again.")
-    if body["mode"] == KEYS and "context" in tensors:
-        tensors["rows"] = tensors["rows"].float() - tensors["context"][0].float()
-    kind = "official" if body["read_out"]["official"] else "propagated"
-    moved = {
-        "backbone": body["family"],
-        "side": body["working_side"],
-        "layers": {"read": body["cross_layers"], "propagate": body["self_layers"]},
-        "read_out": body["read_out"] | {"kind": kind},
-        "sureness": body.get("sureness", 0.0),
-        "compact": "context" not in tensors,
-    }
-    return body | moved, tensors

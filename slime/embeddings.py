@@ -1,4 +1,4 @@
-"""Learned part embeddings."""
+"""Define the result of training: part embeddings."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from typing import Any
 
 from torch import Tensor
 
-from .backbones.base import TOGETHER, Backbone, Plan
+from .backbones.base import Backbone, ExtractionSpec
+from .backbones.fused import TOGETHER
 from .backbones.layers import LayerChoice
+from .decode.linear import LinearDecoder
+from .decoders import Decoder
 from .errors import SlimeError
 from .examples import check_names
 from .parts.palette import Color, default_palette
-from .read_out import Propagated, ReadOut
+from .settings import RESOLUTION, SHARED
 
-KEYS, CONTEXT = "keys", "context"
-SHARED = "shared"
+LINEAR, CONTEXT = "linear", "context"
 
 
 @dataclass(frozen=True)
@@ -26,105 +28,113 @@ class PartEmbeddings:
 
     Attributes:
         names: part names.
-        rows: float32 [G, P, D]; G is 1, or the number of groups of features (:attr:`row_groups`). In "keys" mode
-            offsets from the background, in "context" mode text rows (without a condition offsets from its first row).
-        condition: what the backbone runs on beside the image, or None in the compact form until :meth:`completed`.
-        prompt: the text that the condition was made of.
-        backbone: id of the kind of model the rows belong to.
-        mode: "keys" (the backbone runs on its own condition, the rows only score its features) or "context" (the rows
-            replace rows 1.. of the text context, as in the paper).
-        row_groups: what G counts: "shared", "resolution" or "layer".
+        vectors: float32 [P, D] by feature group. In "linear" mode weights of a linear probe on the features; in
+            "context" mode token embeddings, under the one name "shared" (without a condition: offsets from the first
+            token).
+        condition: inputs of the backbone besides the image, or None in the compact form until :meth:`completed`.
+        prompt: text that the condition was made of.
+        backbone: id of the kind of model the vectors belong to.
         layers: layers that are read.
         timestep, side: noise level and image size of the features.
-        read_out: how maps are made.
-        palette: one RGB colour a part.
-        sureness: mean peak of the part maps on the examples themselves, 0 where unknown: what a found object is
-            compared with, see :attr:`slime.parts.maps.PartMaps.confidence`.
+        mode: "linear" (the backbone runs on its own condition, the vectors only score its features) or "context" (the
+            vectors replace tokens 1.. of the text context, as in the paper).
+        grouping: how layers form feature groups, "resolution" or "layer".
+        decoder: how part maps are decoded.
+        palette: one RGB colour per part.
+        example_confidence: mean peak of the part maps on the examples, 0 where unknown, see
+            :attr:`slime.parts.maps.PartMaps.confidence`.
         settings, losses: of the training, for information.
     """
 
     names: tuple[str, ...]
-    rows: Tensor
+    vectors: Mapping[str, Tensor]
     condition: Mapping[str, Tensor] | None
     prompt: str
     backbone: str
     layers: LayerChoice
     timestep: int
     side: int
-    mode: str = KEYS
-    row_groups: str = "resolution"
-    read_out: ReadOut = Propagated()
+    mode: str = LINEAR
+    grouping: str = RESOLUTION
+    decoder: Decoder = LinearDecoder()
     palette: tuple[Color, ...] = ()
-    sureness: float = 0.0
+    example_confidence: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     losses: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         check_names(self.names)
-        if self.rows.ndim != 3 or self.rows.shape[1] != len(self.names):
-            raise SlimeError(f"Rows of shape {list(self.rows.shape)} do not belong to {len(self.names)} parts.")
+        shapes = {name: list(vector.shape) for name, vector in self.vectors.items()}
+        if not shapes or any(len(shape) != 2 or shape[0] != len(self.names) for shape in shapes.values()):
+            raise SlimeError(f"Vectors of the shapes {shapes} do not fit {len(self.names)} parts.")
         if not self.palette:
             object.__setattr__(self, "palette", default_palette(len(self.names)))
 
     def check_model(self, backbone: Backbone) -> None:
-        """Raises SlimeError when the embeddings were learned on another kind of model, or read layers it lacks."""
+        """Raise SlimeError if the embeddings were learned on another kind of model, or read layers it lacks."""
         if self.backbone != backbone.info.id:
             raise SlimeError(
                 f'These embeddings ({", ".join(self.names)}) were learned on a "{self.backbone}" model, but the '
-                f'connected model is "{backbone.info.id}". {_what_to_do(self.backbone, backbone.info.id)}'
+                f'connected model is "{backbone.info.id}". {_cure(self.backbone, backbone.info.id)}'
             )
         known = {layer.name for layer in backbone.layers}
         missing = [name for name in (*self.layers.read, *self.layers.propagate) if name not in known]
         if missing or not self.layers.read:
             raise SlimeError(
                 f"These embeddings read the layers {', '.join(missing) or '(none)'}, which the connected model lacks. "
-                "Ask their author for a new file."
+                "Train them again with this model."
             )
 
-    def plan(self) -> Plan:
-        """The pass these embeddings are read from.
+    def extraction_spec(self) -> ExtractionSpec:
+        """Return the pass that these embeddings are decoded from.
 
         Raises:
             SlimeError: in the compact form.
         """
         if self.condition is None:
-            raise SlimeError("These embeddings came in the compact form, without their text context: connect a CLIP.")
+            raise SlimeError(
+                "These embeddings are in the compact text form, without text conditioning: connect a CLIP."
+            )
         condition = dict(self.condition)
         if self.mode == CONTEXT:
-            rows = condition["context"].float().clone()
-            rows[1 : len(self.names) + 1] = self.rows[0].to(rows)
-            condition["context"] = rows
-        return Plan(self.layers, condition, self.timestep, self._grouping)
+            tokens = condition["context"].float().clone()
+            tokens[1 : len(self.names) + 1] = self.vectors[SHARED].to(tokens)
+            condition["context"] = tokens
+        return ExtractionSpec(self.layers, condition, self.timestep, self.grouping)
 
-    @property
-    def _grouping(self) -> str:
-        return "resolution" if self.row_groups == SHARED else self.row_groups
+    def offsets(self) -> Mapping[str, Tensor]:
+        """Return the vectors [P, D] as offsets from the background's, for linear scores."""
+        if self.mode != CONTEXT:
+            return self.vectors
+        background = self.extraction_spec().condition["context"][0].float()
+        return {name: vector - background for name, vector in self.vectors.items()}
 
-    def pass_digest(self) -> str:
-        """Embeddings of equal digests are read from the same pass; the compact form goes by its prompt."""
-        read = (self.layers, self.timestep, self.side, self._grouping, self.read_out.kind)
-        seen: tuple[object, ...] = (self.backbone, *read)
-        digest = hashlib.sha256(repr(seen if self.condition is not None else (*seen, self.prompt)).encode())
-        for name, tensor in sorted(self.plan().condition.items() if self.condition is not None else ()):
+    def extraction_key(self) -> str:
+        """Return a digest, equal for embeddings decoded from the same pass; a compact form goes by its prompt."""
+        read = (self.backbone, self.layers, self.timestep, self.side, self.grouping, self.decoder.kind)
+        complete = self.condition is not None
+        digest = hashlib.sha256(repr(read if complete else (*read, self.prompt)).encode())
+        for name, tensor in sorted(self.extraction_spec().condition.items() if complete else ()):
             digest.update(name.encode() + tensor.cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def completed(self, backbone: Backbone) -> PartEmbeddings:
-        """The compact form completed by encoding its prompt; unchanged when complete."""
+        """Return the compact form completed by encoding its prompt; unchanged when complete."""
         if self.condition is not None:
             return self
-        condition = backbone.condition(self.prompt)
-        rows = self.rows + condition["context"][0].float() if self.mode == CONTEXT else self.rows
-        return replace(self, rows=rows, condition=condition)
+        condition, vectors = backbone.condition(self.prompt), self.vectors
+        if self.mode == CONTEXT:
+            vectors = {name: vector + condition["context"][0].float() for name, vector in vectors.items()}
+        return replace(self, vectors=vectors, condition=condition)
 
 
-def _what_to_do(learned: str, connected: str) -> str:
-    """Ids of several that look together are joined by :data:`TOGETHER`."""
-    wanted, there = (name.split(TOGETHER) for name in (learned, connected))
-    lacking = [name for name in wanted if name not in there]
-    spare = [name for name in there if name not in wanted]
-    if lacking and not spare:
+def _cure(learned: str, connected: str) -> str:
+    """Say what to connect or disconnect; ids of fused backbones are joined by :data:`TOGETHER`."""
+    wanted, given = (name.split(TOGETHER) for name in (learned, connected))
+    lacking = [name for name in wanted if name not in given]
+    extra = [name for name in given if name not in wanted]
+    if lacking and not extra:
         return f"Connect {' and '.join(lacking)} as well."
-    if spare and not lacking:
-        return f"Disconnect {' and '.join(spare)}."
+    if extra and not lacking:
+        return f"Disconnect {' and '.join(extra)}."
     return "Load a model of the same family, or train on this one."

@@ -1,5 +1,5 @@
-"""The one error type a user of SLiMe can cause."""
+"""The error type for mistakes of a user."""
 
 
 class SlimeError(ValueError):
-    """Bad input or a mismatch; the message says what was wrong, with the values seen, and what to do."""
+    """Bad input or a mismatch; the message says what is wrong, with the values, and what to do."""

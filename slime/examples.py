@@ -1,4 +1,4 @@
-"""Examples: an image with an integer label map and the names of its parts."""
+"""Labelled images: an image with a label map and the names of its parts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ BACKGROUND = "background"
 MAX_PARTS = 76  # more colours cannot be told apart, and more parts cannot be painted
 MAX_NAME = 200  # characters
 CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
-IGNORE = 255  # label of pixels that neither teach nor count
+IGNORE = 255  # label of pixels that count neither in training nor in evaluation
 
 
 def check_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Part names, stripped; raises SlimeError for none, empty, duplicate, too many, or "background"."""
+    """Return stripped part names; raise SlimeError for none, empty, duplicate or too many names, or "background"."""
     cleaned = tuple(name.strip() for name in names)
     if not cleaned:
         raise SlimeError('No part names given; write at least one, for example "wheel, window".')
@@ -44,7 +44,7 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
 
 
 def check_image(image: Tensor) -> Tensor:
-    """A copy of an image as float32 [H, W, 3] in [0, 1] on the CPU.
+    """Return a copy of an image as float32 [H, W, 3] in [0, 1] on the CPU.
 
     Raises:
         SlimeError: wrong shape, too small, NaN or infinite pixels, or values far outside [0, 1].
@@ -63,9 +63,9 @@ class Example:
         image: float32 [H, W, 3] in [0, 1], CPU.
         labels: int64 [H, W]; 0 background, k the part ``names[k - 1]``, 255 ignored.
         names: part names.
-        unlabelled: what pixels of label 0 are: "background", "ignore" (they teach nothing: parts may be hidden there),
-            or "auto": ignored where other examples label parts that this one does not.
-        labelled: the names that were labelled here; others came from further examples. None means all.
+        unlabelled: meaning of label 0: "background", "ignore" (not trained on: there may be parts), or "auto": ignored
+            if other examples label parts that this one does not.
+        labelled: the names that were labelled here; others come from further examples. None means all.
     """
 
     image: Tensor
@@ -74,8 +74,8 @@ class Example:
     unlabelled: str = "auto"
     labelled: frozenset[str] | None = None
 
-    def taught(self) -> Example:
-        """The example with label 255 where it says nothing, see ``unlabelled``."""
+    def with_ignored_pixels(self) -> Example:
+        """Return the example with label 255 where its pixels are ignored, see ``unlabelled``."""
         partial = self.labelled is not None and not self.labelled >= set(self.names)
         if self.unlabelled == "background" or (self.unlabelled == "auto" and not partial):
             return self
@@ -84,7 +84,7 @@ class Example:
 
     @classmethod
     def from_label_map(cls, image: Tensor, labels: Tensor, names: Sequence[str]) -> Example:
-        """From an integer label map [H, W] of the image's size.
+        """Make an example from an integer label map [H, W] of the image's size.
 
         Raises:
             SlimeError: for bad names or images, another size, labels out of range, or a map without any part.
@@ -94,7 +94,7 @@ class Example:
         labels = labels.detach().to("cpu", torch.int64).clone()
         if labels.shape != image.shape[:2]:
             raise SlimeError(
-                f"The label map is {_size(labels)} but the image is {_size(image)}; they must have the same size."
+                f"The label map is {_size(labels)} but the image is {_size(image)}. Resize the label map to the image."
             )
         present = set(labels.unique().tolist()) - {0, IGNORE}
         unknown = sorted(label for label in present if not 1 <= label <= len(names))
@@ -106,7 +106,7 @@ class Example:
 
     @classmethod
     def from_masks(cls, image: Tensor, masks: Mapping[str, Tensor]) -> Example:
-        """From one mask [H, W] a part, inside where above 0.5; where masks overlap the later one wins.
+        """Make an example from one mask [H, W] per part, inside above 0.5; where masks overlap the later one wins.
 
         Raises:
             SlimeError: for bad names or images, masks of another size, and empty masks, naming the part.
@@ -123,7 +123,8 @@ class Example:
                 )
             if mask.shape != image.shape[:2]:
                 raise SlimeError(
-                    f'The mask of "{name}" is {_size(mask)} but the image is {_size(image)}; they must have one size.'
+                    f'The mask of "{name}" is {_size(mask)} but the image is {_size(image)}. Resize the mask to the '
+                    "image."
                 )
             overlap = int((inside & (labels > 0)).sum())
             if overlap:
@@ -131,13 +132,18 @@ class Example:
             labels[inside] = index
         missing = [name for index, name in enumerate(names, start=1) if not (labels == index).any()]
         if missing:
-            raise SlimeError(f"Later masks cover {', '.join(missing)} completely; change the order of the masks.")
+            raise SlimeError(
+                f"Nothing is left of {', '.join(missing)}: masks further down the list cover it. Change the order of "
+                "the "
+                "masks, the largest part first."
+            )
         return cls(image, labels, names)
 
     @classmethod
     def from_colors(cls, image: Tensor, colored: Tensor, colors: Mapping[str, tuple[int, int, int]]) -> Example:
-        """From a picture [H, W, 3] in [0, 1] that paints each part in its own colour (0..255); other colours are
-        background. A pixel belongs to the nearest colour within 10 levels a channel.
+        """Make an example from an image [H, W, 3] in [0, 1] with each part in its own colour (0..255).
+
+        A pixel belongs to the nearest colour within 10 levels per channel; other colours are background.
 
         Raises:
             SlimeError: as :meth:`from_label_map`, and when a named colour does not occur.
@@ -157,9 +163,9 @@ class Example:
 
 
 def merge_examples(previous: Sequence[Example], new: Example) -> tuple[Example, ...]:
-    """Chain examples: the same image again adds parts to it, another image is a further shot.
+    """Add an example: the same image again adds parts to it, another image is a further shot.
 
-    All examples get the union of the names, in order of first appearance. The one added or changed is the last.
+    All examples get the union of the names, in order of first appearance. The one added or changed comes last.
     """
     names = list(dict.fromkeys([*(name for example in previous for name in example.names), *new.names]))
     check_names(names)

@@ -1,31 +1,37 @@
-"""Find learned parts in images: :class:`Segmenter`, and :func:`segment` as one line."""
+"""Find learned parts in images: :func:`segment`, or its halves :func:`extract` and :func:`decode`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backbones.base import Backbone
-from .batches import check_finite
-from .embeddings import PartEmbeddings
+from .batches import check_finite, in_batches
+from .decode.lazy_maps import LazyMaps
+from .decode.zoom import (
+    Closeup,
+    candidate_windows,
+    choose_closeups,
+    closeup_peaks,
+    needs_closeups,
+    window_images,
+)
+from .embeddings import LINEAR, PartEmbeddings
 from .errors import SlimeError
+from .extraction import Crop, EncodedImages, encode_crops, merge_passes
 from .images import as_rgb, check_images
 from .parts.maps import PartMaps
-from .read_out import Official, Propagated
-from .reading.finish import Finished
-from .reading.look import Look, Passes, keep, look_at, read_maps
-from .reading.zoom import Seen, look_closer, peaks, unsure
-from .settings import LookSettings, ReadSettings, SegmentSettings
+from .settings import DecodeSettings, ExtractionSettings, SegmentSettings
 
 OnBatch = Callable[[int, int], None]
 
 
 class Segmenter:
-    """A backbone with learned embeddings, ready to segment: ``segmenter(images)``, or look once and read often.
+    """A backbone with learned embeddings, ready to segment: ``segmenter(images)``.
 
     Args:
         backbone: of the kind the embeddings were learned on.
@@ -42,21 +48,8 @@ class Segmenter:
         self.embeddings = embeddings.completed(backbone)
 
     def __call__(self, images: Tensor, on_batch: OnBatch | None = None, latents: Tensor | None = None) -> PartMaps:
-        """Part maps of images [B, H, W, 3] in [0, 1], any size and aspect; see :func:`segment`."""
+        """Segment images [B, H, W, 3] in [0, 1] of any size and aspect; see :func:`segment`."""
         return segment(self.backbone, images, self.embeddings, self.settings, on_batch=on_batch, latents=latents)[0]
-
-    def look(self, images: Tensor) -> Look:
-        """The part that needs the model; :meth:`read` does the rest. Zoom, which is a second look, does not count."""
-        return look(self.backbone, images, self.embeddings, self.settings)
-
-    def read(self, seen: Look) -> PartMaps:
-        """Parts from a look at hand: no encoding, no pass."""
-        return read_look(seen, self.embeddings, self.settings, self.backbone.device)
-
-    def stream(self, batches: Iterable[Tensor]) -> Iterator[PartMaps]:
-        """Part maps of any number of batches [B, H, W, 3], one after the other, in the memory of one."""
-        for images in batches:
-            yield self(images)
 
 
 def segment(
@@ -70,204 +63,216 @@ def segment(
 ) -> list[PartMaps]:
     """Find the learned parts in images.
 
-    Embeddings that share condition, layers, timestep and size (every "instant" file of a model does) share one pass.
-    Part maps keep a reference to the images, and small maps; see :class:`slime.parts.maps.PartMaps`.
+    Embeddings of one :meth:`slime.PartEmbeddings.extraction_key` (every "instant" file of a model) share their passes.
+    The result keeps a reference to the images, and small maps; see :class:`slime.parts.maps.PartMaps`.
 
     Args:
         backbone: the model.
         images: [B, H, W, 3] in [0, 1], any size and aspect.
         embeddings: one or several.
         settings: see :class:`slime.settings.SegmentSettings`.
-        on_batch: called after every sub-batch with what is done and with all there is to do: two for each image and
-            embeddings, encoding and looking.
-        latents: [B, C, h, w], the images as the backbone encodes them, where they are at hand: saves the encoding.
+        on_batch: called after every batch with the work done and the total: two units per image and embeddings, for
+            encoding and for the pass.
+        latents: [B, C, h, w], the images as the backbone encodes them, where they are at hand; saves the encoding.
 
     Returns:
-        One PartMaps for every embeddings.
+        One PartMaps for each of the embeddings.
 
     Raises:
         SlimeError: bad images or latents, or embeddings of another kind of model.
     """
     settings = settings or SegmentSettings()
-    check_images(images)
-    _check_latents(latents, images, backbone)
-    several = [embeddings] if isinstance(embeddings, PartEmbeddings) else list(embeddings)
-    for item in several:
-        item.check_model(backbone)
-    several = [item.completed(backbone) for item in several]
+    several = _checked(backbone, images, embeddings, latents)
     groups: dict[str, list[int]] = {}
     for index, item in enumerate(several):
-        groups.setdefault(item.pass_digest(), []).append(index)
+        groups.setdefault(item.extraction_key(), []).append(index)
+    progress = _Progress(on_batch, 2 * len(images) * len(several))
     results: dict[int, PartMaps] = {}
-    done, total = 0.0, 2 * len(images) * len(several)
-
-    def advance(images_done: float) -> None:
-        nonlocal done
-        done += images_done
-        if on_batch is not None:
-            on_batch(round(done), total)
-
     for indices in groups.values():
         items = [several[index] for index in indices]
-        maps: list[list[Tensor]] = [[] for _ in items]
-        done_encoding = partial(lambda count, n: advance(n * count), len(items))
-        for part, found in _part_maps(backbone, images, items, settings, done_encoding, latents):
-            for kept, one in zip(maps, found, strict=True):
-                kept.append(one.cpu())
-            advance(len(images[part]) * len(items))
-        for index, item, kept in zip(indices, items, maps, strict=True):
-            results[index] = _finished(images, torch.cat(kept), item, settings, backbone.device, backbone)
+        all_maps = _maps_of(backbone, images, items, settings, latents, progress)
+        for index, item, maps in zip(indices, items, all_maps, strict=True):
+            closeups: list[list[Closeup]] = []
+            if settings.zoom and item.mode == LINEAR:
+                closeups = _closeups_of(backbone, images, maps, item, settings)
+            results[index] = _part_maps(images, maps, item, settings, backbone.device, closeups)
     return [results[index] for index in range(len(several))]
 
 
-def look(
+@dataclass(frozen=True)
+class ExtractedImages:
+    """Features of a batch of images, on the CPU: any embeddings of one key are decoded from them without a pass.
+
+    Attributes:
+        images: [B, H, W, 3], as they were given.
+        key: see :meth:`slime.PartEmbeddings.extraction_key`.
+        chunks: what every crop and noise sample of consecutive chunks of the batch gave.
+    """
+
+    images: Tensor
+    key: str
+    chunks: tuple[tuple[tuple[Crop, Any], ...], ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the features."""
+        return sum(one.size for passes in self.chunks for _, one in passes)
+
+
+def extract(
     backbone: Backbone,
     images: Tensor,
     embeddings: PartEmbeddings,
-    settings: LookSettings | None = None,
+    settings: ExtractionSettings | None = None,
+    *,
+    on_batch: OnBatch | None = None,
     latents: Tensor | None = None,
-    previous: Look | None = None,
-) -> Look:
-    """The part of :func:`segment` that needs the model; :func:`read_look` does the rest, for any like embeddings.
+) -> ExtractedImages:
+    """Run the passes of :func:`segment` and keep their features, for :func:`decode`.
 
-    With ``previous``, a look at the same images, the result serves the embeddings of both; where that one serves these
-    already nothing is looked at again.
-
-    Raises:
-        SlimeError: as :func:`segment`, and where ``previous`` has other images.
+    Zoom is left out: it needs further passes that depend on the parts. Arguments and errors are those of
+    :func:`segment`.
     """
-    check_images(images)
-    _check_latents(latents, images, backbone)
-    embeddings.check_model(backbone)
-    item = embeddings.completed(backbone)
-    settings, digest = settings or LookSettings(), item.pass_digest()
-    if previous is not None:
-        if previous.images.shape != images.shape or not torch.equal(previous.images, images):
-            raise SlimeError("The previous look is at other images. Connect the same image to both.")
-        found = previous.find(digest)
-        if found is not None and found.settings == settings:
-            return previous
-    batches = tuple(look_at(backbone, images, [item], settings, keep, any_rows=True, latents=latents))
-    return Look(images, digest, settings, batches, previous)
+    (item,) = _checked(backbone, images, embeddings, latents)
+    progress = _Progress(on_batch, 2 * len(images))
+    encoded = encode_crops(backbone, images, item, settings or ExtractionSettings(), latents, progress.add)
+
+    def run(chunk: slice) -> tuple[tuple[Crop, Any], ...]:
+        passes = tuple((crop, one.to("cpu")) for crop, one in encoded.passes(chunk, [item], for_these=False))
+        progress.add(len(images[chunk]))
+        return passes
+
+    return ExtractedImages(images, item.extraction_key(), tuple(in_batches(len(images), encoded.batch, run)))
 
 
-def read_look(
-    seen: Look, embeddings: PartEmbeddings, settings: ReadSettings | None = None, device: torch.device | None = None
+def decode(
+    extracted: ExtractedImages,
+    embeddings: PartEmbeddings,
+    settings: DecodeSettings | None = None,
+    device: torch.device | None = None,
 ) -> PartMaps:
-    """Parts from a look at hand: no encoding, no pass.
+    """Decode parts from features at hand, without a pass.
 
     Args:
-        seen: from :func:`look`; of several in a row the one for these embeddings counts.
-        embeddings: of the same kind: same condition, layers, timestep and size.
-        settings: how to read.
+        extracted: from :func:`extract`.
+        embeddings: of the same extraction key.
+        settings: of the decoding.
         device: where to compute; the CPU by default.
 
     Raises:
-        SlimeError: embeddings of another kind than those the look was made for, or in the compact form.
+        SlimeError: embeddings of another key, or in the compact form.
     """
-    if embeddings.condition is None:
-        embeddings.plan()  # says what is missing
-    look_of_these = seen.find(embeddings.pass_digest())
-    if look_of_these is None:
+    if embeddings.extraction_spec() is None or embeddings.extraction_key() != extracted.key:
         raise SlimeError(
-            "These embeddings need another look at the image (another text, layers, timestep or model family than "
-            "those it was made with). Make a look with them too (its previous takes this one), or use SLiMe Segment."
+            "These embeddings need other features of the image (another model family, text, layers or timestep). "
+            "Extract features with them, or use segment()."
         )
     device = device or torch.device("cpu")
-    size, kept = (seen.images.shape[1], seen.images.shape[2]), []
-    for _, observed in look_of_these.batches:
-        (maps,) = read_maps(((view, one.to(device)) for view, one in observed), [embeddings], size)
+    size, kept = (extracted.images.shape[1], extracted.images.shape[2]), []
+    for passes in extracted.chunks:
+        (maps,) = merge_passes(((crop, one.to(device)) for crop, one in passes), [embeddings], size)
         check_finite([maps])
         kept.append(maps.cpu())
-    return _finished(seen.images, torch.cat(kept), embeddings, settings or ReadSettings(), device)
+    return _part_maps(extracted.images, torch.cat(kept), embeddings, settings or DecodeSettings(), device, [])
 
 
-def at_size(maps: PartMaps, index: int, image: Tensor) -> PartMaps:
-    """The part maps of one image of a batch, finished along the edges of ``image`` [H, W, 3], which is the same at
-    another size: images of unlike sizes can share a pass."""
-    pixels, part = _unfinished(maps), slice(index, index + 1)
-    pixels = replace(pixels, images=image[None], maps=pixels.maps[part], present=pixels.present[part])
-    return replace(maps, pixels=pixels, peaks=maps.peaks[part])
+class _Progress:
+    """Counts work done and reports it."""
+
+    def __init__(self, on_batch: OnBatch | None, total: int) -> None:
+        self._on_batch, self._total, self._done = on_batch, total, 0.0
+
+    def add(self, count: float) -> None:
+        self._done += count
+        if self._on_batch is not None:
+            self._on_batch(round(self._done), self._total)
 
 
-def maps_of(maps: PartMaps) -> Tensor:
-    """The probabilities [B, K, h, w] on the grid that they were read on."""
-    return _unfinished(maps).maps
+def _checked(
+    backbone: Backbone,
+    images: Tensor,
+    embeddings: PartEmbeddings | Sequence[PartEmbeddings],
+    latents: Tensor | None,
+) -> list[PartEmbeddings]:
+    """Return the embeddings, complete; raises SlimeError as :func:`segment`."""
+    check_images(images)
+    if latents is not None:
+        _check_latents(latents, images, backbone)
+    several = [embeddings] if isinstance(embeddings, PartEmbeddings) else list(embeddings)
+    for item in several:
+        item.check_model(backbone)
+    return [item.completed(backbone) for item in several]
 
 
-def _unfinished(maps: PartMaps) -> Finished:
-    if not isinstance(maps.pixels, Finished) or maps.pixels.closer:
-        raise ValueError("pixels at full size are all there is")
-    return maps.pixels
-
-
-def _check_latents(latents: Tensor | None, images: Tensor, backbone: Backbone) -> None:
-    if latents is None:
-        return
+def _check_latents(latents: Tensor, images: Tensor, backbone: Backbone) -> None:
     if latents.ndim != 4 or latents.shape[1] != backbone.info.channels:
         raise SlimeError(
-            f"Latents of shape {list(latents.shape)} are not of the connected model, which takes "
+            f"Latents of shape {list(latents.shape)} do not fit the connected model, which takes "
             f"{backbone.info.channels} channels."
         )
     aspects = [tensor.shape[-1] / tensor.shape[-2] for tensor in (latents, images.movedim(-1, 1))]
     if len(latents) != len(images) or not 0.95 < aspects[0] / aspects[1] < 1.05:
         raise SlimeError(
-            f"The {len(latents)} latents ({latents.shape[3]}x{latents.shape[2]} cells) and {len(images)} images "
-            f"({images.shape[2]}x{images.shape[1]}) do not show the same."
+            f"The {len(latents)} latents ({latents.shape[3]}x{latents.shape[2]} latent pixels) and {len(images)} "
+            "images "
+            f"({images.shape[2]}x{images.shape[1]} pixels) do not show the same. Connect the latent of these images."
         )
     check_finite([latents])
 
 
-def _part_maps(
+def _maps_of(
     backbone: Backbone,
     images: Tensor,
     items: Sequence[PartEmbeddings],
-    settings: LookSettings,
-    on_encoded: Callable[[float], None] = lambda _: None,
+    settings: ExtractionSettings,
     latents: Tensor | None = None,
-) -> Iterator[tuple[slice, list[Tensor]]]:
-    """Sub-batches of part maps [b, K, h, w], one for each of the embeddings, which share every pass."""
+    progress: _Progress | None = None,
+) -> list[Tensor]:
+    """Return part maps [B, K, h, w] on the CPU for each of the embeddings, which share every pass."""
+    progress = progress or _Progress(None, 0)
     size = (images.shape[1], images.shape[2])
+    encoded: EncodedImages = encode_crops(
+        backbone, images, items[0], settings, latents, lambda count: progress.add(count * len(items))
+    )
 
-    def consume(part: slice, passes: Passes) -> tuple[slice, list[Tensor]]:
-        return part, read_maps(passes, items, size)
+    def run(chunk: slice) -> list[Tensor]:
+        merged = merge_passes(encoded.passes(chunk, items), items, size)
+        check_finite(merged)
+        progress.add(len(images[chunk]) * len(items))
+        return [maps.cpu() for maps in merged]
 
-    for part, found in look_at(backbone, images, items, settings, consume, on_encoded=on_encoded, latents=latents):
-        check_finite(found)
-        yield part, found
+    chunks = list(in_batches(len(images), encoded.batch, run))
+    return [torch.cat(maps) for maps in zip(*chunks, strict=True)]
 
 
-def _finished(
+def _closeups_of(
+    backbone: Backbone, images: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
+) -> list[list[Closeup]]:
+    """Return the close-ups of every image; none for images whose coarse maps [B, K, h, w] are confident."""
+    closeups: list[list[Closeup]] = []
+    wanted = needs_closeups(maps[:, 1:].amax((2, 3)), item.example_confidence)
+    for image, coarse, needed in zip(images, maps, wanted.tolist(), strict=True):
+        windows = candidate_windows(coarse, (image.shape[0], image.shape[1]), settings.zoom) if needed else []
+        if windows:
+            (found,) = _maps_of(backbone, window_images(as_rgb(image), windows), [item], settings)
+            closeups.append(choose_closeups(windows, found, coarse, settings.zoom))
+        else:
+            closeups.append([])
+    return closeups
+
+
+def _part_maps(
     images: Tensor,
     maps: Tensor,
     item: PartEmbeddings,
-    settings: ReadSettings,
+    settings: DecodeSettings,
     device: torch.device,
-    backbone: Backbone | None = None,
+    closeups: Sequence[Sequence[Closeup]],
 ) -> PartMaps:
-    """Part maps [B, K, h, w] with what finishes them; closer looks need the backbone."""
-    highest, closer = maps[:, 1:].amax((2, 3)), []
-    if backbone is not None and isinstance(settings, SegmentSettings) and settings.zoom:
-        if isinstance(item.read_out, Propagated):
-            wanted = unsure(highest, item.sureness)
-            closer = _closer_looks(backbone, images, maps, wanted, item, settings)
-            highest = torch.stack([peaks(one, seen) for one, seen in zip(maps, closer, strict=True)])
-    present = highest.mean(1) >= settings.min_confidence * item.sureness
-    exponent = 1.0 if isinstance(item.read_out, Official) else item.read_out.sharpen
-    pixels = Finished(images, maps.float(), present, settings.refine, exponent, device, closer)
-    return PartMaps(pixels, item.names, item.palette, highest.float(), item.sureness)
-
-
-def _closer_looks(
-    backbone: Backbone, images: Tensor, maps: Tensor, wanted: Tensor, item: PartEmbeddings, settings: SegmentSettings
-) -> list[list[Seen]]:
-    """Of every image what closer looks showed; none for those that are not wanted, [B]."""
-
-    def closer(crops: Tensor) -> Tensor:
-        return torch.cat([found.cpu() for _, (found,) in _part_maps(backbone, crops, [item], settings)])
-
-    look_at_one = partial(look_closer, closer, objects=settings.zoom)
-    return [
-        look_at_one(as_rgb(image), coarse=one) if want else []
-        for image, one, want in zip(images, maps, wanted.tolist(), strict=True)
-    ]
+    """Return the result for part maps [B, K, h, w] and close-ups, if any."""
+    peaks = maps[:, 1:].amax((2, 3))
+    if closeups:
+        peaks = torch.stack([closeup_peaks(coarse, some) for coarse, some in zip(maps, closeups, strict=True)])
+    present = peaks.mean(1) >= settings.min_confidence * item.example_confidence
+    pixels = LazyMaps(images, maps.float(), present, settings.refine, item.decoder.temperature, device, closeups)
+    return PartMaps(pixels, item.names, item.palette, peaks.float(), item.example_confidence)

@@ -1,4 +1,4 @@
-"""Settings of the trainers, of looking at images and of reading parts from them. ``Settings()`` is the preset."""
+"""Settings of the trainers, of feature extraction and of decoding. ``Settings()`` is the preset."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ from typing import Any, ClassVar
 
 from .errors import SlimeError
 
-ROW_GROUPS = ("resolution", "layer")
+RESOLUTION, LAYER = "resolution", "layer"  # how layers form feature groups
+GROUPINGS = (RESOLUTION, LAYER)
+SHARED = "shared"  # name of the vectors that all feature groups share
 REFINEMENTS = ("off", "fast", "best")
 
 
 @dataclass(frozen=True)
 class ViewSettings:
-    """The seeded views of the examples that a trainer learns from.
+    """Seeded augmented views of the examples, which a trainer learns from.
 
     Attributes:
-        views: how many, shared out evenly among the examples; at least one each.
-        seed: of augmentation and noise.
-        flip: mirror half of the views; None switches it off when a name says left or right.
-        crop: smallest side of a random crop relative to the image's; 1 switches crops off.
+        views: number of views, divided evenly among the examples; at least one each.
+        seed: seed of augmentation and noise.
+        flip: mirror half of the views; None disables it when a part name says left or right.
+        crop: smallest side of a random crop relative to the image's; 1 disables crops.
         rotation: largest rotation in degrees.
         blur: probability of a Gaussian blur.
         recolor: strength of independent colour changes of every part, 0..1.
@@ -48,11 +50,11 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class TrainSettings(ViewSettings):
-    """What every trainer has.
+    """Settings of every trainer.
 
     Attributes:
         steps: optimiser steps; L-BFGS iterations of the instant trainer.
-        prompt: text the model sees while it looks; what an empty one means is the trainer's.
+        prompt: text conditioning of the passes; the default for an empty one depends on the trainer.
         read_layers, propagate_layers: layer patterns; empty for the model's own choice, "auto" for a probe.
     """
 
@@ -68,41 +70,28 @@ class TrainSettings(ViewSettings):
 
 @dataclass(frozen=True)
 class InstantSettings(TrainSettings):
-    """Rows from features looked up once: a convex fit, no gradient through the model.
+    """Settings of the instant trainer: a convex fit on features, no gradient through the model.
 
     Attributes:
         timestep: noise level of the features; None for the model's own.
-        l2: weight of the squared length of the rows, in whitened coordinates.
-        row_groups: one row a part and "resolution", or one a part and "layer".
-        class_weights: exponent of the class weights (1: background pixels / pixels of the part; 0: none).
     """
 
     timestep: int | None = None
-    l2: float = 1e-3
-    row_groups: str = "resolution"
-    class_weights: float = 0.8
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            self,
-            timestep=self.timestep is None or self.timestep >= 0,
-            l2=self.l2 >= 0,
-            row_groups=self.row_groups in ROW_GROUPS,
-            class_weights=0 <= self.class_weights <= 1,
-        )
+        _check(self, timestep=self.timestep is None or self.timestep >= 0)
 
 
 @dataclass(frozen=True)
 class PaperSettings(TrainSettings):
-    """The paper's recipe: rows in the text context, Adam through the whole UNet, the official read-out.
+    """Settings of the paper's trainer: token embeddings in the text context, Adam through the whole UNet.
 
-    Views are those of :func:`slime.training.augment.official_view`. The paper's figures have ``crop`` .6 for cars and
+    Views are those of :func:`slime.paper.views.official_view`. The paper's figures have ``crop`` .6 for cars and
     faces and .8 for horses, and ``rotation`` 10 for faces (official README and src/dataset.py).
 
     Attributes:
         learning_rate: of Adam.
-        noise_range: timesteps drawn, both included.
         checkpointing: recompute activations in the backward pass: less memory, more time.
     """
 
@@ -112,58 +101,45 @@ class PaperSettings(TrainSettings):
     blur: float = 0.5
     steps: int = 200
     learning_rate: float = 0.1
-    noise_range: tuple[int, int] = (5, 100)
     checkpointing: bool = False
 
     official_views: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            self,
-            learning_rate=0 < self.learning_rate <= 10,
-            noise_range=0 <= self.noise_range[0] <= self.noise_range[1],
-        )
+        _check(self, learning_rate=0 < self.learning_rate <= 10)
 
 
 @dataclass(frozen=True)
-class LookSettings:
-    """How an image is looked at.
+class ExtractionSettings:
+    """How features of an image are extracted.
 
     Attributes:
-        seed: of the noise; the same seed gives the same masks.
+        seed: seed of the noise; the same seed gives the same masks.
         crops: 1 for the whole image, n for n x n overlapping crops (the paper uses 2 for faces).
-        overlap: share of a crop's side that neighbours share.
-        flip: also look at the mirrored image and average (twice the time).
-        draws: noise draws averaged; each costs another pass.
-        batch_size: images of one pass; 0 asks the backbone how many fit the free memory.
+        average_flip: also extract features of the mirrored image, and average the maps (twice the time).
+        noise_samples: number of noise samples averaged; each costs one more pass.
+        batch_size: images per pass; 0 chooses by the free memory.
     """
 
     seed: int = 0
     crops: int = 1
-    overlap: float = 0.25
-    flip: bool = False
-    draws: int = 1
+    average_flip: bool = False
+    noise_samples: int = 1
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            crops=self.crops >= 1,
-            overlap=0 <= self.overlap < 1,
-            draws=self.draws >= 1,
-            batch_size=self.batch_size >= 0,
-        )
+        _check(self, crops=self.crops >= 1, noise_samples=self.noise_samples >= 1, batch_size=self.batch_size >= 0)
 
 
 @dataclass(frozen=True)
-class ReadSettings:
-    """How parts are read from a look.
+class DecodeSettings:
+    """How part maps are decoded from features.
 
     Attributes:
-        refine: "off", "fast" or "best", see :func:`slime.reading.refine.refine_maps`.
-        min_confidence: images of a lower :attr:`slime.parts.maps.PartMaps.confidence` hold no part at all; no effect
-            where the examples' sureness is unknown.
+        refine: "off", "fast" or "best", see :func:`slime.decode.refine.refine_maps`.
+        min_confidence: images below this :attr:`slime.parts.maps.PartMaps.confidence` get empty masks; no effect where
+            the confidence on the examples is unknown.
     """
 
     refine: str = "fast"
@@ -174,24 +150,29 @@ class ReadSettings:
 
 
 @dataclass(frozen=True)
-class SegmentSettings(ReadSettings, LookSettings):
-    """Looking and reading in one.
+class SegmentSettings(DecodeSettings, ExtractionSettings):
+    """Settings of extraction and decoding together.
 
     Attributes:
-        zoom: objects to look for more closely, 0 for none, for objects smaller in the image than in the examples: up to
-            5 further passes an object and 5 to spare (:mod:`slime.reading.zoom`).
+        zoom: number of objects to look at again in close-up crops, 0 for none: for objects smaller in the image than
+            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.zoom`).
     """
 
     zoom: int = 0
 
     def __post_init__(self) -> None:
-        LookSettings.__post_init__(self)
-        ReadSettings.__post_init__(self)
+        ExtractionSettings.__post_init__(self)
+        DecodeSettings.__post_init__(self)
         _check(self, zoom=self.zoom >= 0)
+
+    @property
+    def extraction(self) -> ExtractionSettings:
+        """The settings of extraction alone."""
+        return ExtractionSettings(**{name: getattr(self, name) for name in setting_names(ExtractionSettings)})
 
 
 def setting_names(kind: type[Any]) -> list[str]:
-    """Names of a settings class."""
+    """Return the names of the fields of a settings class."""
     return [field.name for field in fields(kind)]
 
 

@@ -1,49 +1,36 @@
-"""Learn part embeddings: :func:`train` is the one call, :func:`preset` gives settings by name."""
+"""Learn part embeddings: :func:`train`, with settings from :func:`preset`."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
 from .backbones.base import Backbone, BackboneInfo
-from .backbones.text import text_conditioned
-from .batches import OUT_OF_MEMORY, free_memory
-from .embeddings import CONTEXT, KEYS, PartEmbeddings
+from .embeddings import PartEmbeddings
 from .errors import SlimeError
 from .examples import Example
-from .settings import InstantSettings, PaperSettings, setting_names
-from .training.gradient import train_by_gradient
-from .training.instant import train_instant
-from .training.probe import with_probed_layers
+from .paper.train import TRAINER as PAPER
+from .settings import TrainSettings, setting_names
+from .training.instant import TRAINER as INSTANT
 from .training.progress import OnStep, StepReport
-from .training.template import part_prompt
 
-__all__ = ["OnStep", "PRESETS", "StepReport", "preset", "train"]
+__all__ = ["TRAINERS", "OnStep", "StepReport", "preset", "train"]
 
-Settings = InstantSettings | PaperSettings
-PRESETS: dict[str, type[Settings]] = {"instant": InstantSettings, "paper": PaperSettings}
-GONE = {
-    "thorough": "The preset thorough is gone: it was less accurate than instant and slower. Choose instant, or paper "
-    "for the recipe of the SLiMe paper. Files learned with it still segment."
-}
-logger = logging.getLogger(__name__)
-
-_NO_MEMORY = (
-    "The GPU's memory does not suffice to train through the model, even with checkpointing. Take the preset instant, "
-    "which needs no gradients, close other programs, or use a smaller model."
-)
+# A new trainer is one file with a Trainer in it, and its name here.
+TRAINERS = {trainer.name: trainer for trainer in (INSTANT, PAPER)}
 
 
-def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> Settings:
-    """A preset by name, the instant one as the backbone recommends it, with changes.
+def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> TrainSettings:
+    """Return the settings of a preset, for instant as the backbone recommends them, with changes.
 
     Raises:
         SlimeError: for an unknown preset, or a setting that its trainer does not use.
     """
-    if name not in PRESETS:
-        raise SlimeError(GONE.get(name, f'Unknown preset "{name}"; choose one of {", ".join(PRESETS)}.'))
-    settings = info.instant if info is not None and name == "instant" else PRESETS[name]()
+    if name not in TRAINERS:
+        raise SlimeError(f'Unknown preset "{name}"; choose one of {", ".join(TRAINERS)}.')
+    settings: TrainSettings = TRAINERS[name].settings()
+    if info is not None and isinstance(info.instant, type(settings)):
+        settings = info.instant
     known = setting_names(type(settings))
     unknown = sorted(set(changes) - set(known))
     if unknown:
@@ -54,75 +41,76 @@ def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> Se
 def train(
     backbone: Backbone,
     examples: Sequence[Example],
-    settings: Settings | None = None,
+    settings: TrainSettings | None = None,
     *,
-    start: PartEmbeddings | None = None,
+    init_embeddings: PartEmbeddings | None = None,
     validation: Sequence[Example] = (),
     on_step: OnStep | None = None,
 ) -> PartEmbeddings:
-    """Learn one row a part from one or a few labelled images.
+    """Learn the parts of one or a few labelled images.
 
     Args:
         backbone: the model.
         examples: all with the same part names.
-        settings: :class:`InstantSettings` or :class:`PaperSettings`, which choose the trainer; default is what the
-            backbone recommends for the instant one.
-        start: embeddings of the same parts to continue from.
-        validation: further labelled images by which the paper's trainer chooses among its rows, as the official code
+        settings: InstantSettings or PaperSettings, which choose the trainer; by default what the backbone recommends
+            for the instant one.
+        init_embeddings: embeddings of the same parts to continue from.
+        validation: further labelled images by which the paper's trainer chooses among its tokens, as the official code
             does with ten examples; with none the examples themselves, as it does with one.
-        on_step: progress; what it raises ends the training.
+        on_step: progress callback; an exception from it ends the training.
 
     Raises:
-        SlimeError: no examples, differing names, ``start`` of other parts or another model, a backbone without text for
-            the paper's trainer, or no memory for gradients even after a second try with checkpointing.
+        SlimeError: no examples, differing names, ``init_embeddings`` of other parts or another model, or what the
+            trainer itself refuses.
     """
     settings = settings or backbone.info.instant
+    trainer = next((one for one in TRAINERS.values() if type(settings) is one.settings), None)
+    if trainer is None:
+        raise SlimeError(f"There is no trainer for {type(settings).__name__}; use settings of {', '.join(TRAINERS)}.")
+    names = _check_names(examples, validation)
+    if init_embeddings is not None:
+        init_embeddings = _check_init(init_embeddings, backbone, names, trainer.mode)
+    trained = _with_ignored_pixels(examples)
+    others = [example.with_ignored_pixels() for example in validation]
+    return trainer.train(backbone, trained, settings, init_embeddings, others, on_step or (lambda report: None))
+
+
+def _check_names(examples: Sequence[Example], validation: Sequence[Example]) -> tuple[str, ...]:
     if not examples:
-        raise SlimeError("No example given: connect at least one SLiMe Example.")
+        raise SlimeError("There is no example: connect at least one SLiMe Example.")
     names = examples[0].names
     if any(example.names != names for example in (*examples, *validation)):
-        named = sorted({example.names for example in (*examples, *validation)})
-        raise SlimeError(f"All examples must name the same parts; got {named}.")
-    if start is not None:
-        start.check_model(backbone)
-        if start.names != names:
-            raise SlimeError(f"The embeddings to start from name {start.names}, the examples {names}.")
-        if start.mode != (CONTEXT if isinstance(settings, PaperSettings) else KEYS):
-            raise SlimeError(
-                "These embeddings were learned by the other trainer: instant continues instant, paper continues paper. "
-                "Leave start empty, or choose the other preset."
-            )
-        start = start.completed(backbone)
+        named = sorted({", ".join(example.names) for example in (*examples, *validation)})
+        raise SlimeError(f"All examples must name the same parts; got {' / '.join(named)}.")
+    return names
+
+
+def _check_init(init: PartEmbeddings, backbone: Backbone, names: tuple[str, ...], mode: str) -> PartEmbeddings:
+    init.check_model(backbone)
+    if init.names != names:
+        raise SlimeError(
+            f"The embeddings to continue from have the parts {', '.join(init.names)}, the examples {', '.join(names)}. "
+            "Use the same names in the same order, or connect no init_embeddings."
+        )
+    if init.mode != mode:
+        raise SlimeError(
+            "These embeddings were learned by the other trainer: instant continues instant, paper continues paper. "
+            "Disconnect init_embeddings, or choose the other preset."
+        )
+    return init.completed(backbone)
+
+
+def _with_ignored_pixels(examples: Sequence[Example]) -> list[Example]:
     if all((example.labels > 0).all() for example in examples):
         raise SlimeError(
-            "Every pixel of the examples belongs to a part, so nothing shows what is no part. Is the mask inverted, or "
+            "Every pixel of the examples belongs to a part, so there is no background to learn. Is the mask "
+            "inverted, or "
             "does it cover the whole image? Leave some background unpainted."
         )
-    examples, validation = ([example.taught() for example in kind] for kind in (examples, validation))
-    if not any((example.labels == 0).any() for example in examples):
+    trained = [example.with_ignored_pixels() for example in examples]
+    if not any((example.labels == 0).any() for example in trained):
         raise SlimeError(
-            "No pixel teaches the background: every example ignores what is not labelled. Label all parts in one "
+            "There is no background to learn: every example ignores its unlabelled pixels. Label all parts in one "
             'example, or set its unlabelled pixels to "background".'
         )
-    if not isinstance(settings, InstantSettings | PaperSettings):
-        raise SlimeError(f"There is no trainer for {type(settings).__name__}; give InstantSettings or PaperSettings.")
-    on_step = on_step or (lambda report: None)
-    prompt = settings.prompt or ("" if isinstance(settings, InstantSettings) else part_prompt(names))
-    if isinstance(settings, InstantSettings):
-        settings = with_probed_layers(backbone, examples, settings, prompt, on_step)
-        return train_instant(backbone, examples, settings, start, on_step)
-    denoiser = text_conditioned(backbone, "The preset paper")
-    settings = with_probed_layers(backbone, examples, settings, prompt, on_step)
-    try:
-        return train_by_gradient(denoiser, examples, settings, start, validation, on_step)
-    except OUT_OF_MEMORY:
-        if settings.checkpointing:
-            raise SlimeError(_NO_MEMORY) from None
-    # Outside the handler, whose traceback would keep the tensors of the failed step alive.
-    logger.warning("SLiMe: out of memory; training starts again with checkpointing, which needs less and takes longer.")
-    free_memory()
-    lighter = replace(settings, checkpointing=True)
-    try:
-        return train_by_gradient(denoiser, examples, lighter, start, validation, on_step)
-    except OUT_OF_MEMORY as error:
-        raise SlimeError(_NO_MEMORY) from error
+    return trained

@@ -53,12 +53,12 @@ def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
     from demo.pack.tiny_config import register
 
     register()
-    connected = importlib.import_module(f"{NAME}.nodes.connected").connected
+    build_backbone = importlib.import_module(f"{NAME}.nodes.backbones").build_backbone
     with torch.inference_mode(), _computing_in(dtype) as options, checkpoint_of(checkpoint) as whole:
         model, clip, vae, _ = comfy.sd.load_checkpoint_guess_config(
             str(whole), output_vae=True, output_clip=True, model_options=options
         )
-        return connected(model, vae, clip, None)
+        return build_backbone(model, vae, clip, None)
 
 
 def load_encoder(path: Path, cell: int = 0) -> Any:

@@ -12,14 +12,12 @@ from . import scenes
 # paper's blocks, output.3-7, have 8 and 16 here, too coarse for any part.
 PAPER_LAYERS = {"read_layers": "output.6-10", "propagate_layers": "output.9-11"}
 # The preset instant as Stable Diffusion's families have it: these layers, and of the settings no values of their own.
-AS_STABLE_DIFFUSION = PAPER_LAYERS | {
-    name: getattr(InstantSettings(), name) for name in ("recolor", "views", "row_groups", "l2")
-}
+AS_STABLE_DIFFUSION = PAPER_LAYERS | {name: getattr(InstantSettings(), name) for name in ("recolor", "views")}
 # Of the paper's recipe, by the parts that are learned (official README and src/dataset.py): crop, rotation, and faces
 # in 2 x 2 crops of 400 pixels of 512.
 BY_DOMAIN: dict[str, dict[str, dict[str, Any]]] = {
     "car": {"train": {"crop": 0.6}, "segment": {}},
     "horse": {"train": {"crop": 0.8}, "segment": {}},
-    "face": {"train": {"crop": 0.6, "rotation": 10.0}, "segment": {"crops": 2, "overlap": 0.72}},
+    "face": {"train": {"crop": 0.6, "rotation": 10.0}, "segment": {"crops": 2}},
 }
 RECIPES = {parts[domain]: recipe for domain, recipe in BY_DOMAIN.items() for parts in (scenes.PARTS, scenes.FINE)}

@@ -64,16 +64,18 @@ CLIP_CONFIG = {
     "torch_dtype": "float32",
     "vocab_size": 49408,
 }
-# How SLiMe looks at it, the arguments of its Family; chosen on the validation scenes, see benchmarks/RESULTS.md.
+# Arguments of SLiMe's Family for it, chosen on the validation scenes, see benchmarks/RESULTS.md.
 SLIME_FAMILY = {
     "name": "tiny",
     "context_dim": CONTEXT_DIM,
     "side": 256,
     "cross": "output.3-11",
     "self_": "output.9-10",
-    "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96},
+    "instant": {"recolor": 1.0, "views": 96},
+    "grouping": "layer",
+    "l2": 0.1,
 }
-# How SLiMe looks with the flow transformer, the arguments of its FlowFamily.
+# Arguments of SLiMe's FlowFamily for the flow transformer.
 SLIME_FLOW = {
     "name": "tiny-flow",
     "base": (),
@@ -81,5 +83,7 @@ SLIME_FLOW = {
     "read": ("joint.2", "joint.3", "joint.4", "joint.5"),
     "propagate": ("joint.4",),
     "side": 256,
-    "instant": {"recolor": 1.0, "row_groups": "layer", "l2": 0.1, "views": 96},
+    "instant": {"recolor": 1.0, "views": 96},
+    "grouping": "layer",
+    "l2": 0.1,
 }

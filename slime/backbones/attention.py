@@ -1,4 +1,4 @@
-"""Cross-attention scores and weighted accumulated self-attention (WAS) from captured queries and keys."""
+"""Compute cross-attention scores and weighted accumulated self-attention (WAS) from captured queries and keys."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..images import resize_maps
 class Attention(NamedTuple):
     """Inputs of one attention layer: ``query`` [B, N, heads*d], ``key`` [B, T, heads*d], N = height*width.
 
-    In cross-attention T counts a context's extra rows too, in self-attention it is N.
+    In cross-attention T includes a context's extra tokens, in self-attention it is N.
     """
 
     query: Tensor
@@ -27,12 +27,22 @@ class Attention(NamedTuple):
     width: int
 
     def to(self, device: torch.device | str) -> Attention:
-        """The same on another device."""
+        """Return the inputs on another device."""
         return self._replace(query=self.query.to(device), key=self.key.to(device))
+
+    @property
+    def size(self) -> int:
+        """Bytes of query and key."""
+        return tensor_bytes(self.query, self.key)
+
+
+def tensor_bytes(*tensors: Tensor) -> int:
+    """Return the bytes of tensors."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def cross_scores(attention: Attention, count: int, first: int = 0) -> Tensor:
-    """Scores Q K^T / sqrt(d) of ``count`` tokens from ``first`` on, mean over heads: [B, count, h, w] (paper eq. 1).
+    """Return scores Q K^T / sqrt(d) of ``count`` tokens from ``first``, mean over heads: [B, count, h, w] (eq. 1).
 
     The mean over heads of per-head products is the product over all channels divided by the number of heads.
     """
@@ -42,7 +52,7 @@ def cross_scores(attention: Attention, count: int, first: int = 0) -> Tensor:
 
 
 def score_features(attention: Attention, key_projection: Tensor) -> Tensor:
-    """Linear feature map phi with score_k = phi . e_k for any embedding row e_k: [B, D, h, w].
+    """Return the linear feature map phi with score_k = phi . e_k for any token embedding e_k: [B, D, h, w].
 
     Args:
         attention: a captured cross-attention layer.
@@ -59,22 +69,22 @@ def _score_factor(attention: Attention) -> float:
 
 @contextmanager
 def differentiable_attention() -> Iterator[None]:
-    """Keep cuDNN's attention out, of which some versions give gradients that are no numbers."""
+    """Disable cuDNN's attention: some versions of it return NaN gradients."""
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
         yield
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    """Plain attention of query [B, N, heads*d], key and value [B, T, heads*d]: [B, N, heads*d]."""
+    """Compute plain attention of query [B, N, heads*d], key and value [B, T, heads*d]: [B, N, heads*d]."""
     query, key, value = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def propagate(attention: Attention, maps: Tensor) -> Tensor:
-    """WAS of one layer: A w for every map, A the self-attention averaged over heads (paper eq. 3).
+    """Compute the WAS maps of one layer: A w for every map, A the self-attention averaged over heads (paper eq. 3).
 
-    It is ordinary scaled-dot-product attention with the maps as values, so no N x N tensor is formed. The fused kernels
-    want queries, keys and values of one width, a multiple of 8: zeros make up for it.
+    This is ordinary scaled-dot-product attention with the maps as values, so no N x N tensor is formed. The fused
+    kernels need queries, keys and values of one width, a multiple of 8; they are padded with zeros.
 
     Args:
         attention: a captured self-attention layer, N = h*w.
@@ -94,9 +104,9 @@ def propagate(attention: Attention, maps: Tensor) -> Tensor:
 
 
 def attend_and_propagate(attention: Attention, values: Tensor, maps: Tensor) -> tuple[Tensor, Tensor]:
-    """The layer's own output [B, N, heads*d] and :func:`propagate` of the maps, by one call instead of two.
+    """Return the layer's own output [B, N, heads*d] and :func:`propagate` of the maps, in one call instead of two.
 
-    The maps are further columns of the layer's values [B, N, heads*d], so that the attention matrix is made once.
+    The maps are further columns of the layer's values [B, N, heads*d], so the attention matrix is computed once.
     """
     heads, count = attention.heads, maps.shape[1]
     query, key, values = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (*attention[:2], values))
@@ -109,19 +119,19 @@ def attend_and_propagate(attention: Attention, values: Tensor, maps: Tensor) -> 
 
 
 def _columns(attention: Attention, maps: Tensor, width: int) -> Tensor:
-    """Maps [B, K, h', w'] as values [B, heads, N, width] of the layer, zeros behind them."""
+    """Return maps [B, K, h', w'] as values [B, heads, N, width] of the layer, padded with zeros."""
     columns = resize_maps(maps, (attention.height, attention.width)).flatten(2).transpose(1, 2)
     columns = F.pad(columns.to(attention.query.dtype), (0, width - maps.shape[1]))
     return columns[:, None].expand(-1, attention.heads, -1, -1)
 
 
 def _mean_of_heads(attention: Attention, out: Tensor) -> Tensor:
-    """[B, heads, N, K] -> [B, K, h, w]."""
+    """Average [B, heads, N, K] over the heads: [B, K, h, w]."""
     return out.float().mean(1).transpose(1, 2).unflatten(2, (attention.height, attention.width))
 
 
 def was_maps(attentions: Sequence[Attention], maps: Tensor, order: int = 1) -> Tensor:
-    """Mean over layers of :func:`propagate`, applied ``order`` times: [B, K, h, w] -> the same shape."""
+    """Apply the mean over layers of :func:`propagate` ``order`` times to maps [B, K, h, w]."""
     size = (maps.shape[-2], maps.shape[-1])
     for _ in range(order if attentions else 0):
         maps = torch.stack([resize_maps(propagate(attention, maps), size) for attention in attentions]).mean(0)

@@ -1,4 +1,4 @@
-"""The protocol of a backbone: what an image is looked at with, and what a look gives."""
+"""Define what a backbone is: a frozen model whose features of an image a part segmenter is learned on."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ..settings import InstantSettings
-from .attention import Attention
+from ..settings import RESOLUTION, InstantSettings
+from .attention import Attention, tensor_bytes
 from .layers import Layer, LayerChoice, select_layers
-
-TOGETHER = "+"  # between the ids of backbones that look together
 
 
 @dataclass(frozen=True)
 class BackboneInfo:
-    """What depends on the kind of model.
+    """Properties of a kind of model.
 
     Attributes:
-        id: stored in embeddings; embeddings of one kind do not fit another.
+        id: stored in embeddings; embeddings of one id do not fit another.
         side: side in pixels of the square whose area the model works on.
-        cell: pixels a cell of the encoded image spans, a side.
-        multiple: sides of images must be multiples of so many pixels.
-        channels: of encoded images.
-        timestep: noise level of its features.
-        instant: what the instant trainer does on it where nobody says otherwise.
+        cell: pixels per side of one position (cell) of an encoded image.
+        multiple: sides of images must be multiples of this many pixels.
+        channels: channels of encoded images.
+        timestep: noise level of the features.
+        instant: default settings of the instant trainer.
+        grouping: how layers form feature groups by default, see :class:`ExtractionSpec`.
+        l2: weight decay of the instant trainer, in whitened coordinates.
     """
 
     id: str
@@ -37,69 +37,71 @@ class BackboneInfo:
     channels: int
     timestep: int = 0
     instant: InstantSettings = field(default_factory=InstantSettings)
+    grouping: str = RESOLUTION
+    l2: float = 1e-3
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One pass: what it reads, and under which condition.
+class ExtractionSpec:
+    """What one forward pass extracts, and under which condition.
 
     Attributes:
-        layers: layers to read.
+        layers: layers to read features from and to propagate along.
         condition: tensors of :meth:`Backbone.condition`.
         timestep: noise level.
-        grouping: what has features of its own: every "resolution" or every "layer".
+        grouping: "resolution" adds up the layers of one resolution, "layer" keeps every layer apart.
     """
 
     layers: LayerChoice
     condition: Mapping[str, Tensor]
     timestep: int
-    grouping: str = "resolution"
+    grouping: str = RESOLUTION
 
-    def to(self, device: torch.device) -> Plan:
-        """The same with its condition on a device, so that no pass has to send it there again."""
+    def to(self, device: torch.device) -> ExtractionSpec:
+        """Return the spec with its condition on a device, so that no pass has to copy it again."""
         return replace(self, condition={name: tensor.to(device) for name, tensor in self.condition.items()})
 
 
 @dataclass(frozen=True)
-class Observation:
-    """What one pass says about a batch of images.
+class Features:
+    """Features of a batch of images.
 
     Attributes:
-        features: one [B, D, h, w] for every group, coarse to fine. The score of a part is the sum over the groups of
-            (features . the part's row), brought to one size; the background's is 0.
-        attention: self-attention to propagate maps along.
-        grid: height and width of the part maps that are read from it.
+        groups: [B, D, h, w] by name of the group, coarse to fine. The logit of a part is the sum over the groups of
+            (features . the part's vector for the group), resized to ``grid``; the background's logit is 0.
+        attention: self-attention along which part maps are propagated.
+        grid: height and width of the part maps.
     """
 
-    features: tuple[Tensor, ...]
+    groups: Mapping[str, Tensor]
     attention: tuple[Attention, ...]
     grid: tuple[int, int]
 
-    def to(self, device: torch.device | str) -> Observation:
-        """The same on another device."""
-        features = tuple(maps.to(device) for maps in self.features)
-        return replace(self, features=features, attention=tuple(a.to(device) for a in self.attention))
+    def to(self, device: torch.device | str) -> Features:
+        """Return the features on another device."""
+        groups = {name: maps.to(device) for name, maps in self.groups.items()}
+        return replace(self, groups=groups, attention=tuple(a.to(device) for a in self.attention))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the features."""
+        return tensor_bytes(*self.groups.values()) + sum(a.size for a in self.attention)
 
 
-class Scores(NamedTuple):
-    """What one pass says about a batch of images and rows known beforehand, for every set of rows.
+class PartLogits(NamedTuple):
+    """Logits that the pass itself computed for known part vectors, one entry per set of embeddings.
 
-    ``logits`` [B, K, *grid] of the background and the parts; ``propagated`` their maps [B, K, *grid] after
-    ``attention``, where the pass itself could make them, else empty.
+    ``logits`` [B, K, *grid] of the background and the parts; ``propagated`` the softmax of them [B, K, *grid],
+    propagated once along ``attention``, empty where the pass could not do that.
     """
 
     logits: tuple[Tensor, ...]
     attention: tuple[Attention, ...]
     propagated: tuple[Tensor, ...] = ()
 
-    def to(self, device: torch.device | str) -> Scores:
-        """The same on another device."""
-        logits, propagated = (tuple(maps.to(device) for maps in kind) for kind in (self.logits, self.propagated))
-        return Scores(logits, tuple(a.to(device) for a in self.attention), propagated)
-
 
 class Backbone(Protocol):
-    """A model, and how to look with it. Raises SlimeError where something is missing or does not fit."""
+    """A frozen model that turns images into features. Raises SlimeError where something is missing or does not fit."""
 
     @property
     def info(self) -> BackboneInfo: ...
@@ -109,54 +111,54 @@ class Backbone(Protocol):
 
     @property
     def layers(self) -> Sequence[Layer]:
-        """All that can be read, in the order it runs."""
+        """All layers that can be read, in the order they run."""
         ...
 
     def default_layers(self) -> LayerChoice:
-        """What is known to serve; empty where nothing is, and the probe has to choose."""
+        """Return the layers that are known to work; empty where none are, and the probe has to choose."""
         ...
 
     def condition(self, prompt: str) -> dict[str, Tensor]:
-        """What a pass runs on beside the image, on the CPU, by name; empty where there is no such thing."""
+        """Return the inputs of a pass besides the image, on the CPU, by name; empty where there are none."""
         ...
 
     def encode_images(self, images: Tensor) -> Tensor:
-        """[B, H, W, 3] in [0, 1], sides multiples of ``info.multiple`` -> [B, C, H / cell, W / cell], float32."""
+        """Encode images [B, H, W, 3] in [0, 1], sides multiples of ``info.multiple``: [B, C, H / cell, W / cell]."""
         ...
 
-    def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
-        """ONE pass over encoded images with noise of their shape, ended after the last layer that is read."""
+    def extract(self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor) -> Features:
+        """Run ONE pass over encoded images with noise of their shape; it ends after the last layer that is read."""
         ...
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
-        """How many encoded images of this height and width one pass should take, from the free memory; at least 1."""
+        """Return how many encoded images of this height and width one pass can take, from the free memory; >= 1."""
         ...
 
 
 class EndOfPass(Exception):  # noqa: N818  a signal, not an error
-    """Ends a pass whose remaining layers nobody reads."""
+    """Ends a pass whose remaining layers are not read."""
 
 
 @runtime_checkable
-class Identified(Protocol):
-    """A backbone that can say whether it still sees as it did, so that what it saw may be used again."""
+class Cacheable(Protocol):
+    """A backbone whose features may be cached and used again."""
 
-    def identity(self) -> tuple[object, Hashable] | None:
-        """Whose life the memory shares, and what tells its states apart; None where that cannot be told."""
+    def cache_key(self) -> tuple[object, Hashable] | None:
+        """Return the object whose lifetime bounds the cache, and a key of the weights' state; None disables caching."""
         ...
 
 
 @runtime_checkable
-class ScoresRows(Protocol):
-    """A backbone that can score known rows in the pass itself, which saves the features."""
+class ScoresParts(Protocol):
+    """A backbone that can compute the logits of known part vectors inside the pass, which saves the features."""
 
-    def score(
-        self, encoded: Tensor, plan: Plan, noise: Tensor, rows: Sequence[Tensor], parts: Sequence[int]
-    ) -> Scores: ...
+    def score_parts(
+        self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor, vectors: Sequence[Mapping[str, Tensor]]
+    ) -> PartLogits: ...
 
 
 def choose_layers(backbone: Backbone, read: str = "", propagate: str = "") -> LayerChoice:
-    """The user's patterns first, then the backbone's own choice."""
+    """Return the layers of the user's patterns, or the backbone's own choice where a pattern is empty."""
     default = backbone.default_layers() if not (read and propagate) else LayerChoice((), ())
     return LayerChoice(
         select_layers(read, backbone.layers) if read else default.read,
@@ -165,12 +167,12 @@ def choose_layers(backbone: Backbone, read: str = "", propagate: str = "") -> La
 
 
 def halved(tensor: Tensor) -> Tensor:
-    """In half precision, where that holds its numbers; else in single: some text encoders exceed 65504."""
+    """Return a tensor in half precision, or in single where half cannot hold it: some text encoders exceed 65504."""
     half = tensor.detach().half().cpu().contiguous()
     return half if bool(torch.isfinite(half).all()) else tensor.detach().float().cpu().contiguous()
 
 
 def seeded_noise(shape: Sequence[int], seed: int, device: torch.device) -> Tensor:
-    """Gaussian noise that depends on the seed alone, not on the device; one draw serves every image of a batch."""
+    """Return Gaussian noise that depends on the seed alone, not on the device; all images of a batch share it."""
     generator = torch.Generator("cpu").manual_seed(seed)
     return torch.randn((1, *shape[1:]), generator=generator).to(device).expand(tuple(shape))

@@ -19,7 +19,7 @@ from .base import Backbone
 NAME = "slime_extension"
 # Extras, and what stands above them.
 OPTIONAL = (
-    "slime.backbones.diffusers",
+    "slime.backbones.hf_unet",
     "slime.backbones.single_file",
     "slime.backbones.load",
     "slime.data",
@@ -33,11 +33,11 @@ def load_checkpoint(checkpoint: Path, folder: Path) -> Backbone:
     load_extension(_extension_near(folder))
     import comfy.sd
 
-    connected = importlib.import_module(f"{NAME}.nodes.connected").connected
+    build_backbone = importlib.import_module(f"{NAME}.nodes.backbones").build_backbone
     with torch.inference_mode():
         loaded = comfy.sd.load_checkpoint_guess_config(str(checkpoint), output_vae=True, output_clip=True)
         model, clip, vae = loaded[:3]
-        return connected(model, vae, clip, None)  # type: ignore[no-any-return]
+        return build_backbone(model, vae, clip, None)  # type: ignore[no-any-return]
 
 
 def import_comfyui(folder: Path) -> None:
@@ -75,6 +75,6 @@ def _extension_near(folder: Path) -> Path:
     """Where the nodes are: beside this package in a clone, or in ComfyUI's custom_nodes."""
     places = [Path(slime.__file__).parent.parent, *sorted((folder / "custom_nodes").glob("*"))]
     for place in places:
-        if (place / "nodes" / "connected.py").is_file() and (place / "slime").is_dir():
+        if (place / "nodes" / "backbones.py").is_file() and (place / "slime").is_dir():
             return place
     raise SlimeError(f"SLiMe is not in {folder / 'custom_nodes'}: install it there, or run this in a clone of it.")

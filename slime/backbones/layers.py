@@ -1,4 +1,4 @@
-"""Layers of a model by name, and patterns that choose among them."""
+"""Name the layers of a model, and select them by patterns."""
 
 from __future__ import annotations
 
@@ -8,52 +8,56 @@ from typing import NamedTuple
 
 from ..errors import SlimeError
 
-AUTO = "auto"  # layers chosen by slime.training.probe
+AUTO = "auto"  # layers are chosen by slime.training.probe
+BRANCH = ":"  # separates the branch of a FusedBackbone from the name within it
 
 
 class Layer(NamedTuple):
-    """Something that can be read.
+    """A layer that can be read.
 
     Attributes:
-        name: dotted text such as "output.3.0".
-        stride: encoded cells it spans a side.
-        eye: place of its model where several look together.
+        name: dotted text such as "output.3.0"; "dinov2-1024:block.3" within a fused backbone.
+        stride: encoded cells per side that one position of it spans.
     """
 
     name: str
     stride: int
-    eye: int = 0
 
 
 class LayerChoice(NamedTuple):
-    """Names of the layers to read part scores from, and of those whose self-attention propagates the maps."""
+    """Names of the layers to read features from, and of those whose self-attention propagates the part maps."""
 
     read: tuple[str, ...]
     propagate: tuple[str, ...]
 
 
-_PATTERN = re.compile(r"^([a-z_]+)\.(\d+)(?:-(\d+))?(?:\.(\d+))?$")
+_PATTERN = re.compile(r"^(?:(?P<branch>[\w.+-]+):)?(?P<place>[a-z_]+)\.(\d+)(?:-(\d+))?(?:\.(\d+))?$")
 
 
 def select_layers(pattern: str, layers: Sequence[Layer]) -> tuple[str, ...]:
-    """Layers that match a pattern such as ``"output.3-5, output.6.0, middle.0"``; no last number means every one.
+    """Return the layers that match a pattern such as ``"output.3-5, output.6.0, middle.0"``.
+
+    A pattern without the last number matches every layer of the block, one without a branch matches every branch.
 
     Raises:
         SlimeError: for a malformed pattern or one that names no layer of this model.
     """
     chosen: list[str] = []
-    for item in filter(None, (part.strip() for part in pattern.split(","))):
+    for item in filter(None, (text.strip() for text in pattern.split(","))):
         match = _PATTERN.match(item)
         if match is None:
             raise SlimeError(f'"{item}" is not a layer pattern; write for example "output.3-5, output.6.0".')
-        place, first, last, depth = match.groups()
-        found = []
+        branch, place, first, last, depth = match.groups()
+        matching = []
         for layer in layers:
-            name, number, *inner = layer.name.split(".")
-            if name == place and int(first) <= int(number) <= int(last or first) and depth in (None, *inner):
-                found.append(layer.name)
-        if not found:
+            its_branch, _, local = layer.name.rpartition(BRANCH)
+            name, number, *inner = local.split(".")
+            in_branch = branch in (None, its_branch)
+            if in_branch and name == place and int(first) <= int(number) <= int(last or first):
+                if depth in (None, *inner):
+                    matching.append(layer.name)
+        if not matching:
             known = ", ".join(layer.name for layer in layers)
             raise SlimeError(f'No layer of this model matches "{item}". It has: {known}.')
-        chosen += [name for name in found if name not in chosen]
+        chosen += [name for name in matching if name not in chosen]
     return tuple(chosen)

@@ -68,7 +68,7 @@ def _best_device() -> str:
 def _pipeline(folder: Path, device: str, dtype: torch.dtype) -> Backbone:
     from diffusers import DiffusionPipeline
 
-    from .diffusers import DiffusersUNet
+    from .hf_unet import DiffusersUNet
 
     pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     return DiffusersUNet.from_pipeline(pipeline.to(device))
@@ -77,7 +77,7 @@ def _pipeline(folder: Path, device: str, dtype: torch.dtype) -> Backbone:
 def _encoder(folder: Path, device: str, dtype: torch.dtype) -> Backbone:
     from transformers import AutoConfig, AutoModel, CLIPVisionModel, SiglipVisionModel
 
-    from .transformers import TransformersVision
+    from .hf_vit import TransformersVision
 
     kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     towers = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}

@@ -1,7 +1,7 @@
-"""Stable Diffusion UNets, whatever host runs them: which layers are read, and how attention becomes features.
+"""Stable Diffusion UNets in any runtime: which layers are read, and how attention becomes features.
 
-A score of the paper is linear in the text embedding row: the queries times the layer's key projection are a feature map
-(:func:`.attention.score_features`). Rows are kept as offsets from the start token's, which stands for the background.
+The paper's attention score is linear in the token embedding: the queries times the layer's key projection are a feature
+map (:func:`.attention.score_features`). Part vectors are offsets from the start token, which stands for the background.
 
 A layer is named by its place in the UNet as ComfyUI numbers it: ``output.3.0`` is the first transformer block of output
 block 3.
@@ -9,7 +9,7 @@ block 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from ..errors import SlimeError
 from ..images import resize_maps
-from ..settings import InstantSettings
-from .attention import Attention, cross_scores, score_features
-from .base import BackboneInfo, Observation, Plan, Scores
+from ..settings import LAYER, RESOLUTION, SHARED, InstantSettings
+from .attention import cross_scores, score_features
+from .base import BackboneInfo, ExtractionSpec, Features, PartLogits
 from .layers import Layer, LayerChoice, select_layers
 from .text import Capture, Context, capture_attention
 
@@ -40,11 +40,12 @@ class Family:
 
     Attributes:
         name: the backbone's id.
-        context_dim: width of a text embedding row.
+        context_dim: width of a token embedding.
         side: pixels of the square whose area it works on.
         cross, self_: layer patterns; empty for the automatic rule.
         timestep: noise level of the features.
-        instant: what the instant trainer does on it.
+        instant: default settings of the instant trainer.
+        grouping, l2: see :class:`.base.BackboneInfo`.
     """
 
     name: str
@@ -54,10 +55,12 @@ class Family:
     self_: str = ""
     timestep: int = 100
     instant: InstantSettings = field(default_factory=InstantSettings)
+    grouping: str = RESOLUTION
+    l2: float = 1e-3
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Family:
-        """From plain values, which a model that is not known here may bring along; ``instant`` is a dictionary."""
+        """Make a family from plain values, which an unknown model may bring along; ``instant`` is a dictionary."""
         return cls(**{**fields, "instant": InstantSettings(**fields.get("instant", {}))})
 
 
@@ -72,7 +75,7 @@ FAMILIES = (
 
 
 def family_for(context_dim: int, prediction: str) -> Family:
-    """The known family with this width of text rows, or a nameless one that uses the automatic layer rule.
+    """Return the known family with this width of token embeddings, or a generic one with the automatic layer rule.
 
     SD2.x comes in two: eps at 512 pixels (base) and v at 768.
     """
@@ -83,17 +86,17 @@ def family_for(context_dim: int, prediction: str) -> Family:
 
 
 class SDUNet:
-    """What all hosts of Stable Diffusion share. A host adds ``encode_images``, ``encode_prompt``, ``predict_noise``,
+    """Base class of Stable Diffusion adapters. A subclass adds ``encode_images``, ``encode_prompt``, ``predict_noise``,
     ``differentiable`` and ``fitting_batch``, see :class:`.base.Backbone` and :class:`.text.TextConditioned`.
 
     Args:
-        family: of the UNet.
+        family: kind of UNet.
         prediction: "eps" or "v".
         layers: every transformer block in the order it runs.
         alphas_cumprod: [T].
         device: the UNet's.
         channels: of the latents.
-        cell: pixels a latent's cell spans, a side.
+        cell: pixels per side of a latent pixel.
     """
 
     def __init__(
@@ -114,13 +117,23 @@ class SDUNet:
             raise SlimeError("This UNet has no cross-attention layers; load an SD1.x, SD2.x or SDXL checkpoint.")
         # Every halving must come out even.
         multiple = cell * max(PROBE_LATENT, *(layer.stride for layer in self.layers))
-        self.info = BackboneInfo(family.name, family.side, cell, multiple, channels, family.timestep, family.instant)
+        self.info = BackboneInfo(
+            family.name,
+            family.side,
+            cell,
+            multiple,
+            channels,
+            family.timestep,
+            family.instant,
+            family.grouping,
+            family.l2,
+        )
 
     @property
     def context_dim(self) -> int:
         return self.family.context_dim
 
-    # What a host adds.
+    # Added by a subclass.
 
     def encode_images(self, images: Tensor) -> Tensor:
         raise NotImplementedError
@@ -137,72 +150,111 @@ class SDUNet:
     def fitting_batch(self, size: tuple[int, int]) -> int:
         raise NotImplementedError
 
-    # What is shared.
+    # Shared.
 
     def default_layers(self) -> LayerChoice:
-        """The family's table, else :func:`automatic_layers`."""
+        """Return the layers of the family's table, else those of :func:`automatic_layers`."""
         cross, self_ = self.family.cross, self.family.self_
         if not (cross and self_):
             return automatic_layers(self.layers)
         return LayerChoice(select_layers(cross, self.layers), select_layers(self_, self.layers))
 
     def condition(self, prompt: str) -> dict[str, Tensor]:
-        """ "context" [T, D] in half precision, and SDXL's "pooled" [P]."""
+        """Return "context" [T, D] in half precision, and SDXL's "pooled" [P]."""
         context = self.encode_prompt(prompt)
-        if context.rows.shape[-1] != self.context_dim:
+        width = context.tokens.shape[-1]
+        if width != self.context_dim:
             raise SlimeError(
-                f"The CLIP gives text rows {context.rows.shape[-1]} wide, but the model needs {self.context_dim}: "
-                "connect the CLIP of the same checkpoint as the model."
+                f"The CLIP gives token embeddings {width} wide, but the model needs {self.context_dim}: connect the "
+                "CLIP of the same checkpoint as the model."
             )
         pooled = {} if context.pooled is None else {"pooled": context.pooled}
-        return {"context": context.rows.cpu().half()} | pooled
+        return {"context": context.tokens.cpu().half()} | pooled
 
-    def observe(self, encoded: Tensor, plan: Plan, noise: Tensor) -> Observation:
-        context = Context.of(plan.condition)
-        projections = self._key_projections(plan.layers, context.pooled)
-        capture = capture_attention(self, encoded, plan.timestep, noise, context, plan.layers)
-        looked = [capture.cross[name]._replace(key=projections[name][None]) for name in plan.layers.read]
-        groups: dict[tuple[int, ...], Tensor] = {}
-        for group, share, attention in _in_groups(looked, plan.grouping):
-            features = score_features(attention, attention.key[0]) * share
-            groups[group] = groups[group] + features if group in groups else features
-        self_attention = tuple(capture.self_[name] for name in plan.layers.propagate)
-        grid = max((a.height, a.width) for a in (*self_attention, *looked))
-        return Observation(tuple(groups[group] for group in sorted(groups)), self_attention, grid)
+    def extract(self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor) -> Features:
+        context = Context.of(spec.condition)
+        projections = self._key_projections(spec.layers, context.pooled)
+        capture = capture_attention(self, encoded, spec.timestep, noise, context, spec.layers)
+        groups: dict[str, Tensor] = {}
+        share = 1 / len(spec.layers.read) if spec.layers.read else 0.0
+        for group, names in self._groups(spec).items():
+            for name in names:
+                attention = capture.cross[name]
+                maps = score_features(attention, projections[name]) * share
+                groups[group] = groups[group] + maps if group in groups else maps
+        propagating = tuple(capture.self_[name] for name in spec.layers.propagate)
+        grid = max((a.height, a.width) for a in (*propagating, *capture.cross.values()))
+        return Features(groups, propagating, grid)
 
-    def score(self, encoded: Tensor, plan: Plan, noise: Tensor, rows: Sequence[Tensor], parts: Sequence[int]) -> Scores:
-        """Scores of sets of rows [1 or G, P, D], which ride through the pass behind the context's own.
+    def score_parts(
+        self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor, vectors: Sequence[Mapping[str, Tensor]]
+    ) -> PartLogits:
+        """Compute the logits of sets of part vectors, which are appended to the context as extra tokens.
 
-        The layers make their keys themselves, so that no other pass is needed. A key projection has no bias, so the key
-        of an offset scores the row against the background.
+        The layers compute the keys of these tokens themselves, so no other pass is needed. A key projection has no
+        bias, so the key of an offset scores a part against the background.
         """
-        extra = torch.cat([one.flatten(0, 1) for one in rows])
-        context = replace(Context.of(plan.condition), extra=extra)
-        chosen = {*plan.layers.read, *plan.layers.propagate}
+        tokens = [vector for item in vectors for vector in item.values()]
+        context = replace(Context.of(spec.condition), extra=torch.cat(tokens))
+        chosen = {*spec.layers.read, *spec.layers.propagate}
         stride = min(layer.stride for layer in self.layers if layer.name in chosen)
         grid = (-(-encoded.shape[-2] // stride), -(-encoded.shape[-1] // stride))
         logits: list[Tensor] = []
 
-        def maps(capture: Capture) -> Tensor:
-            layers = [capture.cross[name] for name in plan.layers.read]
-            logits.extend(_score(layers, plan.grouping, rows, context.tokens, grid))
+        def make_maps(capture: Capture) -> Tensor:
+            first = len(context)
+            for item in vectors:
+                logits.append(self._logits(capture, spec, item, first, grid))
+                first += sum(len(vector) for vector in item.values())
             return torch.cat([F.softmax(one, 1) for one in logits], 1)
 
-        capture = capture_attention(self, encoded, plan.timestep, noise, context, plan.layers, maps)
+        capture = capture_attention(self, encoded, spec.timestep, noise, context, spec.layers, make_maps)
         if not logits:
-            maps(capture)
+            make_maps(capture)
         propagated: tuple[Tensor, ...] = ()
-        if plan.layers.propagate and len(capture.propagated) == len(plan.layers.propagate):
+        if spec.layers.propagate and len(capture.propagated) == len(spec.layers.propagate):
             was = torch.stack([resize_maps(one, grid) for one in capture.propagated.values()]).mean(0)
-            propagated = was.split([count + 1 for count in parts], 1)
-        return Scores(tuple(logits), tuple(capture.self_[name] for name in plan.layers.propagate), propagated)
+            propagated = was.split([one.shape[1] for one in logits], 1)
+        return PartLogits(tuple(logits), tuple(capture.self_[name] for name in spec.layers.propagate), propagated)
+
+    def _logits(
+        self,
+        capture: Capture,
+        spec: ExtractionSpec,
+        vectors: Mapping[str, Tensor],
+        first: int,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """Return logits [B, K, *grid] of one set of part vectors, whose keys begin at token ``first``."""
+        starts, position = {}, first
+        for group, vector in vectors.items():
+            starts[group], position = position, position + len(vector)
+        count = len(next(iter(vectors.values())))
+        groups = {name: group for group, names in self._groups(spec).items() for name in names}
+        scores = []
+        for name in spec.layers.read:
+            start = starts.get(groups[name], starts.get(SHARED))
+            if start is None:
+                raise SlimeError(f"These embeddings have no vectors for the features {groups[name]}. Train them again.")
+            maps = cross_scores(capture.cross[name], count, start)
+            scores.append(1 / len(spec.layers.read) * resize_maps(maps, grid))
+        return F.pad(torch.stack(scores).sum(0), (0, 0, 0, 0, 1, 0))
+
+    def _groups(self, spec: ExtractionSpec) -> dict[str, list[str]]:
+        """Return the names of the layers of every feature group, coarse to fine."""
+        read = [layer for layer in self.layers if layer.name in spec.layers.read]
+        groups: dict[str, list[str]] = {}
+        for layer in sorted(read, key=lambda layer: -layer.stride):
+            group = layer.name if spec.grouping == LAYER else f"stride{layer.stride}"
+            groups.setdefault(group, []).append(layer.name)
+        return groups
 
     @torch.no_grad()
     def _key_projections(self, choice: LayerChoice, pooled: Tensor | None) -> dict[str, Tensor]:
-        """W_K^T [D, heads*d] of every chosen cross-attention layer.
+        """Return W_K^T [D, heads*d] of every chosen cross-attention layer.
 
         A key projection has no bias, so the keys of the identity matrix are the projection itself. Going through the
-        model's own layers includes LoRA, quantised and offloaded weights. Costs one pass over a tiny latent, once for a
+        model's own layers includes LoRA, quantised and offloaded weights. Costs one pass over a tiny latent per
         backbone, whose weights do not change; ``pooled`` is SDXL's, of any prompt.
         """
         if not set(choice.read) <= self._projections.keys():
@@ -214,7 +266,7 @@ class SDUNet:
 
 
 def automatic_layers(layers: Sequence[Layer]) -> LayerChoice:
-    """The paper's choice put as a rule of resolution, for a UNet that has no table.
+    """Return the paper's choice expressed by resolution, for a UNet that has no table.
 
     Cross-attention of the decoder at a half and a quarter of the latent's side, self-attention of the decoder at its
     finest side.
@@ -223,28 +275,3 @@ def automatic_layers(layers: Sequence[Layer]) -> LayerChoice:
     finest = min(layer.stride for layer in decoder)
     cross = tuple(layer.name for layer in decoder if layer.stride in (2, 4)) or tuple(layer.name for layer in decoder)
     return LayerChoice(cross, tuple(layer.name for layer in decoder if layer.stride == finest))
-
-
-def _in_groups(layers: Sequence[Attention], grouping: str) -> Iterator[tuple[tuple[int, ...], float, Attention]]:
-    """What is scored, with the name of its group (they sort coarse to fine) and its share in the score."""
-    for index, layer in enumerate(layers):
-        yield (layer.height, layer.width, index if grouping == "layer" else 0), 1 / len(layers), layer
-
-
-def _score(
-    layers: Sequence[Attention], grouping: str, rows: Sequence[Tensor], first: int, grid: tuple[int, int]
-) -> list[Tensor]:
-    """Logits of every set of rows, whose keys stand from ``first`` on in the layers."""
-    looks = list(_in_groups(layers, grouping))
-    order = {group: place for place, group in enumerate(sorted({look[0] for look in looks}))}
-    logits = []
-    for one in rows:
-        sets, count = one.shape[:2]
-        starts = [first + count * min(order[group], sets - 1) for group, _, _ in looks]
-        scores = [
-            share * resize_maps(cross_scores(attention, count, start), grid)
-            for (_, share, attention), start in zip(looks, starts, strict=True)
-        ]
-        logits.append(F.pad(torch.stack(scores).sum(0), (0, 0, 0, 0, 1, 0)))
-        first += sets * count
-    return logits

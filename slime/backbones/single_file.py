@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SlimeError
-from .diffusers import DiffusersUNet
+from .hf_unet import DiffusersUNet
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 START, END, LENGTH = 49406, 49407, 77  # of CLIP's vocabulary

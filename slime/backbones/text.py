@@ -1,6 +1,6 @@
-"""What only a text-conditioned denoiser can do: a prompt, rows in its context, attention captured, gradients.
+"""Text-conditioned denoisers: prompts, token embeddings in the context, captured attention, gradients.
 
-The paper's trainer and the official read-out need it; everything else gets by with :class:`.base.Backbone`.
+The paper's trainer and decoder need these; everything else works with any :class:`.base.Backbone`.
 """
 
 from __future__ import annotations
@@ -21,67 +21,69 @@ from .layers import LayerChoice
 
 @dataclass(frozen=True)
 class Context:
-    """Text conditioning: ``rows`` [T, D] for a whole batch, or [B, T, D], and, for SDXL, ``pooled`` [P].
+    """Text conditioning.
 
-    ``extra`` [E, D] are further rows whose keys are recorded, behind those of ``rows``, but which nothing attends to.
+    Attributes:
+        tokens: token embeddings [T, D] for a whole batch, or [B, T, D].
+        pooled: [P], for SDXL.
+        extra: [E, D], further tokens whose keys are recorded after those of ``tokens`` but which nothing attends to.
     """
 
-    rows: Tensor
+    tokens: Tensor
     pooled: Tensor | None = None
     extra: Tensor | None = None
 
     @classmethod
     def of(cls, condition: Mapping[str, Tensor]) -> Context:
-        """From :meth:`.base.Backbone.condition`."""
+        """Make a context from the tensors of :meth:`.base.Backbone.condition`."""
         return cls(condition["context"].float(), condition.get("pooled"))
 
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.rows.shape[-2]
+    def __len__(self) -> int:
+        """Return T, without the extra tokens."""
+        return self.tokens.shape[-2]
 
     def to(self, device: torch.device) -> Context:
-        """The same on a device, so that no pass has to send it there again."""
+        """Return the context on a device, so that no pass has to copy it again."""
         pooled, extra = (None if tensor is None else tensor.to(device) for tensor in (self.pooled, self.extra))
-        return Context(self.rows.to(device), pooled, extra)
+        return Context(self.tokens.to(device), pooled, extra)
 
     def for_batch(self, batch: int) -> Tensor:
-        """[batch, T + E, D]."""
-        rows = self.rows if self.rows.ndim == 3 else self.rows[None].expand(batch, -1, -1)
+        """Return the tokens and the extra tokens as [batch, T + E, D]."""
+        tokens = self.tokens if self.tokens.ndim == 3 else self.tokens[None].expand(batch, -1, -1)
         if self.extra is None:
-            return rows
-        return torch.cat([rows, self.extra.to(rows)[None].expand(batch, -1, -1)], 1)
+            return tokens
+        return torch.cat([tokens, self.extra.to(tokens)[None].expand(batch, -1, -1)], 1)
 
 
 class Capture:
-    """The attention inputs of chosen layers during one pass: ``cross`` of ``choice.read``, ``self_`` of
+    """Attention inputs of chosen layers, recorded during one pass: ``cross`` of ``choice.read``, ``self_`` of
     ``choice.propagate``.
 
-    A host calls :meth:`record` for every chosen layer; with gradient checkpointing it may do so twice, the second
-    record replaces an equal first one. ``maps`` gives part maps once all cross-attention layers are there; a host may
-    propagate them in the self-attention layers that come later, see :meth:`to_propagate`.
+    An adapter calls :meth:`record` for every chosen layer. With gradient checkpointing it may do so twice; the second
+    record replaces the first, equal one. ``make_maps`` computes part maps once all cross-attention layers are recorded;
+    an adapter may propagate them in the self-attention layers that follow, see :meth:`maps_to_propagate`.
     """
 
     def __init__(
-        self, choice: LayerChoice, stop_early: bool = False, maps: Callable[[Capture], Tensor] | None = None
+        self, choice: LayerChoice, stop_early: bool = False, make_maps: Callable[[Capture], Tensor] | None = None
     ) -> None:
         self.choice = choice
         self.stop_early = stop_early
         self.cross: dict[str, Attention] = {}
         self.self_: dict[str, Attention] = {}
         self.propagated: dict[str, Tensor] = {}
-        self._make_maps = maps
+        self._make_maps = make_maps
         self._maps: Tensor | None = None
 
     def record(self, kind: str, name: str, attention: Attention) -> None:
-        """Store one layer's inputs, ``kind`` "cross" or "self"; ends the pass when the last wanted layer has come."""
+        """Store one layer's inputs, ``kind`` "cross" or "self"; raise EndOfPass after the last one if asked to."""
         (self.cross if kind == "cross" else self.self_)[name] = attention
         complete = len(self.cross) == len(self.choice.read) and len(self.self_) == len(self.choice.propagate)
         if self.stop_early and complete:
             raise EndOfPass
 
-    def to_propagate(self, name: str) -> Tensor | None:
-        """Part maps [B, K, h, w] whose WAS of this self-attention layer may be left in ``propagated``, or None."""
+    def maps_to_propagate(self, name: str) -> Tensor | None:
+        """Return part maps [B, K, h, w] to propagate in this self-attention layer, into ``propagated``, or None."""
         if self._make_maps is None or name not in self.choice.propagate or len(self.cross) < len(self.choice.read):
             return None
         if self._maps is None:
@@ -91,49 +93,51 @@ class Capture:
 
 @runtime_checkable
 class TextConditioned(Backbone, Protocol):
-    """A denoiser whose cross-attention reads text. Latents are in its own scale (after the VAE's factor)."""
+    """A denoiser with cross-attention to text. Latents are in the model's own scale (after the VAE's factor)."""
 
     @property
     def context_dim(self) -> int:
-        """Width of a text embedding row."""
+        """Width of a token embedding."""
         ...
 
     @property
     def alphas_cumprod(self) -> Tensor:
-        """[T]: cumulative product of the noise schedule's alphas, on the CPU."""
+        """Cumulative product of the noise schedule's alphas [T], on the CPU."""
         ...
 
     def encode_prompt(self, prompt: str) -> Context:
-        """Text -> context; raises SlimeError where no text encoder is at hand."""
+        """Encode a text; raises SlimeError where there is no text encoder."""
         ...
 
     def predict_noise(self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None) -> Tensor | None:
-        """eps [B, C, h, w] for latents noised to ``timestep``, whatever the model predicts; None when ``capture`` ended
-        the pass early."""
+        """Predict eps [B, C, h, w] of latents noised to ``timestep``, whatever the model itself predicts.
+
+        Returns None where ``capture`` ended the pass early.
+        """
         ...
 
     def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
-        """Lend the weights to autograd (frozen): gradients flow through ``predict_noise`` to the context."""
+        """Lend the frozen weights to autograd: gradients flow through ``predict_noise`` to the context."""
         ...
 
 
 def text_conditioned(backbone: Backbone, purpose: str) -> TextConditioned:
-    """The same backbone where it is one.
+    """Return the backbone if it is text-conditioned.
 
     Raises:
-        SlimeError: it has no text to put rows into.
+        SlimeError: it has no text context.
     """
     if not isinstance(backbone, TextConditioned):
         raise SlimeError(
-            f'{purpose} puts rows into the text of a Stable Diffusion UNet, which "{backbone.info.id}" does not have. '
-            "Use the preset instant, or an SD1.x, SD2.x or SDXL checkpoint alone."
+            f'{purpose} learns token embeddings in the text of a Stable Diffusion UNet, which "{backbone.info.id}" '
+            "does not have. Use the preset instant, or connect an SD1.x, SD2.x or SDXL checkpoint alone."
         )
     return backbone
 
 
 def add_noise(backbone: TextConditioned, latents: Tensor, noise: Tensor, timestep: int) -> Tensor:
-    """sqrt(abar_t) z + sqrt(1 - abar_t) eps (DDPM's forward process)."""
-    abar = float(backbone.alphas_cumprod[timestep])  # it lies on the CPU: nothing waits
+    """Return sqrt(abar_t) z + sqrt(1 - abar_t) eps (DDPM's forward process)."""
+    abar = float(backbone.alphas_cumprod[timestep])  # on the CPU: no host sync
     return abar**0.5 * latents + (1 - abar) ** 0.5 * noise
 
 
@@ -145,18 +149,18 @@ def capture_attention(
     noise: Tensor,
     context: Context,
     layers: LayerChoice,
-    maps: Callable[[Capture], Tensor] | None = None,
+    make_maps: Callable[[Capture], Tensor] | None = None,
 ) -> Capture:
-    """One pass over noised latents, ended after the last chosen layer.
+    """Run one pass over noised latents that ends after the last chosen layer.
 
     Raises:
-        SlimeError: a timestep that the model does not have, or rows of another width.
+        SlimeError: a timestep that the model does not have, or tokens of another width.
     """
-    if not 0 <= timestep < len(backbone.alphas_cumprod) or context.rows.shape[-1] != backbone.context_dim:
+    if not 0 <= timestep < len(backbone.alphas_cumprod) or context.tokens.shape[-1] != backbone.context_dim:
         raise SlimeError(
-            f"A timestep of {timestep} and text rows {context.rows.shape[-1]} wide do not fit the model, which has "
-            f"{len(backbone.alphas_cumprod)} timesteps and rows {backbone.context_dim} wide."
+            f"Timestep {timestep} with token embeddings {context.tokens.shape[-1]} wide does not fit this model: it "
+            f"has {len(backbone.alphas_cumprod)} timesteps and embeddings {backbone.context_dim} wide."
         )
-    capture = Capture(layers, stop_early=True, maps=maps)
+    capture = Capture(layers, stop_early=True, make_maps=make_maps)
     backbone.predict_noise(add_noise(backbone, latents, noise, timestep), timestep, context, capture)
     return capture

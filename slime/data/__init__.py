@@ -1,6 +1,6 @@
-"""Large sets: folders, archives and tables of pictures in, labels in the formats of annotation tools out.
+"""Large sets: folders, archives and tables of images in, labels in the formats of annotation tools out.
 
 ``python -m slime`` (:mod:`.command`) is the way in. The road: a source (:mod:`.sources`) gives named bytes, which
-become pixels (:mod:`.pictures`); :mod:`.run` sends them through a :class:`slime.Segmenter` and notes what was found as
-records (:mod:`.records`) in a journal, of which :mod:`.formats` makes files. Needs the extra ``data``.
+become pixels (:mod:`.pixels`); :mod:`.run` sends them through a :class:`slime.Segmenter` and notes what was found as
+records (:mod:`.records`) in a run_log, of which :mod:`.formats` makes files. Needs the extra ``data``.
 """

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 
 from ..errors import SlimeError
 from ..examples import Example, check_names
-from .pictures import SUFFIXES, decode
+from .pixels import SUFFIXES, decode
 from .shapes import mask_of_brush, mask_of_coco
 
 NAMES = "names.txt"
@@ -109,20 +109,20 @@ def _labels_beside(image: Path) -> Path | None:
 
 
 def _is_indexed(file: Path) -> bool:
-    with Image.open(file) as picture:
-        return picture.mode in ("P", "L")
+    with Image.open(file) as image:
+        return image.mode in ("P", "L")
 
 
 def _read_labels(file: Path) -> np.ndarray:
     if file.suffix == ".npy":
         labels = np.load(file, allow_pickle=False)
     else:
-        with Image.open(file) as picture:
-            if picture.mode not in ("P", "L"):
+        with Image.open(file) as image:
+            if image.mode not in ("P", "L"):
                 raise SlimeError(
-                    f"{file.name} is in colours; a label map is an indexed or grey picture of label numbers."
+                    f"{file.name} is in colours; a label map is an indexed or grey image of label numbers."
                 )
-            labels = np.asarray(picture)
+            labels = np.asarray(image)
     if labels.ndim != 2 or labels.min() < 0 or labels.max() > 255:
         raise SlimeError(f"{file.name} is no label map [H, W] of numbers 0 to 255.")
     return labels.astype(np.uint8)

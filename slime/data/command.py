@@ -32,11 +32,11 @@ from ..parts.metrics import boundary_f, evaluate
 from ..settings import REFINEMENTS
 from .annotations import read_annotations
 from .formats import FORMATS
-from .journal import Journal, write_whole
-from .pictures import decode
-from .review import least_sure, review_page
-from .run import Engine, segment_pictures
-from .sources import STREAMED, Picture, pictures
+from .pixels import decode
+from .review import least_confident, review_page
+from .run import Engine, segment_images
+from .run_log import RunLog, write_whole
+from .sources import STREAMED, SourceImage, source_images
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     teach.add_argument("--preset", choices=("instant", "paper"), default="instant")
     teach.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
 
-    find = command("segment", _segment, "Find learned parts in many pictures.")
+    find = command("segment", _segment, "Find learned parts in many images.")
     _model(find)
     _looking(find)
     find.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument(
         "--format", choices=(*FORMATS, "jsonl"), nargs="+", default=["label-map"], help="with --ray: parquet or jsonl"
     )
-    find.add_argument("--limit", type=int, default=0, help="at most so many pictures; 0 for all")
+    find.add_argument("--limit", type=int, default=0, help="at most so many images; 0 for all")
     find.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0")
     find.add_argument(
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     find.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster, or one on this machine")
     find.add_argument("--actors", type=int, default=1, help="with --ray: models at once")
     find.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of each")
-    find.add_argument("--order", choices=("uncertain",), help="write order.txt: the least sure pictures first")
+    find.add_argument("--order", choices=("uncertain",), help="write order.txt: the least sure images first")
     find.add_argument("--review", type=int, default=0, metavar="N", help="write review.html with the N least sure")
 
     measure = command("evaluate", _evaluate, "Compare with labelled images.")
@@ -117,9 +117,9 @@ def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _looking(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--embeddings", type=Path, required=required, help="what was learned, a .safetensors file")
-    parser.add_argument("--batch", type=int, default=0, help="pictures of one pass; 0 asks the model")
+    parser.add_argument("--batch", type=int, default=0, help="images of one pass; 0 asks the model")
     parser.add_argument("--refine", choices=REFINEMENTS, default="fast", help="how borders follow the image's edges")
-    parser.add_argument("--min-confidence", type=float, default=0.0, help="pictures less sure than this hold no part")
+    parser.add_argument("--min-confidence", type=float, default=0.0, help="images less sure than this hold no part")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -194,21 +194,21 @@ def _segment(options: argparse.Namespace) -> None:
         "formats": list(options.format),
         "settings": {name: getattr(options, name) for name in ("refine", "seed", "min_confidence", "dtype")},
     }
-    journal = Journal(options.output, about, options.shard)
+    run_log = RunLog(options.output, about, options.shard)
     version = f"slime-{learned[:12]}"
     outputs = [FORMATS[name](options.output, embeddings, version) for name in options.format]
     engine = Engine(_segmenter(options, embeddings), options.batch)
-    source: Iterable[Picture] = pictures(options.input, options.shard, options.limit)
+    source: Iterable[SourceImage] = source_images(options.input, options.shard, options.limit)
     if Path(options.input).suffix.lower() not in STREAMED:
         source = list(source)
     with _bar(len(source) if isinstance(source, list) else None, "segmenting") as bar:
-        segment_pictures(engine, source, outputs, journal, options.workers, bar.update)
+        segment_images(engine, source, outputs, run_log, options.workers, bar.update)
     for output in outputs:
-        output.finish(journal)
-    _look_over(options, journal, embeddings)
-    manifest = journal.close(versions())
+        output.finish(run_log)
+    _look_over(options, run_log, embeddings)
+    manifest = run_log.close(versions())
     counts = manifest["counts"]
-    sys.stdout.write(f"{options.output}: {counts['pictures']} pictures, {counts['errors']} errors (errors.jsonl)\n")
+    sys.stdout.write(f"{options.output}: {counts['images']} images, {counts['errors']} errors (errors.jsonl)\n")
 
 
 def _segment_with_ray(options: argparse.Namespace) -> None:
@@ -231,14 +231,14 @@ def _segment_with_ray(options: argparse.Namespace) -> None:
     )
 
 
-def _look_over(options: argparse.Namespace, journal: Journal, embeddings: PartEmbeddings) -> None:
+def _look_over(options: argparse.Namespace, run_log: RunLog, embeddings: PartEmbeddings) -> None:
     if options.order:
-        names = (record.name for record in sorted(journal.records(), key=lambda one: (one.confidence, one.name)))
+        names = (record.name for record in sorted(run_log.records(), key=lambda one: (one.confidence, one.name)))
         write_whole(options.output / "order.txt", "".join(f"{name}\n" for name in names).encode())
     if options.review:
-        records = least_sure(journal.records(), options.review)
+        records = least_confident(run_log.records(), options.review)
         wanted = {record.name for record in records}
-        found = {one.name: decode(one.read()) for one in pictures(options.input) if one.name in wanted}
+        found = {one.name: decode(one.read()) for one in source_images(options.input) if one.name in wanted}
         page = review_page(records, found.__getitem__, embeddings.names, embeddings.palette)
         write_whole(options.output / "review.html", page.encode())
 

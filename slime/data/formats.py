@@ -16,8 +16,8 @@ from PIL import Image
 
 from ..errors import SlimeError
 from ..parts.palette import Color
-from .journal import Journal, partial_of, write_whole
 from .records import Record, part_rle
+from .run_log import RunLog, partial_path, write_whole
 from .shapes import brush_rle, mask_of_coco, outlines
 
 logger = logging.getLogger(__name__)
@@ -46,26 +46,26 @@ class Format:
         self.folder, self.names, self.palette, self.model = folder, parts.names, parts.palette, model
 
     def write(self, record: Record, labels: np.ndarray) -> None:
-        """Files of one picture, each as a whole or not at all. Called from several threads."""
+        """Files of one image, each as a whole or not at all. Called from several threads."""
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, run_log: RunLog) -> None:
         """What is made of all records, after the last one."""
 
     def place(self, kind: str, name: str, suffix: str) -> Path:
-        """Where a file that belongs to a picture lies; names that lead out of the folder are refused."""
+        """Where a file that belongs to an image lies; names that lead out of the folder are refused."""
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
-            raise SlimeError(f'A picture is called "{name}", which would be written outside {self.folder}.')
+            raise SlimeError(f'An image is called "{name}", which would be written outside {self.folder}.')
         return self.folder / kind / path.with_suffix(suffix)
 
 
 class LabelMaps(Format):
-    """``labels/*.png``: indexed pictures whose values are the labels, and ``names.txt``, a part a line from 1 on."""
+    """``labels/*.png``: indexed images whose values are the labels, and ``names.txt``, a part a line from 1 on."""
 
     def write(self, record: Record, labels: np.ndarray) -> None:
         write_whole(self.place("labels", record.name, ".png"), png(labels, [(0, 0, 0), *self.palette]))
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, run_log: RunLog) -> None:
         write_whole(self.folder / "labels" / "names.txt", "".join(f"{name}\n" for name in self.names).encode())
 
 
@@ -83,14 +83,14 @@ class Coco(Format):
 
     polygons = False
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, run_log: RunLog) -> None:
         def images() -> Iterator[dict[str, Any]]:
-            for number, one in enumerate(journal.records(), start=1):
+            for number, one in enumerate(run_log.records(), start=1):
                 yield {"id": number, "file_name": one.name, "height": one.height, "width": one.width}
 
         def annotations() -> Iterator[dict[str, Any]]:
             number = 0
-            for image, one in enumerate(journal.records(), start=1):
+            for image, one in enumerate(run_log.records(), start=1):
                 for part in one.parts:
                     number += 1
                     yield {
@@ -141,24 +141,24 @@ class Yolo(Format):
             self._with_holes.append(record.name)
         write_whole(self.place("labels", record.name, ".txt"), "".join(f"{line}\n" for line in lines).encode())
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, run_log: RunLog) -> None:
         if self._with_holes:
             count, first = len(self._with_holes), self._with_holes[0]
-            logger.warning("SLiMe: parts of %d pictures (%s ...) have holes; YOLO's polygons fill them.", count, first)
+            logger.warning("SLiMe: parts of %d images (%s ...) have holes; YOLO's polygons fill them.", count, first)
         names = "".join(f"  {label}: {json.dumps(name, ensure_ascii=False)}\n" for label, name in enumerate(self.names))
-        text = "# Put the pictures into images/, or say where they are.\npath: .\ntrain: images\nval: images\nnames:\n"
+        text = "# Put the images into images/, or say where they are.\npath: .\ntrain: images\nval: images\nnames:\n"
         write_whole(self.folder / "data.yaml", (text + names).encode())
 
 
 class LabelStudio(Format):
-    """``tasks.json``: a task a picture with a prediction, in Label Studio's brush encoding, and ``config.xml`` for it.
+    """``tasks.json``: a task an image with a prediction, in Label Studio's brush encoding, and ``config.xml`` for it.
 
-    The pictures' addresses are their names after ``/data/local-files/?d=``, as Label Studio's local storage has them.
+    The images' addresses are their names after ``/data/local-files/?d=``, as Label Studio's local storage has them.
     """
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, run_log: RunLog) -> None:
         write_whole(self.folder / "config.xml", self._config().encode())
-        _write_json(self.folder / "tasks.json", None, tasks=map(self._task, journal.records()))
+        _write_json(self.folder / "tasks.json", None, tasks=map(self._task, run_log.records()))
 
     def _config(self) -> str:
         from xml.sax.saxutils import quoteattr
@@ -196,14 +196,14 @@ class LabelStudio(Format):
 
 
 class Parquet(Format):
-    """``parts-*.parquet``: a row a picture, its parts as a list with COCO's run lengths; 20,000 rows a file."""
+    """``parts-*.parquet``: a row an image, its parts as a list with COCO's run lengths; 20,000 rows a file."""
 
     ROWS = 20_000
 
-    def finish(self, journal: Journal) -> None:
+    def finish(self, run_log: RunLog) -> None:
         import pyarrow.parquet as parquet
 
-        records, number = journal.records(), 0
+        records, number = run_log.records(), 0
         while (rows := list(islice(records, self.ROWS))) or not number:
             data = io.BytesIO()
             parquet.write_table(table(rows, self.names), data)
@@ -241,16 +241,16 @@ FORMATS: dict[str, type[Format]] = {
 
 def png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
     """A PNG file of pixels uint8 [H, W] or [H, W, 3]; with a palette of label numbers."""
-    picture, data = Image.fromarray(pixels), io.BytesIO()
+    image, data = Image.fromarray(pixels), io.BytesIO()
     if palette is not None:
-        picture.putpalette([level for color in palette for level in color])
-    picture.save(data, "PNG")
+        image.putpalette([level for color in palette for level in color])
+    image.save(data, "PNG")
     return data.getvalue()
 
 
 def _write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[str, Any]]) -> None:
     """An object of ``fixed`` entries and lists that are written item by item; without ``fixed`` the one list alone."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     with partial.open("w", encoding="utf-8") as file:
         if fixed is not None:
             file.write(json.dumps(fixed, ensure_ascii=False)[:-1] + ",")

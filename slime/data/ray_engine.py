@@ -13,7 +13,7 @@ from .. import PartEmbeddings, Segmenter, SegmentSettings
 from ..backbones.load import load_model
 from ..errors import SlimeError
 from .formats import table
-from .pictures import SUFFIXES
+from .pixels import SUFFIXES
 from .run import Engine, Loaded
 
 NAME, BYTES = "path", "bytes"  # columns, as Ray's reader of files calls them
@@ -21,7 +21,7 @@ SHARE = 0.1  # of a CPU that an actor asks for: their number is given, and reade
 
 
 class Finder:
-    """An actor: loads the model once, and finds the parts in batches of pictures.
+    """An actor: loads the model once, and finds the parts in batches of images.
 
     Args:
         model: arguments of :func:`slime.backbones.load.load_model`.
@@ -34,7 +34,7 @@ class Finder:
         self.names = embeddings.names
 
     def __call__(self, rows: Any) -> Any:
-        """A table with columns "path" and "bytes" becomes one of records, a row a picture: :func:`.formats.table`."""
+        """A table with columns "path" and "bytes" becomes one of records, a row an image: :func:`.formats.table`."""
         errors: list[tuple[str, str]] = []
         buckets: dict[tuple[int, ...], list[Loaded]] = {}
         for name, data in zip(rows[NAME].to_pylist(), rows[BYTES].to_pylist(), strict=True):
@@ -54,7 +54,7 @@ class Finder:
         return found.rename_columns([NAME if column == "image" else column for column in found.column_names])
 
     def _find(self, batch: list[Loaded], errors: list[tuple[str, str]]) -> Sequence[Any]:
-        """One picture that the model cannot take must not cost the others."""
+        """One image that the model cannot take must not cost the others."""
         try:
             return self.engine.find(batch)
         except SlimeError as error:
@@ -80,12 +80,12 @@ def segment_with_ray(
     """Segment a set on a Ray cluster.
 
     Args:
-        source: a folder of pictures, or Parquet files with columns "path" and "bytes", on anything that Ray reads.
+        source: a folder of images, or Parquet files with columns "path" and "bytes", on anything that Ray reads.
         output: folder for shards of Parquet or JSON lines, likewise.
         model, embeddings, settings: see :class:`Finder`; the model's path must be there on every machine.
         kind: "parquet" or "jsonl".
         actors: how many models at once, and ``gpus`` for each.
-        batch: pictures an actor is given at once.
+        batch: images an actor is given at once.
         address: of a running cluster; empty for one on this machine.
     """
     import ray
@@ -98,11 +98,11 @@ def segment_with_ray(
         id_column=NAME, checkpoint_path=f"{output.rstrip('/')}/.checkpoint", delete_checkpoint_on_success=False
     )
     if source.endswith(".parquet"):
-        pictures = ray.data.read_parquet(source, columns=[NAME, BYTES])
+        images = ray.data.read_parquet(source, columns=[NAME, BYTES])
     else:
         extensions = sorted(suffix.removeprefix(".") for suffix in SUFFIXES)
-        pictures = ray.data.read_binary_files(source, include_paths=True, file_extensions=extensions)
-    found = pictures.map_batches(
+        images = ray.data.read_binary_files(source, include_paths=True, file_extensions=extensions)
+    found = images.map_batches(
         Finder,
         fn_constructor_args=(tuple(model), embeddings, settings),
         batch_size=batch,

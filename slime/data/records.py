@@ -1,4 +1,4 @@
-"""What was found in a picture, a line of JSON: what every format is made of, and what a stopped run goes on from."""
+"""What was found in an image, a line of JSON: what every format is made of, and what a stopped run goes on from."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Record:
-    """One picture.
+    """One image.
 
     Attributes:
-        name: of the picture, as its source has it.
+        name: of the image, as its source has it.
         height, width: in pixels.
         confidence: how sure the parts are on average, relative to the examples (1: as sure as there).
         parts: found ones, by label.

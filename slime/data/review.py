@@ -1,4 +1,4 @@
-"""A page with the least sure pictures and what was found in them, for a person to look over: one file, no server."""
+"""A page with the least sure images and what was found in them, for a person to look over: one file, no server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..parts.draw import overlay
 from ..parts.palette import Color
 from .records import Record
 
-SIDE = 480  # of a shown picture
+SIDE = 480  # of a shown image
 STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 24px; background: #16181d; color: #ecf0f1; }
 h1 { font-size: 20px; } ul { list-style: none; padding: 0; } .key li { display: inline-block; margin-right: 14px; }
@@ -27,18 +27,18 @@ figcaption { margin-top: 6px; overflow-wrap: anywhere; } small { color: #aab2bd;
 """
 
 
-def least_sure(records: Iterable[Record], count: int) -> list[Record]:
-    """The least sure first; pictures in which nothing was found stand by their confidence like any other."""
+def least_confident(records: Iterable[Record], count: int) -> list[Record]:
+    """The least sure first; images in which nothing was found stand by their confidence like any other."""
     return nsmallest(count, records, key=lambda record: (record.confidence, record.name))
 
 
 def review_page(
     records: Sequence[Record], pixels: Callable[[str], np.ndarray], names: Sequence[str], palette: Sequence[Color]
 ) -> str:
-    """HTML of these records with their pictures under what was found.
+    """HTML of these records with their images under what was found.
 
     Args:
-        pixels: uint8 [H, W, 3] of a picture by its name.
+        pixels: uint8 [H, W, 3] of an image by its name.
     """
     pairs = zip(names, palette, strict=True)
     key = "".join(
@@ -47,16 +47,16 @@ def review_page(
     found = "".join(_figure(record, pixels(record.name), names, palette) for record in records)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SLiMe: to look over</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>The {len(records)} least sure pictures, the least sure first</h1>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>The {len(records)} least sure images, the least sure first</h1>\n"
         f'<ul class="key">{key}</ul>\n<div class="found">\n{found}</div>\n</body></html>\n'
     )
 
 
 def _figure(record: Record, pixels: np.ndarray, names: Sequence[str], palette: Sequence[Color]) -> str:
-    picture = Image.fromarray(overlay(pixels, record.labels(), palette, opacity=0.5))
-    picture.thumbnail((SIDE, SIDE))
+    image = Image.fromarray(overlay(pixels, record.labels(), palette, opacity=0.5))
+    image.thumbnail((SIDE, SIDE))
     data = io.BytesIO()
-    picture.save(data, "JPEG", quality=85)
+    image.save(data, "JPEG", quality=85)
     shown = base64.b64encode(data.getvalue()).decode()
     parts = ", ".join(f"{names[part.label - 1]} {part.score:.2f}" for part in record.parts) or "nothing found"
     name = html.escape(record.name)

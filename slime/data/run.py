@@ -1,4 +1,4 @@
-"""From pictures to files: loading, passing and writing overlap, memory is bounded, and what is done stays done."""
+"""Segment many images: loading, passes and writing overlap, memory is bounded, and finished images stay finished."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..decode.lazy_maps import LazyMaps
 from ..errors import SlimeError
 from ..images import check_images, resize_image, working_size
-from ..segment import Segmenter, at_size, maps_of
+from ..segment import Segmenter
 from .formats import Format
-from .journal import Journal
-from .pictures import decode
+from .pixels import decode
 from .records import Record, record_of
-from .sources import Picture
+from .run_log import RunLog
+from .sources import SourceImage
 
 logger = logging.getLogger(__name__)
-HELD = 4  # batches whose pictures are in memory: being loaded, passed, or written
+HELD = 4  # batches whose images are in memory: being loaded, passed, or written
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A picture's pixels, uint8 [H, W, 3], and the same at the size that the model looks at, float [h, w, 3]."""
+    """An image's pixels, uint8 [H, W, 3], and the same at the size that the model looks at, float [h, w, 3]."""
 
     name: str
     pixels: np.ndarray
@@ -46,18 +47,18 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Labelled:
-    """What was found in a picture: its record, and its label map uint8 [H, W]."""
+    """What was found in an image: its record, and its label map uint8 [H, W]."""
 
     record: Record
     labels: np.ndarray
 
 
 class Engine:
-    """A segmenter that takes pictures of any size: those of one working size share a pass.
+    """A segmenter that takes images of any size: those of one working size share a pass.
 
     Args:
         segmenter: with settings that look at whole images; zoom and crops are refused.
-        batch: pictures of one pass; 0 asks the backbone.
+        batch: images of one pass; 0 asks the backbone.
     """
 
     def __init__(self, segmenter: Segmenter, batch: int = 0) -> None:
@@ -66,7 +67,7 @@ class Engine:
         self.segmenter, self._batch = segmenter, batch
 
     def load(self, name: str, data: bytes) -> Loaded:
-        """Raises SlimeError where these bytes are no picture that can be looked at."""
+        """Raises SlimeError where these bytes are no image that can be looked at."""
         return self.prepare(name, decode(data))
 
     def prepare(self, name: str, pixels: np.ndarray) -> Loaded:
@@ -78,63 +79,64 @@ class Engine:
         return Loaded(name, pixels, resize_image(whole, size)[0])
 
     def batch(self, size: tuple[int, ...]) -> int:
-        """How many pictures of a working size go through the model at once."""
+        """How many images of a working size go through the model at once."""
         cell = self.segmenter.backbone.info.cell
         return self._batch or self.segmenter.backbone.fitting_batch((size[0] // cell, size[1] // cell))
 
     @torch.inference_mode()
     def find(self, loaded: list[Loaded]) -> list[Callable[[], Labelled]]:
-        """One pass over pictures of one working size. What is left, at full size, is done when it is called for, in any
+        """One pass over images of one working size. What is left, at full size, is done when it is called for, in any
         thread."""
-        maps = self.segmenter(torch.stack([one.small for one in loaded]))
-        small = maps_of(maps)
+        maps = self.segmenter(torch.stack([image.small for image in loaded]))
+        assert isinstance(maps.pixels, LazyMaps)
+        pixels = maps.pixels
 
         def finish(index: int) -> Labelled:
             with torch.inference_mode():
-                one = at_size(maps, index, loaded[index].image())
-                labels = one.label_map[0].numpy()
-            return Labelled(record_of(loaded[index].name, labels, small[index], float(one.confidence[0])), labels)
+                labels = pixels.for_image(index, loaded[index].image()).labels(slice(0, 1))[0].numpy()
+            confidence = float(maps.confidence[index])
+            return Labelled(record_of(loaded[index].name, labels, pixels.maps[index], confidence), labels)
 
         return [partial(finish, index) for index in range(len(loaded))]
 
 
-def segment_pictures(
+def segment_images(
     engine: Engine,
-    source: Iterable[Picture],
+    source: Iterable[SourceImage],
     outputs: Sequence[Format],
-    journal: Journal,
+    run_log: RunLog,
     workers: int = 2,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> None:
     """Segment what is not done yet, and write it.
 
     Args:
-        source: named pictures.
-        outputs: files of every picture; :meth:`.formats.Format.finish` is the caller's.
-        journal: of the output folder. A picture that fails goes into its errors, and the run goes on.
+        source: named images.
+        outputs: files of every image; :meth:`.formats.Format.finish` is the caller's.
+        run_log: of the output folder. An image that fails goes into its errors, and the run goes on.
         workers: threads that load, and as many that write.
-        on_done: called with the number of pictures that are done since the last call, failed ones included.
+        on_done: called with the number of images that are done since the last call, failed ones included.
     """
     stems: set[str] = set()
 
-    def load(picture: Picture) -> Loaded:
-        return engine.load(picture.name, picture.read())
+    def load(image: SourceImage) -> Loaded:
+        return engine.load(image.name, image.read())
 
-    def wanted() -> Iterator[Picture]:
-        for picture in source:
-            stem = picture.name.rsplit(".", 1)[0]
-            if picture.name in journal.done:
+    def wanted() -> Iterator[SourceImage]:
+        for image in source:
+            stem = image.name.rsplit(".", 1)[0]
+            if image.name in run_log.done:
                 stems.add(stem)
                 on_done(1)
             elif stem in stems:
-                fail(picture.name, "another picture has this name but for its suffix; outputs would be the same file")
+                fail(image.name, "another image has this name but for its suffix; outputs would be the same file")
             else:
                 stems.add(stem)
-                yield picture
+                yield image
 
     def fail(name: str, reason: object) -> None:
         logger.warning("SLiMe: %s: %s", name, reason)
-        journal.fail(name, str(reason))
+        run_log.fail(name, str(reason))
         on_done(1)
 
     def write(finish: Callable[[], Labelled]) -> Record:
@@ -155,14 +157,14 @@ def segment_pictures(
                         records.append(future.result())
                     except SlimeError as error:
                         fail(name, error)
-                journal.write(records)
+                run_log.write(records)
                 on_done(len(records))
 
         def look(batch: list[Loaded]) -> None:
             try:
                 found = engine.find(batch)
             except SlimeError as error:
-                if len(batch) > 1:  # one picture must not cost the others
+                if len(batch) > 1:  # one image must not cost the others
                     for one in batch:
                         look([one])
                 else:
@@ -202,12 +204,12 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 
 
 def _ahead(
-    pool: ThreadPoolExecutor, work: Callable[[Picture], Loaded], source: Iterator[Picture], count: int
+    pool: ThreadPoolExecutor, work: Callable[[SourceImage], Loaded], source: Iterator[SourceImage], count: int
 ) -> Iterator[tuple[str, Future[Loaded]]]:
-    """Work on the source's next ``count`` pictures while one is used, in order."""
+    """Work on the source's next ``count`` images while one is used, in order."""
     waiting: deque[tuple[str, Future[Loaded]]] = deque()
-    for picture in source:
-        waiting.append((picture.name, pool.submit(work, picture)))
+    for image in source:
+        waiting.append((image.name, pool.submit(work, image)))
         if len(waiting) >= count:
             yield waiting.popleft()
     yield from waiting

@@ -1,4 +1,4 @@
-"""Where pictures come from: a folder, a pattern, a list, a COCO file, WebDataset archives or Parquet tables."""
+"""Where images come from: a folder, a pattern, a list, a COCO file, WebDataset archives or Parquet tables."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import SlimeError
-from .pictures import SUFFIXES
+from .pixels import SUFFIXES
 
 ROWS = 64  # of a Parquet table in memory at once
 COLUMN = "image"
 STREAMED = {".tar", ".parquet"}  # gone through as they are read
 
 
-class Picture(NamedTuple):
+class SourceImage(NamedTuple):
     """A name, which outputs are called by, and a way to get the bytes, from any thread."""
 
     name: str
     read: Callable[[], bytes]
 
 
-def pictures(source: str, shard: tuple[int, int] = (0, 1), limit: int = 0) -> Iterator[Picture]:
-    """Pictures of a source, in an order that never changes.
+def source_images(source: str, shard: tuple[int, int] = (0, 1), limit: int = 0) -> Iterator[SourceImage]:
+    """Images of a source, in an order that never changes.
 
     Args:
         source: a folder (searched throughout), a pattern with ``*``, a ``.txt`` list of paths, a COCO ``.json``, a
             WebDataset ``.tar`` or a ``.parquet`` table with a column "image" of bytes (or of structs with "bytes" and
             "path", as Hugging Face's data sets have them); patterns may name archives and tables too.
-        shard: (i, n): every n-th picture from the i-th on.
+        shard: (i, n): every n-th image from the i-th on.
         limit: at most so many, 0 for all.
 
     Raises:
@@ -42,7 +42,7 @@ def pictures(source: str, shard: tuple[int, int] = (0, 1), limit: int = 0) -> It
     return islice(_all(source), shard[0], None if not limit else shard[0] + shard[1] * limit, shard[1])
 
 
-def _all(source: str) -> Iterator[Picture]:
+def _all(source: str) -> Iterator[SourceImage]:
     path = Path(source)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
@@ -63,51 +63,51 @@ def _before_magic(path: Path) -> Iterator[str]:
         yield part
 
 
-def _files(files: list[Path], root: Path, source: str) -> Iterator[Picture]:
+def _files(files: list[Path], root: Path, source: str) -> Iterator[SourceImage]:
     if not files:
-        raise SlimeError(f"There are no pictures at {source}. Known are {', '.join(sorted(SUFFIXES))}.")
+        raise SlimeError(f"There are no images at {source}. Known are {', '.join(sorted(SUFFIXES))}.")
     readers = {".tar": _archive, ".parquet": _table, ".txt": _list, ".json": _coco}
     for file in files:
         reader = readers.get(file.suffix.lower())
         if reader is not None:
             yield from reader(file)
         else:
-            yield Picture(_relative(file, root), file.read_bytes)
+            yield SourceImage(_relative(file, root), file.read_bytes)
 
 
 def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
 
 
-def _list(file: Path) -> Iterator[Picture]:
+def _list(file: Path) -> Iterator[SourceImage]:
     for line in file.read_text(encoding="utf-8").splitlines():
         if line.strip():
             yield from _at(file.parent, line.strip())
 
 
-def _coco(file: Path) -> Iterator[Picture]:
+def _coco(file: Path) -> Iterator[SourceImage]:
     for image in json.loads(file.read_text(encoding="utf-8"))["images"]:
         yield from _at(file.parent, image["file_name"])
 
 
-def _at(folder: Path, name: str) -> Iterator[Picture]:
-    """A picture that a file names, which lies beside it or in ``images``; the name says no more than the list does."""
+def _at(folder: Path, name: str) -> Iterator[SourceImage]:
+    """An image that a file names, which lies beside it or in ``images``; the name says no more than the list does."""
     path = Path(name)
     places = [path] if path.is_absolute() else [folder / path, folder / "images" / path]
     found = next((place for place in places if place.is_file()), places[0])
-    yield Picture(path.name if path.is_absolute() else PurePosixPath(path.as_posix()).as_posix(), found.read_bytes)
+    yield SourceImage(path.name if path.is_absolute() else PurePosixPath(path.as_posix()).as_posix(), found.read_bytes)
 
 
-def _archive(file: Path) -> Iterator[Picture]:
+def _archive(file: Path) -> Iterator[SourceImage]:
     """Members in the order of the archive; its bytes are read as it is gone through."""
     with tarfile.open(file) as archive:
         for member in archive:
             opened = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
             if opened is not None:
-                yield Picture(member.name.removeprefix("./"), partial(bytes, opened.read()))
+                yield SourceImage(member.name.removeprefix("./"), partial(bytes, opened.read()))
 
 
-def _table(file: Path) -> Iterator[Picture]:
+def _table(file: Path) -> Iterator[SourceImage]:
     import pyarrow.parquet as parquet
 
     table = parquet.ParquetFile(file)
@@ -119,5 +119,5 @@ def _table(file: Path) -> Iterator[Picture]:
             name = f"{file.stem}_{number:08d}.png"
             if isinstance(value, dict):
                 name, value = value.get("path") or name, value.get("bytes")
-            yield Picture(name, partial(bytes, value or b""))
+            yield SourceImage(name, partial(bytes, value or b""))
             number += 1

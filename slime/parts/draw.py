@@ -1,4 +1,4 @@
-"""Pictures of results: overlay with legend, label map in exact colours, loss curve."""
+"""Draw results: overlay with legend, and label map in exact colours."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Palette = Sequence[Color]
 
 
 def color_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
-    """Label map [H, W] -> uint8 [H, W, 3] in the palette's exact colours; background black."""
+    """Draw a label map [H, W] in the palette's exact colours, uint8 [H, W, 3]; the background is black."""
     table = np.zeros((256, 3), np.uint8)
     table[1 : len(palette) + 1] = palette
     return table[np.clip(labels, 0, 255)]
@@ -27,7 +27,7 @@ def overlay(
     Args:
         image: uint8 [H, W, 3].
         labels: [H, W] of the same size.
-        palette: a colour for each part.
+        palette: one colour per part.
         names: part names; when given, a legend is drawn in the upper left corner.
         opacity: of the tint, 0..1.
 
@@ -51,7 +51,7 @@ def overlay(
 
 
 def legend_below(picture: Image.Image, names: Sequence[str], palette: Palette) -> Image.Image:
-    """The picture with a strip of colour patches and names under it, in as many lines as they need."""
+    """Return the image with a legend below it, in as many lines as the names need."""
     size = max(10, picture.width // 32)
     font = ImageFont.load_default(size)
     line, pad = round(size * 1.6), size // 2
@@ -74,7 +74,7 @@ def legend_below(picture: Image.Image, names: Sequence[str], palette: Palette) -
 
 
 def draw_legend(picture: Image.Image, names: Sequence[str], palette: Palette) -> None:
-    """Colour patches and names on a dark ground, in place; drops what does not fit."""
+    """Draw a legend into the corner of an image; names that do not fit are left out."""
     draw = ImageDraw.Draw(picture, "RGBA")
     size = max(10, min(picture.size) // 32)
     font = ImageFont.load_default(size)
@@ -86,31 +86,3 @@ def draw_legend(picture: Image.Image, names: Sequence[str], palette: Palette) ->
         y = pad // 2 + index * line
         draw.rectangle([pad, y + size // 4, pad + size, y + size // 4 + size], fill=(*color, 255))
         draw.text((2 * pad + size, y), name, font=font, fill=(255, 255, 255, 255))
-
-
-def loss_curve(losses: Sequence[float], width: int = 512, height: int = 256) -> np.ndarray:
-    """Losses over steps as a line on a log scale where they are positive: uint8 [height, width, 3]."""
-    picture = Image.new("RGB", (width, height), (24, 24, 28))
-    draw = ImageDraw.Draw(picture)
-    values = np.asarray([value for value in losses if np.isfinite(value)], dtype=np.float64)
-    if len(values) == 0:
-        return np.asarray(picture)
-    shown = np.log10(values) if (values > 0).all() else values
-    low, high = float(shown.min()), float(shown.max())
-    margin = 34
-    xs = margin + (width - 2 * margin) * np.arange(len(shown)) / max(len(shown) - 1, 1)
-    ys = height - margin - (height - 2 * margin) * (shown - low) / max(high - low, 1e-9)
-    font = ImageFont.load_default(12)
-    for level in np.linspace(0, 1, 4):
-        y = height - margin - (height - 2 * margin) * level
-        value = low + (high - low) * level
-        draw.line([(margin, y), (width - margin, y)], fill=(60, 60, 66))
-        draw.text((2, y - 7), f"{10**value if (values > 0).all() else value:.2g}", font=font, fill=(170, 170, 176))
-    draw.line([*zip(xs.tolist(), ys.tolist(), strict=True)], fill=(120, 200, 120), width=2)
-    draw.text(
-        (margin, height - 18),
-        f"loss, {len(values)} evaluations, last {values[-1]:.4g}",
-        font=font,
-        fill=(200, 200, 206),
-    )
-    return np.asarray(picture)

@@ -1,4 +1,4 @@
-"""Part maps of a batch of images: full-size pixels are made for the images that are asked for."""
+"""The result of segmentation: part maps of a batch of images, brought to full size when they are asked for."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..images import most_probable
 from .palette import Color
 
-FULL_SIZE_VALUES = 2**23  # of probabilities made at once: 32 MB, of which filters take a multiple
+FULL_SIZE_VALUES = 2**23  # of probabilities computed at once: 32 MB; filters take a multiple of it
 
 
 class Pixels(Protocol):
@@ -21,21 +21,25 @@ class Pixels(Protocol):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """B, K, H, W."""
+        """(B, K, H, W)."""
         ...
 
-    def __call__(self, part: slice) -> Tensor:
-        """float32 [b, K, H, W] on the CPU, summing to 1 over K."""
+    def __call__(self, chunk: slice) -> Tensor:
+        """Return probabilities float32 [b, K, H, W] on the CPU that sum to 1 over K."""
         ...
 
-    def labels(self, part: slice) -> Tensor:
-        """uint8 [b, H, W] on the CPU: the most probable class of every pixel."""
+    def labels(self, chunk: slice) -> Tensor:
+        """Return the most probable class of every pixel, uint8 [b, H, W] on the CPU."""
+        ...
+
+    def coarse(self, chunk: slice) -> Tensor:
+        """Return probabilities [b, K, h, w] at the smallest size at hand."""
         ...
 
 
 @dataclass(frozen=True)
-class Held:
-    """Probabilities that lie in memory, float32 [B, K, H, W]."""
+class DenseMaps:
+    """Probabilities in memory, float32 [B, K, H, W]."""
 
     probabilities: Tensor
 
@@ -44,11 +48,14 @@ class Held:
         b, k, h, w = self.probabilities.shape
         return b, k, h, w
 
-    def __call__(self, part: slice) -> Tensor:
-        return self.probabilities[part]
+    def __call__(self, chunk: slice) -> Tensor:
+        return self.probabilities[chunk]
 
-    def labels(self, part: slice) -> Tensor:
-        return most_probable(self.probabilities[part])
+    def labels(self, chunk: slice) -> Tensor:
+        return most_probable(self.probabilities[chunk])
+
+    def coarse(self, chunk: slice) -> Tensor:
+        return self.probabilities[chunk]
 
 
 @dataclass(frozen=True)
@@ -58,16 +65,16 @@ class PartMaps:
     Attributes:
         pixels: gives the probabilities; class 0 is the background, class k is ``names[k - 1]``.
         names: part names.
-        palette: one RGB colour a part.
+        palette: one RGB colour per part.
         peaks: float32 [B, P], highest value of every part's map in every image, before refinement.
-        sureness: what ``peaks`` average to on the examples, 0 where unknown.
+        example_confidence: mean of the ``peaks`` on the examples, 0 where unknown.
     """
 
     pixels: Pixels
     names: tuple[str, ...]
     palette: tuple[Color, ...]
     peaks: Tensor
-    sureness: float = 0.0
+    example_confidence: float = 0.0
 
     def __len__(self) -> int:
         return self.pixels.shape[0]
@@ -79,15 +86,15 @@ class PartMaps:
 
     @property
     def confidence(self) -> Tensor:
-        """float32 [B]: how sure the parts are on average, relative to the examples (1: as sure as there)."""
-        return self.peaks.mean(1) / (self.sureness or 1.0)
+        """float32 [B]: mean peak of the parts, relative to the examples (1: as confident as there)."""
+        return self.peaks.mean(1) / (self.example_confidence or 1.0)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Slices of the batch with their probabilities [b, K, H, W], as many at once as a fixed memory takes."""
-        for part in self._parts():
-            yield part, self.pixels(part)
+        """Yield slices of the batch with their probabilities [b, K, H, W], within a fixed memory."""
+        for chunk in self._slices():
+            yield chunk, self.pixels(chunk)
 
-    def _parts(self) -> Iterator[slice]:
+    def _slices(self) -> Iterator[slice]:
         count, classes, height, width = self.pixels.shape
         size = max(1, FULL_SIZE_VALUES // (classes * height * width))
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
@@ -101,6 +108,6 @@ class PartMaps:
     def label_map(self) -> Tensor:
         """uint8 [B, H, W]: the most probable class of every pixel."""
         labels = torch.empty(len(self), *self.size, dtype=torch.uint8)
-        for part in self._parts():
-            labels[part] = self.pixels.labels(part)
+        for chunk in self._slices():
+            labels[chunk] = self.pixels.labels(chunk)
         return labels

@@ -1,4 +1,4 @@
-"""Masks of chosen parts, cleaned and shaped for inpainting. Goes image by image, in the memory of one."""
+"""Make masks of chosen parts, cleaned and shaped for inpainting, image by image in the memory of one."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ EIGHT_NEIGHBOURS = np.ones((3, 3))
 
 @dataclass(frozen=True)
 class MaskShape:
-    """What becomes of a mask, in this order.
+    """Operations on a mask, applied in this order.
 
     Attributes:
-        fill_holes: close holes inside.
-        minimum_area: drop separate pieces with fewer pixels.
-        grow: widen by a disc of so many pixels; negative shrinks.
+        fill_holes: fill holes inside.
+        minimum_area: drop connected regions with fewer pixels.
+        grow: widen by a disc of this radius in pixels; negative shrinks.
         feather: soften the border over about so many pixels.
-        invert: everything else instead.
+        invert: invert the mask.
     """
 
     fill_holes: bool = False
@@ -44,15 +44,15 @@ def part_masks(
     threshold: float = 0.5,
     shape: MaskShape | None = None,
 ) -> Tensor:
-    """Mask float32 [B, H, W] of the named parts together; every part when none is named.
+    """Return one mask float32 [B, H, W] of the named parts together; of every part when none is named.
 
     Args:
         maps: of the images.
-        names: "background" is one too.
+        names: part names, or "background".
         mode: "argmax", where the parts are the most probable class; "threshold", where their probability reaches
             ``threshold``; "soft", the probability itself.
         threshold: for that mode.
-        shape: what becomes of each mask.
+        shape: operations on each mask.
 
     Raises:
         SlimeError: a name that was not learned.
@@ -60,46 +60,46 @@ def part_masks(
     classes, wanted = [BACKGROUND, *maps.names], list(names) or list(maps.names)
     unknown = [name for name in wanted if name not in classes]
     if unknown:
-        raise SlimeError(f"there is no part {', '.join(unknown)}; these were learned: {', '.join(maps.names)}.")
+        raise SlimeError(f"There is no part {', '.join(unknown)}. The learned parts are: {', '.join(maps.names)}.")
     indices = [classes.index(name) for name in dict.fromkeys(wanted)]
     result = torch.empty(len(maps), *maps.size)
-    for part, selected in _selected(maps, indices, mode, threshold):
-        for place, layer in zip(range(part.start, part.stop), selected, strict=True):
-            result[place] = layer if shape is None else shape_mask(layer, shape, mode == "soft")
+    for chunk, masks in _selected(maps, indices, mode, threshold):
+        for index, mask in zip(range(chunk.start, chunk.stop), masks, strict=True):
+            result[index] = mask if shape is None else shape_mask(mask, shape, mode == "soft")
     return result
 
 
 def _selected(maps: PartMaps, indices: list[int], mode: str, threshold: float) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the batch with masks [b, H, W]."""
+    """Yield slices of the batch with masks [b, H, W]."""
     if mode == "argmax":
         wanted = torch.tensor(indices, dtype=torch.uint8)
-        for place in range(len(maps)):
-            part = slice(place, place + 1)
-            yield part, torch.isin(maps.label_map[part], wanted).float()
+        for index in range(len(maps)):
+            chunk = slice(index, index + 1)
+            yield chunk, torch.isin(maps.label_map[chunk], wanted).float()
         return
-    for part, probabilities in maps.chunks():
+    for chunk, probabilities in maps.chunks():
         together = probabilities[:, indices].sum(1).clamp(0, 1)
-        yield part, together if mode == "soft" else (together >= threshold).float()
+        yield chunk, together if mode == "soft" else (together >= threshold).float()
 
 
 def shape_mask(mask: Tensor, shape: MaskShape, soft: bool = False) -> Tensor:
-    """One mask [H, W] as ``shape`` says."""
+    """Apply the operations of ``shape`` to one mask [H, W]."""
     cleaned = clean_mask(mask, soft, shape.fill_holes, shape.minimum_area)
     shaped = feather_mask(grow_mask(cleaned, shape.grow), shape.feather)
     return 1 - shaped if shape.invert else shaped
 
 
 def clean_mask(mask: Tensor, soft: bool, fill_holes: bool, minimum_area: int) -> Tensor:
-    """Fill holes and drop specks of one mask [H, W]; a soft mask is judged at 0.5 and keeps its values inside."""
+    """Fill holes and drop small regions of one mask [H, W]; a soft mask is thresholded at 0.5, but keeps its values."""
     if not fill_holes and not minimum_area:
         return mask
     inside = mask.numpy() > 0.5 if soft else mask.numpy() > 0
     if fill_holes:
         inside = ndimage.binary_fill_holes(inside)
     if minimum_area:
-        pieces, count = ndimage.label(inside, structure=EIGHT_NEIGHBOURS)
-        areas = np.bincount(pieces.ravel(), minlength=count + 1)
-        inside = inside & (areas[pieces] >= minimum_area)
+        regions, count = ndimage.label(inside, structure=EIGHT_NEIGHBOURS)
+        areas = np.bincount(regions.ravel(), minlength=count + 1)
+        inside = inside & (areas[regions] >= minimum_area)
     cleaned = torch.from_numpy(np.ascontiguousarray(inside)).float()
     return torch.where(mask > 0.5, mask, 1.0) * cleaned if soft else cleaned
 
@@ -109,7 +109,7 @@ def grow_mask(mask: Tensor, pixels: int) -> Tensor:
     if pixels == 0:
         return mask
     outside = mask.numpy() < 0.5 if pixels > 0 else mask.numpy() >= 0.5
-    # Distance to the mask (or, when shrinking, to what is outside it); no seed means nothing to grow from.
+    # Distance to the mask (or, when shrinking, to its outside); an empty mask has nothing to grow from.
     near = np.zeros_like(outside) if outside.all() else ndimage.distance_transform_edt(outside) <= abs(pixels)
     if pixels > 0:
         return torch.maximum(mask, torch.from_numpy(near).float())
@@ -117,7 +117,7 @@ def grow_mask(mask: Tensor, pixels: int) -> Tensor:
 
 
 def feather_mask(mask: Tensor, pixels: int) -> Tensor:
-    """Gaussian border of one mask [H, W], about ``pixels`` wide."""
+    """Blur the border of one mask [H, W] over about ``pixels`` pixels."""
     if pixels == 0:
         return mask
     blurred = ndimage.gaussian_filter(mask.numpy(), sigma=pixels / 2, mode="nearest")

@@ -1,4 +1,4 @@
-"""Evaluation: the paper's protocol and pooled IoU."""
+"""Evaluate label maps: the paper's protocol, pooled IoU, boundary F."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Scores:
     """IoU in [0, 1]; class 0 is the background.
 
     Attributes:
-        per_class: [K] the paper's: mean over the images that hold the class; NaN where none does.
+        per_class: [K] the paper's: mean over the images that contain the class; NaN where none does.
         pooled: [K] intersections over unions summed over all images.
-        per_image: [B, K], NaN where an image does not hold the class.
+        per_image: [B, K], NaN where an image does not contain the class.
     """
 
     per_class: np.ndarray
@@ -39,18 +39,18 @@ class Scores:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Mean of the values that are not NaN; NaN where all are."""
+    """Return the mean of the values that are not NaN; NaN where all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else float("nan")
 
 
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int, tolerance: float = 0.01) -> float:
-    """Boundary F-score of one image, mean over the parts that the truth holds (Csurka et al. 2013).
+    """Return the boundary F-score of one image, mean over the parts in the ground truth (Csurka et al. 2013).
 
     Args:
         prediction, truth: label maps [H, W].
         classes: number of classes with the background.
-        tolerance: distance that still counts as a hit, as a share of the image's diagonal.
+        tolerance: largest distance of a match, as a share of the image's diagonal.
     """
     reach = tolerance * float(np.hypot(*truth.shape))
     scores = []
@@ -70,7 +70,10 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int, toleranc
 
 
 def false_area(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int) -> float:
-    """Share of the image given to parts that it does not hold, mean over the images; the paper's metric skips them."""
+    """Return the share of the image assigned to parts that it does not contain, mean over the images.
+
+    The paper's metric skips these parts.
+    """
     shares = []
     for prediction, truth in zip(predictions, truths, strict=True):
         absent = [k for k in range(1, classes) if not (truth == k).any()]
@@ -84,7 +87,7 @@ def _box(mask: np.ndarray) -> tuple[slice, slice]:
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:
-    """Pixels of a mask with a neighbour outside it; the image's border is no outline."""
+    """Return the pixels of a mask with a neighbour outside it; the image's border does not count."""
     return mask & ~binary_erosion(mask, border_value=1)
 
 
@@ -99,7 +102,7 @@ def evaluate(
     Args:
         predictions, truths: integer label maps [H, W] each.
         classes: number of classes with the background.
-        ignore: label of truth pixels that do not count.
+        ignore: label of ground-truth pixels that do not count.
     """
     if len(predictions) != len(truths) or not truths:
         raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
@@ -121,7 +124,7 @@ def evaluate(
 
 
 def mean_known(rows: np.ndarray) -> np.ndarray:
-    """Mean over the first axis of the values that are not NaN; NaN where all are."""
+    """Return the mean over the first axis of the values that are not NaN; NaN where all are."""
     held = ~np.isnan(rows)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.where(held.any(0), np.nansum(rows, 0) / held.sum(0), np.nan)

@@ -29,7 +29,7 @@ PALETTE: tuple[Color, ...] = (
 
 
 def default_palette(count: int) -> tuple[Color, ...]:
-    """``count`` distinct colours; the first twenty are hand-picked, further ones are darker variants of them."""
+    """Return ``count`` distinct colours; the first twenty are hand-picked, further ones are darker variants of them."""
     colors = []
     for index in range(count):
         r, g, b = PALETTE[index % len(PALETTE)]

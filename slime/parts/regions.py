@@ -1,4 +1,4 @@
-"""Boxes and separate pieces of parts in a label map."""
+"""Find boxes and connected regions of parts in a label map."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from scipy import ndimage
 
 
 class Region(NamedTuple):
-    """One piece of a part: its class (1..P), its box in pixels, and its mask [height, width] bool inside the box."""
+    """A region of a part: its label (1..P), its box in pixels, and its mask bool [height, width] inside the box."""
 
     label: int
     left: int
@@ -21,22 +21,22 @@ class Region(NamedTuple):
 
 
 def part_regions(labels: np.ndarray, parts: int, split: bool, minimum_area: int = 1) -> Iterator[Region]:
-    """Regions of a label map [H, W], part by part.
+    """Yield the regions of a label map [H, W], part by part.
 
     Args:
         labels: integers, 0 the background.
         parts: classes 1..parts are looked for.
-        split: one region a connected piece (8-neighbours), else one a part.
-        minimum_area: pieces with fewer pixels are left out.
+        split: one region per connected component (8-neighbours), else one per part.
+        minimum_area: connected components with fewer pixels are left out.
     """
-    for part in range(1, parts + 1):
-        inside = labels == part
-        pieces, count = ndimage.label(inside, structure=np.ones((3, 3)))
-        areas = np.bincount(pieces.ravel(), minlength=count + 1)
+    for label in range(1, parts + 1):
+        inside = labels == label
+        components, count = ndimage.label(inside, structure=np.ones((3, 3)))
+        areas = np.bincount(components.ravel(), minlength=count + 1)
         kept = [index for index in range(1, count + 1) if areas[index] >= minimum_area]
         groups = [[index] for index in kept] if split else [kept] * bool(kept)
         for group in groups:
-            mask = np.isin(pieces, group)
+            mask = np.isin(components, group)
             rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
             top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-            yield Region(part, int(left), int(top), int(right - left), int(bottom - top), mask[top:bottom, left:right])
+            yield Region(label, int(left), int(top), int(right - left), int(bottom - top), mask[top:bottom, left:right])

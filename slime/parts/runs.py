@@ -1,4 +1,4 @@
-"""Label maps as short text: runs of equal labels, as web/painter/label_map.js writes and reads them."""
+"""Encode label maps as short text: run lengths, as web/painter/label_map.js writes and reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST_SIDE, MOST_PIXELS = 32768, 2**27
 
 
 def encode_runs(labels: np.ndarray) -> str:
-    """Label map [h, w] of integers below 256 as text."""
+    """Encode a label map [h, w] of integers below 256."""
     flat = labels.ravel()
     starts = [*np.flatnonzero(np.diff(flat.astype(int), prepend=-1)).tolist(), len(flat)]
     data = bytearray()
@@ -26,10 +26,10 @@ def encode_runs(labels: np.ndarray) -> str:
 
 
 def decode_runs(runs: str, width: int, height: int) -> np.ndarray:
-    """Label map [height, width] uint8 of :func:`encode_runs`.
+    """Decode a text of :func:`encode_runs` into a label map uint8 [height, width].
 
     Raises:
-        ValueError: where the runs do not make up the size, or it is larger than any picture. Nothing is allocated then.
+        ValueError: the runs do not add up to the size, or it exceeds the limits; nothing is allocated then.
     """
     if not all(isinstance(side, int) and 1 <= side <= LONGEST_SIDE for side in (width, height)):
         raise ValueError(f"a size of {width} x {height}")

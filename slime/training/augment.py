@@ -1,4 +1,4 @@
-"""Seeded augmented views of an example: crop, flip, rotation, blur; ours, and the official code's."""
+"""Augment an example: crop, recolour, flip, rotate, blur."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..examples import IGNORE, Example
 from ..images import resize_image, soft_labels
 from ..settings import ViewSettings
 
-# "left" and "right" in the languages of locales/. A false alarm costs mirrored views only.
+# "left" and "right" in several languages. A false alarm costs mirrored views only.
 SIDED = re.compile(
     r"\b(left|right|links|rechts|gauche|droite?|izquierd[oa]|derech[oa])\b"
     r"|\u5de6|\u53f3|\uc67c|\uc624\ub978"  # Chinese and Japanese; Korean
@@ -24,11 +24,9 @@ SIDED = re.compile(
     re.IGNORECASE,
 )
 
-KEPT = 0.3  # of a class must be in an official crop
-DRAWS = 100  # of such a crop at most
-
 
 def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
+    """Return whether views may be mirrored: by the setting, else unless a part name says left or right."""
     if settings.flip is not None:
         return settings.flip
     return not any(SIDED.search(name) for name in names)
@@ -37,7 +35,7 @@ def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
 def augmented_view(
     example: Example, settings: ViewSettings, rng: random.Random, size: tuple[int, int], grid: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """One random view.
+    """Make one random view.
 
     Returns:
         Image [h, w, 3] of ``size`` and soft label maps [K + 1, *grid].
@@ -57,51 +55,15 @@ def augmented_view(
     return image, soft_labels(labels, len(example.names) + 1, grid)
 
 
-def official_view(
-    example: Example,
-    settings: ViewSettings,
-    rng: random.Random,
-    size: tuple[int, int],
-    grid: tuple[int, int],
-    turn: int,
-) -> tuple[Tensor, Tensor]:
-    """One random view as the official code draws it (src/dataset.py).
-
-    A crop of uniformly drawn size, drawn again until it holds .3 of the class whose ``turn`` it is; half of the views
-    are turned, with black corners that count as background; blur has a kernel of 1, 3 or 5 pixels at 512.
-
-    Returns:
-        Image [h, w, 3] of ``size`` and one-hot label maps [K + 1, *grid] of the nearest pixels.
-    """
-    classes = len(example.names) + 1
-    wanted = KEPT * (example.labels.numpy() == turn % classes).sum()
-    for _ in range(DRAWS):
-        image, labels = crop(example, rng.uniform(settings.crop, 1.0), rng)
-        if not wanted or (labels.numpy() == turn % classes).sum() > wanted:
-            break
-    if settings.recolor:  # the official code has no such thing
-        image = recolor(image, labels, settings.recolor, rng)
-    if flip_allowed(settings, example.names) and rng.random() < 0.5:
-        image, labels = image.flip(1), labels.flip(1)
-    image = resize_image(image[None], size)[0]
-    if rng.random() < settings.blur and (radius := rng.randint(0, 2)):
-        image = gaussian_blur(image, (0.3 * (radius - 1) + 0.8) * min(size) / 512)  # OpenCV's sigma of such a kernel
-    if rng.random() < 0.5:
-        angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
-        image, labels = rotate(image, labels, angle, mirrored=False)
-    nearest = F.interpolate(labels[None, None].float(), size=grid, mode="nearest")[0, 0].long()
-    return image, torch.stack([(nearest == k) for k in range(classes)]).float()
-
-
 def crop(example: Example, share: float, rng: random.Random) -> tuple[Tensor, Tensor]:
-    """A random window of image and labels whose sides are ``share`` times the image's."""
+    """Cut a random window whose sides are ``share`` times the image's out of image and labels."""
     height, width = example.labels.shape
     rows, columns = window(height, share, rng), window(width, share, rng)
     return example.image[rows, columns], example.labels[rows, columns]
 
 
 def window(length: int, share: float, rng: random.Random) -> slice:
-    """A random stretch of ``share`` times ``length`` pixels."""
+    """Return a random range of ``share`` times ``length`` pixels."""
     size = max(1, round(length * share))
     first = rng.randint(0, length - size)
     return slice(first, first + size)
@@ -110,7 +72,7 @@ def window(length: int, share: float, rng: random.Random) -> slice:
 def recolor(image: Tensor, labels: Tensor, strength: float, rng: random.Random) -> Tensor:
     """Change hue, saturation, brightness and tint of every part, and of the background, independently.
 
-    One example says how a part looks in one image; this keeps the rows from taking its colour for its meaning.
+    One example shows each part in one colour only; this keeps the fit from relying on that colour.
 
     Args:
         image: [h, w, 3].
@@ -136,8 +98,10 @@ def recolor(image: Tensor, labels: Tensor, strength: float, rng: random.Random) 
 
 
 def rotate(image: Tensor, labels: Tensor, angle: float, mirrored: bool = True) -> tuple[Tensor, Tensor]:
-    """Rotate image [h, w, 3] and labels [H, W] about their centres by ``angle`` radians; corners mirror the inside, or
-    are black and background."""
+    """Rotate image [h, w, 3] and labels [H, W] about their centres by ``angle`` radians.
+
+    Corners are filled by reflection, or else are black and background.
+    """
     padding = "reflection" if mirrored else "zeros"
 
     def turn(x: Tensor, mode: str) -> Tensor:
@@ -152,7 +116,7 @@ def rotate(image: Tensor, labels: Tensor, angle: float, mirrored: bool = True) -
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:
-    """[h, w, 3] blurred by a Gaussian of ``sigma`` pixels."""
+    """Blur an image [h, w, 3] by a Gaussian of ``sigma`` pixels."""
     radius = max(1, math.ceil(3 * sigma))
     offsets = torch.arange(-radius, radius + 1, dtype=torch.float32)
     kernel = torch.exp(-0.5 * (offsets / max(sigma, 1e-3)) ** 2)

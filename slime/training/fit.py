@@ -1,8 +1,8 @@
-"""The instant trainer: rows from cached features, a convex problem without the UNet."""
+"""Fit part vectors to features: multinomial logistic regression, a convex problem without the backbone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,26 +10,27 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from ..images import resize_maps
-from .losses import WEIGHT_EXPONENT, balanced_weights, weighted_cross_entropy
+from .losses import balanced_weights, weighted_cross_entropy
 
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
+HISTORY = 20  # of L-BFGS
 
-
-OnEvaluation = Callable[[int, dict[str, float], Callable[[], Tensor], Tensor], None]
+# number of the evaluation, loss terms, the vectors so far, logits of the first view [K, H, W]
+OnEvaluation = Callable[[int, dict[str, float], Callable[[], dict[str, Tensor]], Tensor], None]
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """rows [G, P, D]; losses of the evaluations, in order."""
+    """Part vectors [P, D] by feature group; losses of all evaluations, in order."""
 
-    rows: Tensor
+    vectors: dict[str, Tensor]
     losses: list[float]
 
 
 def whitening(maps: Tensor) -> Tensor:
-    """[D, D] symmetric matrix that gives features [B, D, h, w] about unit variance in every direction.
+    """Return the symmetric matrix [D, D] that gives features [B, D, h, w] about unit variance in every direction.
 
-    The small matrices are worked on in float64 on the CPU: not every device knows it.
+    The small matrices are decomposed in float64 on the CPU: not every device has it.
     """
     flat = maps.movedim(1, -1).reshape(-1, maps.shape[1])
     centred = flat - flat.mean(0)
@@ -43,90 +44,94 @@ def _inverse(matrix: Tensor) -> Tensor:
     return torch.linalg.inv(matrix.cpu().double()).to(matrix)
 
 
-def fit_rows(
-    features: Sequence[Tensor],
+def fit_vectors(
+    features: Mapping[str, Tensor],
     labels: Tensor,
     *,
     steps: int,
     l2: float,
-    weight_exponent: float = WEIGHT_EXPONENT,
-    start: Tensor | None = None,
+    init: Mapping[str, Tensor] | None = None,
     on_step: OnEvaluation | None = None,
 ) -> FitResult:
-    """Minimise the class-weighted cross-entropy of the part scores plus L2, by L-BFGS with line search.
+    """Minimise the class-weighted cross-entropy of the part logits plus L2, by L-BFGS with line search.
 
-    The scores are linear in the rows (see :class:`slime.backbones.base.Observation`), so this is multinomial logistic
-    regression. Rows are optimised in whitened coordinates, where one step size and one L2 weight suit every direction.
+    Vectors are optimised in whitened coordinates, where one step size and one weight decay suit every direction.
 
     Args:
-        features: one [V, D, h, w] for every group, of V views.
+        features: [V, D, h, w] of V views by feature group; D may differ.
         labels: soft labels [V, K, H, W].
         steps: largest number of L-BFGS iterations.
-        l2: weight of the mean squared row.
-        weight_exponent: see :func:`slime.training.losses.balanced_weights`.
-        start: rows [1 or G, P, D] to continue from.
-        on_step: called after every loss evaluation with its number, the loss terms, a function that gives the rows so
-            far, and the logits of the first view [K, H, W].
-
-    Returns:
-        Rows [G, P, D].
+        l2: weight of the mean squared vector.
+        init: vectors [P, D] by group to continue from.
+        on_step: called after every evaluation of the loss.
     """
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes in inference mode
-        return _fit_rows(features, labels, steps, l2, weight_exponent, start, on_step)
+        problem = _Problem(features, labels, l2, init)
+        optimizer = torch.optim.LBFGS(
+            problem.parameters,
+            max_iter=steps,
+            history_size=HISTORY,
+            line_search_fn="strong_wolfe",
+            tolerance_grad=1e-6,
+            tolerance_change=1e-8,
+        )
+        losses: list[float] = []
+
+        def evaluate() -> Tensor:
+            optimizer.zero_grad()
+            logits, loss, penalty = problem.evaluate()
+            (loss + penalty).backward()
+            losses.append(float(loss.detach()))
+            if on_step is not None:
+                terms = {"loss": losses[-1], "l2": float(penalty.detach())}
+                on_step(len(losses), terms, problem.vectors, logits.detach()[0])
+            return loss.detach() + penalty.detach()
+
+        optimizer.step(evaluate)
+        return FitResult(problem.vectors(), losses)
 
 
-def _fit_rows(
-    features: Sequence[Tensor],
-    labels: Tensor,
-    steps: int,
-    l2: float,
-    weight_exponent: float,
-    start: Tensor | None,
-    on_step: OnEvaluation | None,
-) -> FitResult:
-    groups, parts, device = len(features), labels.shape[1] - 1, labels.device
-    grid = (labels.shape[-2], labels.shape[-1])
-    transforms = [whitening(maps) for maps in features]
-    # Features last: then both the scores and their gradient are one matrix product each, without a copy.
-    white = [maps.movedim(1, -1) @ t for maps, t in zip(features, transforms, strict=True)]
-    # Groups of one resolution are read by one product, and resized once.
-    sizes = [maps.shape[1:3] for maps in white]
-    same_size = [[i for i in range(groups) if sizes[i] == size] for size in dict.fromkeys(sizes)]
-    joined = [(same, torch.cat([white[i] for i in same], -1)) for same in same_size]
-    del white
-    weights = balanced_weights(labels, weight_exponent)
-    whitened = torch.zeros(groups, parts, transforms[0].shape[0], device=device)
-    if start is not None:
-        given = start.to(device).expand(groups, -1, -1)
-        whitened = torch.stack([rows @ _inverse(t) for rows, t in zip(given, transforms, strict=True)])
-    whitened.requires_grad_(True)
-    optimizer = torch.optim.LBFGS(
-        [whitened],
-        max_iter=steps,
-        history_size=20,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=1e-6,
-        tolerance_change=1e-8,
-    )
-    losses: list[float] = []
+class _Problem:
+    """The convex problem in whitened coordinates."""
 
-    def rows() -> Tensor:
-        return torch.stack([z @ t for z, t in zip(whitened.detach(), transforms, strict=True)])
+    def __init__(
+        self, features: Mapping[str, Tensor], labels: Tensor, l2: float, init: Mapping[str, Tensor] | None
+    ) -> None:
+        self._groups, self._labels, self._l2 = list(features), labels, l2
+        self._transforms = {group: whitening(maps) for group, maps in features.items()}
+        # Features last: then both the scores and their gradient are one matrix product each, without a copy.
+        white = {group: maps.movedim(1, -1) @ self._transforms[group] for group, maps in features.items()}
+        self._joined = _join_by_size(white)
+        self._weights = balanced_weights(labels)
+        parts, device = labels.shape[1] - 1, labels.device
+        self.parameters = []
+        for group, maps in white.items():
+            start = torch.zeros(parts, maps.shape[-1], device=device)
+            if init is not None:
+                start = init[group].to(device) @ _inverse(self._transforms[group])
+            self.parameters.append(start.requires_grad_(True))
 
-    def evaluate() -> Tensor:
-        optimizer.zero_grad()
-        parts_of_score = [
-            resize_maps(F.linear(maps, torch.cat([whitened[i] for i in same], 1)).movedim(-1, 1), grid)
-            for same, maps in joined
+    def vectors(self) -> dict[str, Tensor]:
+        """Return the vectors [P, D] so far, in the coordinates of the features."""
+        pairs = zip(self._groups, self.parameters, strict=True)
+        return {group: white.detach() @ self._transforms[group] for group, white in pairs}
+
+    def evaluate(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [V, K, H, W], cross-entropy and penalty."""
+        grid = (self._labels.shape[-2], self._labels.shape[-1])
+        scores = [
+            resize_maps(F.linear(maps, torch.cat([self.parameters[i] for i in indices], 1)).movedim(-1, 1), grid)
+            for indices, maps in self._joined
         ]
-        logits = F.pad(torch.stack(parts_of_score).sum(0), (0, 0, 0, 0, 1, 0))
-        ce = weighted_cross_entropy(logits, labels, weights)
-        penalty = l2 * whitened.square().sum(-1).mean()
-        (ce + penalty).backward()
-        losses.append(float(ce.detach()))
-        if on_step is not None:
-            on_step(len(losses), {"loss": losses[-1], "l2": float(penalty.detach())}, rows, logits.detach()[0])
-        return ce.detach() + penalty.detach()
+        logits = F.pad(torch.stack(scores).sum(0), (0, 0, 0, 0, 1, 0))
+        loss = weighted_cross_entropy(logits, self._labels, self._weights)
+        penalty = self._l2 * torch.stack([white.square().sum(-1) for white in self.parameters]).mean()
+        return logits, loss, penalty
 
-    optimizer.step(evaluate)
-    return FitResult(rows(), losses)
+
+def _join_by_size(white: Mapping[str, Tensor]) -> list[tuple[Sequence[int], Tensor]]:
+    """Concatenate groups [V, h, w, D] of one resolution, which are scored by one product and resized once."""
+    maps = list(white.values())
+    sizes = [one.shape[1:3] for one in maps]
+    same_size = [[i for i in range(len(maps)) if sizes[i] == size] for size in dict.fromkeys(sizes)]
+    return [(indices, torch.cat([maps[i] for i in indices], -1)) for indices in same_size]

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from itertools import groupby, islice
 
 import torch
 from torch import Tensor
 
-from ..backbones.base import Backbone, Observation, Plan, seeded_noise
+from ..backbones.base import Backbone, ExtractionSpec, Features, choose_layers, seeded_noise
 from ..batches import check_finite, in_batches
-from ..embeddings import PartEmbeddings
+from ..decode.linear import LinearDecoder, calibrating_temperature, decode_features
+from ..embeddings import LINEAR, PartEmbeddings
 from ..examples import Example
 from ..images import resize_maps
-from ..read_out import Propagated
-from ..reading.read import calibrating_exponent, read
-from ..settings import InstantSettings
-from .fit import fit_rows
-from .progress import OnStep, StepReport, encoding
-from .reuse import SeenView, Store, digest, store_of
-from .template import instant_template
+from ..settings import SHARED, InstantSettings
+from .cache import CachedView, ViewCache, cache_of, example_digest
+from .fit import fit_vectors
+from .probe import with_probed_layers
+from .progress import OnStep, StepReport, report_encoding
+from .registry import Trainer
 from .views import VIEW_BATCH, EncodedView, encode_all, resize_labels, view_count, view_seed, view_size
 
 
@@ -28,102 +28,141 @@ def train_instant(
     backbone: Backbone,
     examples: Sequence[Example],
     settings: InstantSettings,
-    start: PartEmbeddings | None,
+    init: PartEmbeddings | None,
+    validation: Sequence[Example],
     on_step: OnStep,
 ) -> PartEmbeddings:
-    """Rows from cached features: one pass a view on the base prompt, then :func:`slime.training.fit.fit_rows`."""
-    template = instant_template(backbone, examples[0].names, settings)
+    """Fit part vectors to features of augmented views: one pass per view, then :func:`.fit.fit_vectors`."""
+    del validation  # the fit is convex: there is nothing to choose among
+    settings = with_probed_layers(backbone, examples, settings, settings.prompt, on_step)
+    template = _template(backbone, examples[0].names, settings)
     count = view_count(examples, settings)
-    store, keys = _memory(backbone, template, examples, settings, count)
-    seen_views = {number: view for number, key in enumerate(keys) if (view := store.get(key)) is not None}
-    same_size = len({view_size(example, backbone.info) for example in examples}) == 1
-    wanted = _to_look_at(count, seen_views) if same_size else list(range(count))
-    views = encode_all(backbone, examples, settings, wanted, encoding(on_step), plain=len(examples))
-    first_image = views[0].picture()
-    first: Observation | None = None
-    looked_at = 0
-    for seen in _observed(backbone, views, template.plan().to(backbone.device), settings, len(examples)):
-        first = seen if first is None else first
-        batch = views[looked_at : looked_at + len(seen.features[0])]
-        kept = [maps.cpu() for maps in seen.features] if store.limit else []
-        for place, encoded in enumerate(batch):
-            labels = resize_labels(encoded.labels, seen.grid)
-            seen_views[encoded.number] = SeenView(tuple(maps[place] for maps in seen.features), labels)
-            if kept:
-                store.put(keys[encoded.number], SeenView(tuple(maps[place].clone() for maps in kept), labels))
-        looked_at += len(batch)
-        on_step(StepReport("features", looked_at, len(views), {}, lambda: None))
-    # Examples of another aspect come to the first one's grid: the loss looks at single positions only.
-    like = seen_views[0]
-    stacked = [
-        torch.stack([_to_size(seen_views[i].features[group], maps, backbone.device) for i in range(count)])
-        for group, maps in enumerate(like.features)
-    ]
-    truth = torch.stack([resize_labels(seen_views[i].labels, _grid(like.labels)) for i in range(count)]).to(stacked[0])
-    del seen_views
-    check_finite(stacked)
+    views, first, first_image = _extract_views(backbone, examples, settings, template, count, on_step)
+    # Examples of another aspect are resized to the first one's grid: the loss takes single positions only.
+    like = views[0]
+    features = {
+        group: torch.stack([_resized(views[i].features[group], maps, backbone.device) for i in range(count)])
+        for group, maps in like.features.items()
+    }
+    labels = [resize_labels(views[i].labels, _grid(like.labels)) for i in range(count)]
+    truth = torch.stack(labels).to(next(iter(features.values())))
+    del views
+    check_finite(features.values())
 
-    def report(step: int, losses: dict[str, float], rows: Callable[[], Tensor], logits: Tensor) -> None:
+    def report(step: int, losses: dict[str, float], vectors: Callable[[], dict[str, Tensor]], logits: Tensor) -> None:
         preview = (first_image, logits.softmax(0).cpu()) if step % 5 == 1 else None
-
-        def best() -> PartEmbeddings:
-            return replace(template, rows=rows().cpu())
-
+        best = _with_vectors(template, vectors)
         on_step(StepReport("fit", min(step, settings.steps), settings.steps, losses, best, preview))
 
-    result = fit_rows(
-        stacked,
+    result = fit_vectors(
+        features,
         truth,
         steps=settings.steps,
-        l2=settings.l2,
-        weight_exponent=settings.class_weights,
-        start=None if start is None else _starting_rows(start.rows, len(stacked)),
+        l2=backbone.info.l2,
+        init=None if init is None else _initial_vectors(init.vectors, list(features)),
         on_step=report,
     )
-    if first is None:
-        raise ValueError("no views")
-    # The first views are examples as they are; the first batch holds up to VIEW_BATCH of them.
-    maps = read(first, result.rows, Propagated())[: len(examples)]
+    # The first views are the examples as they are; the first batch holds up to VIEW_BATCH of them.
+    maps = decode_features(first, result.vectors)[: len(examples)]
     embeddings = replace(
         template,
-        rows=result.rows.cpu(),
+        vectors={group: vector.cpu() for group, vector in result.vectors.items()},
         losses=tuple(result.losses),
-        sureness=float(maps[:, 1:].amax((2, 3)).mean()),
-        read_out=Propagated(sharpen=calibrating_exponent(maps, truth[: len(maps)])),
+        example_confidence=float(maps[:, 1:].amax((2, 3)).mean()),
+        decoder=LinearDecoder(calibrating_temperature(maps, truth[: len(maps)])),
     )
     preview = (first_image, maps[0].cpu())
-    done = {"loss": result.losses[-1]}
-    on_step(StepReport("done", settings.steps, settings.steps, done, lambda: embeddings, preview))
+    final = {"loss": result.losses[-1]}
+    on_step(StepReport("done", settings.steps, settings.steps, final, lambda: embeddings, preview))
     return embeddings
 
 
-def _memory(
+def _template(backbone: Backbone, names: Sequence[str], settings: InstantSettings) -> PartEmbeddings:
+    """Return the embeddings without what is learned."""
+    info = backbone.info
+    return PartEmbeddings(
+        names=tuple(names),
+        vectors={SHARED: torch.zeros(len(names), 1)},
+        condition=backbone.condition(settings.prompt),
+        prompt=settings.prompt,
+        backbone=info.id,
+        layers=choose_layers(backbone, settings.read_layers, settings.propagate_layers),
+        timestep=info.timestep if settings.timestep is None else settings.timestep,
+        side=info.side,
+        mode=LINEAR,
+        grouping=info.grouping,
+        settings={"preset": "instant"} | asdict(settings),
+    )
+
+
+def _with_vectors(template: PartEmbeddings, vectors: Callable[[], dict[str, Tensor]]) -> Callable[[], PartEmbeddings]:
+    return lambda: replace(template, vectors={group: vector.cpu() for group, vector in vectors().items()})
+
+
+def _extract_views(
+    backbone: Backbone,
+    examples: Sequence[Example],
+    settings: InstantSettings,
+    template: PartEmbeddings,
+    count: int,
+    on_step: OnStep,
+) -> tuple[dict[int, CachedView], Features, Tensor]:
+    """Return all views by number, the features of the first batch, and the first view's image.
+
+    Views of the cache are not extracted again, except to fill up batches.
+    """
+    cache, keys = _cache_and_keys(backbone, template, examples, settings, count)
+    views = {number: view for number, key in enumerate(keys) if (view := cache.get(key)) is not None}
+    same_size = len({view_size(example, backbone.info) for example in examples}) == 1
+    wanted = _to_extract(count, views) if same_size else list(range(count))
+    encoded = encode_all(backbone, examples, settings, wanted, report_encoding(on_step), plain=len(examples))
+    first: Features | None = None
+    done = 0
+    spec = template.extraction_spec().to(backbone.device)
+    for features in _features_of(backbone, encoded, spec, settings, len(examples)):
+        first = features if first is None else first
+        size = len(next(iter(features.groups.values())))
+        on_cpu = {group: maps.cpu() for group, maps in features.groups.items()} if cache.limit else {}
+        for index, view in enumerate(encoded[done : done + size]):
+            labels = resize_labels(view.labels, features.grid)
+            views[view.number] = CachedView({group: maps[index] for group, maps in features.groups.items()}, labels)
+            if on_cpu:
+                own = {group: maps[index].clone() for group, maps in on_cpu.items()}
+                cache.put(keys[view.number], CachedView(own, labels))
+        done += size
+        on_step(StepReport("features", done, len(encoded), {}, lambda: None))
+    if first is None:
+        raise ValueError("no views")
+    return views, first, encoded[0].image()
+
+
+def _cache_and_keys(
     backbone: Backbone,
     template: PartEmbeddings,
     examples: Sequence[Example],
     settings: InstantSettings,
     count: int,
-) -> tuple[Store, list[Hashable]]:
-    """Where views of this model are kept, and every view's key; a backbone that cannot say what it is keeps none."""
-    kept = store_of(backbone)
-    if kept is None:
-        return Store(0), list(range(count))
-    store, state = kept
-    looked = template.pass_digest()
-    shown = [(digest(example, settings), looked, state) for example in examples]
-    places = [(n % len(examples), n // len(examples), _batch(count, n)) for n in range(count)]
-    return store, [(*shown[example], example, place, batch) for example, place, batch in places]
+) -> tuple[ViewCache, list[Hashable]]:
+    """Return the cache of this model and the key of every view; an empty cache where the backbone allows none."""
+    known = cache_of(backbone)
+    if known is None:
+        return ViewCache(0), list(range(count))
+    cache, state = known
+    spec = template.extraction_key()
+    digests = [(example_digest(example, settings), spec, state) for example in examples]
+    places = [(n % len(examples), n // len(examples), _batch_size(count, n)) for n in range(count)]
+    return cache, [(*digests[example], example, place, batch) for example, place, batch in places]
 
 
-def _batch(count: int, number: int) -> int:
-    """How many views share the pass of this one: results depend on it in the last bits."""
+def _batch_size(count: int, number: int) -> int:
+    """Return how many views share the pass of this one: results depend on it in the last bits."""
     return VIEW_BATCH if number < count - count % VIEW_BATCH else count % VIEW_BATCH
 
 
-def _to_look_at(count: int, known: Container[int]) -> list[int]:
-    """Views that are not known, filled up so that all stand in passes of the size that they always have.
+def _to_extract(count: int, known: Container[int]) -> list[int]:
+    """Return the views that are not known, filled up so that every view is in a pass of its usual batch size.
 
-    The first batch is looked at in any case: it holds examples as they are, whose maps are read in the end.
+    The first batch is always extracted: it holds the examples as they are, whose maps are decoded in the end.
     """
     full = count - count % VIEW_BATCH
     new = {number for number in range(full) if number < VIEW_BATCH or number not in known}
@@ -137,26 +176,30 @@ def _grid(maps: Tensor) -> tuple[int, int]:
     return maps.shape[-2], maps.shape[-1]
 
 
-def _to_size(maps: Tensor, like: Tensor, device: torch.device) -> Tensor:
+def _resized(maps: Tensor, like: Tensor, device: torch.device) -> Tensor:
     return resize_maps(maps[None].to(device), _grid(like))[0]
 
 
-def _observed(
-    backbone: Backbone, views: Sequence[EncodedView], plan: Plan, settings: InstantSettings, examples: int
-) -> Iterator[Observation]:
-    """What the views show, in order, in batches of neighbours of one size; every view has noise of its own."""
+def _features_of(
+    backbone: Backbone, views: Sequence[EncodedView], spec: ExtractionSpec, settings: InstantSettings, examples: int
+) -> Iterator[Features]:
+    """Yield features of the views in order, in batches of neighbours of one size; every view has its own noise."""
     for _, group in groupby(views, key=lambda view: view.size):
         neighbours = list(group)
         latents = torch.cat([view.latents for view in neighbours])
         seeds = [view_seed(settings, examples, view.number) for view in neighbours]
-        noise = torch.cat([seeded_noise(latents[:1].shape, one, latents.device) for one in seeds])
+        noise = torch.cat([seeded_noise(latents[:1].shape, seed, latents.device) for seed in seeds])
 
-        def observe(part: slice, latents: Tensor = latents, noise: Tensor = noise) -> Observation:
-            return backbone.observe(latents[part], plan, noise[part])
+        def extract(chunk: slice, latents: Tensor = latents, noise: Tensor = noise) -> Features:
+            return backbone.extract(latents[chunk], spec, noise[chunk])
 
-        yield from in_batches(len(latents), VIEW_BATCH, observe)
+        yield from in_batches(len(latents), VIEW_BATCH, extract)
 
 
-def _starting_rows(rows: Tensor, groups: int) -> Tensor:
-    """Rows [1 or G, P, D] to continue from; those of another grouping give their mean."""
-    return rows if len(rows) in (1, groups) else rows.mean(0)[None]
+def _initial_vectors(vectors: Mapping[str, Tensor], groups: Sequence[str]) -> dict[str, Tensor]:
+    """Return vectors for these groups to continue from; a group without its own starts from the mean of the others."""
+    mean = torch.stack(list(vectors.values())).mean(0) if not {*groups} <= {*vectors} else None
+    return {group: vectors[group] if group in vectors else vectors.get(SHARED, mean) for group in groups}  # type: ignore[misc]
+
+
+TRAINER = Trainer("instant", InstantSettings, LINEAR, train_instant)

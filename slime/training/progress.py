@@ -1,4 +1,4 @@
-"""What a training tells while it runs."""
+"""Progress reports of training."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ class StepReport:
     """Progress of training.
 
     Attributes:
-        stage: "layers" (where the probe chooses them: looking at views for it), "views" (encoding them), "features"
-            (passes over them before the first step), "fit" or "train", and "done" after an instant fit.
+        stage: "layers" (passes of the layer probe), "views" (encoding views), "features" (passes over them before the
+            first step), "fit" or "train", and "done" after an instant fit.
         step, steps: of the stage, 1-based.
         losses: terms by name; empty before the first step.
-        embeddings: gives the best embeddings so far, or None when there are none.
-        preview: image [h, w, 3] and part maps [K, h', w'] of the current segmentation, every few steps, else None;
-            with the first of "views" what was taught, at "done" the first example and its maps as segmentation would
-            give them.
+        embeddings: returns the best embeddings so far, or None when there are none.
+        preview: image [h, w, 3] and part maps [K, h', w'] of the current segmentation, every few steps, else None. With
+            the first report of "views" the labels of the example, at "done" the first example and its final maps.
     """
 
     stage: str
@@ -36,8 +35,8 @@ class StepReport:
 OnStep = Callable[[StepReport], None]
 
 
-def encoding(on_step: OnStep) -> Callable[[int, int, tuple[Tensor, Tensor] | None], None]:
-    """Reports of the stage "views"."""
+def report_encoding(on_step: OnStep) -> Callable[[int, int, tuple[Tensor, Tensor] | None], None]:
+    """Return a callback that reports the stage "views"."""
 
     def report(done: int, count: int, preview: tuple[Tensor, Tensor] | None) -> None:
         on_step(StepReport("views", done, count, {}, lambda: None, preview))

@@ -1,4 +1,4 @@
-"""The seeded views of the examples that trainers learn from."""
+"""Make and encode the seeded augmented views of the examples that trainers learn from."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from ..backbones.base import Backbone, BackboneInfo
 from ..batches import in_batches
 from ..examples import Example
 from ..images import resize_image, soft_labels, working_size
+from ..paper.views import official_view
 from ..settings import ViewSettings
-from .augment import augmented_view, official_view
+from .augment import augmented_view
 
 VIEW_BATCH = 4
 OnView = Callable[[int, int, tuple[Tensor, Tensor] | None], None]
 
 
 def view_count(examples: Sequence[Example], settings: ViewSettings) -> int:
-    """At least one view an example."""
+    """Return the number of views: at least one per example."""
     return max(settings.views, len(examples))
 
 
 class AugmentedView(NamedTuple):
-    """One view of an example: image [h, w, 3], label maps [K, *cells], and its generator after the augmentation."""
+    """A view of an example: image [h, w, 3], soft labels [K, h, w] on latent pixels, and its random generator."""
 
     image: Tensor
     labels: Tensor
@@ -39,7 +40,7 @@ class AugmentedView(NamedTuple):
 def make_view(
     examples: Sequence[Example], settings: ViewSettings, info: BackboneInfo, plain: int, index: int
 ) -> AugmentedView:
-    """The view of this index, always the same: examples in turn, the first ``plain`` views as they are."""
+    """Make the view of this index, always the same: examples in turn, the first ``plain`` views unaugmented."""
     example = examples[index % len(examples)]
     rng = random.Random(f"{settings.seed}/{_place(settings, len(examples), index)}")  # noqa: S311
     size = view_size(example, info)
@@ -53,7 +54,7 @@ def make_view(
 
 
 def _place(settings: ViewSettings, count: int, index: int) -> str:
-    """Which view of which example: further examples behind it leave a view as it is. The official code counts views."""
+    """Name a view so that examples added later do not change it. The official code counts views."""
     if settings.official_views:
         return str(index)
     view, example = divmod(index, count)
@@ -61,44 +62,53 @@ def _place(settings: ViewSettings, count: int, index: int) -> str:
 
 
 def view_seed(settings: ViewSettings, count: int, index: int) -> int:
-    """Seed of a view's noise, by its example's place and its own."""
+    """Return the seed of a view's noise, by the number of its example and its own."""
     return settings.seed + index // count + 10_000 * (index % count)
 
 
 def view_size(example: Example, info: BackboneInfo) -> tuple[int, int]:
-    """Height and width the example's views are encoded at."""
+    """Return height and width at which the views of an example are encoded."""
     return working_size(example.labels.shape[0], example.labels.shape[1], info.side, info.multiple)
 
 
 class EncodedView(NamedTuple):
-    """Latents [1, C, h, w] of a view, label maps [K, h, w] on the CPU, size in pixels, how to see it, its number."""
+    """An encoded view.
+
+    Attributes:
+        latents: [1, C, h, w].
+        labels: soft labels [K, h, w] on the CPU.
+        size: height and width in pixels.
+        rng: its random generator.
+        image: returns its image [h, w, 3].
+        number: of the view.
+    """
 
     latents: Tensor
     labels: Tensor
     size: tuple[int, int]
     rng: random.Random
-    picture: Callable[[], Tensor]
+    image: Callable[[], Tensor]
     number: int
 
 
 def encode_views(
     backbone: Backbone, examples: Sequence[Example], settings: ViewSettings, wanted: Sequence[int], plain: int = 0
 ) -> Iterator[EncodedView]:
-    """Views by their number, encoded in batches of neighbours of one size; their pixels are not kept."""
+    """Yield views by number, encoded in batches of neighbours of one size; their pixels are not kept."""
     make = partial(make_view, examples, settings, backbone.info, plain)
     sizes = [view_size(example, backbone.info) for example in examples]
     for size, neighbours in groupby(wanted, key=lambda index: sizes[index % len(sizes)]):
         indices = list(neighbours)
         numbers = iter(indices)
 
-        def encode(part: slice, indices: list[int] = indices) -> tuple[list[AugmentedView], Tensor]:
-            views = [make(index) for index in indices[part]]
+        def encode(chunk: slice, indices: list[int] = indices) -> tuple[list[AugmentedView], Tensor]:
+            views = [make(index) for index in indices[chunk]]
             return views, backbone.encode_images(torch.stack([view.image for view in views]).to(backbone.device))
 
         for views, latents in in_batches(len(indices), VIEW_BATCH, encode):
             for view, latent in zip(views, latents, strict=True):
                 index = next(numbers)
-                yield EncodedView(latent[None], view.labels, size, view.rng, partial(_picture, make, index), index)
+                yield EncodedView(latent[None], view.labels, size, view.rng, partial(_image, make, index), index)
 
 
 def encode_all(
@@ -109,21 +119,21 @@ def encode_all(
     on_view: OnView,
     plain: int = 0,
 ) -> list[EncodedView]:
-    """Views before any pass: on a small card VAE and UNet take turns in memory.
+    """Encode all views before any pass: on a small card the VAE and the UNet take turns in memory.
 
-    ``on_view`` hears of every view how many are done, of how many, and of the first its image and label maps.
+    ``on_view`` is called after every view with the number done, the total, and for the first view its image and labels.
     """
     views: list[EncodedView] = []
     for view in encode_views(backbone, examples, settings, wanted, plain):
         views.append(view)
-        on_view(len(views), len(wanted), (view.picture(), view.labels) if len(views) == 1 else None)
+        on_view(len(views), len(wanted), (view.image(), view.labels) if len(views) == 1 else None)
     return views
 
 
-def _picture(make: Callable[[int], AugmentedView], index: int) -> Tensor:
+def _image(make: Callable[[int], AugmentedView], index: int) -> Tensor:
     return make(index).image
 
 
 def resize_labels(labels: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Soft label maps [K, h, w] averaged down to ``grid``."""
+    """Average soft labels [K, h, w] down to ``grid``."""
     return labels if labels.shape[-2:] == grid else F.adaptive_avg_pool2d(labels, grid)

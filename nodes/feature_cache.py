@@ -1,0 +1,57 @@
+"""Keep the features of the last images, so that other embeddings or decode settings need no pass."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Hashable
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from ..slime.backbones.base import Backbone, Cacheable
+from ..slime.embeddings import PartEmbeddings
+from ..slime.parts.maps import PartMaps
+from ..slime.segment import ExtractedImages, OnBatch, decode, extract, segment
+from ..slime.settings import SegmentSettings
+
+LIMIT = 2**30  # bytes of main memory per model
+MOST_IMAGES = 4  # of a batch; larger ones are segmented without keeping their features
+
+_caches: WeakKeyDictionary[object, OrderedDict[Hashable, ExtractedImages]] = WeakKeyDictionary()
+
+
+def segment_cached(
+    backbone: Backbone,
+    images: Tensor,
+    embeddings: PartEmbeddings,
+    settings: SegmentSettings,
+    on_batch: OnBatch,
+    latents: Tensor | None = None,
+) -> PartMaps:
+    """Segment as :func:`slime.segment.segment`, with features of the cache where it has them.
+
+    Zoom, crops, latents and large batches are not cached.
+    """
+    key = backbone.cache_key() if isinstance(backbone, Cacheable) else None
+    plain = settings.crops == 1 and not settings.zoom and latents is None and len(images) <= MOST_IMAGES
+    if key is None or not plain:
+        return segment(backbone, images, embeddings, settings, on_batch=on_batch, latents=latents)[0]
+    owner, state = key
+    embeddings.check_model(backbone)
+    embeddings = embeddings.completed(backbone)
+    cache = _caches.setdefault(owner, OrderedDict())
+    place = (state, embeddings.extraction_key(), settings.extraction, _digest(images))
+    if place in cache:
+        cache.move_to_end(place)
+    else:
+        cache[place] = extract(backbone, images, embeddings, settings.extraction, on_batch=on_batch)
+        while sum(item.size for item in cache.values()) > LIMIT:
+            cache.popitem(last=False)
+            if not cache:
+                return segment(backbone, images, embeddings, settings, on_batch=on_batch)[0]
+    return decode(cache[place], embeddings, settings, backbone.device)
+
+
+def _digest(images: Tensor) -> tuple[object, str]:
+    return tuple(images.shape), hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()

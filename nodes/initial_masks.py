@@ -1,0 +1,106 @@
+"""Read masks of other nodes as the label map that SLiMe Part Painter opens with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..slime.errors import SlimeError
+from ..slime.examples import MAX_PARTS
+from ..slime.parts.palette import Color, default_palette
+from ..slime.parts.runs import encode_runs
+from .common import Parts, PartsSocket, as_masks
+
+LARGEST_SIDE = 1024  # of a painting, as in web/painter/label_map.js
+# io.BoundingBox where the core has it (0.15.0), of the same name.
+INITIAL_MASKS = (PartsSocket, io.Mask, io.Custom("SEGS"), io.Custom("BOUNDING_BOX"))
+
+
+@dataclass(frozen=True)
+class InitialMasks:
+    """Labels [h, w] uint8 of named parts; 0 is none."""
+
+    names: tuple[str, ...]
+    colors: tuple[Color, ...]
+    labels: np.ndarray
+
+    def for_painter(self) -> dict[str, Any]:
+        """Return the form that web/painter/painter.js takes."""
+        height, width = self.labels.shape
+        scale = min(1.0, LARGEST_SIDE / max(height, width))
+        size = (max(1, round(width * scale)), max(1, round(height * scale)))
+        labels = np.asarray(Image.fromarray(self.labels).resize(size, Image.Resampling.NEAREST))
+        parts = [{"name": name, "color": "#" + bytes(c).hex()} for name, c in zip(self.names, self.colors, strict=True)]
+        return {"parts": parts, "width": size[0], "height": size[1], "runs": encode_runs(labels)}
+
+
+def read_initial_masks(value: Any, size: tuple[int, int]) -> InitialMasks:
+    """Convert parts, MASK, SEGS or BOUNDING_BOX to labels of an image of ``size`` (height, width).
+
+    Raises:
+        SlimeError: more than one image, another size, too many parts, or something else.
+    """
+    if isinstance(value, Parts):
+        if len(value.images) != 1:
+            raise SlimeError(
+                f"initial_masks has {len(value.images)} images. Connect one, for example from SLiMe Select Lowest "
+                "Confidence."
+            )
+        return _checked(value.maps.names, value.maps.palette, value.maps.label_map[0].numpy().astype(np.uint8), size)
+    if isinstance(value, torch.Tensor):
+        masks = (as_masks(value) > 0.5).numpy()
+        return _stacked([(f"part {index}", mask) for index, mask in enumerate(masks, start=1)], size)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Sequence):
+        return _stacked(list(_segments(value, size)), size)
+    if isinstance(value, dict | list):
+        return _stacked([(f"part {index}", box) for index, box in enumerate(_boxes(value, size), start=1)], size)
+    raise SlimeError(f"initial_masks is {type(value).__name__}. Connect SLiMe parts, a MASK, SEGS or bounding boxes.")
+
+
+def _segments(value: Any, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield the masks of Impact Pack's SEGS, ((height, width), [SEG]); segments of one label are one part."""
+    for seg in value[1]:
+        x1, y1, x2, y2 = (int(side) for side in seg.crop_region)
+        mask = np.zeros(size, bool)
+        inside = np.asarray(seg.cropped_mask) > 0.5
+        mask[y1:y2, x1:x2] = inside[: max(0, size[0] - y1), : max(0, size[1] - x1)]
+        yield str(seg.label), mask
+
+
+def _boxes(value: Any, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """Yield masks of one box, of a list of boxes, or of the first image's list of a batch."""
+    boxes = [value] if isinstance(value, dict) else value[0] if value and isinstance(value[0], list) else value
+    for box in boxes:
+        mask = np.zeros(size, bool)
+        left, top = max(0, round(box["x"])), max(0, round(box["y"]))
+        mask[top : round(box["y"] + box["height"]), left : round(box["x"] + box["width"])] = True
+        yield mask
+
+
+def _stacked(masks: Sequence[tuple[str, np.ndarray]], size: tuple[int, int]) -> InitialMasks:
+    """Combine named masks into one label map; where they overlap the later one wins."""
+    names = list(dict.fromkeys(name for name, _ in masks))
+    labels = np.zeros(size, np.uint8)
+    for name, mask in masks:
+        if mask.shape != size:
+            raise SlimeError(f"initial_masks is {_text(mask.shape)} but the image is {_text(size)}. Resize the masks.")
+        labels[mask] = min(names.index(name) + 1, 255)
+    return _checked(names, default_palette(len(names)), labels, size)
+
+
+def _checked(names: Sequence[str], colors: Sequence[Color], labels: np.ndarray, size: tuple[int, int]) -> InitialMasks:
+    if len(names) > MAX_PARTS:
+        raise SlimeError(f"initial_masks has {len(names)} parts; at most {MAX_PARTS} can be painted. Merge some.")
+    if labels.shape != size:
+        raise SlimeError(f"initial_masks is {_text(labels.shape)} but the image is {_text(size)}. Resize the masks.")
+    return InitialMasks(tuple(names), tuple(colors), labels)
+
+
+def _text(size: Sequence[int]) -> str:
+    return f"{size[1]}x{size[0]}"

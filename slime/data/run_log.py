@@ -1,0 +1,121 @@
+"""Log of a run in its output folder: records of finished images, errors, and a manifest of what made them.
+
+A line is written after the files it stands for, a batch at a time. A last line that a kill cut off is removed when the
+folder is opened again. Runs of several shards keep a log each in the same folder.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from ..errors import SlimeError
+from .records import Record
+
+RECORDS, ERRORS, MANIFEST = "records", "errors", "manifest"
+
+
+class RunLog:
+    """Log of one run.
+
+    Args:
+        folder: of the outputs.
+        about: what makes them: hashes, settings, versions. A folder belongs to one such.
+        shard: (i, n).
+
+    Attributes:
+        done: names of images that are finished or failed.
+
+    Raises:
+        SlimeError: the folder's outputs were made by something else.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any], shard: tuple[int, int] = (0, 1)) -> None:
+        self.folder, self.about = folder, dict(about)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._suffix = "" if shard[1] == 1 else f"-{shard[0]:05d}-of-{shard[1]:05d}"
+        self._check_manifest()
+        self._records, self._errors = (folder / f"{name}{self._suffix}.jsonl" for name in (RECORDS, ERRORS))
+        for file in (self._records, self._errors):
+            _drop_partial_line(file)
+        self.close()
+        self.done = {json.loads(line)["name"] for file in (self._records, self._errors) for line in _lines(file)}
+
+    def _check_manifest(self) -> None:
+        for file in sorted(self.folder.glob(f"{MANIFEST}*.json")):
+            before = json.loads(file.read_text(encoding="utf-8"))["made_by"]
+            differing = [name for name, value in self.about.items() if before.get(name) != value]
+            if differing:
+                raise SlimeError(
+                    f"{self.folder} holds the results of a run with other {', '.join(differing)}. Choose an empty "
+                    "folder, "
+                    "or repeat that run's settings to continue it."
+                )
+
+    def write(self, records: Sequence[Record]) -> None:
+        """Log finished images, whose files are written."""
+        _append(self._records, "".join(record.line() for record in records))
+        self.done.update(record.name for record in records)
+
+    def fail(self, name: str, reason: str) -> None:
+        """Log an image that cannot be segmented; a later run skips it as well."""
+        _append(self._errors, json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n")
+        self.done.add(name)
+
+    def records(self) -> Iterator[Record]:
+        """Yield the records of all shards in the folder."""
+        for file in sorted(self.folder.glob(f"{RECORDS}*.jsonl")):
+            yield from map(Record.of, _lines(file))
+
+    def close(self, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Write and return the manifest."""
+        counts = {"images": sum(1 for _ in _lines(self._records)), "errors": sum(1 for _ in _lines(self._errors))}
+        manifest = {"made_by": self.about, "versions": dict(versions or {}), "counts": counts}
+        data = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
+        write_whole(self.folder / f"{MANIFEST}{self._suffix}.json", data)
+        return manifest
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file that appears completely or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = partial_path(path)
+    partial.write_bytes(data)
+    partial.replace(path)
+
+
+def partial_path(path: Path) -> Path:
+    """Return a temporary path beside ``path`` that no other process uses, on any machine."""
+    return path.with_name(f".{path.name}.{uuid4().hex}")
+
+
+def _append(file: Path, text: str) -> None:
+    with file.open("a", encoding="utf-8", newline="\n") as log:
+        log.write(text)
+        log.flush()
+        os.fsync(log.fileno())
+
+
+def _lines(file: Path) -> Iterator[str]:
+    if file.is_file():
+        with file.open(encoding="utf-8", newline="\n") as log:
+            yield from (line for line in log if line.endswith("\n"))  # another shard may be writing its last one
+
+
+def _drop_partial_line(file: Path) -> None:
+    """Truncate a file after its last complete line."""
+    if file.is_file():
+        with file.open("rb+") as log:
+            size = log.seek(0, os.SEEK_END)
+            step, complete = 1 << 16, 0
+            for start in range(max(0, size - 1) // step * step, -1, -step):
+                log.seek(start)
+                newline = log.read(step).rfind(b"\n")
+                if newline >= 0:
+                    complete = start + newline + 1
+                    break
+            log.truncate(complete)

@@ -1,1 +1,0 @@
-"""From images and learned rows to part maps: look, read, refine, zoom."""
