@@ -1,6 +1,6 @@
 """What each choice is worth: one thing at a time, on validation scenes.
 
-    python dev.py benchmark ablation [--tables paper-read-out paper-training paper-differences default segmentation
+    python dev.py benchmark ablation [--tables paper-decoder paper-training paper-differences default segmentation
         refinement] [--scenes 12] [--shots 1 10] [--seeds 1] [--json FILE] [--checkpoint FILE --data FOLDER]
 
 "paper" tables change one thing in the paper's preset, "default" ones in ours. With ``--json`` a run that was stopped
@@ -23,10 +23,10 @@ from torch import Tensor
 
 from demo.pack.shapes import SLIME_FAMILY
 from slime import SegmentSettings, segment
+from slime.decode import refine as refinement
 from slime.parts.metrics import boundary_f, evaluate
-from slime.reading import refine as refinement
 from testing import scenes
-from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS
+from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS, STABLE_DIFFUSION_INFO
 from testing.tiny.weights import TESTBED
 
 from .methods import Variant, remember, trained
@@ -35,36 +35,38 @@ from .rows import Row, read_rows, say_row, say_table, write_rows
 from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
 
 OFF, FAST, ALL = {"refine": "off"}, {"refine": "fast"}, "input.0-11, middle.0, output.0-11"
-OURS = {"mix": 0.5}  # the default of our read-out, which then reads the rows of the preset paper too
+SHARE, STEPS = "decode.linear.PROPAGATED_SHARE", "decode.linear.PROPAGATION_STEPS"
 
-PAPER_READ_OUT = {
+PAPER_DECODER = {
     "paper": Variant("paper"),
     "softmax over the parts alone": Variant("paper", official={"all_tokens": False}),
     "no gate": Variant("paper", official={"gate": 0.0}),
     "no mean threshold": Variant("paper", official={"subtract_mean": False}),
     "no rescaling": Variant("paper", official={"rescale": False}),
     "order 2": Variant("paper", official={"order": 2}),
-    "our read-out": Variant("paper", read_out=OURS, segment=OFF),
-    "our read-out, no propagation": Variant("paper", read_out={"mix": 0.0}, segment=OFF),
-    "our read-out, guided filter": Variant("paper", read_out=OURS, segment=FAST),
+    "our decoder": Variant("paper", linear=True, segment=OFF),
+    "our decoder, no propagation": Variant("paper", linear=True, segment=OFF, constants={SHARE: 0.0}),
+    "our decoder, guided filter": Variant("paper", linear=True, segment=FAST),
     "test t 20": Variant("paper", embeddings={"timestep": 20}),
     "test t 60": Variant("paper", embeddings={"timestep": 60}),
     "test t 150": Variant("paper", embeddings={"timestep": 150}),
     "test t 200": Variant("paper", embeddings={"timestep": 200}),
-    "2 noise draws": Variant("paper", segment={"draws": 2}),
-    "4 noise draws": Variant("paper", segment={"draws": 4}),
-    "flip averaging": Variant("paper", segment={"flip": True}),
+    "2 noise samples": Variant("paper", segment={"noise_samples": 2}),
+    "4 noise samples": Variant("paper", segment={"noise_samples": 4}),
+    "flip averaging": Variant("paper", segment={"average_flip": True}),
 }
 
-# Changes of the training are read by our read-out: the official one's gate hides most of them.
-_READ: dict[str, Any] = {"read_out": OURS, "segment": FAST}
+# Changes of the training are decoded by our decoder: the official one's gate hides most of them.
+_READ: dict[str, Any] = {"linear": True, "segment": FAST}
 PAPER_TRAINING = {
-    "paper, our read-out": Variant("paper", **_READ),
+    "paper, our decoder": Variant("paper", **_READ),
     "lr 0.01": Variant("paper", {"learning_rate": 0.01}, **_READ),
-    "no regulariser": Variant("paper", constants={"GUARD_WEIGHT": 0.0}, **_READ),
-    "regulariser 0.05": Variant("paper", constants={"GUARD_WEIGHT": 0.05}, **_READ),
-    "regulariser without guidance": Variant("paper", constants={"GUARD_WEIGHT": 1.0, "GUIDANCE": 1.0}, **_READ),
-    "no WAS loss": Variant("paper", constants={"WAS_WEIGHT": 0.0}, **_READ),
+    "no regulariser": Variant("paper", constants={"paper.train.GUARD_WEIGHT": 0.0}, **_READ),
+    "regulariser 0.05": Variant("paper", constants={"paper.train.GUARD_WEIGHT": 0.05}, **_READ),
+    "regulariser without guidance": Variant(
+        "paper", constants={"paper.train.GUARD_WEIGHT": 1.0, "paper.train.GUIDANCE": 1.0}, **_READ
+    ),
+    "no WAS loss": Variant("paper", constants={"paper.train.WAS_WEIGHT": 0.0}, **_READ),
     "no augmentation": Variant("paper", {"crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),
     "recoloured views": Variant("paper", {"recolor": 1.0}, **_READ),
     "20 views": Variant("paper", {"views": 20}, **_READ),
@@ -79,26 +81,30 @@ PAPER_DIFFERENCES = {
     "paper": Variant("paper"),
     "paper, other views and noise": Variant("paper", {"seed": 1000}),
     "images as BGR": Variant("paper", bgr=True),
-    "rows judged at every step": Variant("paper", constants={"JUDGED_STEPS": 1}),
+    "tokens evaluated at every step": Variant("paper", constants={"paper.train.EVALUATION_STEPS": 1}),
 }
 
 DEFAULT = {
     "default": Variant("instant"),
-    "what Stable Diffusion gets": Variant("instant", AS_STABLE_DIFFUSION),
-    "what Stable Diffusion gets, recoloured": Variant("instant", AS_STABLE_DIFFUSION | {"recolor": 1.0}),
-    "what Stable Diffusion gets, recoloured mildly": Variant("instant", AS_STABLE_DIFFUSION | {"recolor": 0.3}),
+    "what Stable Diffusion gets": Variant("instant", AS_STABLE_DIFFUSION, STABLE_DIFFUSION_INFO),
+    "what Stable Diffusion gets, recoloured": Variant(
+        "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0}, STABLE_DIFFUSION_INFO
+    ),
+    "what Stable Diffusion gets, recoloured mildly": Variant(
+        "instant", AS_STABLE_DIFFUSION | {"recolor": 0.3}, STABLE_DIFFUSION_INFO
+    ),
     "what Stable Diffusion gets, recoloured, 96 views": Variant(
-        "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0, "views": 96}
+        "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0, "views": 96}, STABLE_DIFFUSION_INFO
     ),
     "no recolouring": Variant("instant", {"recolor": 0.0}),
     "24 views": Variant("instant", {"views": 24}),
     "48 views": Variant("instant", {"views": 48}),
     "192 views": Variant("instant", {"views": 192}),
-    "one row a resolution": Variant("instant", {"row_groups": "resolution"}),
-    "L2 0.003": Variant("instant", {"l2": 0.003}),
-    "L2 0.1": Variant("instant", {"l2": 0.1}),
-    "class weights ** 0.5": Variant("instant", {"class_weights": 0.5}),
-    "no class weights": Variant("instant", {"class_weights": 0.0}),
+    "one vector per resolution": Variant("instant", info={"grouping": "resolution"}),
+    "L2 0.003": Variant("instant", info={"l2": 0.003}),
+    "L2 0.1": Variant("instant", info={"l2": 0.1}),
+    "class weights ** 0.5": Variant("instant", constants={"training.losses.WEIGHT_EXPONENT": 0.5}),
+    "no class weights": Variant("instant", constants={"training.losses.WEIGHT_EXPONENT": 0.0}),
     "crops from 0.4": Variant("instant", {"crop": 0.4}),
     "no crops": Variant("instant", {"crop": 1.0}),
     "no flips": Variant("instant", {"flip": False}),
@@ -116,20 +122,20 @@ DEFAULT = {
 
 SEGMENTATION = {
     "default": Variant("instant"),
-    "no propagation": Variant("instant", read_out={"mix": 0.0}),
-    "propagated map alone": Variant("instant", read_out={"mix": 1.0}),
-    "order 2": Variant("instant", read_out={"order": 2}),
-    "2 noise draws": Variant("instant", segment={"draws": 2}),
-    "4 noise draws": Variant("instant", segment={"draws": 4}),
-    "flip averaging": Variant("instant", segment={"flip": True}),
-    "flip averaging, 2 draws": Variant("instant", segment={"flip": True, "draws": 2}),
+    "no propagation": Variant("instant", constants={SHARE: 0.0}),
+    "propagated map alone": Variant("instant", constants={SHARE: 1.0}),
+    "order 2": Variant("instant", constants={STEPS: 2}),
+    "2 noise samples": Variant("instant", segment={"noise_samples": 2}),
+    "4 noise samples": Variant("instant", segment={"noise_samples": 4}),
+    "flip averaging": Variant("instant", segment={"average_flip": True}),
+    "flip averaging, 2 noise samples": Variant("instant", segment={"flip": True, "noise_samples": 2}),
     "2 x 2 crops": Variant("instant", segment={"crops": 2}),
     "zoom": Variant("instant", segment={"zoom": 1}),
     "no filter": Variant("instant", segment=OFF),
 }
 
 TABLES = {
-    "paper-read-out": PAPER_READ_OUT,
+    "paper-decoder": PAPER_DECODER,
     "paper-training": PAPER_TRAINING,
     "paper-differences": PAPER_DIFFERENCES,
     "default": DEFAULT,
@@ -202,7 +208,7 @@ def variant_rows(task: Task, table: str, seed: int, done: set[str], options: arg
     for index, (change, variant) in enumerate(TABLES[table].items()):
         if change in done or (options.only and index and change not in options.only):
             continue
-        key = json.dumps([variant.preset, variant.train, variant.constants, variant.bgr], sort_keys=True)
+        key = json.dumps([variant.preset, variant.train, variant.info, variant.constants, variant.bgr], sort_keys=True)
         if key not in learned:
             start = time.monotonic()
             learned[key] = variant.fit(backbone, task.examples, seed), time.monotonic() - start

@@ -2,7 +2,7 @@
 grid's ceiling, on plain scenes, on stress sets, in another drawing style and for parts that no caption ever named.
 
     python dev.py benchmark accuracy [--quick] [--json FILE] [--methods ...] [--shots 1 5 10] [--scenes 60]
-    python dev.py benchmark accuracy --split validation --methods default --set recolor=0 --read-out mix=0
+    python dev.py benchmark accuracy --split validation --methods default --set recolor=0 --constants decode.linear.PROPAGATED_SHARE=0
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
     python dev.py benchmark accuracy --determinism
 
@@ -89,7 +89,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--scenes", type=int, default=60, help="plain test scenes a domain; half as many of other sets")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")
-    parser.add_argument("--read-out", nargs="+", default=[], metavar="NAME=VALUE", help="read-out settings: order, mix")
+    parser.add_argument("--constants", nargs="+", default=[], help="such as decode.linear.PROPAGATED_SHARE=0")
     parser.add_argument("--segment", nargs="+", default=[], metavar="NAME=VALUE", help="refine, crops, flip, zoom ...")
     parser.add_argument(
         "--quick", action="store_true", help="cars and horses, one seed, 1 shot, 20 plain scenes: about 5 minutes"
@@ -111,7 +111,10 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
 def main() -> None:
     options = parse(list(make_methods(TESTBED, Variant("instant"))))
     changes = Variant(
-        "instant", assignments(options.set), {}, assignments(options.read_out), assignments(options.segment)
+        "instant",
+        train=assignments(options.set),
+        constants=assignments(options.constants),
+        segment=assignments(options.segment),
     )
     methods = make_methods(options.checkpoint, changes, options.style)
     if options.determinism:

@@ -20,8 +20,8 @@ import torch
 
 from slime import PartEmbeddings, PartMaps, segment
 from slime.backbones.base import Backbone
+from slime.decode.linear import LinearDecoder
 from slime.parts.metrics import evaluate
-from slime.read_out import Propagated
 from testing import scenes
 from testing.inprocess import load_backbone
 from testing.tiny.weights import TESTBED
@@ -58,7 +58,7 @@ def figures(backbone: Backbone, task: Task, seed: int) -> dict[str, float]:
     embeddings = Variant("instant").fit(backbone, task.examples, seed)
     here, other = task.tests["plain"], task.tests[OTHER]
     truth, classes = np.stack(here.truths), len(task.names) + 1
-    raw = replace(embeddings, read_out=Propagated())
+    raw = replace(embeddings, decoder=LinearDecoder())
     found, foreign = look(backbone, here, embeddings), look(backbone, other, embeddings)
     row = {"auc": area_under_roc(found.confidence.numpy(), foreign.confidence.numpy())}
     for name, maps in (("calibration_error", found), ("uncalibrated_error", look(backbone, here, raw))):

@@ -22,7 +22,7 @@ import torch
 from slime import Example, PartEmbeddings, preset, segment, train
 from slime.backbones.base import Backbone
 from slime.parts.metrics import evaluate, mean_known
-from slime.training.reuse import forget
+from slime.training.cache import clear_caches
 from testing import scenes, splits
 from testing.inprocess import load_backbone
 from testing.tiny.weights import TESTBED
@@ -78,7 +78,7 @@ def main() -> None:
         rows.append(row)
         sys.stdout.write(f"| {domain} | {' | '.join(f'{value:.3f}' for value in row)} |\n")
         sys.stdout.flush()
-        forget()
+        clear_caches()
         start = time.perf_counter()
         learn(backbone, [first, pool[order[0]]])
         anew.append(time.perf_counter() - start)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slime.backbones.base import Plan, choose_layers, seeded_noise
-from slime.backbones.joined import Joined
+from slime.backbones.base import ExtractionSpec, choose_layers, seeded_noise
+from slime.backbones.fused import FusedBackbone
 from slime.backbones.text import Context, TextConditioned
-from slime.backbones.vision import VisionTransformer
+from slime.backbones.vit import VisionTransformer
 from testing.inprocess import NAME, load_backbone, load_flow
 from testing.server import FLOW, MODEL
 
@@ -55,17 +55,17 @@ def _attend(function: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor
 
 def measure(name: str, models: Sequence[Any], repeats: int) -> Row:
     """Of one model, or of two that look together, whose bare passes then run one after the other."""
-    backbone = models[0] if len(models) == 1 else Joined(*models)
+    backbone = models[0] if len(models) == 1 else FusedBackbone(*models)
     usual = backbone.default_layers()
     layers = usual if usual.propagate else choose_layers(backbone, "", PROPAGATE)
-    plan = Plan(layers, backbone.condition(""), backbone.info.timestep).to(backbone.device)
+    plan = ExtractionSpec(layers, backbone.condition(""), backbone.info.timestep).to(backbone.device)
     images = torch.rand(IMAGES, backbone.info.side, backbone.info.side, 3).to(backbone.device)
     encoded = backbone.encode_images(images)
     noise = seeded_noise(encoded.shape, 0, encoded.device)
     bare = [whole_pass(model) for model in models]
     turns: dict[str, Callable[[], object]] = {
         "encode": lambda: backbone.encode_images(images),
-        "look": lambda: backbone.observe(encoded, plan, noise),
+        "look": lambda: backbone.extract(encoded, plan, noise),
         "bare": lambda: [run() for run in bare],
     }
     times: dict[str, list[float]] = {turn: [] for turn in turns}

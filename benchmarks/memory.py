@@ -21,7 +21,7 @@ from torch import Tensor
 
 from slime import Example, PartMaps, Segmenter, preset, train
 from slime.parts.masks import part_masks
-from testing.toy_unet import ToyUNet
+from testing.toy import ToyUNet
 
 from .rows import say_table
 
@@ -63,7 +63,7 @@ def stream(count: int, side: int, parts: int) -> float:
 
     taken(find(torch.rand(1, side, side, 3)))
     before = resident()
-    for maps in find.stream(batches()):
+    for maps in map(find, batches()):
         taken(maps)
     return (peak() - before) / 1e9
 

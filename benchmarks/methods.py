@@ -5,28 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 
 from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
 from slime.backbones.base import Backbone
-from slime.backbones.joined import Joined
+from slime.backbones.fused import FusedBackbone
+from slime.decode.linear import LinearDecoder
 from slime.images import resize_image, working_size
-from slime.read_out import Official, Propagated
-from slime.training import gradient
-from slime.training.reuse import forget
+from slime.paper.decoder import PaperDecoder
+from slime.training.cache import clear_caches
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone, load_encoder, load_flow
-from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS, RECIPES
+from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS, PAPER_OVERLAP, RECIPES, STABLE_DIFFUSION_INFO
 from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
 
@@ -43,30 +45,32 @@ Learn = Callable[..., Predict]  # of examples, a seed and, where there are some,
 
 @dataclass(frozen=True)
 class Variant:
-    """A preset with changes: of training, of the learned embeddings, of how they are read, and of segmentation.
+    """A preset with changes: of the model's properties, training, the embeddings, their decoding, and segmentation.
 
     Attributes:
         preset: its name.
         train: settings.
+        info: fields of the backbone's :class:`slime.backbones.base.BackboneInfo` while training.
         embeddings: fields of the embeddings.
-        read_out: fields of :class:`slime.read_out.Propagated`, which then reads any embeddings.
+        linear: decode any embeddings with :class:`slime.decode.linear.LinearDecoder`.
         segment: settings.
-        constants: values of constants of :mod:`slime.training.gradient` while training.
-        official: changes of the official read-out's steps, see :func:`.official_steps.label_maps`; None for none.
-        bgr: images with red and blue exchanged, as the official code shows them to the VAE.
+        constants: values of constants by module and name, such as "paper.train.GUARD_WEIGHT".
+        official: changes of the steps of the official decoder, see :func:`.official_steps.label_maps`; None for none.
+        bgr: images with red and blue exchanged, as the official code gives them to the VAE.
     """
 
     preset: str
     train: dict[str, Any] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
     embeddings: dict[str, Any] = field(default_factory=dict)
-    read_out: dict[str, Any] = field(default_factory=dict)
+    linear: bool = False
     segment: dict[str, Any] = field(default_factory=dict)
     constants: dict[str, float] = field(default_factory=dict)
     official: dict[str, Any] | None = None
     bgr: bool = False
 
     def recipe(self, names: Sequence[str], of: str) -> dict[str, Any]:
-        """The paper's settings for these parts."""
+        """Return the paper's settings for these parts."""
         return RECIPES[tuple(names)][of] if self.preset == "paper" and tuple(names) in RECIPES else {}
 
     def fit(
@@ -78,21 +82,19 @@ class Variant:
         settings = preset(self.preset, backbone.info, **({"seed": seed} | recipe | self.train))
         if self.bgr:
             examples = [dataclasses.replace(one, image=one.image.flip(-1)) for one in examples]
-        forget()  # learning is timed with all of it
-        with constants(self.constants), torch.inference_mode():
+        clear_caches()  # training is timed with all of it
+        with constants(self.constants), with_info(backbone, self.info), torch.inference_mode():
             return train(backbone, examples, settings, validation=validation)
 
     def find(self, backbone: Backbone, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
-        read_out = embeddings.read_out
-        if self.read_out:
-            known = read_out if isinstance(read_out, Propagated) else Propagated()
-            read_out = dataclasses.replace(known, **self.read_out)
-        changed = dataclasses.replace(embeddings, read_out=read_out, **self.embeddings)
-        plain = {"refine": "off"} if isinstance(read_out, Official) else {}
+        decoder = LinearDecoder() if self.linear else embeddings.decoder
+        changed = dataclasses.replace(embeddings, decoder=decoder, **self.embeddings)
+        plain = {"refine": "off"} if isinstance(decoder, PaperDecoder) else {}
         recipe = self.recipe(embeddings.names, "segment")
         settings = SegmentSettings(**({"seed": seed} | plain | recipe | self.segment))
         images = images[..., ::-1] if self.bgr else images
-        with torch.inference_mode():
+        overlap = {"extraction.CROP_OVERLAP": PAPER_OVERLAP} if recipe else {}
+        with constants(self.constants | overlap), torch.inference_mode():
             if self.official is not None:
                 return list(label_maps(backbone, as_tensor(images), changed, settings, **self.official).numpy())
             return list(segment(backbone, as_tensor(images), changed, settings)[0].label_map.numpy())
@@ -100,13 +102,23 @@ class Variant:
 
 @contextmanager
 def constants(values: Mapping[str, float]) -> Iterator[None]:
-    """Other values for constants of the paper's loss."""
-    kept = {name: getattr(gradient, name) for name in values}
-    vars(gradient).update(values)
+    """Set constants of ``slime``, such as "paper.train.GUARD_WEIGHT", and restore them."""
+    with ExitStack() as stack:
+        for path, value in values.items():
+            module, _, name = path.rpartition(".")
+            stack.enter_context(mock.patch.object(importlib.import_module(f"slime.{module}"), name, value))
+        yield
+
+
+@contextmanager
+def with_info(backbone: Any, changes: Mapping[str, Any]) -> Iterator[None]:
+    """Change properties of a backbone, and restore them."""
+    info = backbone.info
+    backbone.info = dataclasses.replace(info, **changes)
     try:
         yield
     finally:
-        vars(gradient).update(kept)
+        backbone.info = info
 
 
 class EncodeOnce:
@@ -162,7 +174,7 @@ def load_pipeline(folder: Path) -> Any:
     """A diffusers pipeline's folder, on the GPU where there is one."""
     from diffusers import DiffusionPipeline
 
-    from slime.backbones.diffusers import DiffusersUNet
+    from slime.backbones.hf_unet import DiffusersUNet
 
     pipeline = DiffusionPipeline.from_pretrained(folder)
     return DiffusersUNet.from_pipeline(pipeline.to("cuda" if torch.cuda.is_available() else "cpu"))
@@ -237,7 +249,7 @@ def flow(drawn_anew: bool = False) -> Any:
 @functools.cache
 def both(checkpoint: Path) -> Any:
     """The checkpoint's UNet beside the tiny flow transformer."""
-    return Joined(trained(checkpoint), flow())
+    return FusedBackbone(trained(checkpoint), flow())
 
 
 @functools.cache
@@ -250,7 +262,7 @@ def encoder(file: Path) -> Any:
 def beside_encoder(checkpoint: Path, file: Path) -> Any:
     """The checkpoint's model and a vision encoder."""
     first = trained(checkpoint)
-    return Joined(first, encode_once(load_encoder(file, first.info.cell), {}))
+    return FusedBackbone(first, encode_once(load_encoder(file, first.info.cell), {}))
 
 
 def make_methods(
@@ -260,12 +272,17 @@ def make_methods(
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
 
     def variant(
-        name: str, official: dict[str, Any] | None = None, train: Mapping[str, Any] = EMPTY, **segment: Any
+        name: str,
+        official: dict[str, Any] | None = None,
+        train: Mapping[str, Any] = EMPTY,
+        info: Mapping[str, Any] = EMPTY,
+        **segment: Any,
     ) -> Variant:
         return dataclasses.replace(
             changes,
             preset=name,
             train={**changes.train, **train},
+            info={**changes.info, **info},
             segment=changes.segment | segment,
             official=official,
         )
@@ -280,12 +297,14 @@ def make_methods(
         "default": learned(ours, variant("instant")),
         "default + zoom": learned(ours, variant("instant", zoom=1)),
         "default + absence": learned(ours, variant("instant", min_confidence=0.8)),
-        "default + best": learned(ours, variant("instant", flip=True, draws=2, refine="best")),
+        "default + best": learned(ours, variant("instant", average_flip=True, noise_samples=2, refine="best")),
         "paper": learned(ours, variant("paper"), paper),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False}), paper),
-        "what Stable Diffusion gets": learned(ours, variant("instant", train=AS_STABLE_DIFFUSION)),
+        "what Stable Diffusion gets": learned(
+            ours, variant("instant", train=AS_STABLE_DIFFUSION, info=STABLE_DIFFUSION_INFO)
+        ),
         "what Stable Diffusion gets, recoloured": learned(
-            ours, variant("instant", train=AS_STABLE_DIFFUSION | {"recolor": 1.0})
+            ours, variant("instant", train=AS_STABLE_DIFFUSION | {"recolor": 1.0}, info=STABLE_DIFFUSION_INFO)
         ),
         "paper, recoloured": learned(ours, variant("paper", train={"recolor": 1.0})),
         "untrained": learned(raw, variant("instant")),

@@ -19,8 +19,9 @@ import torch
 
 from slime import Example, preset, segment, train
 from slime.backbones.base import Backbone
+from slime.paper.losses import class_weights
 from slime.parts.metrics import evaluate, mean_known
-from slime.training.losses import class_weights
+from slime.training.losses import WEIGHT_EXPONENT
 from testing import scenes, splits
 from testing.inprocess import load_backbone
 from testing.tiny.weights import TESTBED
@@ -63,7 +64,7 @@ def measure(backbone: Backbone, domain: str, parts: tuple[str, ...], count: int,
             found = segment(backbone, images, learned)[0].label_map.numpy()
         return float(mean_known(evaluate(list(found), truth, len(parts) + 1).per_class[1:]))
 
-    with mock.patch("slime.training.fit.balanced_weights", lambda labels, exponent: class_weights(labels) ** exponent):
+    with mock.patch("slime.training.fit.balanced_weights", lambda labels: class_weights(labels) ** WEIGHT_EXPONENT):
         official = score()
     return official, score()
 

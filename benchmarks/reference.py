@@ -21,8 +21,8 @@ from slime.backbones.attention import Attention
 from slime.backbones.layers import LayerChoice, select_layers
 from slime.backbones.sd_unet import PAPER_CROSS, PAPER_SELF
 from slime.backbones.text import Capture, Context, TextConditioned, add_noise
-from slime.reading.look import crop_boxes
-from slime.training.losses import class_weights
+from slime.extraction import crop_boxes
+from slime.paper.losses import class_weights
 
 TEST_TIMESTEP, TRAIN_TIMESTEPS = 100, (5, 100)
 CROP = 400 / 512  # side of a crop, relative to the image's
@@ -64,8 +64,8 @@ class Reference:
         )
         context = backbone.encode_prompt(" ".join(["part"] * (parts + 1)))
         self.pooled = context.pooled
-        self.base = context.rows.to(backbone.device).clone()
-        self.empty = backbone.encode_prompt("").rows.to(backbone.device).clone()
+        self.base = context.tokens.to(backbone.device).clone()
+        self.empty = backbone.encode_prompt("").tokens.to(backbone.device).clone()
         self.rows = self.base[1 : parts + 1].clone().requires_grad_(True)
         self.optimizer = torch.optim.Adam([self.rows], lr=0.1)
         self.generator = torch.Generator().manual_seed(0)

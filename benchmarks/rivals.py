@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from slime import Example
-from slime.backbones.base import Backbone, Plan, seeded_noise
+from slime.backbones.base import Backbone, ExtractionSpec, seeded_noise
 from slime.backbones.layers import LayerChoice
 from slime.backbones.text import TextConditioned, capture_attention
 from slime.images import resize_image, resize_maps, soft_labels, working_size
@@ -75,8 +75,8 @@ def _looked(
         return {
             name: one.query.float().transpose(1, 2).unflatten(2, (one.height, one.width)) for name, one in seen.items()
         }
-    plan = Plan(LayerChoice(chosen, ()), backbone.condition(""), timestep, grouping="layer")
-    return dict(zip(chosen, backbone.observe(latents, plan, noise).features, strict=True))
+    spec = ExtractionSpec(LayerChoice(chosen, ()), backbone.condition(""), timestep, grouping="layer")
+    return dict(backbone.extract(latents, spec, noise).groups)
 
 
 def neighbours(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:

@@ -24,13 +24,13 @@ import torch
 from PIL import Image
 
 from slime import PartEmbeddings, Segmenter, load_embeddings, preset, save_embeddings, train
-from slime.backbones import vision
+from slime.backbones import vit
 from slime.backbones.base import Backbone, seeded_noise
-from slime.backbones.transformers import TransformersVision
+from slime.backbones.hf_vit import TransformersVision
 from slime.data.formats import Coco
-from slime.data.journal import Journal
-from slime.data.run import Engine, segment_pictures
-from slime.data.sources import Picture, pictures
+from slime.data.run import Engine, segment_images
+from slime.data.run_log import RunLog
+from slime.data.sources import SourceImage, source_images
 from slime.settings import InstantSettings
 from testing import scenes, splits
 from testing.inprocess import load_backbone
@@ -39,16 +39,16 @@ from testing.server import MODEL
 from .rows import Row, say_row, say_table, write_rows
 
 DOMAIN, SMALL = "horse", 96
-CELLS = 8  # a side of the small encoder's grid
+TOKENS = 8  # a side of the small encoder's grid
 KILOBYTE = 1024
 
 
-def run(backbone: Backbone, embeddings: PartEmbeddings, source: list[Picture], workers: int) -> int:
+def run(backbone: Backbone, embeddings: PartEmbeddings, source: list[SourceImage], workers: int) -> int:
     """Segment into a COCO file; returns the bytes of the journal."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
-        output, journal = Coco(out, embeddings, "benchmark"), Journal(out, {})
-        segment_pictures(Engine(Segmenter(backbone, embeddings)), source, [output], journal, workers)
+        output, journal = Coco(out, embeddings, "benchmark"), RunLog(out, {})
+        segment_images(Engine(Segmenter(backbone, embeddings)), source, [output], journal, workers)
         output.finish(journal)
         return (out / "records.jsonl").stat().st_size
 
@@ -60,18 +60,18 @@ def throughput(count: int, turns: int) -> list[Row]:
         embeddings = train(backbone, [splits.example(DOMAIN, splits.TEACH)], settings)
     rendered = [scenes.render(DOMAIN, splits.TEST + index) for index in range(count)]
     tensors = [torch.from_numpy(scene.image)[None].float() / 255 for scene in rendered]
-    plan = embeddings.plan().to(backbone.device)
+    plan = embeddings.extraction_spec().to(backbone.device)
 
     def bare() -> None:
         with torch.inference_mode():
             for image in tensors:
                 encoded = backbone.encode_images(image.to(backbone.device))
-                backbone.observe(encoded, plan, seeded_noise(encoded.shape, 0, encoded.device))
+                backbone.extract(encoded, plan, seeded_noise(encoded.shape, 0, encoded.device))
 
     with tempfile.TemporaryDirectory() as folder:
         for index, scene in enumerate(rendered):
             Image.fromarray(scene.image).save(Path(folder) / f"{index:05d}.png")
-        source = list(pictures(folder))
+        source = list(source_images(folder))
         works: dict[str, Callable[[], object]] = {
             "bare passes": bare,
             "1 worker": lambda: run(backbone, embeddings, source, 1),
@@ -95,7 +95,7 @@ def throughput(count: int, turns: int) -> list[Row]:
 def small_encoder() -> Backbone:
     from transformers import Dinov2Config, Dinov2Model
 
-    vision.CELLS = CELLS
+    vit.TOKENS = TOKENS
     torch.manual_seed(0)
     config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 1}
     return TransformersVision(Dinov2Model(Dinov2Config(image_size=112, patch_size=14, **config)))
@@ -105,7 +105,7 @@ def child(count: int, file: Path) -> None:
     """In a process of its own: segment so many pictures, and print the peak of its memory in MB."""
     backbone, embeddings, data = small_encoder(), load_embeddings(file), io.BytesIO()
     Image.fromarray(scenes.render(DOMAIN, splits.TEST, size=SMALL).image).save(data, "PNG")
-    source = [Picture(f"{index:06d}.png", data.getvalue) for index in range(count)]
+    source = [SourceImage(f"{index:06d}.png", data.getvalue) for index in range(count)]
     run(backbone, embeddings, source, 2)
     # What getrusage says begins with the peak of the process that this one was forked from.
     status = Path("/proc/self/status").read_text(encoding="utf-8")

@@ -33,8 +33,8 @@ from torch.profiler import ProfilerActivity, profile
 from slime import Example, PartEmbeddings, SegmentSettings, StepReport, preset, segment, train
 from slime.backbones.text import Context, TextConditioned
 from slime.parts.metrics import evaluate
-from slime.train import Settings
-from slime.training.reuse import forget
+from slime.settings import TrainSettings
+from slime.training.cache import clear_caches
 from testing import splits
 from testing.inprocess import load_backbone
 from testing.server import MODEL
@@ -108,11 +108,11 @@ class Bench:
         """Seconds of some of the bare UNet's forwards and backwards to its context, batch 1."""
         with self.backbone.differentiable(False):
             latents = self.latents().clone()
-            rows = self.backbone.encode_prompt("")
-            learned = rows.rows.to(self.backbone.device).clone().requires_grad_(True)
+            prompt = self.backbone.encode_prompt("")
+            learned = prompt.tokens.to(self.backbone.device).clone().requires_grad_(True)
 
             def step() -> None:
-                predicted = self.backbone.predict_noise(latents, 50, Context(learned, rows.pooled), None)
+                predicted = self.backbone.predict_noise(latents, 50, Context(learned, prompt.pooled), None)
                 if predicted is not None:
                     predicted.square().mean().backward()
 
@@ -211,7 +211,7 @@ class Bench:
         for name, changes in several.items():
             clock = _IouClock(self.backbone, self.example)
             settings = preset(name, self.backbone.info, **changes)
-            forget()
+            clear_caches()
             with torch.inference_mode(), suppress(_Reached):
                 clock.start()
                 train(self.backbone, [self.example], settings, on_step=clock)
@@ -238,8 +238,8 @@ class Bench:
             ours = self.measure(lambda: self.learn(settings), once=True)  # noqa: B023
             self.row("training", name, ours, settings.views * self.bare(), whole)
 
-    def learn(self, settings: Settings, examples: Sequence[Example] | None = None) -> PartEmbeddings:
-        forget()
+    def learn(self, settings: TrainSettings, examples: Sequence[Example] | None = None) -> PartEmbeddings:
+        clear_caches()
         with torch.inference_mode():
             return train(self.backbone, examples or [self.example], settings)
 

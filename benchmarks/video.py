@@ -17,7 +17,7 @@ import torch
 
 from slime import SegmentSettings, segment
 from slime.parts.metrics import evaluate
-from slime.parts.steady import steady_parts
+from slime.parts.video import smooth_video_parts
 from testing import scenes, splits
 from testing.clips import clip
 from testing.tiny.weights import TESTBED
@@ -62,7 +62,7 @@ def main() -> None:
             note("each frame with noise of its own", alone, truth, classes)
             note("one noise for all frames", list(together.label_map.numpy()), truth, classes)
             for strength in options.strengths:
-                steadied = steady_parts(together, frames, strength)
+                steadied = smooth_video_parts(together, frames, strength)
                 note(f"one noise, steadied by {strength}", list(steadied.label_map.numpy()), truth, classes)
     means = [(name, *np.mean(values, 0)) for name, values in rows.items()]
     head = ["method", "flicker, % of still pixels", "part mIoU"]

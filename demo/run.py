@@ -26,7 +26,7 @@ from PIL import Image
 
 from slime import PartEmbeddings, load_embeddings
 from slime.examples import Example
-from slime.parts.draw import color_labels, loss_curve
+from slime.parts.draw import color_labels
 from slime.parts.metrics import Scores, evaluate
 from slime.parts.palette import default_palette
 from testing import scenes, splits
@@ -167,7 +167,6 @@ def learn_and_find(
     saved = server.base / "models" / "slime" / f"{name}.safetensors"
     shutil.copy(saved, folder / f"{name}.safetensors")
     embeddings = load_embeddings(saved)
-    Image.fromarray(loss_curve(embeddings.losses)).save(folder / "loss.png")
     found = []
     for target, (overlay_node, label_node) in zip(targets, nodes, strict=True):
         stem = Path(target).stem

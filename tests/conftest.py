@@ -11,9 +11,8 @@ import torch
 
 from testing.browser import canvas, chromium, fresh  # noqa: F401  fixtures of the browser tests
 from testing.inprocess import import_comfyui, load_extension
+from testing.sampling import trained_demo, without_previews
 from testing.server import ComfyServer
-
-from .sampling import taught, without_previews
 
 torch.set_num_threads(1)  # one thread: measured many times faster than several on a busy machine
 
@@ -41,8 +40,8 @@ def server(comfy_path: str) -> Iterator[ComfyServer]:
 
 @pytest.fixture(scope="session")
 def tiny(extension) -> Any:
-    """The demo model with a car's parts learned, see :func:`.sampling.taught`."""
-    return taught()
+    """The demo model with a car's parts learned, see :func:`testing.sampling.trained_demo`."""
+    return trained_demo()
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from slime.training.template import part_prompt
+from slime.paper.train import part_prompt
 from testing import scenes, splits
 from testing.server import MODEL, ROOT
 from testing.tiny.diffusers import load_tiny
@@ -86,7 +86,7 @@ def main() -> None:
     labels = nn.functional.interpolate(torch.from_numpy(scene.labels)[None, None].float(), CELLS)[0, 0]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(1)).half().float()
     names = scenes.PARTS["car"]
-    empty, prompt = (tiny.encode_prompt(text).rows[None] for text in ("", part_prompt(names)))
+    empty, prompt = (tiny.encode_prompt(text).tokens[None] for text in ("", part_prompt(names)))
     rows = prompt[:, 1 : len(names) + 1] + 2.0 * torch.randn(
         1, len(names), prompt.shape[-1], generator=torch.Generator().manual_seed(2)
     )

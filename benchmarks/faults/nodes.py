@@ -93,16 +93,19 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
     example = splits.example("car", splits.TEACH)
     image = splits.example("car", splits.TEST).image[None]
 
-    def teach(name: str, **more: Any) -> Any:
-        widgets = {"steps": 2, "learning_rate": 0.0, "seed": 0, "views": 2} | more
-        return nodes["SLiMeTrain"].execute((example,), name, model=model, vae=vae, clip=clip, **widgets).args
+    def teach(name: str, seed: int = 0, **more: Any) -> Any:
+        kind = {"instant": "SLiMeInstantSettings", "paper": "SLiMePaperSettings"}[name]
+        schema = nodes[kind].define_schema()
+        settings = {item.id: item.default for item in schema.inputs} | {"steps": 2, "views": 2} | more
+        value = nodes[kind].execute(**settings).args[0]
+        return nodes["SLiMeTrain"].execute((example,), name, seed, model, vae, clip, settings=value).args
 
     def find(**more: Any) -> Any:
+        import_module(f"{NAME}.nodes.feature_cache")._caches.clear()
         return nodes["SLiMeSegment"].execute(learned, image, model, vae, **more).args
 
     learned = teach("instant", views=8, steps=30)[0]
     parts = find()[0]
-    look = nodes["SLiMeLook"].execute(learned, image, model, vae).args[0]
     truth = (example.labels == 4).float()[None]
     works: dict[str, Callable[[], Any]] = {
         "train instant": lambda: teach("instant"),
@@ -111,18 +114,15 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
         "train paper, checkpointing": lambda: teach("paper", checkpointing=True),
         "segment": find,
         "segment, zoom": lambda: find(zoom=1),
-        "look": lambda: nodes["SLiMeLook"].execute(learned, image, model, vae),
-        "read parts": lambda: nodes["SLiMeReadParts"].execute(look, learned),
         "part mask": lambda: nodes["SLiMePartMask"].execute(parts, "wheel", "soft", grow=3, feather=2),
         "part list": lambda: nodes["SLiMePartList"].execute(parts),
         "part boxes": lambda: nodes["SLiMePartBoxes"].execute(parts),
         "part segs": lambda: nodes["SLiMePartSegs"].execute(parts),
         "overlay": lambda: nodes["SLiMeOverlay"].execute(parts),
-        "steady": lambda: nodes["SLiMeSteadyParts"].execute(parts),
+        "smooth": lambda: nodes["SLiMeSteadyParts"].execute(parts),
         "evaluate": lambda: nodes["SLiMeEvaluate"].execute(parts, truth, "wheel"),
         "example": lambda: nodes["SLiMeExample"].execute(image, truth, "wheel"),
         "save": lambda: nodes["SLiMeSaveEmbeddings"].execute(learned, "x", True),
-        "to text": lambda: nodes["SLiMeEmbeddingsToText"].execute(learned),
         "merge": lambda: nodes["SLiMeEmbeddingsMerge"].execute(learned, None, "wheel = tyre"),
     }
     return works, lambda: find()[0].maps.label_map.clone()

@@ -27,6 +27,7 @@ from slime.embedding_files import SCRATCH
 from slime.parts.palette import default_palette
 from testing import scenes, splits
 from testing.server import MODEL, ComfyServer, WorkflowFailed
+from testing.toy import all_vectors
 from testing.workflows import Prompt, PromptBuilder
 
 from .trials import Trials
@@ -245,8 +246,19 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
     small = load_embeddings(saved / f"{LEARNED}.safetensors")
     # As large as a file gets, so that writing takes its time.
     times = 76 // len(small.names)
-    wide, names = small.rows.repeat(1, times, 1), tuple(f"part {n}" for n in range(times * len(small.names)))
-    versions = [replace(small, rows=wide + sign, names=names, palette=default_palette(len(names))) for sign in (0, 1)]
+    wide, names = (
+        {name: vector.repeat(times, 1) for name, vector in small.vectors.items()},
+        tuple(f"part {n}" for n in range(times * len(small.names))),
+    )
+    versions = [
+        replace(
+            small,
+            vectors={name: vector + sign for name, vector in wide.items()},
+            names=names,
+            palette=default_palette(len(names)),
+        )
+        for sign in (0, 1)
+    ]
     for number, version in enumerate(versions):
         save_embeddings(version, saved / f"version_{number}.safetensors")
     target, left = saved / "target.safetensors", 0
@@ -270,8 +282,9 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
         for scratch in saved.glob(f"*{SCRATCH}"):
             scratch.unlink()
             left += 1
-        rows = load_embeddings(target).rows
-        trials.check(f"kill {index}: the file is damaged", any(torch.equal(rows, v.rows) for v in versions))
+        found = all_vectors(load_embeddings(target))
+        known = any(torch.equal(found, all_vectors(version)) for version in versions)
+        trials.check(f"kill {index}: the file is damaged", known)
     with client(folder) as at:
         trials.check("the server does not segment any more", bool(at.segmented().any()))
     trials.remark = f"{left} of the kills came in the middle of a write"
@@ -305,7 +318,7 @@ def queue(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
 
         def taught(start: Start) -> Tensor:
             at.server.run(at.teach("queued", start, **SMALL))
-            return load_embeddings(folder / "models" / "slime" / "queued.safetensors").rows
+            return all_vectors(load_embeddings(folder / "models" / "slime" / "queued.safetensors"))
 
         works: list[tuple[Callable[[Start], np.ndarray | Tensor], Start]] = [
             (work, start) for start in starts for work in (at.sampled, at.segmented, taught)

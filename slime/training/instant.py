@@ -123,12 +123,12 @@ def _extract_views(
         first = features if first is None else first
         size = len(next(iter(features.groups.values())))
         on_cpu = {group: maps.cpu() for group, maps in features.groups.items()} if cache.limit else {}
-        for index, view in enumerate(encoded[done : done + size]):
-            labels = resize_labels(view.labels, features.grid)
-            views[view.number] = CachedView({group: maps[index] for group, maps in features.groups.items()}, labels)
+        for index, new in enumerate(encoded[done : done + size]):
+            labels = resize_labels(new.labels, features.grid)
+            views[new.number] = CachedView({group: maps[index] for group, maps in features.groups.items()}, labels)
             if on_cpu:
                 own = {group: maps[index].clone() for group, maps in on_cpu.items()}
-                cache.put(keys[view.number], CachedView(own, labels))
+                cache.put(keys[new.number], CachedView(own, labels))
         done += size
         on_step(StepReport("features", done, len(encoded), {}, lambda: None))
     if first is None:
@@ -198,8 +198,10 @@ def _features_of(
 
 def _initial_vectors(vectors: Mapping[str, Tensor], groups: Sequence[str]) -> dict[str, Tensor]:
     """Return vectors for these groups to continue from; a group without its own starts from the mean of the others."""
-    mean = torch.stack(list(vectors.values())).mean(0) if not {*groups} <= {*vectors} else None
-    return {group: vectors[group] if group in vectors else vectors.get(SHARED, mean) for group in groups}  # type: ignore[misc]
+    if {*groups} <= {*vectors}:
+        return {group: vectors[group] for group in groups}
+    mean = vectors[SHARED] if SHARED in vectors else torch.stack(list(vectors.values())).mean(0)
+    return {group: vectors.get(group, mean) for group in groups}
 
 
 TRAINER = Trainer("instant", InstantSettings, LINEAR, train_instant)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from demo.pack.shapes import CLIP_CONFIG, SLIME_FAMILY, UNET_CONFIG
-from slime.backbones.diffusers import DiffusersUNet
+from slime.backbones.hf_unet import DiffusersUNet
 from slime.backbones.sd_unet import Family
 from slime.backbones.single_file import schedule
 

@@ -1,0 +1,103 @@
+"""Schemas and help pages say the same."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from tools.make_locales import FOLDER, LANGUAGES, english, leaves, read
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERFACE = Path(__file__).resolve().parents[1] / "interface.json"
+BREAKS_TRANSLATION = re.compile(r"[@{}|%]")
+
+
+@pytest.fixture(scope="module")
+def schemas(extension):
+    import slime_extension.nodes.extension as module
+    from slime_extension.nodes.files import register_folder
+
+    register_folder()
+    nodes = asyncio.run(module.SlimeExtension().get_node_list())
+    return {node.define_schema().node_id: node.define_schema() for node in nodes}
+
+
+def test_every_node_has_a_help_page_and_no_page_is_stale(schemas) -> None:
+    pages = {path.stem for path in (ROOT / "web" / "docs").glob("*.md")}
+    assert pages == set(schemas)
+
+
+def test_help_pages_name_every_input_and_output(schemas) -> None:
+    for name, schema in schemas.items():
+        text = (ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+        assert text.startswith(f"# {schema.display_name}\n"), name
+        for section in ("## Overview", "## Inputs", "## Outputs", "## Troubleshooting"):
+            assert section in text or (section == "## Troubleshooting" and len(schema.inputs) < 4), (name, section)
+        section = text.split("## Inputs")[-1].split("\n## ")[0]
+        rows = re.findall(r"^\| ([a-z_, 0-9]+) \|", section, re.MULTILINE)
+        listed = {item.strip() for row in rows for item in row.split(",")}
+        inputs = {item.id for item in schema.inputs}
+        assert inputs <= listed, (name, inputs - listed)
+        assert listed <= inputs, (name, listed - inputs)
+
+
+def test_every_picture_of_a_document_is_there() -> None:
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "web" / "docs").glob("*.md")]
+    for page in pages:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert "://" in link or (page.parent / link.strip("<>")).exists(), (page.name, link)
+
+
+def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:
+    for name, schema in schemas.items():
+        texts = [schema.display_name, schema.description]
+        for socket in (*schema.inputs, *schema.outputs):
+            texts += [socket.display_name, socket.tooltip]
+        for item in schema.inputs:
+            assert item.tooltip and item.tooltip.strip(), (name, item.id, "no tooltip")
+        for item in schema.outputs:
+            assert item.tooltip and item.tooltip.strip(), (name, item.display_name, "no tooltip")
+        for text in filter(None, texts):
+            assert not BREAKS_TRANSLATION.search(text), (name, text)
+            assert text.isascii(), (name, text)
+
+
+def test_the_public_interface_is_as_recorded(schemas) -> None:
+    """Node ids, inputs and outputs are in people's workflows. Changed on purpose: delete the file, run, commit it."""
+    found = {
+        name: {
+            "inputs": [[item.id, item.io_type, bool(item.optional)] for item in schema.inputs],
+            "outputs": [[item.display_name, item.io_type] for item in schema.outputs],
+        }
+        for name, schema in schemas.items()
+    }
+    if not INTERFACE.is_file():
+        INTERFACE.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    assert found == json.loads(INTERFACE.read_text(encoding="utf-8"))
+
+
+def test_the_english_locale_is_what_the_schemas_say(schemas) -> None:
+    assert read("en") == english(schemas), "run python dev.py locales"
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_no_text_is_missing_stale_or_unsafe(schemas, language) -> None:
+    """Every language has every text of the schemas, and none that breaks the translation layer."""
+    wanted = dict(leaves(english(schemas)))
+    found = dict(leaves(read(language)))
+    assert found.keys() == wanted.keys(), found.keys() ^ wanted.keys()
+    assert dict(leaves(read(language, "main"))).keys() == dict(leaves(read("en", "main"))).keys()
+    for path, text in found.items():
+        assert text.strip(), path
+        assert not BREAKS_TRANSLATION.search(text), (path, text)
+    if language != "en":
+        same = [path for path, text in found.items() if path[-1] == "tooltip" and text and text == wanted[path]]
+        assert not same, "left in English"
+
+
+def test_there_is_no_further_language() -> None:
+    assert {path.name for path in FOLDER.iterdir()} == set(LANGUAGES)

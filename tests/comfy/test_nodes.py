@@ -1,0 +1,390 @@
+"""Nodes called in this process: masks, names, and errors that name the node, the value and the cure."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from slime import SlimeError, preset, segment, train
+from testing.toy import ToyUNet, toy_example
+
+
+@pytest.fixture(scope="module")
+def nodes(extension):
+    import slime_extension.nodes.extension as module
+
+    return module
+
+
+@pytest.fixture(autouse=True)
+def silent_previews(nodes, monkeypatch):
+    """Previews write files into a running server's folders; here there is none."""
+    from comfy_api.latest import ui
+
+    for kind in ("PreviewImage", "PreviewMask"):
+        monkeypatch.setattr(ui, kind, lambda *a, **k: SimpleNamespace(as_dict=lambda: {"images": []}))
+
+
+def parts(labels: torch.Tensor, count: int = 2):
+    from slime_extension.nodes.common import Parts
+
+    from slime.parts.maps import DenseMaps, PartMaps
+    from slime.parts.palette import default_palette
+
+    one_hot = torch.nn.functional.one_hot(labels, count + 1).movedim(-1, 1).float()
+    names = ("wheel", "window", "door")[:count]
+    probabilities = one_hot * 0.8 + 0.2 / (count + 1)
+    maps = PartMaps(DenseMaps(probabilities), names, default_palette(count), probabilities[:, 1:].amax((2, 3)))
+    return Parts(maps, torch.rand(*labels.shape, 3))
+
+
+def square(size: int = 32) -> torch.Tensor:
+    labels = torch.zeros(2, size, size, dtype=torch.int64)
+    labels[0, 8:20, 8:20] = 1
+    labels[0, 24:28, 24:28] = 2
+    return labels
+
+
+def mask_of(nodes, labels=None, **options) -> torch.Tensor:
+    return nodes.SLiMePartMask.execute(parts(square() if labels is None else labels), **options).args[0]
+
+
+def test_mask_contract(nodes) -> None:
+    """[B, H, W] float32, exactly 0 or 1, and zeros, never zero-length, where nothing is found."""
+    for options in ({}, {"mode": "threshold"}, {"grow": 3}, {"names": "wheel", "fill_holes": True, "minimum_area": 5}):
+        mask = mask_of(nodes, **options)
+        assert mask.shape == (2, 32, 32) and mask.dtype == torch.float32
+        assert set(mask.unique().tolist()) <= {0.0, 1.0}
+        assert not mask[1].any() and mask[0].any()
+    empty = mask_of(nodes, labels=torch.zeros(1, 32, 32, dtype=torch.int64), names="window", grow=5, feather=3)
+    assert empty.shape == (1, 32, 32) and not empty.any()
+    full = mask_of(nodes, labels=torch.ones(1, 32, 32, dtype=torch.int64), grow=-2)
+    assert full.all(), "shrinking has no border to shrink from where everything is inside"
+
+
+def test_names_select_parts(nodes) -> None:
+    labels = square()
+    assert torch.equal(mask_of(nodes, names="wheel").bool(), labels == 1)
+    assert torch.equal(mask_of(nodes, names="wheel, window").bool(), labels > 0)
+    assert torch.equal(mask_of(nodes, names="").bool(), labels > 0)
+    assert torch.equal(mask_of(nodes, names="background").bool(), labels == 0)
+    assert torch.equal(mask_of(nodes, names="window", invert=True).bool(), labels != 2)
+
+
+def test_grow_is_a_disc_and_shrink_its_inverse(nodes) -> None:
+    grown = mask_of(nodes, names="wheel", grow=4)[0].bool()
+    y, x = np.mgrid[0:32, 0:32]
+    outside = np.hypot(np.maximum(0, np.maximum(8 - y, y - 19)), np.maximum(0, np.maximum(8 - x, x - 19)))
+    assert np.array_equal(grown.numpy(), outside <= 4)
+    shrunk = mask_of(nodes, names="wheel", grow=-3)[0]
+    assert shrunk.sum() == 6 * 6 and shrunk[11:17, 11:17].all()
+
+
+def test_feather_holes_and_specks(nodes) -> None:
+    labels = square()
+    labels[0, 12:14, 12:14] = 0
+    assert mask_of(nodes, labels, names="wheel")[0, 13, 13] == 0
+    assert mask_of(nodes, labels, names="wheel", fill_holes=True)[0, 13, 13] == 1
+    assert mask_of(nodes, labels, minimum_area=17)[0, 25, 25] == 0
+    soft = mask_of(nodes, feather=4)
+    assert 0 < float(soft[0, 8, 14]) < 1 and float(soft.max()) <= 1
+    probability = mask_of(nodes, mode="soft", names="wheel")
+    assert probability[0, 10, 10] == pytest.approx(0.8 + 0.2 / 3)
+    filled = mask_of(nodes, labels, mode="soft", names="wheel", fill_holes=True)
+    assert filled[0, 13, 13] == 1 and filled[0, 10, 10] == pytest.approx(0.8 + 0.2 / 3), (
+        "a hole is filled, the rest kept"
+    )
+
+
+def test_unknown_part_names_what_there_is(nodes) -> None:
+    with pytest.raises(ValueError, match="SLiMe Part Mask: there is no part tail; these were learned: wheel, window"):
+        mask_of(nodes, names="tail")
+
+
+IMAGE = torch.rand(1, 40, 48, 3)
+GOOD = torch.zeros(1, 40, 48)
+GOOD[:, 5:20, 5:20] = 1
+
+
+@pytest.mark.parametrize(
+    ("image", "mask", "names", "message"),
+    [
+        (IMAGE, torch.zeros(1, 64, 64), "wheel", "Nothing is painted"),
+        (IMAGE, torch.ones(1, 64, 64), "wheel", "64x64 but the image is 48x40"),
+        (IMAGE, torch.zeros(1, 40, 48), "wheel", '"wheel" is empty'),
+        (IMAGE, GOOD, " , ", "No part names"),
+        (IMAGE, GOOD, "wheel, window", "1 masks for 2 names"),
+        (IMAGE, GOOD.repeat(2, 1, 1), "wheel, wheel", "more than once: wheel"),
+        (IMAGE.repeat(3, 1, 1, 1), GOOD, "wheel", "batch of 3 images"),
+        (torch.rand(1, 1, 1, 3), torch.ones(1, 1, 1), "wheel", "1x1"),
+        (torch.full((1, 40, 48, 3), torch.nan), GOOD, "wheel", "NaN"),
+    ],
+)
+def test_bad_examples_name_node_value_and_cure(nodes, image, mask, names, message) -> None:
+    with pytest.raises(ValueError, match=f"^SLiMe Example: .*{message}"):
+        nodes.SLiMeExample.execute(image, mask, names)
+
+
+def test_example_takes_what_other_nodes_hand_over(nodes) -> None:
+    for image, mask in (
+        (torch.rand(1, 40, 48, 4), GOOD),
+        (IMAGE[0], GOOD[0]),
+        (IMAGE, GOOD[:, None]),
+        (IMAGE.half(), GOOD.half()),
+    ):
+        examples, preview = nodes.SLiMeExample.execute(image, mask, "wheel").args
+        assert examples[0].names == ("wheel",) and preview.shape == (1, 40, 48, 3)
+
+
+def test_overlay_and_label_map(nodes) -> None:
+    item = parts(square())
+    tinted, colored = nodes.SLiMeOverlay.execute(item, 0.5, False).args
+    assert tinted.shape == colored.shape == (2, 32, 32, 3)
+    assert torch.equal((colored[0, 10, 10] * 255).round().int(), torch.tensor(item.maps.palette[0]).int())
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "a\\b", "C:x", "", "...", "a\x00b"])
+def test_file_names_cannot_leave_the_folder(nodes, tmp_path, monkeypatch, name) -> None:
+    from slime_extension.nodes import files
+
+    monkeypatch.setattr(files, "_folder", lambda: tmp_path)
+    with pytest.raises(ValueError, match="file"):
+        files.save_path(name, overwrite=False)
+
+
+def test_saving_adds_a_number_instead_of_overwriting(nodes, tmp_path, monkeypatch) -> None:
+    from slime_extension.nodes import files
+
+    monkeypatch.setattr(files, "_folder", lambda: tmp_path)
+    assert files.save_path("car.safetensors", False).name == "car.safetensors"
+    (tmp_path / "car.safetensors").touch()
+    assert files.save_path("car", False).name == "car_2.safetensors"
+    assert files.save_path("car", True).name == "car.safetensors"
+
+
+def test_wrong_models_are_refused(extension) -> None:
+    from slime_extension.nodes.comfy_unet import ComfyUNet
+
+    from testing.models import comfy_patcher
+
+    with pytest.raises(ValueError, match="another kind of model"):
+        ComfyUNet(SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity())))
+    patcher = comfy_patcher("sd1")
+    first = patcher.model.diffusion_model.input_blocks[0][0]
+    with torch.inference_mode():
+        first.weight = torch.nn.Parameter(torch.zeros(32, 9, 3, 3), requires_grad=False)
+    with pytest.raises(ValueError, match="9 input channels.*text-to-image checkpoint"):
+        ComfyUNet(patcher)
+    clip = SimpleNamespace(
+        tokenize=lambda t: t, encode_from_tokens=lambda t, return_pooled: (torch.zeros(1, 77, 1024), None)
+    )
+    with pytest.raises(ValueError, match="1024 wide, but the model needs 768"):
+        ComfyUNet(comfy_patcher("sd1"), None, clip).condition("x")
+
+
+def test_import_is_light(extension, comfy_path) -> None:
+    """Users of scipy.ndimage aside, importing the entry point loads no diffusers and touches no GPU."""
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    root = Path(__file__).resolve().parents[2]
+    code = (
+        f"import importlib.util, sys; s = importlib.util.spec_from_file_location('p', r'{root}/__init__.py', "
+        f"submodule_search_locations=[r'{root}']); m = importlib.util.module_from_spec(s); sys.modules['p'] = m; "
+        "s.loader.exec_module(m); print([n for n in ('torch', 'kornia', 'diffusers') if n in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_part_list_gives_every_part_with_its_name(nodes) -> None:
+    item = parts(square(), 3)
+    masks, names, batch = nodes.SLiMePartList.execute(item).args
+    assert names == ["wheel", "window", "door"] and [m.shape for m in masks] == [(2, 32, 32)] * 3
+    assert masks[0].sum() == 144 and masks[1].sum() == 16 and not masks[2].any()
+    assert batch.shape == (6, 32, 32) and set(batch.unique().tolist()) == {0.0, 1.0}
+    assert nodes.SLiMePartList.execute(item, skip_empty=True).args[1] == ["wheel", "window"]
+    soft = nodes.SLiMePartList.execute(item, mode="soft").args[0][0]
+    assert 0 < float(soft.min()) < 0.1 < 0.8 < float(soft.max()) < 1
+    nothing = nodes.SLiMePartList.execute(parts(torch.zeros(1, 8, 8, dtype=torch.int64)), skip_empty=True).args
+    assert nothing[1] == [""] and nothing[0][0].shape == (1, 8, 8) and not nothing[0][0].any()
+
+
+def test_boxes_have_cores_form(nodes) -> None:
+    labels = square()
+    labels[0, 0:3, 28:31] = 1
+    boxes, text = nodes.SLiMePartBoxes.execute(parts(labels), True, 4).args
+    assert boxes[1] == [] and [b["label"] for b in boxes[0]] == ["wheel", "wheel", "window"]
+    wheels = [(b["x"], b["y"], b["width"], b["height"]) for b in boxes[0][:2]]
+    assert sorted(wheels) == [(8, 8, 12, 12), (28, 0, 3, 3)]
+    assert all(0.8 < box["score"] <= 1 for box in boxes[0]) and json.loads(text) == boxes
+    together = nodes.SLiMePartBoxes.execute(parts(labels), False, 4).args[0][0]
+    assert [(b["x"], b["y"], b["width"], b["height"]) for b in together][0] == (8, 0, 23, 20)
+    assert len(nodes.SLiMePartBoxes.execute(parts(labels), True, 100).args[0][0]) == 1
+
+
+def test_segs_have_the_impact_packs_form(nodes) -> None:
+    """((H, W), [SEG]) with the fields of its namedtuple; the mask lies inside the crop where the part is."""
+    item = parts(square())
+    (size, segs) = nodes.SLiMePartSegs.execute(item, True, 4, 2.0).args[0]
+    assert size == (32, 32) and [seg.label for seg in segs] == ["wheel", "window"]
+    fields = ("cropped_image", "cropped_mask", "confidence", "crop_region", "bbox", "label", "control_net_wrapper")
+    assert type(segs[0])._fields == fields
+    for seg, label in zip(segs, (1, 2), strict=True):
+        x1, y1, x2, y2 = seg.crop_region
+        assert 0 <= x1 < x2 <= 32 and 0 <= y1 < y2 <= 32 and seg.control_net_wrapper is None
+        assert seg.cropped_mask.dtype == np.float32 and seg.cropped_mask.shape == (y2 - y1, x2 - x1)
+        assert np.array_equal(seg.cropped_mask > 0, (square()[0] == label).numpy()[y1:y2, x1:x2])
+        assert torch.equal(seg.cropped_image, item.images[:1, y1:y2, x1:x2]) and 0.8 < seg.confidence <= 1
+    assert segs[0].bbox == (8, 8, 20, 20) and segs[0].crop_region == (2, 2, 26, 26)
+    assert nodes.SLiMePartSegs.execute(parts(torch.zeros(1, 8, 8, dtype=torch.int64))).args[0] == ((8, 8), [])
+
+
+def test_evaluate_scores_named_parts(nodes) -> None:
+    item, truth = parts(square()), (square() == 1).float()
+    mean, table, picture = nodes.SLiMeEvaluate.execute(item, truth, "wheel").args
+    assert mean == 1.0 and "| wheel | 1.000 | 1.000 |" in table and picture.shape[-1] == 3
+    half = truth.clone()
+    half[0, 8:14] = 0
+    both = torch.cat([half, torch.zeros(2, 32, 32)])
+    mean, table, _ = nodes.SLiMeEvaluate.execute(item, both, "wheel, window").args
+    assert mean == pytest.approx(0.5) and "| window | absent | absent |" in table
+    with pytest.raises(ValueError, match="SLiMe Evaluate: 4 true masks of 32x32 are needed.*got 2 of 32x32"):
+        nodes.SLiMeEvaluate.execute(item, truth, "wheel, window")
+    with pytest.raises(ValueError, match="there is no part door"):
+        nodes.SLiMeEvaluate.execute(item, truth, "door")
+
+
+def test_label_maps_teach(nodes) -> None:
+    image = torch.rand(1, 20, 24, 3)
+    colored = torch.zeros(1, 20, 24, 3)
+    colored[0, 2:8, 2:8] = torch.tensor([230, 25, 75]) / 255
+    colored[0, 10:14, 10:20] = torch.tensor([60, 180, 75]) / 255
+    text = "wheel = #e6194b\n\nwindow=#3CB44B"
+    examples, preview = nodes.SLiMeExampleFromLabelMap.execute(image, colored, text).args
+    assert examples[0].names == ("wheel", "window") and preview.shape == (1, 20, 24, 3)
+    assert (examples[0].labels == 1).sum() == 36 and (examples[0].labels == 2).sum() == 40
+    for bad, message in (("wheel = red", "not a part and its colour"), ("wheel = #000001\nwheel = #ffffff", "twice"),
+                         ("door = #0000ff", "No pixel has the colour of: door")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"SLiMe Example from Label Map: .*{message}"):
+            nodes.SLiMeExampleFromLabelMap.execute(image, colored, bad)
+    with pytest.raises(ValueError, match="24x10 but the image is 24x20"):
+        nodes.SLiMeExampleFromLabelMap.execute(image, colored[:, :10], text)
+
+
+def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
+    toy = ToyUNet()
+    first = train(toy, [toy_example(0)], preset("instant", views=2))
+    renamed = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = tyre\nblue = #010203").args[0]
+    assert renamed.names == ("tyre", "blue") and renamed.palette[1] == (1, 2, 3)
+    only = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = drop").args[0]
+    assert only.names == ("blue",) and torch.equal(only.rows, first.rows[:, 1:])
+    left = nodes.SLiMeEmbeddingsMerge.execute(first, None, "blue = drop").args[0]
+    merged, names = nodes.SLiMeEmbeddingsMerge.execute(left, only).args
+    assert names == "red, blue" and torch.equal(merged.rows, first.rows) and len(set(merged.palette)) == 2
+    image = toy_example(4).image[None]
+    expected = segment(toy, image, first)[0].probabilities
+    torch.testing.assert_close(segment(toy, image, merged)[0].probabilities, expected)
+    text = nodes.SLiMeEmbeddingsToText.execute(merged).args[0]
+    again, names = nodes.SLiMeEmbeddingsFromText.execute(f"  {text}\n").args
+    same = segment(toy, image, again)[0].label_map == expected.argmax(1)
+    assert names == "red, blue" and same.float().mean() > 0.99
+    info = nodes.SLiMeEmbeddingsInfo.execute(first).args[0]
+    assert "parts (2): red, blue" in info and "instant" in info and "loss:" in info
+    paper = train(toy, [toy_example(0)], preset("paper", steps=1, views=1))
+    for call, message in (
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, first), "more than once: blue, red"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, paper), "preset paper"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "stand in one text together"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), 'no part "c"'),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "red tyre"), "is not a change"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(only, None, "blue = drop"), "No part would be left"),
+        (lambda: nodes.SLiMeEmbeddingsFromText.execute(text[:-20]), "cut off or changed"),
+    ):
+        with pytest.raises(ValueError, match=f"^SLiMe Embeddings .*{message}"):
+            call()
+    other = train(toy, [toy_example(0)], preset("instant", views=2, timestep=50))
+    with pytest.raises(ValueError, match="other settings"):
+        nodes.SLiMeEmbeddingsMerge.execute(only, nodes.SLiMeEmbeddingsMerge.execute(other, None, "blue = c").args[0])
+
+
+def test_names_are_separated_by_the_commas_of_any_script(extension) -> None:
+    from slime_extension.nodes.common import split_names
+
+    assert split_names("a, b;c\nd") == ["a", "b", "c", "d"]
+    for comma in "\u060c\u061b\u3001\uff0c\uff1b":
+        assert split_names(f"a{comma} b") == ["a", "b"]
+
+
+def test_progress_says_what_is_left(extension) -> None:
+    from slime_extension.nodes.train import done_share, progress_text
+
+    from slime.training.progress import StepReport
+
+    def said(stage: str, step: int, elapsed: float, losses=None) -> str:
+        report = StepReport(stage, step, 200, losses or {}, lambda: None)
+        return progress_text(report, done_share(report, "paper"), elapsed)
+
+    assert said("views", 100, 4.0) == "Encoding view 100/200, about 2 min left"
+    assert said("train", 100, 58.0, {"loss": 0.4321}) == "Training, step 100/200, loss 0.4321, about 42 s left"
+    assert said("train", 200, 100.0, {"loss": 2.0}) == "Training, step 200/200, loss 2"
+
+
+def test_the_bar_spans_the_whole_training(extension) -> None:
+    from slime_extension.nodes.train import SHARES, STAGES, done_share
+
+    from slime.training.progress import StepReport
+
+    for chosen, last, probed in (("instant", "fit", False), ("instant", "fit", True), ("paper", "train", False)):
+        stages = (*(("layers",) if probed else ()), *SHARES[chosen], last)
+        reports = [StepReport(stage, n, 4, {}, lambda: None) for stage in stages for n in range(1, 5)]
+        shares = [done_share(report, chosen, probed) for report in reports]
+        assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] == 1
+        assert {report.stage for report in reports} <= set(STAGES)
+
+
+def test_widgets_of_the_other_preset_do_not_count_and_zeros_leave_the_presets_value(extension) -> None:
+    from slime_extension.nodes.train import _settings
+
+    toy = ToyUNet()
+    untouched = {"steps": 0, "learning_rate": 0.0, "seed": 3, "views": 0, "crop": 0.0, "l2": 0.0, "timestep": 0}
+    assert _settings("instant", toy, **untouched) == preset("instant", seed=3)
+    assert _settings("paper", toy, **untouched | {"l2": 0.5}) == preset("paper", seed=3)
+    changed = _settings("instant", toy, **untouched | {"learning_rate": 1.0, "cross_layers": "auto", "recolor": "mild"})
+    assert changed == preset("instant", seed=3, read_layers="auto", recolor=0.3)
+
+
+@pytest.mark.parametrize(("node", "chosen"), [("SLiMeInstantSettings", "instant"), ("SLiMePaperSettings", "paper")])
+def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(extension, node, chosen) -> None:
+    from slime_extension.nodes import train_settings
+    from slime_extension.nodes.train import _settings
+
+    toy, kind = ToyUNet(), getattr(train_settings, node)
+    values = {item.id: item.default for item in kind.define_schema().inputs}
+    settings = kind.execute(**values).args[0]
+    same = preset(chosen, seed=3)
+    assert _settings(chosen, toy, seed=3, settings=settings, views=7) == same  # an older workflow's views do not count
+    for name, value in {
+        "views": 5,
+        "steps": 9,
+        "crop": 0.9,
+        "rotation": 0.0,
+        "flip": "off",
+        "cross_layers": "auto",
+    }.items():
+        changed = _settings(chosen, toy, seed=3, settings=kind.execute(**values | {name: value}).args[0])
+        field = train_settings.LAYERS.get(name, name)
+        assert changed == dataclasses.replace(same, **{field: False if name == "flip" else value})
+    with pytest.raises(SlimeError, match=f"for the preset {chosen}; it says other"):
+        settings.of("other")
+
+
+def test_a_workflow_with_the_preset_that_is_gone_hears_why(nodes) -> None:
+    assert "thorough is gone" in nodes.SLiMeTrain.validate_inputs("thorough")
+    assert nodes.SLiMeTrain.validate_inputs("paper") is True and "no preset" in nodes.SLiMeTrain.validate_inputs("x")
