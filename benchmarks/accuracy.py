@@ -2,7 +2,8 @@
 grid's ceiling, on plain scenes, on stress sets, in another drawing style and for parts that no caption ever named.
 
     python dev.py benchmark accuracy [--quick] [--json FILE] [--methods ...] [--shots 1 5 10] [--scenes 60]
-    python dev.py benchmark accuracy --split validation --methods default --set recolor=0 --constants decode.linear.PROPAGATED_SHARE=0
+    python dev.py benchmark accuracy --split validation --methods default --set recolor=0
+    python dev.py benchmark accuracy --methods default --constants decode.linear.PROPAGATED_SHARE=0
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
     python dev.py benchmark accuracy --determinism
 

@@ -48,7 +48,7 @@ class _Settings(io.ComfyNode):
     PRESET: str
 
     @classmethod
-    def execute(cls, flip: str, recolor: str = "auto", **plain: Any) -> io.NodeOutput:
+    def execute(cls, flip: str = "auto", recolor: str = "auto", **plain: Any) -> io.NodeOutput:
         values = {LAYERS.get(name, name): value for name, value in plain.items()} | {"flip": FLIP[flip]}
         if RECOLOR[recolor] is not None:
             values["recolor"] = RECOLOR[recolor]
@@ -124,9 +124,14 @@ def _schema(node_id: str, title: str, description: str, inputs: Sequence[Any]) -
         category=ADVANCED,
         display_name=title,
         description=description,
-        inputs=list(inputs),
+        inputs=[_optional(item) for item in inputs],
         outputs=[SettingsSocket.Output(display_name="settings", tooltip="For SLiMe Train.")],
     )
+
+
+def _optional(item: Any) -> Any:
+    item.optional = True
+    return item
 
 
 def _view_inputs(usual: TrainSettings) -> list[Any]:

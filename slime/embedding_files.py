@@ -247,15 +247,13 @@ def _metadata(embeddings: PartEmbeddings, brief: bool) -> dict[str, str]:
 def _unpack(raw: bytes, name: str) -> PartEmbeddings:
     """Read embeddings from safetensors bytes; unknown fields are ignored."""
     tensors, current = load_bytes(raw), "header"
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
+    if metadata.get("format") != FORMAT:
+        raise SlimeError(f"{name} is a .safetensors file, but not one of SLiMe embeddings. Choose another file.")
+    version = metadata.get("version", "")
+    if not re.fullmatch("[0-9]{1,9}", version) or int(version) > VERSION:
+        raise SlimeError(f"{name} has format version {version[:20]}, this SLiMe reads up to {VERSION}: update SLiMe.")
     try:
-        metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise SlimeError(f"{name} is a .safetensors file, but not one of SLiMe embeddings. Choose another file.")
-        version = metadata.get("version", "")
-        if not re.fullmatch("[0-9]{1,9}", version) or int(version) > VERSION:
-            raise SlimeError(
-                f"{name} has format version {version[:20]}, this SLiMe reads up to {VERSION}: update SLiMe."
-            )
         if len(metadata["embeddings"]) > BODY_LIMIT:
             raise ValueError("it is too long")
         body = json.loads(metadata["embeddings"])
@@ -272,9 +270,7 @@ def _unpack(raw: bytes, name: str) -> PartEmbeddings:
         for current, tensor in (vectors | dict(condition or {})).items():
             _check_tensor(current, tensor, embeddings)
         return embeddings
-    except SlimeError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
+    except (SlimeError, KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError) as error:
         raise SlimeError(
             f'{name} is damaged at "{current}": {str(error)[:200]}. Ask its author for a new copy.'
         ) from error

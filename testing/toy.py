@@ -145,5 +145,5 @@ def toy_score(embeddings: PartEmbeddings, backbone: Backbone, **settings: Any) -
 
 
 def all_vectors(embeddings: PartEmbeddings) -> Tensor:
-    """Return all vectors of embeddings, flattened, for comparisons."""
-    return torch.cat([vector.flatten() for vector in embeddings.vectors.values()])
+    """Return all vectors of embeddings, flattened, in the order of their names, for comparisons."""
+    return torch.cat([vector.flatten() for _, vector in sorted(embeddings.vectors.items())])

@@ -369,3 +369,10 @@ class PromptBuilder:
         self._next += 1
         self.prompt[node_id] = {"class_type": class_type, "inputs": inputs}
         return node_id
+
+    def set_training(self, train: str, preset: str, **values: Any) -> None:
+        """Set the preset of a SLiMe Train node, and connect a settings node with these values."""
+        self.prompt[train]["inputs"]["preset"] = preset
+        if values:
+            settings = self.add(f"SLiMe{preset.capitalize()}Settings", **values)
+            self.prompt[train]["inputs"]["settings"] = [settings, 0]

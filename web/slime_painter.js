@@ -107,10 +107,10 @@ app.registerExtension({
         /** Address of the image that the last run sent, for sources other than Load Image. @type {string | null} */
         let sent = null;
         chain(node, "onExecuted", (/** @type {any} */ output) => {
-          const image = output?.slime_painter?.[0];
+          const image = output?.slime_image?.[0];
           if (image) sent = `${viewUrl({ name: image.filename, subfolder: image.subfolder, type: image.type })}&run=${Date.now()}`;
           refresh();
-          if (output) widget.painter.propose(output.slime_of?.[0] ?? null, output.slime_found?.[0] ?? null);
+          if (output) widget.painter.propose(output.slime_digest?.[0] ?? null, output.slime_initial_masks?.[0] ?? null);
         });
         chain(node, "onConnectionsChange", () => queueMicrotask(refresh));
         /** @type {any} */
@@ -137,7 +137,7 @@ app.registerExtension({
 
 /** @param {any} node */
 function connected(node) {
-  return node.inputs?.some((/** @type {any} */ input) => ["image", "found"].includes(input.name) && input.link != null) ?? false;
+  return node.inputs?.some((/** @type {any} */ input) => ["image", "initial_masks"].includes(input.name) && input.link != null) ?? false;
 }
 
 /** Call something after a node's own handler. @param {any} node @param {string} name @param {(...given: any[]) => void} then */

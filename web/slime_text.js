@@ -2,17 +2,16 @@
 /** Nodes whose result is a text show it, read-only; ComfyUI's own front end draws nothing for it. */
 
 import { app } from "../../scripts/app.js";
-import { ComfyWidgets } from "../../scripts/widgets.js";
 
 const SMALLEST = [340, 220];
-const NODES = new Set(["SLiMeEmbeddingsInfo", "SLiMeEmbeddingsToText", "SLiMeSaveEmbeddings", "SLiMeExportLabels"]);
+const NODES = new Set(["SLiMeSaveEmbeddings", "SLiMeLoadEmbeddings", "SLiMeExportLabels"]);
 
 app.registerExtension({
   name: "slime.text",
   /** @param {any} node */
   nodeCreated(node) {
     if (!NODES.has(node.comfyClass)) return;
-    const { widget } = ComfyWidgets.STRING(node, "result", ["STRING", { multiline: true }], app);
+    const { widget } = app.widgets.STRING(node, "result", ["STRING", { multiline: true }], app);
     widget.serialize = false; // in the workflow
     widget.options.serialize = false; // in the prompt
     widget.options.read_only = true; // on the Nodes 2.0 canvas

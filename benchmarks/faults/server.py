@@ -110,7 +110,9 @@ class Client:
         parts = builder.add("SLiMeSegment", **links, refine="fast", seed=0, **(more or {}))
         return builder, parts
 
-    def teach(self, name: str, start: Start | None = None, **widgets: Any) -> Prompt:
+    def teach(
+        self, name: str, start: Start | None = None, preset: str = "instant", seed: int = 0, **settings: Any
+    ) -> Prompt:
         """Training on one example, and its file."""
         builder, model = self.start(**(start or {}))
         image = builder.add("LoadImage", image=self.shot.image)
@@ -121,7 +123,8 @@ class Client:
             links |= {"previous": [example, 0]} if example else {}
             example = builder.add("SLiMeExample", **links, names=part)
         links = {"model": model, "vae": ["1", 2], "clip": ["1", 1], "examples": [example, 0]}
-        train = builder.add("SLiMeTrain", **links, **({"learning_rate": 0.0, "seed": 0} | widgets))
+        train = builder.add("SLiMeTrain", **links, seed=seed)
+        builder.set_training(train, preset, **settings)
         builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=name, overwrite=True)
         return builder.prompt
 
@@ -178,8 +181,7 @@ def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> Non
         "train paper, checkpointing": training(preset="paper", steps=4, views=2, checkpointing=True),
         "segment": segmenting(3),
         "segment, zoom and crops": segmenting(1, zoom=1, crops=2),
-        "look and read": segmenting(1, "SLiMeLook"),
-        "steady": segmenting(6, "SLiMeSteadyParts"),
+        "smooth": segmenting(6, "SLiMeSteadyParts"),
         "masks, lists, boxes, segs, overlay, evaluate": segmenting(2, *outputs),
     }
     jobs = {name: jobs[name] for name in rng.sample(list(jobs), min(count, len(jobs)))}
@@ -219,18 +221,14 @@ def follow(builder: PromptBuilder, node: str, parts: str) -> None:
         case "SLiMePartMask":
             links |= {"names": "wheel", "mode": "soft", "grow": 2, "feather": 2}
         case "SLiMeEvaluate":
-            links |= {"truth": [parts, 1], "names": "wheel"}
-        case "SLiMeLook":
-            inside = builder.prompt[parts]["inputs"]
-            seen = builder.add(node, **{k: inside[k] for k in ("model", "vae", "embeddings", "image", "seed")})
-            node, links = "SLiMeReadParts", {"look": [seen, 0], "embeddings": inside["embeddings"], "refine": "best"}
+            links |= {"ground_truth": [parts, 1], "names": "wheel"}
     made = builder.add(node, **links)
     match node:
         case "SLiMePartMask" | "SLiMePartList":
             builder.add("MaskPreview", mask=[made, 0])
         case "SLiMeOverlay":
             builder.add("PreviewImage", images=[made, 0])
-        case "SLiMeSteadyParts" | "SLiMeReadParts":
+        case "SLiMeSteadyParts":
             builder.add("MaskPreview", mask=[made, 1])
         case "SLiMeEvaluate":
             builder.add("PreviewImage", images=[made, 2])

@@ -12,6 +12,7 @@ from testing.inprocess import load_flow
 from testing.models import comfy_vision
 from testing.sampling import part_guider, plain_guider, sampled
 from testing.server import FLOW
+from testing.toy import all_vectors
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
@@ -82,15 +83,15 @@ def test_a_patched_clone_and_the_plain_model_segment_alike_in_any_order(tiny, ki
 
     def trained(model: Any) -> torch.Tensor:
         backbone = build_backbone(model, own.vae, own.clip, None)
-        return train(backbone, [tiny.example], preset("instant", backbone.info, views=2)).rows
+        return all_vectors(train(backbone, [tiny.example], preset("instant", backbone.info, views=2)))
 
-    wanted, image, rows = labels(plain), sampled(plain_guider(tiny)), trained(plain)
+    wanted, image, vectors = labels(plain), sampled(plain_guider(tiny)), trained(plain)
     for model in (patched, plain, patched, patched):
         sampled(plain_guider(tiny, model))
         for other in (plain, patched, plain):
             assert torch.equal(labels(other), wanted)
     for model in (patched, plain):
-        assert torch.equal(trained(model), rows)
+        assert torch.equal(trained(model), vectors)
     assert torch.equal(sampled(plain_guider(tiny)), image)
 
 

@@ -47,13 +47,13 @@ def labels() -> np.ndarray:
 
 
 def proposed(output) -> tuple[list[str], np.ndarray]:
-    found = output.ui["slime_found"][0]
+    found = output.ui["slime_initial_masks"][0]
     return [part["name"] for part in found["parts"]], decode_runs(found["runs"], found["width"], found["height"])
 
 
 def test_an_empty_painter_opens_with_parts_and_what_follows_waits(nodes, labels) -> None:
     parts = parts_of(nodes, labels)
-    output = nodes.painter.SLiMePartPainter.execute("", found=parts)
+    output = nodes.painter.SLiMePartPainter.execute("", initial_masks=parts)
     names, opened = proposed(output)
     assert names == ["wheel", "window"] and np.array_equal(opened, labels[0])
     assert output.block_execution is None and all(value.message is None for value in output.args)  # no red
@@ -62,17 +62,17 @@ def test_an_empty_painter_opens_with_parts_and_what_follows_waits(nodes, labels)
         {
             "version": 1,
             "image": None,
-            "parts": output.ui["slime_found"][0]["parts"],
+            "parts": output.ui["slime_initial_masks"][0]["parts"],
             "width": 60,
             "height": 40,
             "runs": encode_runs(opened),
-            "of": output.ui["slime_of"][0],
+            "of": output.ui["slime_digest"][0],
         }
     )
-    examples, pixels, _ = nodes.painter.SLiMePartPainter.execute(saved, found=parts).args
+    examples, pixels, _ = nodes.painter.SLiMePartPainter.execute(saved, initial_masks=parts).args
     assert torch.equal(pixels, parts.images) and np.array_equal(examples[0].labels.numpy(), labels[0])
-    another = nodes.painter.SLiMePartPainter.execute(saved, found=parts_of(nodes, labels))
-    assert "another one" in another.block_execution
+    another = nodes.painter.SLiMePartPainter.execute(saved, initial_masks=parts_of(nodes, labels))
+    assert "another image" in another.block_execution
 
 
 def test_masks_segs_and_boxes_open_the_painter_too(nodes, labels) -> None:
@@ -80,7 +80,7 @@ def test_masks_segs_and_boxes_open_the_painter_too(nodes, labels) -> None:
     wheel, window = (torch.from_numpy(labels[0] == label).float() for label in (1, 2))
 
     def run(found):
-        return proposed(nodes.painter.SLiMePartPainter.execute("", image, found=found))
+        return proposed(nodes.painter.SLiMePartPainter.execute("", image, initial_masks=found))
 
     names, opened = run(torch.stack([wheel, window]))
     assert names == ["part 1", "part 2"] and np.array_equal(opened, labels[0])
@@ -102,20 +102,20 @@ def test_what_cannot_be_painted_says_so(nodes, labels) -> None:
         (parts_of(nodes, np.repeat(labels, 2, 0)), "2 images"),
         (torch.zeros(1, 8, 8), "8x8 but the image is 60x40"),
         (torch.zeros(77, 40, 60), "at most 76"),
-        ("car", "connect SLiMe parts"),
+        ("car", "Connect SLiMe parts"),
     ):
         with pytest.raises(SlimeError, match=wanted):
-            nodes.painter.SLiMePartPainter.execute("", image, found=found)
+            nodes.painter.SLiMePartPainter.execute("", image, initial_masks=found)
 
 
 def test_the_least_sure_image_comes_first(nodes, labels) -> None:
     parts = parts_of(nodes, np.repeat(labels, 3, 0), [[0.5, 0.5], [0.1, 0.3], [0.3, 0.3]])
-    picked, image, index, order = nodes.pick.SLiMePickLeastSure.execute(parts).args
+    picked, image, index, order = nodes.select_image.SLiMePickLeastSure.execute(parts).args
     assert index == 1 and torch.equal(image, parts.images[1:2]) and order == "1: 0.40, 2: 0.60, 0: 1.00"
     assert len(picked.maps) == 1 and picked.maps.confidence.tolist() == pytest.approx([0.4])
-    assert nodes.pick.SLiMePickLeastSure.execute(parts, 3).args[2] == 0
+    assert nodes.select_image.SLiMePickLeastSure.execute(parts, 3).args[2] == 0
     with pytest.raises(SlimeError, match="there are 3 images"):
-        nodes.pick.SLiMePickLeastSure.execute(parts, 4)
+        nodes.select_image.SLiMePickLeastSure.execute(parts, 4)
 
 
 def disc(radius: float) -> np.ndarray:

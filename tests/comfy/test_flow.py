@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.random_models import FLOWS, flow_patcher, flow_text
-from slime import PartEmbeddings, SlimeError, load_embeddings, preset, save_embeddings, segment, train
+from slime import PartEmbeddings, SlimeError, decode, extract, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones.base import ExtractionSpec
 from slime.backbones.layers import LayerChoice
 from testing.toy import toy_example
@@ -69,6 +69,11 @@ def seen(backbone: Any, kind: str, latents: torch.Tensor, read: tuple[str, ...],
     return backbone.extract(latents, plan, torch.zeros_like(latents))
 
 
+def only(features: Any) -> torch.Tensor:
+    (maps,) = features.groups.values()
+    return maps
+
+
 def test_tokens_stand_in_the_images_order(kind: str) -> None:
     """A patch that changes shows at its own place, in the values and in queries and keys."""
     backbone = backbone_of(kind)
@@ -79,7 +84,7 @@ def test_tokens_stand_in_the_images_order(kind: str) -> None:
         changed = latents.clone()
         changed[:, :, y * stride : (y + 1) * stride, x * stride : (x + 1) * stride] += 3
         after = seen(backbone, kind, changed, (first,), (first,))
-        moved = (after.features[0] - before.features[0]).square().sum(1)
+        moved = (only(after) - only(before)).square().sum(1)
         assert (moved.flatten(1).argmax(1) == y * GRID[1] + x).all()
         for one, other in zip(after.attention[0][:2], before.attention[0][:2], strict=True):
             assert ((one - other).square().sum(2).argmax(1) == y * GRID[1] + x).all()
@@ -91,7 +96,7 @@ def test_features_carry_no_rotation_by_place(kind: str) -> None:
     first, latents = next(iter(backbone._blocks)), latents_for(backbone)
     same = latents[:, :, :1, :1].expand_as(latents)
     found = seen(backbone, kind, same, (first,), (first,))
-    maps = found.features[0]
+    maps = only(found)
     assert torch.allclose(maps, maps[:, :, :1, :1].expand_as(maps), atol=1e-5 * float(maps.abs().max()))
     query = found.attention[0].query
     assert not torch.allclose(query, query[:, :1].expand_as(query), atol=1e-2 * float(query.abs().max()))
@@ -108,9 +113,9 @@ def test_reading_many_blocks_reads_what_each_alone_reads_and_ends_early(kind: st
     assert names[3] not in ran
     for handle in handles:
         handle.remove()
-    for place, name in enumerate(read):
+    for place, (name, group) in enumerate(zip(read, together.groups, strict=True)):
         alone = seen(backbone, kind, latents, (name,), (name,))
-        assert torch.equal(alone.features[0], together.features[place])
+        assert torch.equal(only(alone), together.groups[group])
         assert torch.equal(alone.attention[0].key, together.attention[place].key)
     assert not any(block._forward_hooks or block._forward_pre_hooks for block in backbone._blocks.values())
 
@@ -190,7 +195,7 @@ def test_other_models_are_refused(extension) -> None:
 
     patcher = flow_patcher("flux")
     assert isinstance(build_backbone(patcher, None, None, None), ComfyFlow)
-    with pytest.raises(SlimeError, match="no flow transformer"):
+    with pytest.raises(SlimeError, match="not a flow transformer"):
         ComfyFlow(comfy_patcher("sd1"))
     with pytest.raises(SlimeError, match="Connect the VAE"):
         ComfyFlow(patcher).encode_images(torch.rand(1, 64, 64, 3))
@@ -206,7 +211,7 @@ def test_other_models_are_refused(extension) -> None:
 
 def test_a_text_of_another_shape_in_a_file_is_refused(tmp_path) -> None:
     layers, text = LayerChoice(("single.9",), ()), {"text": torch.zeros(2, 3, 4)}
-    made = PartEmbeddings(("a",), torch.zeros(1, 1, 8), text, "", "flux-1", layers, 260, 64)
+    made = PartEmbeddings(("a",), {"g": torch.zeros(1, 8)}, text, "", "flux-1", layers, 260, 64)
     with pytest.raises(SlimeError, match="damaged"):
         load_embeddings(save_embeddings(made, tmp_path / "x.safetensors"))
 
@@ -216,38 +221,38 @@ def test_loras_and_small_weights_are_seen(kind: str) -> None:
     """A LoRA changes what is seen as merging it does; weights of 8 bits, cast as they are used, show about the same."""
     plain = backbone_of(kind)
     first, latents = next(iter(plain._blocks)), latents_for(plain)
-    before = seen(plain, kind, latents, (first,), (first,)).features[0]
+    before = only(seen(plain, kind, latents, (first,), (first,)))
     of_image = ("img_attn.qkv.weight", "x_block.attn.qkv.weight")
     key = next(name for name, _ in plain.model.model.named_parameters() if name.endswith(of_image))
     weight = plain.model.model.state_dict()[key]
     change = 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(7))
     patched = plain.model.clone()
     patched.add_patches({key: ("diff", (change,))})
-    after = seen(backbone_of(kind, patched), kind, latents, (first,), (first,)).features[0]
+    after = only(seen(backbone_of(kind, patched), kind, latents, (first,), (first,)))
     assert not torch.allclose(before, after, atol=1e-3)
     merged = flow_patcher(kind)
     with torch.inference_mode():
         merged.model.state_dict()[key].add_(change)
-    wanted = seen(backbone_of(kind, merged), kind, latents, (first,), (first,)).features[0]
+    wanted = only(seen(backbone_of(kind, merged), kind, latents, (first,), (first,)))
     assert torch.allclose(after, wanted, atol=1e-5)
-    again = seen(plain, kind, latents, (first,), (first,)).features[0]
+    again = only(seen(plain, kind, latents, (first,), (first,)))
     assert torch.equal(before, again), "the LoRA stayed"
 
     small = backbone_of(kind, flow_patcher(kind, dtype=torch.float8_e4m3fn))
-    found = seen(small, kind, latents, (first,), (first,)).features[0]
+    found = only(seen(small, kind, latents, (first,), (first,)))
     assert torch.nn.functional.cosine_similarity(found, before, dim=1).min() > 0.97
 
 
 def test_a_latent_without_its_image_is_shown_as_comfyui_previews_it(kind: str) -> None:
-    from slime_extension.nodes.backbones import shown
+    from slime_extension.nodes.backbones import resolve_inputs
 
     backbone = backbone_of(kind)
     samples = torch.randn(2, backbone.info.channels, 8, 12, generator=torch.Generator().manual_seed(2))
     frames = samples.unsqueeze(2) if backbone._of_video else samples
-    images, taken = shown(None, {"samples": frames}, backbone)
+    images, taken = resolve_inputs(None, {"samples": frames}, backbone)
     assert images.shape == (2, 8 * backbone.info.cell, 12 * backbone.info.cell, 3) and taken.shape == samples.shape
     assert 0 <= images.min() and images.max() <= 1 and images.std() > 0.01
-    same, _ = shown(images, {"samples": frames}, backbone)
+    same, _ = resolve_inputs(images, {"samples": frames}, backbone)
     assert torch.equal(same, images)
     assert (
         backbone_of(kind).info.cell
@@ -257,11 +262,11 @@ def test_a_latent_without_its_image_is_shown_as_comfyui_previews_it(kind: str) -
 
 def test_the_guess_has_the_colours_of_comfyuis_preview(extension) -> None:
     Latent2RGBPreviewer = importlib.import_module("latent_preview").Latent2RGBPreviewer  # noqa: N806
-    from slime_extension.nodes.backbones import shown
+    from slime_extension.nodes.backbones import resolve_inputs
 
     backbone = backbone_of("flux")
     kind = backbone.model.model.latent_format
-    images, taken = shown(None, {"samples": torch.randn(1, 16, 8, 12)}, backbone)
+    images, taken = resolve_inputs(None, {"samples": torch.randn(1, 16, 8, 12)}, backbone)
     preview = Latent2RGBPreviewer(kind.latent_rgb_factors, kind.latent_rgb_factors_bias)
     theirs = torch.from_numpy(np.array(preview.decode_latent_to_preview(taken))).float() / 255
     assert (images[0, 4::8, 4::8] - theirs).abs().mean() < 0.05
@@ -276,7 +281,7 @@ def test_what_cannot_be_looked_into_says_so(extension) -> None:
     wrong = {"text": torch.zeros(13, 24), "pooled_output": torch.zeros(24)}
     with torch.inference_mode(), pytest.raises(SlimeError, match="connect the CLIP"):
         backbone.extract(latents, ExtractionSpec(LayerChoice((name,), ()), wrong, 260), torch.zeros_like(latents))
-    with pytest.raises(SlimeError, match="noise level of 0"):
+    with pytest.raises(SlimeError, match="The timestep is 0"):
         backbone.extract(latents, ExtractionSpec(LayerChoice((name,), ()), {}, 0), torch.zeros_like(latents))
     backbone.vae = Pixels(16, frames=True)
     with pytest.raises(SlimeError, match="another kind of model"):
@@ -294,13 +299,13 @@ def test_what_cannot_be_looked_into_says_so(extension) -> None:
     assert cache_key_of(changed, Pixels(16)) is None
     patcher = flow_patcher("flux")
     patcher.model.diffusion_model = torch.nn.Identity()
-    with pytest.raises(SlimeError, match="other means"):
+    with pytest.raises(SlimeError, match="not ComfyUI's own implementation"):
         ComfyFlow(patcher)
 
 
 def test_text_beyond_half_precision_is_kept_whole(tmp_path) -> None:
     layers = LayerChoice(("layer.3",), ())
     text = torch.tensor([[1.0, -70_000.0], [0.5, 2.0]])
-    made = PartEmbeddings(("a",), torch.zeros(1, 1, 8), {"text": text}, "", "lumina-1", layers, 260, 64)
+    made = PartEmbeddings(("a",), {"g": torch.zeros(1, 8)}, {"text": text}, "", "lumina-1", layers, 260, 64)
     kept = load_embeddings(save_embeddings(made, tmp_path / "x.safetensors")).condition
     assert kept is not None and torch.equal(kept["text"], text)

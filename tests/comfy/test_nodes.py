@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from slime import SlimeError, preset, segment, train
-from testing.toy import ToyUNet, toy_example
+from slime import SlimeError, preset, segment, to_text, train
+from slime.edit import describe
+from testing.toy import ToyUNet, all_vectors, toy_example
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +103,7 @@ def test_feather_holes_and_specks(nodes) -> None:
 
 
 def test_unknown_part_names_what_there_is(nodes) -> None:
-    with pytest.raises(ValueError, match="SLiMe Part Mask: there is no part tail; these were learned: wheel, window"):
+    with pytest.raises(ValueError, match="Part Mask: There is no part tail. The learned parts are: wheel, window"):
         mask_of(nodes, names="tail")
 
 
@@ -120,7 +121,7 @@ GOOD[:, 5:20, 5:20] = 1
         (IMAGE, GOOD, " , ", "No part names"),
         (IMAGE, GOOD, "wheel, window", "1 masks for 2 names"),
         (IMAGE, GOOD.repeat(2, 1, 1), "wheel, wheel", "more than once: wheel"),
-        (IMAGE.repeat(3, 1, 1, 1), GOOD, "wheel", "batch of 3 images"),
+        (IMAGE.repeat(3, 1, 1, 1), GOOD, "wheel", "batch of 3"),
         (torch.rand(1, 1, 1, 3), torch.ones(1, 1, 1), "wheel", "1x1"),
         (torch.full((1, 40, 48, 3), torch.nan), GOOD, "wheel", "NaN"),
     ],
@@ -173,7 +174,8 @@ def test_wrong_models_are_refused(extension) -> None:
     from testing.models import comfy_patcher
 
     with pytest.raises(ValueError, match="another kind of model"):
-        ComfyUNet(SimpleNamespace(model=SimpleNamespace(diffusion_model=torch.nn.Identity())))
+        model = SimpleNamespace(diffusion_model=torch.nn.Identity())
+        ComfyUNet(SimpleNamespace(model=model, object_patches={}, object_patches_backup={}))
     patcher = comfy_patcher("sd1")
     first = patcher.model.diffusion_model.input_blocks[0][0]
     with torch.inference_mode():
@@ -255,9 +257,9 @@ def test_evaluate_scores_named_parts(nodes) -> None:
     both = torch.cat([half, torch.zeros(2, 32, 32)])
     mean, table, _ = nodes.SLiMeEvaluate.execute(item, both, "wheel, window").args
     assert mean == pytest.approx(0.5) and "| window | absent | absent |" in table
-    with pytest.raises(ValueError, match="SLiMe Evaluate: 4 true masks of 32x32 are needed.*got 2 of 32x32"):
+    with pytest.raises(ValueError, match="SLiMe Evaluate: 4 masks of 32x32 are needed.*ground_truth has 2 of 32x32"):
         nodes.SLiMeEvaluate.execute(item, truth, "wheel, window")
-    with pytest.raises(ValueError, match="there is no part door"):
+    with pytest.raises(ValueError, match="There is no part door"):
         nodes.SLiMeEvaluate.execute(item, truth, "door")
 
 
@@ -284,30 +286,32 @@ def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
     renamed = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = tyre\nblue = #010203").args[0]
     assert renamed.names == ("tyre", "blue") and renamed.palette[1] == (1, 2, 3)
     only = nodes.SLiMeEmbeddingsMerge.execute(first, None, "red = drop").args[0]
-    assert only.names == ("blue",) and torch.equal(only.rows, first.rows[:, 1:])
+    assert only.names == ("blue",)
+    assert all(torch.equal(only.vectors[name], vector[1:]) for name, vector in first.vectors.items())
     left = nodes.SLiMeEmbeddingsMerge.execute(first, None, "blue = drop").args[0]
     merged, names = nodes.SLiMeEmbeddingsMerge.execute(left, only).args
-    assert names == "red, blue" and torch.equal(merged.rows, first.rows) and len(set(merged.palette)) == 2
+    assert names == "red, blue" and len(set(merged.palette)) == 2
+    assert torch.equal(all_vectors(merged), all_vectors(first))
     image = toy_example(4).image[None]
     expected = segment(toy, image, first)[0].probabilities
     torch.testing.assert_close(segment(toy, image, merged)[0].probabilities, expected)
-    text = nodes.SLiMeEmbeddingsToText.execute(merged).args[0]
-    again, names = nodes.SLiMeEmbeddingsFromText.execute(f"  {text}\n").args
+    text = to_text(merged)
+    again, names = nodes.SLiMeLoadEmbeddings.execute("", f"  {text}\n").args
     same = segment(toy, image, again)[0].label_map == expected.argmax(1)
     assert names == "red, blue" and same.float().mean() > 0.99
-    info = nodes.SLiMeEmbeddingsInfo.execute(first).args[0]
+    info = describe(first)
     assert "parts (2): red, blue" in info and "instant" in info and "loss:" in info
     paper = train(toy, [toy_example(0)], preset("paper", steps=1, views=1))
     for call, message in (
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, first), "more than once: blue, red"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, paper), "preset paper"),
-        (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "stand in one text together"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "learned together in one text"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), 'no part "c"'),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "red tyre"), "is not a change"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(only, None, "blue = drop"), "No part would be left"),
-        (lambda: nodes.SLiMeEmbeddingsFromText.execute(text[:-20]), "cut off or changed"),
+        (lambda: nodes.SLiMeLoadEmbeddings.execute("", text[:-20]), "cut off or changed"),
     ):
-        with pytest.raises(ValueError, match=f"^SLiMe Embeddings .*{message}"):
+        with pytest.raises(ValueError, match=f"^SLiMe (Embeddings Merge|.*Load).*{message}"):
             call()
     other = train(toy, [toy_example(0)], preset("instant", views=2, timestep=50))
     with pytest.raises(ValueError, match="other settings"):
@@ -337,27 +341,16 @@ def test_progress_says_what_is_left(extension) -> None:
 
 
 def test_the_bar_spans_the_whole_training(extension) -> None:
-    from slime_extension.nodes.train import SHARES, STAGES, done_share
+    from slime_extension.nodes.train import STAGE_SHARES, STAGES, done_share
 
     from slime.training.progress import StepReport
 
     for chosen, last, probed in (("instant", "fit", False), ("instant", "fit", True), ("paper", "train", False)):
-        stages = (*(("layers",) if probed else ()), *SHARES[chosen], last)
+        stages = (*(("layers",) if probed else ()), *STAGE_SHARES[chosen], last)
         reports = [StepReport(stage, n, 4, {}, lambda: None) for stage in stages for n in range(1, 5)]
         shares = [done_share(report, chosen, probed) for report in reports]
         assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] == 1
         assert {report.stage for report in reports} <= set(STAGES)
-
-
-def test_widgets_of_the_other_preset_do_not_count_and_zeros_leave_the_presets_value(extension) -> None:
-    from slime_extension.nodes.train import _settings
-
-    toy = ToyUNet()
-    untouched = {"steps": 0, "learning_rate": 0.0, "seed": 3, "views": 0, "crop": 0.0, "l2": 0.0, "timestep": 0}
-    assert _settings("instant", toy, **untouched) == preset("instant", seed=3)
-    assert _settings("paper", toy, **untouched | {"l2": 0.5}) == preset("paper", seed=3)
-    changed = _settings("instant", toy, **untouched | {"learning_rate": 1.0, "cross_layers": "auto", "recolor": "mild"})
-    assert changed == preset("instant", seed=3, read_layers="auto", recolor=0.3)
 
 
 @pytest.mark.parametrize(("node", "chosen"), [("SLiMeInstantSettings", "instant"), ("SLiMePaperSettings", "paper")])
@@ -369,7 +362,8 @@ def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(exte
     values = {item.id: item.default for item in kind.define_schema().inputs}
     settings = kind.execute(**values).args[0]
     same = preset(chosen, seed=3)
-    assert _settings(chosen, toy, seed=3, settings=settings, views=7) == same  # an older workflow's views do not count
+    assert _settings(chosen, toy, 3, settings) == same == _settings(chosen, toy, 3, None)
+    assert kind.execute().args[0].for_preset(chosen).keys() <= settings.for_preset(chosen).keys()
     for name, value in {
         "views": 5,
         "steps": 9,
@@ -378,13 +372,8 @@ def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(exte
         "flip": "off",
         "cross_layers": "auto",
     }.items():
-        changed = _settings(chosen, toy, seed=3, settings=kind.execute(**values | {name: value}).args[0])
+        changed = _settings(chosen, toy, 3, kind.execute(**values | {name: value}).args[0])
         field = train_settings.LAYERS.get(name, name)
         assert changed == dataclasses.replace(same, **{field: False if name == "flip" else value})
-    with pytest.raises(SlimeError, match=f"for the preset {chosen}; it says other"):
-        settings.of("other")
-
-
-def test_a_workflow_with_the_preset_that_is_gone_hears_why(nodes) -> None:
-    assert "thorough is gone" in nodes.SLiMeTrain.validate_inputs("thorough")
-    assert nodes.SLiMeTrain.validate_inputs("paper") is True and "no preset" in nodes.SLiMeTrain.validate_inputs("x")
+    with pytest.raises(SlimeError, match=f"connected settings are for {chosen}"):
+        settings.for_preset("other")

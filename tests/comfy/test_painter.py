@@ -71,16 +71,16 @@ def test_an_image_of_the_input_folder_is_read_and_watched(painter, labels, tmp_p
     os.utime(path, ns=(1, 1))
     assert node.fingerprint_inputs(text) != before
     path.unlink()
-    with pytest.raises(SlimeError, match=r"SLiMe Part Painter: the image slime/car.png \[input\] is not there"):
+    with pytest.raises(SlimeError, match=r"SLiMe Part Painter: The image slime/car.png \[input\] no longer exists"):
         node.execute(text)
 
 
 def test_nothing_painted_shows_the_image_and_blocks_what_follows(painter) -> None:
     for text in ("", painting(np.zeros((4, 4), int))):
         output = painter.SLiMePartPainter.execute(text, torch.rand(1, 32, 32, 3))
-        assert "nothing is painted yet" in output.block_execution
-        assert output.ui["slime_painter"][0]["filename"].endswith(".png")
-    with pytest.raises(SlimeError, match="there is no image"):
+        assert "nothing is painted" in output.block_execution
+        assert output.ui["slime_image"][0]["filename"].endswith(".png")
+    with pytest.raises(SlimeError, match="There is no image"):
         painter.SLiMePartPainter.execute("")
 
 

@@ -98,7 +98,7 @@ def test_scores_was_and_gradients_agree(pair) -> None:
         assert close(a, b), f"{name}: {float((a - b).abs().max()):.2e} of {float(b.abs().max()):.2e}"
 
 
-def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
+def test_features_agree_and_are_linear_in_the_tokens(pair) -> None:
     """The features of both hosts agree, and phi . e is the score that the layers themselves give for e."""
     from slime.backbones.attention import cross_scores
     from slime.backbones.base import ExtractionSpec, choose_layers
@@ -113,8 +113,8 @@ def test_features_agree_and_are_linear_in_the_rows(pair) -> None:
         with torch.inference_mode():
             seen = denoiser.extract(latents, ExtractionSpec(choice, condition(rows, pooled), 60), noise)
             layers = capture_attention(denoiser, latents, 60, noise, Context(rows, pooled), choice).cross.values()
-        found.append(seen.features)
-        for size_group in seen.features:
+        found.append(list(seen.groups.values()))
+        for size_group in seen.groups.values():
             direct = sum(cross_scores(a, 77) for a in layers if (a.height, a.width) == tuple(size_group.shape[-2:]))
             assert close(torch.einsum("bdhw,kd->bkhw", size_group, rows), direct / len(choice.read))
     for a, b in zip(*found, strict=True):
@@ -125,8 +125,8 @@ def condition(rows: torch.Tensor, pooled: torch.Tensor | None) -> dict[str, torc
     return {"context": rows} | ({} if pooled is None else {"pooled": pooled})
 
 
-def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
-    """Rows behind the context get keys from every host's own layers, and change no prediction."""
+def test_extra_tokens_are_scored_and_attended_by_nothing(pair) -> None:
+    """Tokens behind the context get keys from every host's own layers, and change no prediction."""
     from slime.backbones.attention import was_maps
     from slime.backbones.base import ExtractionSpec, choose_layers
     from slime.backbones.text import Capture, Context
@@ -149,13 +149,14 @@ def test_extra_rows_are_scored_and_attended_by_nothing(pair) -> None:
                 assert captures[1].cross[name].key.shape[1] == len(rows) + 4
             plan = ExtractionSpec(choice, condition(rows, pooled), 60)
             noise = randn(*noisy.shape, generator=torch.Generator().manual_seed(2))
-            offsets = torch.stack([rows[1:4], rows[4:7]]) - rows[0]
-            scored = denoiser.score(noisy, plan, noise, [offsets], [3])
+            features = denoiser.extract(noisy, plan, noise)
+            offsets = {name: rows[i : i + 3] - rows[0] for i, name in enumerate(features.groups, start=1)}
+            scored = denoiser.score_parts(noisy, plan, noise, [offsets])
             (logits,) = scored.logits
             assert bool(scored.propagated) == (denoiser is denoisers[0] and layout != "sdxl")
             for was in scored.propagated:
                 assert close(was, was_maps(scored.attention, logits.softmax(1)))
-            assert close(logits, part_logits(denoiser.extract(noisy, plan, noise), offsets))
+            assert close(logits, part_logits(features, offsets))
         found.append(logits)
     assert close(*found)
 
@@ -197,7 +198,7 @@ def test_maps_propagated_in_the_pass_have_the_same_gradient(pair) -> None:
         for maps in (None, partial(_maps, labels)):
             with denoiser.differentiable(False):
                 learned = rows.clone().requires_grad_(True)
-                capture = Capture(choice, maps=maps)
+                capture = Capture(choice, make_maps=maps)
                 noise = denoiser.predict_noise(noisy.clone(), 60, Context(learned, pooled), capture)
                 was = _was_maps(capture, mean_scores(capture, 4, labels).softmax(1))
                 (noise.square().mean() + (weights * was).sum()).backward()
@@ -224,7 +225,7 @@ def test_weights_are_restored(extension, comfy_path) -> None:
     assert forwards == [dict(vars(m)).get("forward") for m in patcher.model.modules()]
 
 
-def test_offloaded_weights_with_lora_learn_the_same_rows(extension) -> None:
+def test_offloaded_weights_with_lora_learn_the_same_tokens(extension) -> None:
     """A partially loaded model, whose LoRA is applied on the fly, gives the features and gradients of a full one."""
     from slime_extension.nodes.comfy_unet import ComfyUNet
 
@@ -276,7 +277,7 @@ def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
     found, learned = [], []
     for denoiser in (ours, theirs):
         with torch.inference_mode():
-            prompt = denoiser.encode_prompt("a red car with blue windows on sand").rows
+            prompt = denoiser.encode_prompt("a red car with blue windows on sand").tokens
             latents = denoiser.encode_images(image)
             learned.append(train(denoiser, [example], preset("instant", denoiser.info, views=6, steps=30)))
             # What one host learned, both segment with.

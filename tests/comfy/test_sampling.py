@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from slime import PartEmbeddings, SegmentSettings, SlimeError, preset, segment, train
+from slime import PartEmbeddings, SlimeError, preset, segment, train
+from slime.settings import SHARED
 from testing import splits
 from testing.inprocess import load_flow
 from testing.models import LAYOUTS, comfy_patcher, comfy_vision
-from testing.sampling import SIDE, STEPS, masked_model, part_guider, plain_guider, redrawn, sampled
+from testing.sampling import SIDE, STEPS, part_guider, plain_guider, sampled
 from testing.server import FLOW, MODEL
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
@@ -32,13 +33,6 @@ NOTHING_TO_DO = {
 def test_where_there_is_nothing_to_do_sampling_is_plain_to_the_bit(tiny, options) -> None:
     assert torch.equal(sampled(part_guider(tiny, **options)), sampled(plain_guider(tiny)))
 
-
-@pytest.mark.parametrize("options", [{"names": "wing"}, {"start_percent": 1.0}, {"min_confidence": 2.0}])
-@pytest.mark.parametrize("began", ["empty", "image"])
-def test_a_masked_model_is_plain_where_there_is_nothing_to_do(tiny, options, began) -> None:
-    latent = tiny.encoded if began == "image" else torch.zeros_like(tiny.encoded)
-    plain = redrawn(tiny, tiny.backbone.model, latent)
-    assert torch.equal(redrawn(tiny, masked_model(tiny, **options), latent), plain)
 
 
 def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
@@ -65,22 +59,22 @@ def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
 )
 def test_looks_come_when_they_are_wanted(tiny, monkeypatch, options, steps) -> None:
     from slime_extension.nodes import part_prompts
-    from slime_extension.nodes.sampling_segmenter import SamplingSegmenter, step_of
+    from slime_extension.nodes.sampling_segmenter import SamplingSegmenter, current_step
 
     looked: list[int] = []
     now = [0]
 
     def counted(*args: Any) -> Any:
-        now[0] = step_of(*args)[0]
-        return step_of(*args)
+        now[0] = current_step(*args)[0]
+        return current_step(*args)
 
     def look(*args: Any) -> Any:
         looked.append(now[0])
         return find(*args)
 
-    find = SamplingSegmenter.look
-    monkeypatch.setattr(part_prompts, "step_of", counted)
-    monkeypatch.setattr(SamplingSegmenter, "look", look)
+    find = SamplingSegmenter.segment
+    monkeypatch.setattr(part_prompts, "current_step", counted)
+    monkeypatch.setattr(SamplingSegmenter, "segment", look)
     sampled(part_guider(tiny, **options))
     assert looked == steps
 
@@ -171,7 +165,7 @@ def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch
         "memory": torch.cuda.OutOfMemoryError("none left"),
         "mistake": SlimeError("cannot be"),
     }
-    real, count = SamplingSegmenter.look, [0]
+    real, count = SamplingSegmenter.segment, [0]
 
     def failing(*args: Any) -> Any:
         count[0] += 1
@@ -182,13 +176,10 @@ def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch
 
     before, model = sampled(plain_guider(tiny)), tiny.backbone.model
     options, hooks = dict(model.model_options), len(model.model.diffusion_model._forward_hooks)
-    monkeypatch.setattr(SamplingSegmenter, "look", failing)
+    monkeypatch.setattr(SamplingSegmenter, "segment", failing)
     guider = part_guider(tiny, update_every=1)
     with pytest.raises(type(errors[failure])):
         sampled(guider)
-    if not late:
-        with pytest.raises(type(errors[failure])):
-            redrawn(tiny, masked_model(tiny), tiny.encoded)
     monkeypatch.undo()
     assert guider._denoised is None and not guider._masks
     assert model.model_options == options and len(model.model.diffusion_model._forward_hooks) == hooks
@@ -216,28 +207,6 @@ def test_no_weights_move_while_sampling_runs(tiny, monkeypatch) -> None:
     assert all(mask.device.type == "cpu" for mask in guider.used)
 
 
-def test_a_masked_model_keeps_the_rest_of_the_picture(tiny) -> None:
-    """Of an image that sampling began with; an earlier mask of the latent counts as well."""
-    settings = SegmentSettings(refine="off")
-    inside = segment(tiny.backbone, tiny.car, tiny.embeddings, settings)[0].label_map[0] == 4
-    assert tiny.embeddings.names[3] == "wheel"
-    cells = torch.nn.functional.max_pool2d(inside[None].float(), 8)[0]
-    near = torch.nn.functional.max_pool2d(cells[None], 9, 1, 4)[0] > 0
-    model = masked_model(tiny, start_percent=0.0)
-    moved = (redrawn(tiny, model, tiny.encoded) - tiny.encoded).abs().mean(1)[0]
-    assert moved[~near].max() < 1e-4 < moved[cells > 0].mean()
-    left = torch.zeros(1, 8 * SIDE, 8 * SIDE)
-    left[..., : 4 * SIDE] = 1
-    moved = (redrawn(tiny, model, tiny.encoded, left) - tiny.encoded).abs().mean(1)[0]
-    assert moved[:, SIDE // 2 + 1 :].max() < 1e-4 < moved[:, : SIDE // 2].max()
-
-
-def test_an_empty_latent_keeps_what_sampling_had_come_to(tiny) -> None:
-    latent = torch.zeros_like(tiny.encoded)
-    plain = redrawn(tiny, tiny.backbone.model, latent)
-    found = redrawn(tiny, masked_model(tiny, start_percent=0.7), latent)
-    assert not torch.equal(found, plain)
-    assert (found - plain).abs().mean() < 0.3 * plain.abs().mean()
 
 
 def test_the_detailer_redraws_parts_and_nothing_else(tiny) -> None:
@@ -261,7 +230,7 @@ def test_the_detailer_redraws_parts_and_nothing_else(tiny) -> None:
     assert torch.equal(image[mask == 0], images[mask == 0]) and not torch.equal(image[mask > 0.9], images[mask > 0.9])
     assert torch.equal(run()[0], image) and not torch.equal(run(seed=8)[0], image)
     assert torch.equal(run(denoise=0.0)[0], images) and not run(minimum_area=100_000)[1].any()
-    with pytest.raises(SlimeError, match="SLiMe Part Detailer: there is no part wing"):
+    with pytest.raises(SlimeError, match="SLiMe Part Detailer: There is no part wing"):
         run(names="wing")
 
 
@@ -286,9 +255,9 @@ def test_stable_diffusions_relatives_are_watched(layout) -> None:
     pooled = torch.randn(1, 32, generator=generator)
     backbone = ComfyUNet(patcher)
     condition = {"context": rows[0]} | ({"pooled": pooled[0]} if layout == "sdxl" else {})
-    learned = torch.randn(1, 1, rows.shape[2], generator=generator)
+    learned = torch.randn(1, rows.shape[2], generator=generator)
     info, layers = backbone.info, backbone.default_layers()
-    embeddings = PartEmbeddings(("a",), 5 * learned, condition, "", info.id, layers, 100, 128)
+    embeddings = PartEmbeddings(("a",), {SHARED: 5 * learned}, condition, "", info.id, layers, 100, 128)
     cond = [[rows, {"pooled_output": pooled}]]
     prompts = SLiMePartPrompt.execute(embeddings, [[2 * rows, {"pooled_output": pooled}]]).args[0]
     guider = SLiMePartGuider.execute(patcher, cond, cond, prompts, 2.0).args[0]
@@ -359,7 +328,7 @@ def test_a_preview_decoder_stands_in_for_the_vae(tiny, monkeypatch, tmp_path) ->
     save_file(decoder, str(tmp_path / "taesd_decoder.safetensors"))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae_approx", ([str(tmp_path)], {".safetensors"}))
     by_preview = part_guider(tiny, **looking)
-    assert by_preview.used == [] and not any(backbone.vae.patcher is one for one in by_preview._watcher._beside)
+    assert by_preview.used == [] and not any(backbone.vae.patcher is one for one in by_preview._segmenter._beside)
     found = sampled(by_preview)
     assert by_preview.used[0].any() and (by_preview.used[0] - by_vae.used[0]).abs().mean() < 0.01
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
@@ -374,5 +343,5 @@ def test_what_cannot_be_watched_says_so(tiny) -> None:
         part_guider(tiny, compiled)
     with pytest.raises(SlimeError, match="SLiMe Part Guider: These embeddings .* were learned on"):
         part_guider(tiny, load_flow(FLOW).model)
-    with pytest.raises(SlimeError, match="A CFGGuider finds no parts"):
+    with pytest.raises(SlimeError, match="The guider is a CFGGuider, which has no masks"):
         SLiMeGuiderMasks.execute(plain_guider(tiny), {"samples": torch.zeros(1, 4, 8, 8)})

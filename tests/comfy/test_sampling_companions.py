@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from demo.pack.shapes import UNET_CONFIG
-from testing.sampling import masked_model, part_guider, plain_guider, redrawn, sampled, with_entries
+from testing.sampling import part_guider, plain_guider, sampled, with_entries
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
@@ -63,16 +63,16 @@ QUERY = "output_blocks.8.1.transformer_blocks.0.attn2.to_q.weight"
 
 @pytest.mark.parametrize("where", [("positive",), ("part",), ("positive", "negative", "part")])
 def test_hooks_of_a_lora_apply_where_they_are_set_and_not_to_looks(tiny, monkeypatch, where) -> None:
-    from slime_extension.nodes import watching
+    from slime_extension.nodes import sampling_segmenter
 
     weight = tiny.backbone.model.model.diffusion_model.get_parameter(QUERY)
-    before, seen, real = weight.clone(), [], vars(watching)["segment"]
+    before, seen, real = weight.clone(), [], vars(sampling_segmenter)["segment"]
 
     def segment(*args: Any, **named: Any) -> Any:
         seen.append(torch.equal(tiny.backbone.model.model.diffusion_model.get_parameter(QUERY), before))
         return real(*args, **named)
 
-    monkeypatch.setattr(watching, "segment", segment)
+    monkeypatch.setattr(sampling_segmenter, "segment", segment)
     hook, plain = a_hook(), {"positive": tiny.whole, "negative": tiny.nothing, "part": tiny.part}
     without = part_guider(tiny, update_every=1)
     guider = part_guider(tiny, update_every=1, **{name: with_entries(plain[name], hooks=hook) for name in where})
@@ -128,10 +128,9 @@ def test_little_memory_changes_no_picture(tiny, monkeypatch, lora) -> None:
         up, down = (torch.randn(shape, generator=generator) for shape in ((64, 4), (4, 64)))
         model.add_patches({f"diffusion_model.{QUERY}": ("diff", (0.3 * up @ down,))})
 
-    def run() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
         guider = part_guider(tiny, model, update_every=1)
-        restricted = redrawn(tiny, masked_model(tiny, model), tiny.encoded)
-        return sampled(guider), guider.used[0], restricted
+        return sampled(guider), guider.used[0]
 
     wanted = run()
     management.unload_all_models()

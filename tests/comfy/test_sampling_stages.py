@@ -1,4 +1,4 @@
-"""Parts while sampling in further graphs: two stages, chained nodes, ranges and masks of a part, odd schedules."""
+"""Parts while sampling in further graphs: ranges and masks of a part, odd schedules."""
 
 from __future__ import annotations
 
@@ -10,64 +10,13 @@ import torch
 
 from slime import segment
 from testing.inprocess import load_backbone
-from testing.sampling import SIDE, masked_model, part_guider, redrawn, sampled, with_entries
+from testing.sampling import SIDE, part_guider, sampled, with_entries
 from testing.server import MODEL
 
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
-def in_two_stages(tiny, first: Any, second: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """As two KSamplerAdvanced: what the first leaves, with its noise, and what the second makes of it."""
-    import comfy.sample
 
-    latent = torch.zeros(1, 4, SIDE, SIDE)
-    noise = comfy.sample.prepare_noise(latent, 3)
-    usual = {"disable_pbar": True, "seed": 3, "last_step": 8}
-    given = (8, 3.0, "euler", "normal", tiny.whole, tiny.nothing)
-    left = comfy.sample.sample(
-        first, noise, *given, latent, **(usual | {"start_step": 0, "last_step": 3, "force_full_denoise": False})
-    )
-    nothing = torch.zeros_like(noise)
-    later = usual | {"disable_noise": True, "start_step": 3, "force_full_denoise": True}
-    return left, comfy.sample.sample(second, nothing, *given, left, **later)
-
-
-def test_a_second_stage_keeps_the_picture_and_not_its_noise(tiny) -> None:
-    model = tiny.backbone.model
-    left, plain = in_two_stages(tiny, model, model)
-    same, found = in_two_stages(tiny, model, masked_model(tiny, start_percent=0.2))
-    assert torch.equal(same, left) and not torch.equal(found, plain)
-    assert (found - plain).abs().mean() < 0.3 * plain.abs().mean()
-    assert (found - left).abs().amax(1).min() > 1e-3  # no cell is the noisy latent
-    both = in_two_stages(tiny, *[masked_model(tiny, start_percent=0.2)] * 2)[1]
-    assert (both - plain).abs().mean() < 0.6 * plain.abs().mean()
-
-
-@pytest.mark.parametrize("kind", ["EPS", "CONST"])
-def test_noise_is_found_by_the_models_own_rule(kind) -> None:
-    import comfy.model_sampling
-    from slime_extension.nodes.part_latent_mask import noise_in
-
-    rule = getattr(comfy.model_sampling, kind)()
-    picture, noise, sigma = torch.rand(2, 4, 5, 5), torch.randn(2, 4, 5, 5), torch.tensor([0.3, 0.3])
-    noisy = rule.noise_scaling(sigma.reshape(-1, 1, 1, 1), noise, picture)
-    torch.testing.assert_close(noise_in(noisy, picture, sigma, rule), noise, rtol=1e-4, atol=1e-4)
-
-
-def test_chained_masks_keep_what_the_first_kept(tiny) -> None:
-    """One of no part, and one of another part later, on an empty latent."""
-    latent = torch.zeros_like(tiny.encoded)
-    plain = redrawn(tiny, tiny.backbone.model, latent)
-    first = masked_model(tiny, start_percent=0.4)
-    alone = redrawn(tiny, first, latent)
-    assert not torch.equal(alone, plain)
-    for second in (masked_model(tiny, first, names="wing", start_percent=0.4), first):
-        torch.testing.assert_close(redrawn(tiny, second, latent), alone, rtol=1e-3, atol=1e-3)
-    begun = masked_model(tiny, masked_model(tiny, names="wing", start_percent=0.4), start_percent=0.4)
-    torch.testing.assert_close(redrawn(tiny, begun, latent), alone, rtol=1e-3, atol=1e-3)
-    later = masked_model(tiny, first, names="window", start_percent=0.7)
-    found = redrawn(tiny, later, latent)
-    assert (found - alone).abs().mean() < 0.2 * plain.abs().mean() and (found - plain).abs().mean() > 0
 
 
 def test_where_a_parts_prompt_does_not_apply_the_pictures_own_does(tiny, monkeypatch) -> None:
@@ -94,15 +43,15 @@ def test_where_a_parts_prompt_does_not_apply_the_pictures_own_does(tiny, monkeyp
 
 def test_a_copy_of_the_model_that_is_sampled_is_looked_at_itself(tiny, monkeypatch) -> None:
     """As newer cores take one for hooks on models that are loaded piece by piece."""
-    from slime_extension.nodes import watching
+    from slime_extension.nodes import sampling_segmenter
 
-    other, seen, real = load_backbone(MODEL), [], vars(watching)["segment"]
+    other, seen, real = load_backbone(MODEL), [], vars(sampling_segmenter)["segment"]
 
     def segment(eye: Any, *args: Any, **named: Any) -> Any:
         seen.append(eye.model.model)
         return real(eye, *args, **named)
 
-    monkeypatch.setattr(watching, "segment", segment)
+    monkeypatch.setattr(sampling_segmenter, "segment", segment)
     guider = part_guider(tiny, update_every=1)
     wanted = sampled(guider)
     assert all(one is tiny.backbone.model.model for one in seen)
@@ -118,11 +67,11 @@ def test_what_two_nodes_look_with_is_loaded_with_the_model(tiny) -> None:
     first, second = (SimpleNamespace(model=object()) for _ in range(2))
     for one in (first, second):
         one.clone = lambda one=one: one
-    watcher = SamplingSegmenter(tiny.backbone.model, None, None, None, [tiny.embeddings])
-    watcher._beside = [first]
-    watcher.model = watcher.ready()
-    watcher._beside = [second]
-    assert watcher.ready().get_additional_models_with_key(KEY) == [first, second]
+    segmenter = SamplingSegmenter(tiny.backbone.model, None, None, None, [tiny.embeddings])
+    segmenter._beside = [first]
+    segmenter.model = segmenter.model_to_sample()
+    segmenter._beside = [second]
+    assert segmenter.model_to_sample().get_additional_models_with_key(KEY) == [first, second]
 
 
 def test_a_sampler_that_goes_on_at_another_size(tiny) -> None:
@@ -148,10 +97,10 @@ def test_every_prompt_has_its_mask(tiny) -> None:
 
 
 def test_steps_are_counted_in_any_schedule() -> None:
-    from slime_extension.nodes.sampling_segmenter import step_of
+    from slime_extension.nodes.sampling_segmenter import current_step
 
     def counted(sigmas: list[float], now: float) -> tuple[int, int]:
-        return step_of(torch.tensor([now]), {"transformer_options": {"sample_sigmas": torch.tensor(sigmas)}})
+        return current_step(torch.tensor([now]), {"transformer_options": {"sample_sigmas": torch.tensor(sigmas)}})
 
     assert [counted([8.0, 4.0, 2.0, 0.0], now) for now in (8.0, 5.0, 4.0, 2.0)] == [(0, 3), (1, 3), (1, 3), (2, 3)]
     assert counted([8.0, 4.0, 2.0], 2.0) == (1, 2)  # the second half of a last step that does not end at 0

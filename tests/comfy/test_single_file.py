@@ -119,7 +119,7 @@ def test_text_is_encoded_as_the_model_wants_it(written) -> None:
                 last_but_one = tower.text_model.final_layer_norm(last_but_one)
             rows.append(seen.last_hidden_state if layout == "sd1" else last_but_one)
             pooled = seen.text_embeds[0] if layout == "sdxl" and hasattr(seen, "text_embeds") else None
-    torch.testing.assert_close(found.rows, torch.cat(rows, -1)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(found.tokens, torch.cat(rows, -1)[0], rtol=1e-4, atol=1e-4)
     assert (found.pooled is None) == (pooled is None)
     if pooled is not None:
         torch.testing.assert_close(found.pooled, pooled, rtol=1e-4, atol=1e-4)
@@ -145,9 +145,9 @@ def test_images_and_features_are_comfyuis(written, extension) -> None:
         plan = ExtractionSpec(ours.default_layers(), condition, 100)
         noise = seeded_noise(latents.shape, 0, latents.device)
         seen, known = (backbone.extract(latents, plan, noise) for backbone in (ours, theirs))
-    assert seen.grid == known.grid and len(seen.features) == len(known.features)
-    for features, expected in zip(seen.features, known.features, strict=True):
-        torch.testing.assert_close(features, expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
+    assert seen.grid == known.grid and seen.groups.keys() == known.groups.keys()
+    for name, expected in known.groups.items():
+        torch.testing.assert_close(seen.groups[name], expected, rtol=1e-3, atol=2e-4 * float(expected.abs().max()))
 
 
 def test_a_model_that_predicts_v_is_told_by_its_norms(written, tmp_path) -> None:

@@ -10,7 +10,17 @@ import pytest
 import torch
 
 from benchmarks.random_models import randomise
-from slime import SegmentSettings, SlimeError, load_embeddings, preset, save_embeddings, segment, train
+from slime import (
+    SegmentSettings,
+    SlimeError,
+    decode,
+    extract,
+    load_embeddings,
+    preset,
+    save_embeddings,
+    segment,
+    train,
+)
 from slime.backbones import vit
 from slime.backbones.base import ExtractionSpec, seeded_noise
 from slime.backbones.fused import FusedBackbone
@@ -56,10 +66,10 @@ def test_features_are_the_models_own_tokens_at_any_aspect(kind: str) -> None:
     images, seen = features_of(backbone, (8 * patch, 12 * patch), LayerChoice((last,), ("block.0",)))
     pixels = (images.movedim(-1, 1) - backbone._mean) / backbone._std
     with torch.no_grad():
-        own = model(pixels, **backbone._more).last_hidden_state
+        own = model(pixels, **backbone._options).last_hidden_state
         if kind == "clip":
             own = model.vision_model.post_layernorm(own)
-    (maps,) = seen.features
+    (maps,) = seen.groups.values()
     assert maps.shape == (2, 64, 8, 12) and seen.grid == (8, 12)
     assert torch.allclose(maps.flatten(2).transpose(1, 2), own[:, -96:], atol=1e-4)
 
@@ -77,8 +87,8 @@ def test_comfyui_and_transformers_agree(kind: str) -> None:
     layers = LayerChoice(tuple(layer.name for layer in comfy.layers), ("block.1", "block.2"))
     with torch.inference_mode():
         ours, others = (features_of(backbone, size, layers)[1] for backbone in (comfy, theirs))
-    scale = others.features[0].abs().max()
-    assert torch.allclose(ours.features[0], others.features[0], atol=2e-4 * float(scale))
+    for name, wanted in others.groups.items():
+        assert torch.allclose(ours.groups[name], wanted, atol=2e-4 * float(wanted.abs().max()))
     for one, other in zip(ours.attention, others.attention, strict=True):
         assert torch.allclose(one.query, other.query, atol=1e-3) and torch.allclose(one.key, other.key, atol=1e-3)
     assert not any(module._forward_hooks for module in (*comfy.module.modules(), *source.modules()))

@@ -57,7 +57,7 @@ def test_colors_take_the_nearest_within_ten_levels() -> None:
         (IMAGE, {"background": mask(0, 2)}, "not a part"),
         (IMAGE, {"": mask(0, 2)}, "empty name"),
         (IMAGE, {f"p{i}": mask(0, 2) for i in range(77)}, "77 parts given; at most 76"),
-        (IMAGE, {"a": mask(2, 4), "b": mask(0, 9)}, "cover a completely"),
+        (IMAGE, {"a": mask(2, 4), "b": mask(0, 9)}, "cover it"),
         (torch.rand(1, 1, 3), {"a": torch.ones(1, 1)}, "1x1"),
         (torch.full((20, 24, 3), float("nan")), {"a": mask(0, 2)}, "1440 NaN"),
         (IMAGE * 255, {"a": mask(0, 2)}, r"\[0, 1\]"),

@@ -23,7 +23,7 @@ import locale, sys
 assert locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"), "this system has no other encoding"
 from pathlib import Path
 from slime import load_embeddings, save_embeddings, to_text
-from tests.test_windows import taught
+from tests.unit.test_windows import taught
 path = save_embeddings(taught(), Path(sys.argv[1]) / "teile.safetensors")
 assert load_embeddings(path).names == taught().names and to_text(taught())
 """
