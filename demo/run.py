@@ -64,10 +64,13 @@ def build_prompt(
     targets: Sequence[str],
     name: str,
     seed: int = 0,
-    train_changes: Mapping[str, Any] = NONE,
+    preset: str = "instant",
+    train_settings: Mapping[str, Any] = NONE,
     segment_changes: Mapping[str, Any] = NONE,
 ) -> tuple[Prompt, list[tuple[str, str]]]:
-    """The bundled "learn and segment" workflow with these examples and every target, and the nodes to read.
+    """Return the bundled workflow with these examples and every target, and the nodes to read.
+
+    ``train_settings`` are inputs of the preset's settings node.
 
     Returns:
         The prompt, and for every target the ids of the nodes that save its overlay and its label map.
@@ -76,8 +79,9 @@ def build_prompt(
     prompt = builder.prompt
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = checkpoint
     prompt[find(prompt, "SLiMeSaveEmbeddings")]["inputs"].update(filename=name, overwrite=True)
-    train = prompt[find(prompt, "SLiMeTrain")]["inputs"]
-    train.update({"seed": seed} | dict(train_changes))
+    train = find(prompt, "SLiMeTrain")
+    prompt[train]["inputs"]["seed"] = seed
+    builder.set_training(train, preset, **train_settings)
     segment = find(prompt, "SLiMeSegment")
     # The template's own example and target go; the chain and the targets take their places.
     first_example, first_target = find(prompt, "SLiMeExample"), prompt[segment]["inputs"]["image"][0]
@@ -89,7 +93,7 @@ def build_prompt(
             loaded = builder.add("LoadImageMask", image=mask, channel="red")
             inputs = {"image": [image, 0], "mask": [loaded, 0], "names": part}
             chain = [builder.add("SLiMeExample", **inputs, **({"previous": chain} if chain else {})), 0]
-    train["examples"] = chain
+    prompt[train]["inputs"]["examples"] = chain
     kept = {key: value for key, value in prompt[segment]["inputs"].items() if key != "image"} | dict(segment_changes)
     removed |= _after(prompt, segment) | {segment}
     results = []
@@ -152,12 +156,20 @@ def learn_and_find(
     targets: Sequence[str],
     name: str,
     folder: Path,
-    train_changes: Mapping[str, Any] = NONE,
+    preset: str = "instant",
+    train_settings: Mapping[str, Any] = NONE,
     segment_changes: Mapping[str, Any] = NONE,
 ) -> tuple[PartEmbeddings, list[np.ndarray], float]:
     """Queue one prompt, write its results to ``folder``; returns embeddings, label maps and seconds."""
     prompt, nodes = build_prompt(
-        template, checkpoint, shots, targets, name, train_changes=train_changes, segment_changes=segment_changes
+        template,
+        checkpoint,
+        shots,
+        targets,
+        name,
+        preset=preset,
+        train_settings=train_settings,
+        segment_changes=segment_changes,
     )
     start = time.monotonic()
     outputs = server.run(prompt, 1800)
@@ -222,12 +234,13 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
     say(f"Pictures: {OUTPUT / 'grid.png'} (rows: image, truth, {PUBLISHED} and {OURS} from one image, from ten)")
 
 
-def papers_recipe(domain: str) -> dict[str, dict[str, Any]]:
+def papers_recipe(domain: str) -> dict[str, Any]:
     """What the paper's authors set for these parts, as inputs of the nodes."""
     recipe = RECIPES[scenes.PARTS[domain]]
     layers = {"cross_layers": PAPER_LAYERS["read_layers"], "self_layers": PAPER_LAYERS["propagate_layers"]}
     return {
-        "train_changes": {"preset": "paper"} | layers | recipe["train"],
+        "preset": "paper",
+        "train_settings": layers | recipe["train"],
         "segment_changes": {"refine": "off"} | recipe["segment"],
     }
 

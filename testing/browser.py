@@ -141,9 +141,9 @@ def fresh(canvas: Canvas) -> Iterator[None]:
     assert not canvas.errors, canvas.errors
 
 
-def fill_in(canvas: Canvas, prompt: dict[str, Any], changes: dict[str, dict[str, Any]]) -> None:
+def fill_in(canvas: Canvas, prompt: dict[str, Any]) -> None:
     """Set the widgets of what is on the canvas, inside subgraphs too, to the values of an API prompt."""
-    values = {node_id: node["inputs"] | changes.get(node["class_type"], {}) for node_id, node in prompt.items()}
+    values = {node_id: node["inputs"] for node_id, node in prompt.items()}
     canvas.js(
         """values => {
             const fill = (nodes, prefix) => {
@@ -158,6 +158,22 @@ def fill_in(canvas: Canvas, prompt: dict[str, Any], changes: dict[str, dict[str,
             fill(app.graph.nodes, "");
         }""",
         values,
+    )
+
+
+def train_briefly(canvas: Canvas, views: int = 4, steps: int = 10) -> None:
+    """Connect settings of a short training to every SLiMe Train, above the workflow."""
+    canvas.js(
+        """([views, steps]) => {
+            const settings = LiteGraph.createNode("SLiMeInstantSettings");
+            settings.pos = [0, -600];
+            app.graph.add(settings);
+            const set = (name, value) => { settings.widgets.find(widget => widget.name === name).value = value; };
+            set("views", views);
+            set("steps", steps);
+            for (const train of app.graph.findNodesByType("SLiMeTrain")) settings.connect(0, train, "settings");
+        }""",
+        [views, steps],
     )
 
 

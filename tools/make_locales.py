@@ -1,8 +1,10 @@
-"""Write locales/en from the node schemas, and say what the other languages lack or hold in vain.
+"""Write locales/ and the tables of web/docs from the node schemas, and list the texts that are not translated.
 
     python dev.py locales
 
-ComfyUI reads locales/LANGUAGE/nodeDefs.json and main.json; an output is named by its place.
+ComfyUI reads locales/LANGUAGE/nodeDefs.json and main.json; an output is named by its place. tools/translations holds
+one file per language, from the English text to its translation: a text that changed is shown in English until it is
+translated again.
 """
 
 from __future__ import annotations
@@ -10,18 +12,30 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from testing.inprocess import NAME, ROOT, import_comfyui, load_extension
 
-FOLDER = ROOT / "locales"
-LANGUAGES = ("en", "zh", "zh-TW", "ja", "ko", "fr", "es", "ru", "ar")
+FOLDER, TRANSLATIONS, HELP = ROOT / "locales", ROOT / "tools" / "translations", ROOT / "web" / "docs"
+LANGUAGES = ("zh", "ja", "ko")
+MENU = {
+    "nodeCategories": {name: name for name in ("SLiMe", "results", "files", "advanced", "sampling")},
+    "dataTypes": {
+        "SLIME_EXAMPLES": "SLiMe examples",
+        "SLIME_EMBEDDINGS": "SLiMe embeddings",
+        "SLIME_TRAIN_SETTINGS": "SLiMe settings",
+        "SLIME_PARTS": "SLiMe parts",
+        "SLIME_PAINTING": "SLiMe painting",
+        "SLIME_PART_PROMPTS": "SLiMe part prompts",
+    },
+}
 
 
 def node_schemas() -> dict[str, Any]:
-    """Schemas of all nodes by id."""
+    """Return the schemas of all nodes by id."""
     import_comfyui()
     load_extension()
     importlib.import_module(f"{NAME}.nodes.files").register_folder()
@@ -29,9 +43,9 @@ def node_schemas() -> dict[str, Any]:
     return {schema.node_id: schema for schema in (node.define_schema() for node in nodes)}
 
 
-def english(schemas: dict[str, Any]) -> dict[str, Any]:
-    """What stands in locales/en/nodeDefs.json."""
-    return {
+def english(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the files of locales/en by name."""
+    nodes = {
         name: {
             "display_name": schema.display_name,
             "description": schema.description,
@@ -43,38 +57,62 @@ def english(schemas: dict[str, Any]) -> dict[str, Any]:
         }
         for name, schema in schemas.items()
     }
+    return {"nodeDefs": nodes, "main": MENU}
 
 
-def read(language: str, file: str = "nodeDefs") -> dict[str, Any]:
-    path = FOLDER / language / f"{file}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def translated(tree: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
+    """Return the tree with every text translated that has a translation."""
+    return {
+        key: known.get(value, value) if isinstance(value, str) else translated(value, known)
+        for key, value in tree.items()
+    }
 
 
-def write(language: str, content: dict[str, Any], file: str = "nodeDefs") -> None:
-    path = FOLDER / language / f"{file}.json"
+def read(path: Any) -> dict[str, Any]:
+    """Read a JSON file."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write(path: Any, content: Mapping[str, Any]) -> None:
+    """Write a JSON file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text with the keys that lead to it."""
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from leaves(value, (*path, key))
-        else:
-            yield (*path, key), value
+def help_page(page: str, node: Mapping[str, Any]) -> str:
+    """Return a help page with the tables of its sections Inputs and Outputs made from the node's texts."""
+    for title, items in (("Inputs", node["inputs"]), ("Outputs", node["outputs"])):
+        rows = [f"| {item['name']} | {item['tooltip']} |" for item in items.values()]
+        table = "\n".join([f"| {title[:-1]} | Description |", "|---|---|", *rows])
+        page = re.sub(
+            rf"(?<=\n## {title}\n\n).*?(?=## )", lambda _, table=table: table + "\n\n", page, count=1, flags=re.DOTALL
+        )
+    return page
+
+
+def texts(tree: Mapping[str, Any]) -> Iterator[str]:
+    """Yield every text of a tree."""
+    for value in tree.values():
+        yield from [value] if isinstance(value, str) else texts(value)
 
 
 def main() -> None:
-    wanted = english(node_schemas())
-    write("en", wanted)
-    keys = {path for path, _ in leaves(wanted)}
+    files = english(node_schemas())
+    wanted = {text for tree in files.values() for text in texts(tree)}
+    for name, tree in files.items():
+        write(FOLDER / "en" / f"{name}.json", tree)
+    for name, node in files["nodeDefs"].items():
+        path = HELP / f"{name}.md"
+        path.write_text(help_page(path.read_text(encoding="utf-8"), node), encoding="utf-8")
     for language in LANGUAGES:
-        found = {path for path, _ in leaves(read(language))}
-        for path in sorted(keys - found):
-            sys.stdout.write(f"{language}: missing {'.'.join(path)}\n")
-        for path in sorted(found - keys):
-            sys.stdout.write(f"{language}: stale {'.'.join(path)}\n")
+        path = TRANSLATIONS / f"{language}.json"
+        known = {text: value for text, value in read(path).items() if text in wanted}
+        write(path, dict(sorted(known.items())))
+        for name, tree in files.items():
+            write(FOLDER / language / f"{name}.json", translated(tree, known))
+        for text in sorted(wanted - known.keys()):
+            sys.stdout.write(f"{language}: not translated: {text}\n")
 
 
 if __name__ == "__main__":

@@ -40,16 +40,15 @@ SIZES = {
     "ImageBatch": (300, 50, 80),
     "SLiMePartPainter": (440, 600, 640),
     "SLiMeExample": (320, 340, 480),
-    "SLiMeTrain": (340, 490, 600),
-    "SLiMeSaveEmbeddings": (340, 160, 220),
-    "SLiMeLoadEmbeddings": (320, 80, 110),
+    "SLiMeTrain": (340, 430, 540),
+    "SLiMeSaveEmbeddings": (340, 220, 330),
+    "SLiMeLoadEmbeddings": (340, 220, 330),
     "SLiMeSegment": (340, 510, 660),
     "SLiMePartMask": (340, 480, 620),
     "SLiMeSteadyParts": (340, 330, 480),
     "SLiMeOverlay": (340, 330, 480),
     "SLiMePickLeastSure": (340, 330, 480),
     "SLiMeEvaluate": (400, 330, 480),
-    "SLiMeEmbeddingsInfo": (400, 180, 230),
     "SLiMeExportLabels": (400, 380, 430),
     "SLiMePartPrompt": (320, 190, 290),
     "SLiMePartGuider": (320, 290, 400),
@@ -64,7 +63,6 @@ SIZES = {
     "EmptyLatentImage": (320, 110, 170),
     "SamplerCustomAdvanced": (280, 110, 160),
     "VAEDecode": (280, 50, 80),
-    "SLiMeEmbeddingsToText": (400, 180, 230),
     "CreateVideo": (320, 80, 110),
     "SaveVideo": (340, 330, 420),
     "SaveImage": (400, 440, 520),
@@ -227,18 +225,18 @@ def repaint_part(text: str = "", **sampling: Any) -> dict[str, Any]:
 
 def paint_and_find() -> Page:
     page = Page()
-    page.column("1  Teach")
+    page.column("1  Example")
     model = page.checkpoint()
     painter = page.add("SLiMePartPainter", painting=painting())
-    page.column("2  Learn")
+    page.column("2  Train")
     train = page.train(model, [painter, 0])
     page.note(
         "**Choose a checkpoint and press Run.** Three parts are painted already.\n\nThen drop an image of your own on "
-        "the painter, name the parts, outline and fill them. Keep what was learned with *Save Learned Embeddings*.",
+        "the painter, name the parts, outline and fill them. Keep the result with *Save SLiMe Embeddings*.",
         200,
     )
-    page.column("3  Find")
-    other = page.image("Load Image: where to look")
+    page.column("3  Segment")
+    other = page.image("Load Image: the image to segment")
     parts = page.segment(model, train, [other, 0])
     page.column("4  Use")
     mask = page.mask(parts, "wheel")
@@ -251,7 +249,7 @@ def paint_and_find() -> Page:
 
 def load_image_masks() -> Page:
     page = Page()
-    page.column("1  Teach")
+    page.column("1  Example")
     model = page.checkpoint()
     image = page.image("Load Image: the example, with its mask", WHEELS[0])
     example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel")
@@ -259,7 +257,7 @@ def load_image_masks() -> Page:
         "Load an image, right-click it, **Open in MaskEditor**, paint the part, save, and name it in *SLiMe Example*.",
         130,
     )
-    page.column("2  Learn")
+    page.column("2  Train")
     train = page.train(model, [example, 0])
     saved = page.save(train)
     page.note(
@@ -267,8 +265,8 @@ def load_image_masks() -> Page:
         "SDXL).",
         130,
     )
-    page.column("3  Find")
-    other = page.image("Load Image: where to look")
+    page.column("3  Segment")
+    other = page.image("Load Image: the image to segment")
     parts = page.segment(model, saved, [other, 0])
     page.column("4  Use")
     page.mask(parts, "wheel")
@@ -279,7 +277,7 @@ def several_examples() -> Page:
     page = Page()
     previous: dict[str, Any] = {}
     for index, file in enumerate(WHEELS):
-        page.column("1  Teach" if index == 0 else "")
+        page.column("1  Examples" if index == 0 else "")
         if index == 0:
             model = page.checkpoint()
         else:
@@ -294,28 +292,28 @@ def several_examples() -> Page:
         image = page.image(f"Load Image: example {index + 1}, with its mask", file)
         example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel", **previous)
         previous = {"previous": [example, 0]}
-    page.column("2  Learn")
+    page.column("2  Train")
     train = page.train(model, [example, 0])
     saved = page.save(train)
-    page.column("3  Find")
-    other = page.image("Load Image: where to look")
+    page.column("3  Segment")
+    other = page.image("Load Image: the image to segment")
     page.segment(model, saved, [other, 0])
     return page
 
 
 def correct_and_teach_again() -> Page:
     page = Page()
-    page.column("1  Teach")
+    page.column("1  Example")
     model = page.checkpoint()
     painter = page.add("SLiMePartPainter", painting=painting())
-    page.column("2  Learn")
+    page.column("2  Train")
     train = page.train(model, [painter, 0])
     page.note(
-        "Press Run twice. The first run finds the parts in the batch, and puts the least sure image into the second "
-        "painter, with what was found in it. **Correct it there**, and run again: both examples teach now.",
+        "Press Run twice. The first run segments the batch, and puts the image with the lowest confidence into the "
+        "second painter, with its masks. **Correct them there**, and run again: now both examples train.",
         190,
     )
-    page.column("3  Find")
+    page.column("3  Segment")
     first, second = page.image(), page.image(file=FIND_TOO)
     page.column()
     batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
@@ -324,14 +322,14 @@ def correct_and_teach_again() -> Page:
     page.column("4  Correct")
     corrected = page.add(
         "SLiMePartPainter",
-        "SLiMe Part Painter: correct what was found",
+        "SLiMe Part Painter: correct the masks",
         painting="",
-        found=[picked, 0],
+        initial_masks=[picked, 0],
         previous=[painter, 0],
     )
-    page.column("5  Teach again")
+    page.column("5  Train again")
     again = page.train(model, [corrected, 0])
-    page.column("6  Find again")
+    page.column("6  Segment again")
     page.segment(model, again, [batch, 0])
     return page
 
@@ -341,7 +339,7 @@ def find_in_two(page: Page) -> tuple[str, str, str, str, str]:
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
     first, second = page.image(), page.image(file=FIND_TOO)
-    page.column("2  Find")
+    page.column("2  Segment")
     batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
     parts = page.segment(model, embeddings, [batch, 0])
     return model, embeddings, first, second, parts
@@ -353,7 +351,7 @@ def find_in_one(page: Page, text: str, height: int) -> tuple[str, str, str]:
     model, embeddings = page.checkpoint(), page.load()
     image = page.image()
     page.note(text, height)
-    page.column("2  Find")
+    page.column("2  Segment")
     return model, image, page.segment(model, embeddings, [image, 0])
 
 
@@ -412,8 +410,8 @@ def repaint_two_parts() -> Page:
     page = Page()
     model, image, parts = find_in_one(
         page,
-        "The image is looked at once; each *SLiMe Part Mask* takes one part of the result.\n\nThe file my_parts must "
-        "hold both: template 1, with *Save Learned Embeddings* behind *SLiMe Train*.",
+        "The image is segmented once; each *SLiMe Part Mask* takes one part of the result.\n\nThe file my_parts must "
+        "hold both: template 1, with *Save SLiMe Embeddings* behind *SLiMe Train*.",
         190,
     )
     page.column("3  The first part")
@@ -433,12 +431,12 @@ def video() -> Page:
     model, embeddings = page.checkpoint(), page.load()
     clip = page.add("LoadVideo", file="video.mp4")
     frames = page.add("GetVideoComponents", video=[clip, 0])
-    page.column("2  Find")
+    page.column("2  Segment")
     parts = page.segment(model, embeddings, [frames, 0])
     steady = page.add("SLiMeSteadyParts", parts=[parts, 0])
     page.note(
-        "All frames share the noise, and *SLiMe Steady Parts* lets neighbouring frames vote where the picture stands "
-        "still. *SLiMe Part Mask* behind it gives a mask for each frame.",
+        "All frames share the noise, and *SLiMe Smooth Video Parts* averages neighbouring frames where nothing "
+        "moves. *SLiMe Part Mask* behind it gives a mask for each frame.",
         160,
     )
     page.column("3  See")
@@ -456,34 +454,33 @@ def check_and_share() -> Page:
     image = page.image("Load Image: a test image, with its true mask", TESTED)
     page.note(
         "Paint the true mask of a part in an image that was **not** an example; *SLiMe Evaluate* says how well it is "
-        "found.\n\nTo share, send the file in models/slime, or copy the text into an *Embeddings from Text* node: then "
-        "the workflow needs no file at all.",
+        "found.\n\nTo share, send the file in models/slime, or copy the text that *Save SLiMe Embeddings* shows into "
+        "the advanced input *text* of *Load SLiMe Embeddings*: then the workflow needs no file at all.",
         220,
     )
     page.column("2  Check")
     parts = page.segment(model, embeddings, [image, 0])
     page.column()
-    page.add("SLiMeEvaluate", parts=[parts, 0], truth=[image, 1], names="wheel")
+    page.add("SLiMeEvaluate", parts=[parts, 0], ground_truth=[image, 1], names="wheel")
     page.column("3  Share")
-    page.add("SLiMeEmbeddingsInfo", embeddings=[embeddings, 0])
-    page.add("SLiMeEmbeddingsToText", embeddings=[embeddings, 0])
+    page.add("SLiMeSaveEmbeddings", embeddings=[embeddings, 0], filename="my_parts_to_share", overwrite=True)
     return page
 
 
 def flow_model() -> Page:
     page = Page()
-    page.column("1  Teach")
+    page.column("1  Example")
     model = page.checkpoint(FLUX)
     painter = page.add("SLiMePartPainter", painting=painting())
-    page.column("2  Learn")
+    page.column("2  Train")
     train = page.train(model, [painter, 0])
     page.note(
-        "Flux, Chroma, SD3, Qwen-Image, Lumina 2 and Z-Image look as well, with the preset **instant**. Where model, "
-        "text encoder and VAE are files of their own, load them with the usual nodes.\n\nWhat was learned with one "
-        "family does not fit another.",
+        "Flux, Chroma, SD3, Qwen-Image, Lumina 2 and Z-Image work too, with the preset **instant**. Where model, "
+        "text encoder and VAE are files of their own, load them with the usual nodes.\n\nEmbeddings of one "
+        "family do not fit another.",
         200,
     )
-    page.column("3  Find")
+    page.column("3  Segment")
     image = page.image()
     parts = page.segment(model, train, [image, 0])
     page.column("4  Repaint")
@@ -497,19 +494,19 @@ def flow_model() -> Page:
 
 def vision_encoder() -> Page:
     page = Page()
-    page.column("1  Teach")
+    page.column("1  Example")
     encoder = page.add("CLIPVisionLoader", clip_name=DINO)
     painter = page.add("SLiMePartPainter", painting=painting())
-    page.column("2  Learn")
+    page.column("2  Train")
     train = page.add("SLiMeTrain", clip_vision=[encoder, 0], examples=[painter, 0], preset="instant")
     page.note(
         "A vision encoder needs no diffusion model: DINOv2 (its file goes to models/clip_vision), DINOv3 in newer "
         "versions, SigLIP or CLIP.\n\nConnect *model*, *vae* and *clip* of a checkpoint as well, here and in *SLiMe "
-        "Segment*, and both look together.",
+        "Segment*, and the features of both are used.",
         200,
     )
-    page.column("3  Find")
-    other = page.image("Load Image: where to look")
+    page.column("3  Segment")
+    other = page.image("Load Image: the image to segment")
     parts = page.add("SLiMeSegment", clip_vision=[encoder, 0], embeddings=[train, 0], image=[other, 0])
     page.column("4  Use")
     page.mask(parts, "wheel")
@@ -521,18 +518,17 @@ def prompt_a_part() -> Page:
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
     page.note(
-        "Template 2 makes the file my_parts; press R so that it appears here.\n\nNo mask is made: the wheels are "
-        "found while the picture is sampled, and from then on a prompt of their own applies to them.",
+        "Template 2 makes the file my_parts; press R so that it appears here.\n\nThe wheels are segmented while the "
+        "image is sampled, and from then on a prompt of their own applies to them.",
         200,
     )
-    page.column("2  What the picture shall be")
+    page.column("2  Prompts")
     whole = page.add(
-        "CLIPTextEncode", "The whole picture", text="a red car with blue windows on grass", clip=[model, 1]
+        "CLIPTextEncode", "Prompt of the whole image", text="a red car with blue windows on grass", clip=[model, 1]
     )
-    part = page.add(
-        "CLIPTextEncode", "The part", text="a red car with blue windows, yellow wheels on grass", clip=[model, 1]
-    )
-    negative = page.add("CLIPTextEncode", "What it shall not be", text="", clip=[model, 1])
+    text = "a red car with blue windows, yellow wheels on grass"
+    part = page.add("CLIPTextEncode", "Prompt of the part", text=text, clip=[model, 1])
+    negative = page.add("CLIPTextEncode", "Negative prompt", text="", clip=[model, 1])
     page.column("3  A prompt for a part")
     prompts = page.add("SLiMePartPrompt", embeddings=[embeddings, 0], conditioning=[part, 0], names="wheel")
     guider = page.add(
@@ -543,7 +539,7 @@ def prompt_a_part() -> Page:
         part_prompts=[prompts, 0],
         cfg=6.0,
     )
-    page.column("4  Sampling, as ever")
+    page.column("4  Sampling")
     noise = page.add("RandomNoise", noise_seed=SEED_OF_A_CAR)
     sampler = page.add("KSamplerSelect", sampler_name="dpmpp_2m")
     sigmas = page.add("BasicScheduler", model=[model, 0], scheduler="karras", steps=20, denoise=1.0)
@@ -579,7 +575,7 @@ def sharpen_small_parts() -> Page:
         "the size the model was made for, and put back.",
         180,
     )
-    page.column("3  What it shall be")
+    page.column("3  Prompts")
     positive, negative = redraw_prompts(page, model)
     page.column("4  Redraw")
     drawn = page.add(
@@ -601,11 +597,11 @@ def impact_detailer() -> Page:
     page = Page()
     model, image, parts = find_in_one(
         page,
-        "For users of the Impact Pack: its *Detailer (SEGS)* redraws the parts that SLiMe found. Without that pack use "
-        "template 14.\n\nTemplate 2 makes the file my_parts; press R so that it appears here.",
+        "For users of the Impact Pack: its *Detailer (SEGS)* redraws the parts that SLiMe segments. Without that "
+        "pack use template 14.\n\nTemplate 2 makes the file my_parts; press R so that it appears here.",
         180,
     )
-    page.column("3  What it shall be")
+    page.column("3  Prompts")
     segs = page.add("SLiMePartSegs", parts=[parts, 0], minimum_area=64)
     positive, negative = redraw_prompts(page, model)
     page.column("4  Redraw")
@@ -708,7 +704,7 @@ def learn_blueprint() -> dict[str, Any]:
         },
         "outputs": {"embeddings": (saved, 0), "preview": (train, 2)},
         "widgets": [(example, "names"), (train, "preset"), (saved, "filename")],
-        "description": "Learn a part from one image and its mask, and keep what was learned.",
+        "description": "Train a part on one image and its mask, and save it.",
     }
 
 
@@ -725,7 +721,7 @@ def segment_blueprint() -> dict[str, Any]:
         "inputs": {name: [(parts, name)] for name in ("model", "vae", "embeddings", "image")},
         "outputs": {"mask": (mask, 0), "overlay": (overlay, 0), "parts": (parts, 0)},
         "widgets": [(mask, "names"), (mask, "grow"), (mask, "feather"), (parts, "refine")],
-        "description": "Find learned parts in an image, and give one of them as a mask.",
+        "description": "Segment trained parts in an image, and output one of them as a mask.",
     }
 
 

@@ -73,12 +73,12 @@ def put_video(server: ComfyServer) -> str:
     return path.name
 
 
-def learn_parts(server: ComfyServer, **changes: Any) -> Path:
+def learn_parts(server: ComfyServer, **settings: Any) -> Path:
     """What the workflows that load a file find: the parts of the first one, learned and saved as my_parts."""
     prompt = prepare(server, FIRST)
     train = find(prompt, "SLiMeTrain")
-    prompt[train]["inputs"].update(changes)
     builder = PromptBuilder({k: v for k, v in prompt.items() if int(k) <= int(train)})
+    builder.set_training(train, "instant", **settings)
     builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=Path(EMBEDDINGS).stem, overwrite=True)
     server.run(builder.prompt, 1800)
     return server.base / "models" / "slime" / EMBEDDINGS

@@ -7,7 +7,7 @@ from typing import Any
 
 from demo.run import put_image
 from testing import scenes, splits
-from testing.browser import NEEDED, Canvas, fill_in, show_all
+from testing.browser import NEEDED, Canvas, fill_in, show_all, train_briefly
 from testing.server import MODEL
 from testing.workflows import load_workflow
 from tools.run_workflows import FIRST, prepare
@@ -281,8 +281,6 @@ def connected_to_training(painting: dict[str, Any]) -> dict[str, Any]:
             values[0] = json.dumps(painting)
         if item["type"] == "SLiMePartMask":
             values[0] = painting["parts"][0]["name"]
-        if item["type"] == "SLiMeTrain":
-            values[1], values[5] = 10, 4  # steps and views
     return workflow
 
 
@@ -309,7 +307,7 @@ def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
         }"""
     )
     canvas.run()
-    canvas.page.wait_for_function("() => refused.some(text => text.includes('nothing is painted yet'))")
+    canvas.page.wait_for_function("() => refused.some(text => text.includes('nothing is painted'))")
     node = canvas.js("() => app.graph.nodes.find(node => node.type === 'SLiMePartPainter').id")
     canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
     canvas.page.keyboard.press("Escape")
@@ -319,7 +317,8 @@ def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
 def test_what_was_found_opens_the_second_painter(canvas) -> None:
     name = "4 Correct and teach again"
     canvas.load(load_workflow(name))
-    fill_in(canvas, prepare(canvas.server, name), {"SLiMeTrain": {"views": 4, "steps": 10}})
+    fill_in(canvas, prepare(canvas.server, name))
+    train_briefly(canvas)
     assert canvas.run()["status"]["status_str"] == "success"  # what follows the painter waits, without an error
     node = canvas.js("() => app.graph.nodes.filter(node => node.type === 'SLiMePartPainter')[1].id")
     canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all
-from testing.workflows import load_workflow
+from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all, train_briefly
+from testing.workflows import find, load_workflow
 from tools.make_workflows import BLUEPRINTS, DETAILER, IMPACT, NOT_RUN, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
 
@@ -54,7 +54,7 @@ def search_for(canvas: Canvas, name: str, patience: int) -> None:
 
 def test_every_node_is_found_by_search(canvas) -> None:
     info = {k: v for k, v in canvas.server.get("/object_info").items() if v["category"].split("/")[0] == "SLiMe"}
-    assert len(info) >= 19
+    assert len(info) == 24
     # Two seconds a name: each canvas gets others, and what begins alike stands together.
     for kind, spec in list(info.items())[canvas.mode == "classic" :: 4]:
         for patience in (1, 2, 4):  # the box slides in, takes the focus, and searches when typing pauses
@@ -118,26 +118,12 @@ def test_nodes_speak_the_language_that_was_chosen(canvas) -> None:
             node,
         )
         assert title == words["display_name"] and words["inputs"]["examples"]["name"] in inputs
-        help_page = canvas.js("async () => await (await fetch('/extensions/slime/docs/SLiMeTrain/ja.md')).text()")
-        assert words["display_name"] in help_page
         canvas.shot("japanese")
     finally:
         canvas.server.post("/settings/Comfy.Locale", "en")
         canvas.page.reload()
         canvas.open()
         canvas.page.wait_for_timeout(1000)  # the front end brings back what was open
-
-
-def test_a_workflow_from_before_models_were_optional_keeps_its_links(canvas) -> None:
-    """Sockets stand in another order since; the file is template 1 of that time."""
-    older = json.loads((ROOT / "tests" / "golden" / "older_workflow.json").read_text(encoding="utf-8"))
-    open_it = "async w => { await app.loadGraphData(w); return (await app.graphToPrompt()).output; }"
-    inputs = {node["class_type"]: node["inputs"] for node in canvas.js(open_it, older).values()}
-    train, segment = inputs["SLiMeTrain"], inputs["SLiMeSegment"]
-    assert [train[name] for name in ("model", "vae", "clip")] == [["1", 0], ["1", 2], ["1", 1]]
-    assert train["examples"] == ["2", 0] and "clip_vision" not in train
-    assert [segment[name] for name in ("model", "vae", "embeddings")] == [["1", 0], ["1", 2], ["3", 0]]
-    assert segment["image"] == ["4", 0] and "latent" not in segment
 
 
 @pytest.mark.parametrize("name", WORKFLOWS)
@@ -151,7 +137,8 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     assert overlaps(canvas) == []
     if name in NOT_RUN:
         return
-    fill_in(canvas, prepare(canvas.server, name), {"SLiMeTrain": {"views": 4, "steps": 10}})
+    fill_in(canvas, prepare(canvas.server, name))
+    train_briefly(canvas)
     entry = canvas.run(600)
     assert entry["status"]["status_str"] == "success", entry["status"]
     show_all(canvas, f"{name}_after")
@@ -179,7 +166,9 @@ def test_live_previews_and_progress_arrive(canvas) -> None:
             });
         }"""
     )
-    fill_in(canvas, prepare(canvas.server, FIRST), {"SLiMeTrain": {"views": 24, "seed": 5 + MODES[canvas.mode]}})
+    prompt = prepare(canvas.server, FIRST)
+    prompt[find(prompt, "SLiMeTrain")]["inputs"]["seed"] = 5 + MODES[canvas.mode]  # not the one that is cached
+    fill_in(canvas, prompt)
     canvas.js("() => { window.heard.start = performance.now(); }")
     canvas.run(600)
     heard = canvas.js("() => window.heard")
@@ -196,7 +185,7 @@ def test_the_help_panel_shows_our_page(canvas) -> None:
     canvas.js("id => app.canvas.selectItems([app.graph.getNodeById(id)])", node)
     canvas.page.wait_for_timeout(500)
     canvas.page.get_by_test_id("info-button").first.click()
-    canvas.page.get_by_text("Parameter notes").first.wait_for()
+    canvas.page.get_by_text("The model, VAE and CLIP belong together").first.wait_for()
     canvas.shot("help")
 
 
@@ -232,7 +221,7 @@ def test_expert_settings_are_tucked_away_and_still_sent(canvas) -> None:
     assert {"crops", "noise_samples"} <= set(sent[str(node)]["inputs"])
 
 
-def test_train_shows_what_older_workflows_hold_and_settings_nodes_have_the_rest(canvas) -> None:
+def test_train_is_short_and_settings_nodes_have_the_rest(canvas) -> None:
     node = canvas.add("SLiMeTrain", 60, 120)
     settings = [
         canvas.add(kind, 480 + 380 * n, 120) for n, kind in enumerate(("SLiMeInstantSettings", "SLiMePaperSettings"))
@@ -251,28 +240,20 @@ def test_train_shows_what_older_workflows_hold_and_settings_nodes_have_the_rest(
         str(settings[0]),
         0,
     ]
-    saved = canvas.js("() => app.graph.serialize()")
-    held = next(one for one in saved["nodes"] if str(one["id"]) == str(node))
-    held["widgets_values"][1] = 50  # steps
-    canvas.load(saved)
-    canvas.page.wait_for_timeout(500)
-    canvas.shot("train_of_an_older_workflow")
-    assert canvas.js(SEEN, node)[1] == ["preset", "steps", "seed"]
 
 
 def test_text_results_are_shown(canvas) -> None:
     shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
     canvas.js("() => app.refreshComboInNodes()")
     loader = canvas.add("SLiMeLoadEmbeddings")
-    kinds = ("SLiMeEmbeddingsInfo", "SLiMeEmbeddingsToText", "SLiMeSaveEmbeddings")
-    others = [canvas.add(kind, 380, 120 + 260 * index) for index, kind in enumerate(kinds)]
+    saver = canvas.add("SLiMeSaveEmbeddings", 480, 120)
     canvas.js(
         """([from, to, file]) => {
             const loader = app.graph.getNodeById(from);
             loader.widgets[0].value = file;
-            to.forEach(id => loader.connect(0, app.graph.getNodeById(id), "embeddings"));
+            loader.connect(0, app.graph.getNodeById(to), "embeddings");
         }""",
-        [loader, others, EMBEDDINGS],
+        [loader, saver, EMBEDDINGS],
     )
     entry = canvas.run(60)
     assert entry["status"]["status_str"] == "success"
@@ -282,9 +263,9 @@ def test_text_results_are_shown(canvas) -> None:
             .map(node => node.widgets.find(w => w.name === "result").value)"""
     )
     canvas.shot("texts")
-    assert len(shown) == 3 and all(shown) and any("my_parts" in text for text in shown)
+    assert "parts (3)" in shown[0] and "my_parts" in shown[1] and "slime1:" in shown[1]
     canvas.page.wait_for_function(
-        "[...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).length >= 3"
+        "[...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).length >= 2"
     )
     assert not any("result" in node["inputs"] for node in entry["prompt"][2].values())
     locked = "() => [...document.querySelectorAll('textarea')].filter(e => e.offsetHeight > 30).every(e => e.readOnly)"

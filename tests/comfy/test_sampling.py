@@ -34,7 +34,6 @@ def test_where_there_is_nothing_to_do_sampling_is_plain_to_the_bit(tiny, options
     assert torch.equal(sampled(part_guider(tiny, **options)), sampled(plain_guider(tiny)))
 
 
-
 def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
     """With the same noise, and the masks it says it used."""
     from slime_extension.nodes.part_prompts import SLiMeGuiderMasks
@@ -205,8 +204,6 @@ def test_no_weights_move_while_sampling_runs(tiny, monkeypatch) -> None:
     sampled(guider)
     assert len(loads) == usual and guider.used
     assert all(mask.device.type == "cpu" for mask in guider.used)
-
-
 
 
 def test_the_detailer_redraws_parts_and_nothing_else(tiny) -> None:

@@ -16,9 +16,6 @@ from testing.server import MODEL
 pytestmark = pytest.mark.usefixtures("in_inference_mode")
 
 
-
-
-
 def test_where_a_parts_prompt_does_not_apply_the_pictures_own_does(tiny, monkeypatch) -> None:
     """Never a prediction of nothing."""
     import comfy.samplers

@@ -23,6 +23,7 @@ from testing import scenes, splits
 from testing.baselines import color_neighbours, mean_mask
 from testing.browser import CHROMIUM
 from testing.server import MODEL, ComfyServer, WorkflowFailed
+from testing.toy import all_vectors
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
 from tools.make_workflows import BLUEPRINTS, NOT_RUN, WORKFLOWS, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
@@ -53,15 +54,14 @@ def tests_scenes(server):
 @pytest.fixture(scope="module")
 def learned(server, template, shots, tests_scenes):
     """One run of the bundled workflow: its prompt, outputs and label maps."""
-    few = {"views": 32}  # a third of the default, to save time
-    prompt, nodes = build_prompt(template, MODEL.name, shots, tests_scenes[1], "learned", train_changes=few)
+    prompt, nodes = build_prompt(template, MODEL.name, shots, tests_scenes[1], "learned")
     outputs = server.run(prompt)
     palette = default_palette(len(NAMES))
     labels = [read_labels(server.output_image(outputs[node]["images"][0]), palette) for _, node in nodes]
     return prompt, nodes, outputs, labels
 
 
-def small_train(shots, **changes):
+def small_train(shots, preset: str = "instant", seed: int = 0, **settings):
     """A prompt that trains on the first example and saves; returns builder and the Train node's id."""
     builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
     image = builder.add("LoadImage", image=shots[0].image)
@@ -72,13 +72,10 @@ def small_train(shots, **changes):
         "vae": ["1", 2],
         "clip": ["1", 1],
         "examples": [example, 0],
-        "preset": "instant",
-        "steps": 10,
-        "learning_rate": 0.0,
-        "seed": 0,
-        "views": 2,
+        "seed": seed,
     }
-    train = builder.add("SLiMeTrain", **(values | changes))
+    train = builder.add("SLiMeTrain", **values)
+    builder.set_training(train, preset, **({"steps": 10, "views": 2} | settings))
     builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="small", overwrite=True)
     return builder, train
 
@@ -120,12 +117,10 @@ def test_nodes_are_there_with_ids_and_names(server) -> None:
         "SLiMeExample": "SLiMe Example",
         "SLiMeTrain": "SLiMe Train",
         "SLiMeSegment": "SLiMe Segment",
-        "SLiMeLook": "SLiMe Look",
-        "SLiMeReadParts": "SLiMe Read Parts",
         "SLiMePartMask": "SLiMe Part Mask",
         "SLiMeOverlay": "SLiMe Overlay",
-        "SLiMeSaveEmbeddings": "Save Learned Embeddings",
-        "SLiMeLoadEmbeddings": "Load Learned Embeddings",
+        "SLiMeSaveEmbeddings": "Save SLiMe Embeddings",
+        "SLiMeLoadEmbeddings": "Load SLiMe Embeddings",
     }
     assert {k: info[k]["display_name"] for k in expected} == expected
     assert all(info[k]["category"].split("/")[0] == "SLiMe" for k in expected)
@@ -177,27 +172,6 @@ def test_changing_the_mask_widgets_runs_no_segmentation(server, learned, tests_s
     assert segment in cached
 
 
-def test_one_look_serves_files_and_widgets(server, learned) -> None:
-    """A changed file or widget of SLiMe Read Parts comes from the cached look, and gives what SLiMe Segment gives."""
-    prompt = learned[0]
-    segment = prompt[find(prompt, "SLiMeSegment")]["inputs"]
-    found = []
-    for refine in ("off", "fast"):
-        builder = PromptBuilder({k: v for k, v in prompt.items() if v["class_type"] != "PreviewImage"})
-        seen = builder.add(
-            "SLiMeLook", seed=segment["seed"], **{k: segment[k] for k in ("model", "vae", "embeddings", "image")}
-        )
-        parts = builder.add("SLiMeReadParts", look=[seen, 0], embeddings=segment["embeddings"], refine=refine)
-        overlay = builder.add("SLiMeOverlay", parts=[parts, 0], opacity=1.0, legend=False)
-        shown = builder.add("PreviewImage", images=[overlay, 1])
-        entry = server.wait(server.queue(builder.prompt))
-        cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
-        picture = entry["outputs"][shown]["images"][0]
-        found.append(read_labels(server.output_image(picture), default_palette(len(NAMES))))
-    assert seen in cached and parts not in cached
-    assert np.array_equal(found[1], learned[3][0]) and not np.array_equal(found[0], found[1])
-
-
 def test_same_seed_gives_the_same_masks(server, learned) -> None:
     """After the server forgot everything, training and segmentation give identical pictures."""
     prompt, nodes, outputs, labels = learned
@@ -213,10 +187,11 @@ def test_same_seed_gives_the_same_masks(server, learned) -> None:
 def test_sampling_is_untouched_by_training_and_segmenting(server, shots, template) -> None:
     """KSampler gives bit-identical images before and after, for the trainers with and without gradients."""
     before = sample(server)
-    prompt, _ = build_prompt(template, MODEL.name, shots[:1], [shots[0].image], "untouched")
-    for preset, checkpointing in (("instant", False), ("paper", False), ("paper", True)):
-        train = prompt[find(prompt, "SLiMeTrain")]["inputs"]
-        train.update(preset=preset, steps=3, views=2, checkpointing=checkpointing)
+    for preset, more in (("instant", {}), ("paper", {}), ("paper", {"checkpointing": True})):
+        settings = {"steps": 3, "views": 2} | more
+        prompt, _ = build_prompt(
+            template, MODEL.name, shots[:1], [shots[0].image], "untouched", preset=preset, train_settings=settings
+        )
         server.run(prompt)
         assert np.array_equal(sample(server), before), preset
 
@@ -239,7 +214,7 @@ def test_interrupt_autosaves_and_training_goes_on(server, shots) -> None:
     assert str(autosave) in server.log()
     builder, train = small_train(shots, preset="paper", steps=2, views=2)
     loaded = builder.add("SLiMeLoadEmbeddings", filename=f"autosave/{autosave.name}")
-    builder.prompt[train]["inputs"]["start"] = [loaded, 0]
+    builder.prompt[train]["inputs"]["init_embeddings"] = [loaded, 0]
     server.run(builder.prompt)
 
 
@@ -295,7 +270,7 @@ def test_lora_is_respected(server, shots, learned) -> None:
             lora[f"{key}.lora_B.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.2
     save_file(lora, str(server.base / "models" / "loras" / "random.safetensors"))
     for preset in ("instant", "paper"):
-        rows = []
+        vectors = []
         for strength in (0.0, 1.0):
             builder, train = small_train(shots, preset=preset, steps=5)
             patched = builder.add(
@@ -303,8 +278,8 @@ def test_lora_is_respected(server, shots, learned) -> None:
             )
             builder.prompt[train]["inputs"]["model"] = [patched, 0]
             server.run(builder.prompt)
-            rows.append(load_embeddings(server.base / "models" / "slime" / "small.safetensors").rows)
-        assert not torch.allclose(rows[0], rows[1], rtol=1e-2), preset
+            vectors.append(all_vectors(load_embeddings(server.base / "models" / "slime" / "small.safetensors")))
+        assert not torch.allclose(*vectors, rtol=1e-2), preset
 
 
 def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scenes) -> None:
@@ -336,15 +311,16 @@ def file_to_load(server, learned):
     shutil.copyfile(folder / "learned.safetensors", folder / EMBEDDINGS)
 
 
-@pytest.mark.skipif(CHROMIUM is not None, reason="tests/test_browser.py runs them in the page")
+@pytest.mark.skipif(CHROMIUM is not None, reason="tests/browser/test_templates.py runs them in the page")
 @pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in (WITH_MASKS, *NOT_RUN)])
 def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     """From its JSON, with the demo's checkpoint, pictures and names in it; it has notes and shows a picture."""
     assert any(node["type"] == "MarkdownNote" for node in load_workflow(name)["nodes"])
-    prompt = prepare(server, name)
-    for node in prompt.values():
+    builder = PromptBuilder(prepare(server, name))
+    prompt = builder.prompt
+    for node_id, node in list(prompt.items()):
         if node["class_type"] == "SLiMeTrain":
-            node["inputs"].update(views=4, steps=10)
+            builder.set_training(node_id, "instant", views=4, steps=10)
         if node["class_type"] == "SLiMeSaveEmbeddings":
             node["inputs"]["filename"] = name
     outputs = server.run(prompt)
@@ -436,10 +412,11 @@ def test_bad_files_and_names_say_so(server, shots, learned) -> None:
     folder = server.base / "models" / "slime"
     good = load_embeddings(folder / "learned.safetensors")
     (folder / "cut.safetensors").write_bytes((folder / "learned.safetensors").read_bytes()[:-50])
-    wide = replace(good, backbone="sd1", rows=torch.zeros(1, 5, 768), condition={"context": torch.zeros(77, 768)})
+    condition = {"context": torch.zeros(77, 768)}
+    wide = replace(good, backbone="sd1", vectors={"shared": torch.zeros(5, 768)}, condition=condition)
     save_embeddings(wide, folder / "foreign.safetensors", overwrite=True)
     for name, message in (
-        ("cut", "Load Learned Embeddings: .*truncated"),
+        ("cut", "Load SLiMe Embeddings: .*truncated"),
         ("foreign", 'SLiMe Segment: .*"sd1" model.*"tiny"'),
     ):
         builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
@@ -453,15 +430,9 @@ def test_bad_files_and_names_say_so(server, shots, learned) -> None:
             server.run(builder.prompt)
     builder, train = small_train(shots)
     builder.prompt[find(builder.prompt, "SLiMeSaveEmbeddings")]["inputs"]["filename"] = "../outside"
-    with pytest.raises(WorkflowFailed, match="Save Learned Embeddings: .*cannot be a file name"):
+    with pytest.raises(WorkflowFailed, match="Save SLiMe Embeddings: .*cannot be a file name"):
         server.run(builder.prompt)
     assert not (server.base / "models" / "outside.safetensors").exists()
-
-
-def test_a_workflow_with_the_preset_that_is_gone_hears_why(server, shots) -> None:
-    builder, _ = small_train(shots, preset="thorough")
-    with pytest.raises(WorkflowFailed, match="The preset thorough is gone"):
-        server.run(builder.prompt)
 
 
 def test_rgba_images_are_taken(server, shots) -> None:
@@ -483,8 +454,10 @@ def test_half_precision_unet(comfy_path, shots) -> None:
         template = to_api(load_workflow(WITH_MASKS), half.get("/object_info"))
         before = sample(half)
         for preset in ("instant", "paper"):
-            prompt, nodes = build_prompt(template, MODEL.name, given, [given[0].image], preset)
-            prompt[find(prompt, "SLiMeTrain")]["inputs"].update(preset=preset, steps=10, views=16)
+            settings = {"steps": 10, "views": 16}
+            prompt, nodes = build_prompt(
+                template, MODEL.name, given, [given[0].image], preset, preset=preset, train_settings=settings
+            )
             outputs = half.run(prompt)
             losses = load_embeddings(half.base / "models" / "slime" / f"{preset}.safetensors").losses
             assert np.isfinite(losses).all()
