@@ -55,8 +55,7 @@ class ComfyUNet(SDUNet):
         if not isinstance(unet, UNetModel):
             raise SlimeError(
                 "SLiMe supports Stable Diffusion (SD1.x, SD2.x, SDXL), Flux, Chroma, SD3, Qwen-Image, Lumina 2 and "
-                "Z-Image; "
-                f"{type(base).__name__} is another kind of model. Load one of these."
+                f"Z-Image; {type(base).__name__} is another kind of model. Load one of these."
             )
         taken, channels = int(unet.input_blocks[0][0].weight.shape[1]), int(base.latent_format.latent_channels)
         if taken != channels:

@@ -162,7 +162,6 @@ def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:
     if len(masks) != len(names):
         raise SlimeError(
             f"There are {len(masks)} masks for {len(names)} names ({', '.join(names)}). Connect one mask for each "
-            "name, as "
-            "a batch, or chain one SLiMe Example per part."
+            "name, as a batch, or chain one SLiMe Example per part."
         )
     return Example.from_masks(images[0], dict(zip(names, masks, strict=True)))

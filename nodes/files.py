@@ -94,8 +94,7 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
             node_id="SLiMeSaveEmbeddings",
             display_name="Save SLiMe Embeddings",
             description="Saves trained parts to models/slime: a small file to keep and to share. Shows a text of "
-            "them as "
-            "well, which can be shared inside a workflow.",
+            "them as well, which can be shared inside a workflow.",
             search_aliases=[
                 "save learned embeddings",
                 "save segmenter",
@@ -113,8 +112,7 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
                 io.String.Output(
                     display_name="text",
                     tooltip="The embeddings as text, for the input text of Load SLiMe Embeddings. Empty if they are "
-                    "too "
-                    "large for a workflow.",
+                    "too large for a workflow.",
                 ),
             ],
             is_output_node=True,
@@ -162,8 +160,7 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
                         multiline=True,
                         optional=True,
                         tooltip="A text from Save SLiMe Embeddings, which begins with slime1:. Used instead of the "
-                        "file; "
-                        "connect clip in SLiMe Segment.",
+                        "file; connect clip in SLiMe Segment.",
                     )
                 ),
             ],

@@ -50,8 +50,7 @@ class SLiMeExportLabels(io.ComfyNode):
                     multiline=True,
                     optional=True,
                     tooltip="One file name per image and line. Empty: a name made of the image's pixels. Existing "
-                    "files "
-                    "are kept.",
+                    "files are kept.",
                 ),
             ],
             outputs=[io.String.Output(display_name="folder", tooltip="Path of the data set.")],

@@ -148,8 +148,7 @@ class SLiMePartPainter(io.ComfyNode):
                     "image",
                     optional=True,
                     tooltip="An image to paint on, instead of one loaded in the node. Run once to see it here, "
-                    "unless it "
-                    "comes from Load Image.",
+                    "unless it comes from Load Image.",
                 ),
                 Examples.Input(
                     "previous",
@@ -161,8 +160,7 @@ class SLiMePartPainter(io.ComfyNode):
                     list(INITIAL_MASKS),
                     optional=True,
                     tooltip="Masks to correct: SLiMe parts of one image, masks, SEGS or bounding boxes. Run once to "
-                    "see "
-                    "them here.",
+                    "see them here.",
                 ),
             ],
             outputs=[

@@ -34,8 +34,7 @@ class SLiMePartDetailer(io.ComfyNode):
             is_output_node=True,
             display_name="SLiMe Part Detailer",
             description="Crops every region of the parts, redraws it at full resolution and pastes it back. Pixels "
-            "outside "
-            "the parts do not change.",
+            "outside the parts do not change.",
             search_aliases=["detailer", "face detailer", "fix hands", "inpaint crop and stitch", "upscale part"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment; its images are redrawn."),
@@ -75,8 +74,7 @@ class SLiMePartDetailer(io.ComfyNode):
                     max=4096,
                     step=8,
                     tooltip="Longer side in pixels at which a region is redrawn: 512 for SD1.5, 1024 for SDXL. A "
-                    "larger "
-                    "region keeps its size.",
+                    "larger region keeps its size.",
                 ),
                 io.Float.Input(
                     "crop_factor",

@@ -288,8 +288,7 @@ class SLiMePartGuider(io.ComfyNode):
             category=SAMPLING,
             display_name="SLiMe Part Guider",
             description="Guidance for SamplerCustomAdvanced that finds learned parts during sampling, and applies a "
-            "prompt "
-            "of its own to each of them.",
+            "prompt of its own to each of them.",
             search_aliases=["guider", "regional prompt", "part prompt", "CFGGuider", "part latent mask"],
             inputs=[
                 io.Model.Input("model", tooltip="The model that samples, and by default finds the parts."),

@@ -87,8 +87,7 @@ class SLiMeTrain(io.ComfyNode):
                     options=list(TRAINERS),
                     default="instant",
                     tooltip="instant: seconds, without gradients through the model. paper: the recipe of the SLiMe "
-                    "paper, "
-                    "training through the model, minutes.",
+                    "paper, training through the model, minutes.",
                 ),
                 io.Int.Input(
                     "seed",

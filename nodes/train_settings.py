@@ -33,8 +33,7 @@ class TrainSettingsValue:
         if preset != self.preset:
             raise SlimeError(
                 f"preset is {preset}, but the connected settings are for {self.preset}. Choose {self.preset}, or "
-                "connect "
-                f"SLiMe {preset.capitalize()} Settings."
+                f"connect SLiMe {preset.capitalize()} Settings."
             )
         return self.values
 
@@ -187,7 +186,6 @@ def _model_inputs(empty: str) -> list[Any]:
             "self_layers",
             default="",
             tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the known ones. "
-            "auto: "
-            "chosen on the examples.",
+            "auto: chosen on the examples.",
         ),
     ]

@@ -134,8 +134,7 @@ class Example:
         if missing:
             raise SlimeError(
                 f"Nothing is left of {', '.join(missing)}: masks further down the list cover it. Change the order of "
-                "the "
-                "masks, the largest part first."
+                "the masks, the largest part first."
             )
         return cls(image, labels, names)
 

@@ -104,8 +104,7 @@ def _with_ignored_pixels(examples: Sequence[Example]) -> list[Example]:
     if all((example.labels > 0).all() for example in examples):
         raise SlimeError(
             "Every pixel of the examples belongs to a part, so there is no background to learn. Is the mask "
-            "inverted, or "
-            "does it cover the whole image? Leave some background unpainted."
+            "inverted, or does it cover the whole image? Leave some background unpainted."
         )
     trained = [example.with_ignored_pixels() for example in examples]
     if not any((example.labels == 0).any() for example in trained):

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import importlib
 import json
-import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -85,9 +84,8 @@ def help_page(page: str, node: Mapping[str, Any]) -> str:
     for title, items in (("Inputs", node["inputs"]), ("Outputs", node["outputs"])):
         rows = [f"| {item['name']} | {item['tooltip']} |" for item in items.values()]
         table = "\n".join([f"| {title[:-1]} | Description |", "|---|---|", *rows])
-        page = re.sub(
-            rf"(?<=\n## {title}\n\n).*?(?=## )", lambda _, table=table: table + "\n\n", page, count=1, flags=re.DOTALL
-        )
+        before, heading, rest = page.partition(f"\n## {title}\n\n")
+        page = f"{before}{heading}{table}\n\n## {rest.partition('## ')[2]}"
     return page
 
 

@@ -34,7 +34,7 @@ from .trials import Trials
 
 GROWTH = 300e6  # bytes of resident memory that the second half of the interrupts may add
 LEARNED, OTHER_MODEL, LORA = "standing", "other.safetensors", "noise.safetensors"
-SMALL = {"preset": "instant", "steps": 10, "views": 4}
+SMALL: dict[str, Any] = {"preset": "instant", "steps": 10, "views": 4}
 EXACT = ("--cache-none", "--cache-lru 10", "--disable-smart-memory", "--deterministic")
 ROUNDED = ("--fp16-unet", "--bf16-unet", "--fp8_e4m3fn-unet")
 SAME, ALIKE = 1.0, 0.9  # share of pixels with the same label as without flags

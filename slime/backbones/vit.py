@@ -113,8 +113,7 @@ class VisionTransformer:
         if not recorder.complete:
             raise SlimeError(
                 "This vision encoder is compiled or patched, so its attention cannot be read. Load it with the node "
-                "Load "
-                "CLIP Vision and connect it directly."
+                "Load CLIP Vision and connect it directly."
             )
         groups = {}
         for name in spec.layers.read:

@@ -52,8 +52,7 @@ class RunLog:
             if differing:
                 raise SlimeError(
                     f"{self.folder} holds the results of a run with other {', '.join(differing)}. Choose an empty "
-                    "folder, "
-                    "or repeat that run's settings to continue it."
+                    "folder, or repeat that run's settings to continue it."
                 )
 
     def write(self, records: Sequence[Record]) -> None:

@@ -75,8 +75,7 @@ def with_probed_layers(
     except OUT_OF_MEMORY as error:
         raise SlimeError(
             "Out of GPU memory while choosing layers on the examples. Close other programs, or name the layers in "
-            "SLiMe "
-            f"Instant Settings; this model has: {', '.join(layer.name for layer in backbone.layers)}."
+            f"SLiMe Instant Settings; this model has: {', '.join(layer.name for layer in backbone.layers)}."
         ) from error
     return replace(
         settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
 from types import SimpleNamespace
@@ -189,6 +190,31 @@ def test_wrong_models_are_refused(extension) -> None:
         ComfyUNet(comfy_patcher("sd1"), None, clip).condition("x")
 
 
+def test_a_node_is_one_file_and_one_line(nodes, monkeypatch) -> None:
+    from comfy_api.latest import io
+    from slime_extension.nodes.common import schema
+
+    class Upper(io.ComfyNode):  # type: ignore[misc]
+        @classmethod
+        def define_schema(cls) -> io.Schema:
+            return schema(
+                node_id="SLiMeUpper",
+                display_name="Upper",
+                inputs=[io.String.Input("text")],
+                outputs=[io.String.Output()],
+            )
+
+        @classmethod
+        def execute(cls, text: str) -> io.NodeOutput:
+            return io.NodeOutput(text.upper())
+
+    from slime_extension.nodes import extension
+
+    monkeypatch.setattr(extension, "NODES", [*extension.NODES, Upper])
+    listed = asyncio.run(extension.SlimeExtension().get_node_list())
+    assert listed[-1].GET_SCHEMA().category.startswith("SLiMe") and listed[-1].execute("a").args == ("A",)
+
+
 def test_import_is_light(extension, comfy_path) -> None:
     """Users of scipy.ndimage aside, importing the entry point loads no diffusers and touches no GPU."""
     import subprocess
@@ -308,7 +334,7 @@ def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "learned together in one text"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), 'no part "c"'),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "red tyre"), "is not a change"),
-        (lambda: nodes.SLiMeEmbeddingsMerge.execute(only, None, "blue = drop"), "No part would be left"),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(only, None, "blue = drop"), "All parts are dropped"),
         (lambda: nodes.SLiMeLoadEmbeddings.execute("", text[:-20]), "cut off or changed"),
     ):
         with pytest.raises(ValueError, match=f"^SLiMe (Embeddings Merge|.*Load).*{message}"):

@@ -252,7 +252,7 @@ def test_offloaded_weights_with_lora_learn_the_same_tokens(extension) -> None:
             assert (on_the_fly > 0) == (memory < 1e30)
             denoiser = ComfyUNet(patcher)
         choice = choose_layers(denoiser)
-        denoiser._lent = True
+        denoiser._in_training = True
         from slime_extension.nodes.comfy_autograd import trainable
 
         with trainable(patcher):

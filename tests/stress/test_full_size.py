@@ -82,7 +82,7 @@ def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
         reports = []
         settings = preset("paper", sd15.info, views=1, steps=1, checkpointing=True)
         stepped = train(sd15, [example], settings, on_step=reports.append)
-    assert torch.isfinite(stepped.rows).all() and set(reports[-1].losses) == {"loss", "ce", "was", "guard"}
+    assert torch.isfinite(all_vectors(stepped)).all() and set(reports[-1].losses) == {"loss", "ce", "was", "guard"}
 
 
 def test_a_checkpoint_file_is_read_without_a_hub(sd15, sd15_file) -> None:
@@ -127,7 +127,7 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
         assert len(embeddings.layers.read) == 36 and len(embeddings.layers.propagate) == 6
         assert segment(denoiser, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)
         stepped = train(denoiser, [example], preset("paper", denoiser.info, views=1, steps=1))
-    assert torch.isfinite(stepped.rows).all()
+    assert torch.isfinite(all_vectors(stepped)).all()
 
 
 def test_dinov2_large_looks(extension) -> None:

@@ -147,13 +147,17 @@ def test_a_trainer_is_one_file_and_one_line(monkeypatch) -> None:
     assert train(toy, [toy_example(0)], settings).names == ("red", "blue")
 
 
-def test_fused_backbones_of_any_number_and_their_files(tmp_path) -> None:
+def test_fused_backbones_of_any_number_and_their_files(tmp_path, monkeypatch) -> None:
     """Three branches, two of one kind: features by name, a file, patterns that name a branch."""
     other = ColorAndPlace()
     other.info = replace(ColorAndPlace.info, id="colors-again")
     toy = ToyUNet()
     toy.info = replace(toy.info, cell=CELL, multiple=8 * CELL)
-    toy.encode_images = lambda images: F.avg_pool2d(images.movedim(-1, 1), CELL).repeat(1, 2, 1, 1)[:, :4]
+
+    def encode(images: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(images.movedim(-1, 1), CELL).repeat(1, 2, 1, 1)[:, :4]
+
+    monkeypatch.setattr(toy, "encode_images", encode)
     fused = FusedBackbone(ColorAndPlace(), other, toy)
     embeddings = train(fused, [toy_example(0)], InstantSettings(views=4))
     assert (

@@ -20,11 +20,12 @@ from slime.backbones.load import fingerprint, load_model
 from slime.data import command
 from slime.data import run as engine_module
 from slime.data.annotations import read_annotations
-from slime.data.formats import FORMATS
+from slime.data.formats import FORMATS, Format
 from slime.data.pixels import decode
+from slime.data.records import Record
 from slime.data.review import least_confident, review_page
 from slime.data.run import Engine, segment_images
-from slime.data.run_log import RunLog
+from slime.data.run_log import RunLog, write_whole
 from slime.data.shapes import brush_rle, coco_rle, mask_of_brush, mask_of_coco, outlines
 from slime.data.sources import SourceImage, source_images
 from slime.parts.maps import DenseMaps
@@ -626,6 +627,24 @@ def test_nodes_export_and_load_labels(nodes, learned, tmp_path, kind: str) -> No
         assert one[0].names == learned[1].names[:1]
     with pytest.raises(SlimeError, match="SLiMe Export Labels: .*run with other formats"):
         export.execute(made(maps, images), "masks" if kind != "masks" else "coco", "set")
+
+
+class Areas(Format):
+    """A toy format: one text file per image with the area of each part."""
+
+    def write(self, record: Record, labels: np.ndarray) -> None:
+        text = "".join(f"{name} {(labels == label).sum()}\n" for label, name in enumerate(self.names, start=1))
+        write_whole(self.place("areas", record.name, ".txt"), text.encode())
+
+
+def test_an_export_format_is_one_class_and_one_line(nodes, learned, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(FORMATS, "areas", Areas)
+    export, _, made = nodes
+    images = toy_example(0).image[None]
+    maps = segment(learned[0], images, learned[1])[0]
+    export.execute(made(maps, images), "areas", "set", "a.jpg")
+    text = (tmp_path / "output" / "set" / "areas" / "a.txt").read_text(encoding="utf-8")
+    assert text.splitlines() == [f"{n} {(maps.label_map == i).sum()}" for i, n in enumerate(maps.names, start=1)]
 
 
 def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path) -> None:
