@@ -30,7 +30,7 @@ OPEN = (
 SMALLEST = 50  # pixels of a box's side
 FACES_FOR_TESTING = 2000
 TRAINING_IMAGES, VALIDATION_IMAGES = 30, 20  # written; the ten examples of a seed are drawn from the first
-# Annotated part, without its number -> class. PASCAL-Part's part2ind.m names the parts.
+# AnnotatedImage part, without its number -> class. PASCAL-Part's part2ind.m names the parts.
 PASCAL: Mapping[str, Mapping[str, str]] = {
     "car": {
         **dict.fromkeys((a + "side" for a in ("front", "left", "right", "back", "roof")), "body"),
@@ -56,7 +56,7 @@ CELEBA = {
 
 
 @dataclass(frozen=True)
-class Labelled:
+class SegmentedImage:
     """One picture of a data set, whether it is for testing, and what reads uint8 [H, W, 3] and the label map [H, W]."""
 
     name: str
@@ -109,7 +109,7 @@ def prepare(archive: Path, data: Path, domains: Sequence[str], limit: int = 0, s
     return counts
 
 
-def pascal(annotations: Path, domain: str) -> Iterator[Labelled]:
+def pascal(annotations: Path, domain: str) -> Iterator[SegmentedImage]:
     """Every object of PASCAL-Part's class, cut out by the box of its mask."""
     from scipy.io import loadmat
 
@@ -134,14 +134,14 @@ def pascal(annotations: Path, domain: str) -> Iterator[Labelled]:
                 continue
             box = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
             read = partial(_cut, images / f"{path.stem}.jpg", box, labels[box].copy())
-            yield Labelled(f"{path.stem}_{number}", path.stem in testing, read)
+            yield SegmentedImage(f"{path.stem}_{number}", path.stem in testing, read)
 
 
 def _cut(path: Path, box: tuple[slice, slice], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.asarray(Image.open(path).convert("RGB"))[box], labels
 
 
-def celeba(annotations: Path) -> Iterator[Labelled]:
+def celeba(annotations: Path) -> Iterator[SegmentedImage]:
     """Every face with the label map that its parts make."""
     images = _beside(annotations, "CelebA-HQ-img")
     masks: dict[int, dict[str, Path]] = {}
@@ -151,7 +151,9 @@ def celeba(annotations: Path) -> Iterator[Labelled]:
     first = sorted(masks)[-min(FACES_FOR_TESTING, len(masks) // 2)] if masks else 0
     for number in sorted(masks):
         if set(masks[number]) & set(CELEBA):
-            yield Labelled(f"{number:05d}", number >= first, partial(_face, images / f"{number}.jpg", masks[number]))
+            yield SegmentedImage(
+                f"{number:05d}", number >= first, partial(_face, images / f"{number}.jpg", masks[number])
+            )
 
 
 def _face(path: Path, masks: Mapping[str, Path]) -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +183,7 @@ def _beside(folder: Path, name: str) -> Path:
     raise SlimeError(f"There is no folder {name} near {folder}. Unpack the images beside the annotations.")
 
 
-def _write(folder: Path, pictures: Sequence[Labelled]) -> None:
+def _write(folder: Path, pictures: Sequence[SegmentedImage]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for picture in pictures:
         image, labels = picture.read()

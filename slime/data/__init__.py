@@ -1,4 +1,4 @@
-"""Large sets: folders, archives and tables of images in, labels in the formats of annotation tools out.
+"""Segment large sets of images, read annotations, and write the formats of annotation tools.
 
 ``python -m slime`` (:mod:`.command`) is the way in. The road: a source (:mod:`.sources`) gives named bytes, which
 become pixels (:mod:`.pixels`); :mod:`.run` sends them through a :class:`slime.Segmenter` and notes what was found as

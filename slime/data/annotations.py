@@ -1,4 +1,4 @@
-"""Labelled images from annotation tools: COCO, Label Studio, or a folder of label maps."""
+"""Read labelled images of annotation tools: COCO, Label Studio, or a folder of label maps."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from .shapes import mask_of_brush, mask_of_coco
 NAMES = "names.txt"
 
 
-class Annotated(NamedTuple):
-    """An image of a set, and how to get its pixels uint8 [H, W, 3] and its label map uint8 [H, W]."""
+class AnnotatedImage(NamedTuple):
+    """An image of a set, with callables for its pixels uint8 [H, W, 3] and its label map uint8 [H, W]."""
 
     name: str
     pixels: Callable[[], np.ndarray]
     labels: Callable[[], np.ndarray]
 
     def example(self, names: Sequence[str]) -> Example:
-        """Raises SlimeError as :meth:`slime.Example.from_label_map`."""
+        """Return the training example; raise SlimeError as :meth:`slime.Example.from_label_map` does."""
         image = torch.from_numpy(self.pixels()).float() / 255
         try:
             return Example.from_label_map(image, torch.from_numpy(self.labels().astype(np.int64)), names)
@@ -37,14 +37,14 @@ class Annotated(NamedTuple):
 
 
 class AnnotatedSet(NamedTuple):
-    """Names of parts, label 1 first, and images in a fixed order."""
+    """Part names, label 1 first, and images in a fixed order."""
 
     names: tuple[str, ...]
-    images: tuple[Annotated, ...]
+    images: tuple[AnnotatedImage, ...]
 
 
 def read_annotations(source: str, names: Sequence[str] = (), required: bool = True) -> AnnotatedSet:
-    """A COCO or Label Studio ``.json``, or a folder of images with label maps of the same stem and a ``names.txt``.
+    """Read a COCO or Label Studio ``.json``, or a folder of images with label maps of the same stem and ``names.txt``.
 
     Label maps are ``.npy`` or indexed ``.png`` files beside the image, or in a folder ``labels``. Images of JSON files
     are looked for beside the file and in ``images``.
@@ -78,7 +78,7 @@ def _of_names(found: AnnotatedSet, names: tuple[str, ...], required: bool) -> An
         table[label] = names.index(name) + 1 if name in names else 0
     table[255] = 255
 
-    def renamed(one: Annotated) -> Annotated:
+    def renamed(one: AnnotatedImage) -> AnnotatedImage:
         return one._replace(labels=lambda: table[one.labels()])
 
     return AnnotatedSet(check_names(names), tuple(map(renamed, found.images)))
@@ -93,12 +93,12 @@ def _folder(folder: Path) -> AnnotatedSet:
     for file in sorted(folder.iterdir()):
         labels = _labels_beside(file) if file.suffix.lower() in SUFFIXES else None
         if labels is not None:
-            images.append(Annotated(file.name, _decoder(file), lambda labels=labels: _read_labels(labels)))  # type: ignore[misc]
+            images.append(AnnotatedImage(file.name, _decoder(file), lambda labels=labels: _read_labels(labels)))  # type: ignore[misc]
     return AnnotatedSet(names, tuple(images))
 
 
 def _labels_beside(image: Path) -> Path | None:
-    """The label map of an image; None for one that is itself a label map."""
+    """Return the path of an image's label map; None for a file that is itself a label map."""
     if image.suffix.lower() == ".png":
         others = [image.with_suffix(suffix) for suffix in SUFFIXES - {".png"}]
         if any(other.is_file() for other in others) and _is_indexed(image):
@@ -144,7 +144,7 @@ def _coco(body: Mapping[str, Any], folder: Path) -> AnnotatedSet:
     names = check_names([name for number, name in kinds.items() if number in used])
     label = {number: names.index(name) + 1 for number, name in kinds.items() if number in used}
 
-    def annotated(image: Mapping[str, Any]) -> Annotated:
+    def annotated(image: Mapping[str, Any]) -> AnnotatedImage:
         file, shape = _find(folder, image["file_name"]), (int(image["height"]), int(image["width"]))
 
         def labels() -> np.ndarray:
@@ -153,13 +153,13 @@ def _coco(body: Mapping[str, Any], folder: Path) -> AnnotatedSet:
                 found[_coco_mask(annotation["segmentation"], *shape)] = label[annotation["category_id"]]
             return found
 
-        return Annotated(image["file_name"], _decoder(file), labels)
+        return AnnotatedImage(image["file_name"], _decoder(file), labels)
 
     return AnnotatedSet(names, tuple(annotated(image) for image in body["images"] if of_image[image["id"]]))
 
 
 def _coco_mask(shape: Any, height: int, width: int) -> np.ndarray:
-    """bool [H, W] of run lengths, compressed or not, or of polygons."""
+    """Decode a COCO segmentation to a mask bool [H, W]: run lengths, compressed or not, or polygons."""
     if isinstance(shape, list):
         return _filled(shape, height, width)
     counts = shape["counts"]
@@ -177,7 +177,7 @@ def _filled(polygons: Sequence[Sequence[float]], height: int, width: int) -> np.
 
 
 def _label_studio(tasks: Sequence[Mapping[str, Any]], folder: Path) -> AnnotatedSet:
-    """Its JSON export: brushes, polygons and rectangles of the last annotation of every task."""
+    """Read a JSON export of Label Studio: brushes, polygons and rectangles of each task's last annotation."""
     results = []
     for task in tasks:
         annotations = task.get("annotations") or task.get("predictions") or []
@@ -188,7 +188,7 @@ def _label_studio(tasks: Sequence[Mapping[str, Any]], folder: Path) -> Annotated
     if not names:
         raise SlimeError("This Label Studio file has no brush, polygon or rectangle labels; export it as JSON.")
 
-    def annotated(task: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]]) -> Annotated:
+    def annotated(task: Mapping[str, Any], shapes: Sequence[Mapping[str, Any]]) -> AnnotatedImage:
         address = next(value for value in task["data"].values() if isinstance(value, str))
         name = _name_of(address)
 
@@ -198,7 +198,7 @@ def _label_studio(tasks: Sequence[Mapping[str, Any]], folder: Path) -> Annotated
                 found[_label_studio_mask(shape)] = names.index(str(_label_of(shape))) + 1
             return found
 
-        return Annotated(name, _decoder(_find(folder, name)), labels)
+        return AnnotatedImage(name, _decoder(_find(folder, name)), labels)
 
     return AnnotatedSet(check_names(names), tuple(annotated(*pair) for pair in results))
 
@@ -225,14 +225,14 @@ def _label_studio_mask(result: Mapping[str, Any]) -> np.ndarray:
 
 
 def _name_of(address: str) -> str:
-    """The file that a task's address means: of local storage, an upload, or a path."""
+    """Return the file that a task's address names: local storage, an upload, or a path."""
     parsed = urlparse(address)
     local = parse_qs(parsed.query).get("d")
     return unquote(local[0] if local else parsed.path).lstrip("/")
 
 
 def _find(folder: Path, name: str) -> Path:
-    """A named file below a folder or its ``images``, by its whole name or by its last part."""
+    """Return the path of a named file below a folder or its ``images``, by its whole name or its last component."""
     last = Path(name).name
     places = [folder / name, folder / "images" / name, folder / last, folder / "images" / last]
     # Label Studio puts a random prefix before the names of uploads.

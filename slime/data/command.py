@@ -1,4 +1,4 @@
-"""The command line: teach parts, find them in large sets, measure, and say what a file holds.
+"""The command line: train parts, segment large sets, evaluate, and describe embeddings files.
 
     slime train    --model M --examples SOURCE --output wheel.safetensors
     slime segment  --model M --embeddings wheel.safetensors INPUT --output OUT --format coco
@@ -40,7 +40,7 @@ from .sources import STREAMED, SourceImage, source_images
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command; returns the exit status."""
+    """Run a command and return its exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     options = _parser().parse_args(arguments)
     try:
@@ -62,71 +62,91 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, work: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        found = commands.add_parser(name, help=about, description=about)
-        found.set_defaults(run=work)
-        return found
+        made = commands.add_parser(name, help=about, description=about)
+        made.set_defaults(run=work)
+        return made
 
-    teach = command("train", _train, "Learn parts from labelled images.")
-    _model(teach)
-    teach.add_argument("--examples", required=True, help="COCO or Label Studio .json, or a folder with names.txt")
-    teach.add_argument("--parts", nargs="+", default=(), help="their names, in order; default: all in the examples")
-    teach.add_argument("--shots", type=int, default=0, help="use the first so many images; 0 for all")
-    teach.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    teach.add_argument("--preset", choices=("instant", "paper"), default="instant")
-    teach.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
+    train_command = command("train", _train, "Train parts on labelled images.")
+    _model(train_command)
+    train_command.add_argument(
+        "--examples", required=True, help="COCO or Label Studio .json, or a folder with names.txt"
+    )
+    train_command.add_argument(
+        "--parts", nargs="+", default=(), help="part names, in order; default: all in the examples"
+    )
+    train_command.add_argument("--shots", type=int, default=0, help="number of images to train on; 0 for all")
+    train_command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    train_command.add_argument("--preset", choices=("instant", "paper"), default="instant")
+    train_command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
 
-    find = command("segment", _segment, "Find learned parts in many images.")
-    _model(find)
-    _looking(find)
-    find.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
-    find.add_argument("--output", required=True, help="folder; a run that was stopped goes on in it")
-    find.add_argument(
+    segment_command = command("segment", _segment, "Segment trained parts in many images.")
+    _model(segment_command)
+    _segmenting(segment_command)
+    segment_command.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
+    segment_command.add_argument("--output", required=True, help="folder; a stopped run is resumed")
+    segment_command.add_argument(
         "--format", choices=(*FORMATS, "jsonl"), nargs="+", default=["label-map"], help="with --ray: parquet or jsonl"
     )
-    find.add_argument("--limit", type=int, default=0, help="at most so many images; 0 for all")
-    find.add_argument("--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0")
-    find.add_argument(
+    segment_command.add_argument("--limit", type=int, default=0, help="largest number of images; 0 for all")
+    segment_command.add_argument(
+        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0"
+    )
+    segment_command.add_argument(
         "--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
     )
-    find.add_argument("--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster, or one on this machine")
-    find.add_argument("--actors", type=int, default=1, help="with --ray: models at once")
-    find.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs of each")
-    find.add_argument("--order", choices=("uncertain",), help="write order.txt: the least sure images first")
-    find.add_argument("--review", type=int, default=0, metavar="N", help="write review.html with the N least sure")
+    segment_command.add_argument(
+        "--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster, or one on this machine"
+    )
+    segment_command.add_argument("--actors", type=int, default=1, help="with --ray: number of models")
+    segment_command.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs per model")
+    segment_command.add_argument("--order", choices=("uncertain",), help="write order.txt: the lowest confidence first")
+    segment_command.add_argument(
+        "--review",
+        type=int,
+        default=0,
+        metavar="N",
+        help="write review.html with the N images of the lowest confidence",
+    )
 
-    measure = command("evaluate", _evaluate, "Compare with labelled images.")
-    _model(measure, required=False)
-    _looking(measure, required=False)
-    measure.add_argument("truth", help="COCO or Label Studio .json, or a folder with names.txt")
-    measure.add_argument("--found", help="labels to compare, in any of these forms, in place of a model and embeddings")
-    measure.add_argument("--json", type=Path, help="write the figures here as well")
+    evaluate_command = command("evaluate", _evaluate, "Compare with labelled images.")
+    _model(evaluate_command, required=False)
+    _segmenting(evaluate_command, required=False)
+    evaluate_command.add_argument("ground_truth", help="COCO or Label Studio .json, or a folder with names.txt")
+    evaluate_command.add_argument(
+        "--labels", help="labels to evaluate, in any of these forms, instead of a model and embeddings"
+    )
+    evaluate_command.add_argument("--json", type=Path, help="also write the figures to this file")
 
-    say = command("info", _info, "Say what an embeddings file holds.")
-    say.add_argument("embeddings", type=Path)
+    info_command = command("info", _info, "Describe an embeddings file.")
+    info_command.add_argument("embeddings", type=Path)
     return parser
 
 
 def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--model", required=required, help="checkpoint file, diffusers folder, or an encoder's folder")
-    parser.add_argument("--comfyui", default="", metavar="FOLDER", help="load the checkpoint by this ComfyUI")
+    parser.add_argument("--comfyui", default="", metavar="FOLDER", help="load the checkpoint with this ComfyUI")
     parser.add_argument(
-        "--device", default="", help="cuda, mps or cpu; default: the best there is (ComfyUI decides itself)"
+        "--device", default="", help="cuda, mps or cpu; default: the best available (ComfyUI chooses by itself)"
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="likewise")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="as --device")
 
 
-def _looking(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    parser.add_argument("--embeddings", type=Path, required=required, help="what was learned, a .safetensors file")
-    parser.add_argument("--batch", type=int, default=0, help="images of one pass; 0 asks the model")
-    parser.add_argument("--refine", choices=REFINEMENTS, default="fast", help="how borders follow the image's edges")
-    parser.add_argument("--min-confidence", type=float, default=0.0, help="images less sure than this hold no part")
+def _segmenting(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    parser.add_argument("--embeddings", type=Path, required=required, help="the .safetensors file")
+    parser.add_argument("--batch", type=int, default=0, help="images per pass; 0 = automatic")
+    parser.add_argument(
+        "--refine", choices=REFINEMENTS, default="fast", help="how mask borders are aligned with the image's edges"
+    )
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.0, help="masks of images below this confidence are empty"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f'"{text}" is no share: 0/8 to 7/8 are the shares of eight')
+        raise argparse.ArgumentTypeError(f'"{text}" is not a share; the shares of eight are 0/8 to 7/8')
     return int(index), int(count)
 
 
@@ -141,13 +161,12 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
-    found = read_annotations(options.examples, options.parts)
-    chosen = found.images[: options.shots or None]
-    examples = [image.example(found.names) for image in chosen]
+    annotated = read_annotations(options.examples, options.parts)
+    examples = [image.example(annotated.names) for image in annotated.images[: options.shots or None]]
     backbone = _load(options)
     changes = {name: _value(value) for name, _, value in (text.partition("=") for text in options.set)}
     settings = preset(options.preset, backbone.info, **changes)
-    with _bar(None, "learning", "step") as bar:
+    with _bar(None, "training", "step") as bar:
 
         def on_step(report: Any) -> None:
             if bar.desc != report.stage:
@@ -158,7 +177,7 @@ def _train(options: argparse.Namespace) -> None:
         with torch.inference_mode():
             embeddings = train(backbone, examples, settings, on_step=on_step)
     save_embeddings(embeddings, options.output)
-    sys.stdout.write(f"{options.output}: {', '.join(embeddings.names)}, learned from {len(examples)} images\n")
+    sys.stdout.write(f"{options.output}: {', '.join(embeddings.names)}, trained on {len(examples)} images\n")
 
 
 def _value(text: str) -> Any:
@@ -186,16 +205,16 @@ def _segment(options: argparse.Namespace) -> None:
     if "jsonl" in options.format:
         raise SlimeError("Without --ray the records are in records.jsonl anyway; choose another --format.")
     embeddings = load_embeddings(options.embeddings)
-    learned = fingerprint(str(options.embeddings))
+    digest = fingerprint(str(options.embeddings))
     about = {
-        "embeddings": learned,
+        "embeddings": digest,
         "model": fingerprint(options.model),
         "names": list(embeddings.names),
         "formats": list(options.format),
         "settings": {name: getattr(options, name) for name in ("refine", "seed", "min_confidence", "dtype")},
     }
     run_log = RunLog(options.output, about, options.shard)
-    version = f"slime-{learned[:12]}"
+    version = f"slime-{digest[:12]}"
     outputs = [FORMATS[name](options.output, embeddings, version) for name in options.format]
     engine = Engine(_segmenter(options, embeddings), options.batch)
     source: Iterable[SourceImage] = source_images(options.input, options.shard, options.limit)
@@ -205,7 +224,7 @@ def _segment(options: argparse.Namespace) -> None:
         segment_images(engine, source, outputs, run_log, options.workers, bar.update)
     for output in outputs:
         output.finish(run_log)
-    _look_over(options, run_log, embeddings)
+    _write_review(options, run_log, embeddings)
     manifest = run_log.close(versions())
     counts = manifest["counts"]
     sys.stdout.write(f"{options.output}: {counts['images']} images, {counts['errors']} errors (errors.jsonl)\n")
@@ -231,47 +250,49 @@ def _segment_with_ray(options: argparse.Namespace) -> None:
     )
 
 
-def _look_over(options: argparse.Namespace, run_log: RunLog, embeddings: PartEmbeddings) -> None:
+def _write_review(options: argparse.Namespace, run_log: RunLog, embeddings: PartEmbeddings) -> None:
     if options.order:
-        names = (record.name for record in sorted(run_log.records(), key=lambda one: (one.confidence, one.name)))
+        names = (
+            record.name for record in sorted(run_log.records(), key=lambda record: (record.confidence, record.name))
+        )
         write_whole(options.output / "order.txt", "".join(f"{name}\n" for name in names).encode())
     if options.review:
         records = least_confident(run_log.records(), options.review)
         wanted = {record.name for record in records}
-        found = {one.name: decode(one.read()) for one in source_images(options.input) if one.name in wanted}
-        page = review_page(records, found.__getitem__, embeddings.names, embeddings.palette)
+        pixels = {image.name: decode(image.read()) for image in source_images(options.input) if image.name in wanted}
+        page = review_page(records, pixels.__getitem__, embeddings.names, embeddings.palette)
         write_whole(options.output / "review.html", page.encode())
 
 
 def versions() -> dict[str, str]:
-    """Of what computed."""
+    """Return the versions of what computes."""
     found = {"python": platform.python_version(), "torch": torch.__version__}
     try:
         found["slime"] = metadata.version("slime-segment-like-me")
     except metadata.PackageNotFoundError:
-        found["slime"] = "a clone"
+        found["slime"] = "unreleased"
     return found
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if bool(options.found) == bool(options.embeddings and options.model):
-        raise SlimeError("Give --found, or both --model and --embeddings.")
-    if options.found:
-        truth = read_annotations(options.truth)
-        found = read_annotations(options.found, truth.names, required=False)
-        names, label_maps = truth.names, {image.name: image.labels for image in found.images}
+    if bool(options.labels) == bool(options.embeddings and options.model):
+        raise SlimeError("Give --labels, or both --model and --embeddings.")
+    if options.labels:
+        truth = read_annotations(options.ground_truth)
+        annotated = read_annotations(options.labels, truth.names, required=False)
+        names, label_maps = truth.names, {image.name: image.labels for image in annotated.images}
     else:
         embeddings = load_embeddings(options.embeddings)
         names, engine = embeddings.names, Engine(_segmenter(options, embeddings), options.batch)
-        truth = read_annotations(options.truth, names, required=False)
+        truth = read_annotations(options.ground_truth, names, required=False)
     predictions, truths = [], []
     with _bar(len(truth.images), "evaluating") as bar:
         for image in truth.images:
             labels = image.labels()
-            if options.found:
+            if options.labels:
                 prediction = label_maps[image.name]() if image.name in label_maps else np.zeros_like(labels)
             else:
-                prediction = engine.find([engine.prepare(image.name, image.pixels())])[0]().labels
+                prediction = engine.segment([engine.prepare(image.name, image.pixels())])[0]().labels
             predictions.append(prediction)
             truths.append(labels)
             bar.update(1)
@@ -293,7 +314,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _figure(value: float) -> float | None:
-    """Rounded; None for a part that no image holds."""
+    """Return a rounded figure; None for a part that no image contains."""
     return None if np.isnan(value) else round(float(value), 4)
 
 

@@ -1,4 +1,4 @@
-"""Files that annotation and training tools read, made of records."""
+"""Write files for annotation and training tools from records."""
 
 from __future__ import annotations
 
@@ -34,25 +34,25 @@ class Named(Protocol):
 
 
 class Format:
-    """A way to write what was found.
+    """Base class of output formats.
 
     Args:
-        folder: of the outputs.
-        parts: whose names and colours are written.
-        model: what found them, for formats that say so.
+        folder: output folder.
+        parts: the part names and colours.
+        model: id of the embeddings, for formats with such a field.
     """
 
     def __init__(self, folder: Path, parts: Named, model: str) -> None:
         self.folder, self.names, self.palette, self.model = folder, parts.names, parts.palette, model
 
     def write(self, record: Record, labels: np.ndarray) -> None:
-        """Files of one image, each as a whole or not at all. Called from several threads."""
+        """Write the files of one image, each completely or not at all. Called from several threads."""
 
     def finish(self, run_log: RunLog) -> None:
-        """What is made of all records, after the last one."""
+        """Write what is made of all records, after the last one."""
 
     def place(self, kind: str, name: str, suffix: str) -> Path:
-        """Where a file that belongs to an image lies; names that lead out of the folder are refused."""
+        """Return the path of a file of an image; raise SlimeError for a name that leads out of the folder."""
         path = PurePosixPath(name.replace("\\", "/"))
         if path.is_absolute() or ".." in path.parts or ":" in name:
             raise SlimeError(f'An image is called "{name}", which would be written outside {self.folder}.')
@@ -60,7 +60,7 @@ class Format:
 
 
 class LabelMaps(Format):
-    """``labels/*.png``: indexed images whose values are the labels, and ``names.txt``, a part a line from 1 on."""
+    """Write ``labels/*.png``, indexed images whose values are the labels, and ``names.txt``, one part per line."""
 
     def write(self, record: Record, labels: np.ndarray) -> None:
         write_whole(self.place("labels", record.name, ".png"), png(labels, [(0, 0, 0), *self.palette]))
@@ -70,7 +70,7 @@ class LabelMaps(Format):
 
 
 class Masks(Format):
-    """``masks/PART/*.png``: 255 where the part is."""
+    """Write ``masks/PART/*.png``: 255 inside the part."""
 
     def write(self, record: Record, labels: np.ndarray) -> None:
         for label, part in enumerate(self.names, start=1):
@@ -79,7 +79,7 @@ class Masks(Format):
 
 
 class Coco(Format):
-    """``annotations.json``: COCO instances, an annotation a part, with run lengths, or with ``polygons``."""
+    """Write ``annotations.json``: COCO instances, one annotation per part, with run lengths or ``polygons``."""
 
     polygons = False
 
@@ -105,7 +105,7 @@ class Coco(Format):
                     }
 
         categories = [{"id": i, "name": name, "supercategory": "part"} for i, name in enumerate(self.names, start=1)]
-        info = {"description": "Parts found by SLiMe", "version": self.model}
+        info = {"description": "Parts segmented by SLiMe", "version": self.model}
         fixed = {"info": info, "licenses": [], "categories": categories}
         _write_json(self.folder / "annotations.json", fixed, images=images(), annotations=annotations())
 
@@ -117,13 +117,13 @@ class Coco(Format):
 
 
 class CocoPolygons(Coco):
-    """The same with polygons, for tools that read no run lengths; holes are filled."""
+    """Write COCO polygons, for tools that read no run lengths; holes are filled."""
 
     polygons = True
 
 
 class Yolo(Format):
-    """``labels/*.txt`` as YOLO-seg has them, and ``data.yaml``; classes count from 0, holes are filled."""
+    """Write ``labels/*.txt`` of YOLO-seg, and ``data.yaml``; classes count from 0, holes are filled."""
 
     def __init__(self, folder: Path, parts: Named, model: str) -> None:
         super().__init__(folder, parts, model)
@@ -151,7 +151,7 @@ class Yolo(Format):
 
 
 class LabelStudio(Format):
-    """``tasks.json``: a task an image with a prediction, in Label Studio's brush encoding, and ``config.xml`` for it.
+    """Write ``tasks.json``, one task per image with a prediction as brush labels, and ``config.xml`` for it.
 
     The images' addresses are their names after ``/data/local-files/?d=``, as Label Studio's local storage has them.
     """
@@ -196,7 +196,7 @@ class LabelStudio(Format):
 
 
 class Parquet(Format):
-    """``parts-*.parquet``: a row an image, its parts as a list with COCO's run lengths; 20,000 rows a file."""
+    """Write ``parts-*.parquet``: one row per image, its parts as a list with COCO's run lengths; 20,000 rows a file."""
 
     ROWS = 20_000
 
@@ -212,7 +212,7 @@ class Parquet(Format):
 
 
 def table(records: Sequence[Record], names: Sequence[str], errors: Sequence[tuple[str, str]] = ()) -> Any:
-    """A pyarrow table of records, and of names with a reason for what could not be looked at."""
+    """Return a pyarrow table of records, and of the names and reasons of images that failed."""
     import pyarrow as pa
 
     integer, text, real = pa.int64(), pa.string(), pa.float64()
@@ -240,7 +240,7 @@ FORMATS: dict[str, type[Format]] = {
 
 
 def png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
-    """A PNG file of pixels uint8 [H, W] or [H, W, 3]; with a palette of label numbers."""
+    """Encode pixels uint8 [H, W] or [H, W, 3] as PNG, with a palette for label maps."""
     image, data = Image.fromarray(pixels), io.BytesIO()
     if palette is not None:
         image.putpalette([level for color in palette for level in color])
@@ -249,7 +249,7 @@ def png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = Non
 
 
 def _write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[str, Any]]) -> None:
-    """An object of ``fixed`` entries and lists that are written item by item; without ``fixed`` the one list alone."""
+    """Write an object of ``fixed`` entries and lists, item by item; without ``fixed`` the one list alone."""
     partial = partial_path(path)
     with partial.open("w", encoding="utf-8") as file:
         if fixed is not None:

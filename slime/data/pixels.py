@@ -1,4 +1,4 @@
-"""Bytes of an image as pixels."""
+"""Decode the bytes of an image."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 
 
 def decode(data: bytes) -> np.ndarray:
-    """uint8 [H, W, 3], turned as EXIF says; the first frame of several, transparency dropped, as Load Image does.
+    """Decode to uint8 [H, W, 3] as Load Image does: turned by EXIF, the first frame of several, without transparency.
 
     Grey of 16 bits is taken for 0..65535, of floats for 0..1.
 

@@ -1,4 +1,4 @@
-"""Sets that one machine is too small for: the same segmenter as an actor of Ray Data. Needs the extra ``ray``.
+"""Segment sets that are too large for one machine, with an actor of Ray Data. Needs the extra ``ray``.
 
 Ray reads, shares out, tries again and writes; what is done it notes itself (its checkpoints), so that a run that was
 stopped goes on. Nothing of that is ours.
@@ -20,8 +20,8 @@ NAME, BYTES = "path", "bytes"  # columns, as Ray's reader of files calls them
 SHARE = 0.1  # of a CPU that an actor asks for: their number is given, and readers must not wait for them
 
 
-class Finder:
-    """An actor: loads the model once, and finds the parts in batches of images.
+class SegmentActor:
+    """An actor that loads the model once and segments batches of images.
 
     Args:
         model: arguments of :func:`slime.backbones.load.load_model`.
@@ -34,7 +34,7 @@ class Finder:
         self.names = embeddings.names
 
     def __call__(self, rows: Any) -> Any:
-        """A table with columns "path" and "bytes" becomes one of records, a row an image: :func:`.formats.table`."""
+        """Turn a table with columns "path" and "bytes" into one with one record per row: :func:`.formats.table`."""
         errors: list[tuple[str, str]] = []
         buckets: dict[tuple[int, ...], list[Loaded]] = {}
         for name, data in zip(rows[NAME].to_pylist(), rows[BYTES].to_pylist(), strict=True):
@@ -48,18 +48,18 @@ class Finder:
         for size, bucket in buckets.items():
             count = self.engine.batch(size)
             for start in range(0, len(bucket), count):
-                for one in self._find(bucket[start : start + count], errors):
+                for one in self._segment(bucket[start : start + count], errors):
                     records.append(one().record)
         found = table(records, self.names, errors)
         return found.rename_columns([NAME if column == "image" else column for column in found.column_names])
 
-    def _find(self, batch: list[Loaded], errors: list[tuple[str, str]]) -> Sequence[Any]:
-        """One image that the model cannot take must not cost the others."""
+    def _segment(self, batch: list[Loaded], errors: list[tuple[str, str]]) -> Sequence[Any]:
+        """Segment images; one that fails does not lose the others."""
         try:
-            return self.engine.find(batch)
+            return self.engine.segment(batch)
         except SlimeError as error:
             if len(batch) > 1:
-                return [found for one in batch for found in self._find([one], errors)]
+                return [found for one in batch for found in self._segment([one], errors)]
             errors.append((batch[0].name, str(error)))
             return []
 
@@ -82,7 +82,7 @@ def segment_with_ray(
     Args:
         source: a folder of images, or Parquet files with columns "path" and "bytes", on anything that Ray reads.
         output: folder for shards of Parquet or JSON lines, likewise.
-        model, embeddings, settings: see :class:`Finder`; the model's path must be there on every machine.
+        model, embeddings, settings: see :class:`SegmentActor`; the model's path must be there on every machine.
         kind: "parquet" or "jsonl".
         actors: how many models at once, and ``gpus`` for each.
         batch: images an actor is given at once.
@@ -103,7 +103,7 @@ def segment_with_ray(
         extensions = sorted(suffix.removeprefix(".") for suffix in SUFFIXES)
         images = ray.data.read_binary_files(source, include_paths=True, file_extensions=extensions)
     found = images.map_batches(
-        Finder,
+        SegmentActor,
         fn_constructor_args=(tuple(model), embeddings, settings),
         batch_size=batch,
         batch_format="pyarrow",

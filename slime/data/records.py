@@ -1,4 +1,4 @@
-"""What was found in an image, a line of JSON: what every format is made of, and what a stopped run goes on from."""
+"""Records of segmented images, one JSON line each: the source of every format, and of a resumed run."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from .shapes import coco_rle, mask_of_coco
 
 
 @dataclass(frozen=True)
-class Found:
-    """A part that was found.
+class PartRecord:
+    """One part in an image.
 
     Attributes:
         label: 1.. in the order of the embeddings' names.
         counts: its mask, as COCO's compressed run lengths.
         area: in pixels.
         bbox: left, top, width, height in pixels.
-        score: mean probability where it is.
+        score: mean probability in its mask.
     """
 
     label: int
@@ -36,20 +36,20 @@ class Found:
 
 @dataclass(frozen=True)
 class Record:
-    """One image.
+    """One segmented image.
 
     Attributes:
         name: of the image, as its source has it.
         height, width: in pixels.
-        confidence: how sure the parts are on average, relative to the examples (1: as sure as there).
-        parts: found ones, by label.
+        confidence: see :attr:`slime.parts.maps.PartMaps.confidence`.
+        parts: in the order of their labels.
     """
 
     name: str
     height: int
     width: int
     confidence: float
-    parts: tuple[Found, ...]
+    parts: tuple[PartRecord, ...]
 
     def line(self) -> str:
         return json.dumps(asdict(self), separators=(",", ":"), ensure_ascii=False) + "\n"
@@ -57,36 +57,36 @@ class Record:
     @classmethod
     def of(cls, line: str) -> Record:
         body: dict[str, Any] = json.loads(line)
-        parts = (Found(**{**part, "bbox": tuple(part["bbox"])}) for part in body.pop("parts"))
+        parts = (PartRecord(**{**part, "bbox": tuple(part["bbox"])}) for part in body.pop("parts"))
         return cls(**body, parts=tuple(parts))
 
     def labels(self) -> np.ndarray:
-        """The label map, uint8 [H, W]."""
+        """Return the label map, uint8 [H, W]."""
         labels = np.zeros((self.height, self.width), np.uint8)
         for part in self.parts:
             labels[mask_of_coco(part.counts, self.height, self.width)] = part.label
         return labels
 
 
-def part_rle(record: Record, part: Found) -> dict[str, Any]:
-    """COCO's form of a mask."""
+def part_rle(record: Record, part: PartRecord) -> dict[str, Any]:
+    """Return a mask as COCO's compressed run lengths."""
     return {"size": [record.height, record.width], "counts": part.counts}
 
 
 def record_of(name: str, labels: np.ndarray, maps: Tensor, confidence: float) -> Record:
-    """From a label map uint8 [H, W] and the small probabilities [K, h, w] it was made of."""
-    scores, found = part_scores(maps), []
+    """Make a record from a label map uint8 [H, W] and the small probabilities [K, h, w] it was made of."""
+    scores, parts = part_scores(maps), []
     for label in (np.flatnonzero(np.bincount(labels.ravel(), minlength=len(maps))[1:]) + 1).tolist():
         mask = labels == label
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         top, left = int(rows[0]), int(columns[0])
         box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
-        found.append(Found(label, coco_rle(mask), int(mask.sum()), box, round(scores[label], 4)))
-    return Record(name, labels.shape[0], labels.shape[1], round(confidence, 4), tuple(found))
+        parts.append(PartRecord(label, coco_rle(mask), int(mask.sum()), box, round(scores[label], 4)))
+    return Record(name, labels.shape[0], labels.shape[1], round(confidence, 4), tuple(parts))
 
 
 def part_scores(maps: Tensor) -> Sequence[float]:
-    """Mean probability of every class [K] over the cells of [K, h, w] where it is the most probable, else its peak."""
+    """Return one score per class: its mean probability where it is the most probable in [K, h, w], else its peak."""
     labels = most_probable(maps[None])[0]
     inside = torch.stack([labels == label for label in range(len(maps))])
     sums, counts = (maps * inside).sum((1, 2)), inside.sum((1, 2))

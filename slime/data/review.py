@@ -1,4 +1,4 @@
-"""A page with the least sure images and what was found in them, for a person to look over: one file, no server."""
+"""Write an HTML page of the images with the lowest confidence and their parts: one file, no server."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STYLE = """
 body { font: 15px/1.4 system-ui, sans-serif; margin: 24px; background: #16181d; color: #ecf0f1; }
 h1 { font-size: 20px; } ul { list-style: none; padding: 0; } .key li { display: inline-block; margin-right: 14px; }
 .key span { display: inline-block; width: 12px; height: 12px; margin-right: 5px; border-radius: 2px; }
-.found { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 18px; }
+.images { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr)); gap: 18px; }
 figure { margin: 0; background: #22252c; padding: 10px; border-radius: 8px; }
 img { width: 100%; height: auto; display: block; border-radius: 4px; }
 figcaption { margin-top: 6px; overflow-wrap: anywhere; } small { color: #aab2bd; display: block; }
@@ -28,14 +28,14 @@ figcaption { margin-top: 6px; overflow-wrap: anywhere; } small { color: #aab2bd;
 
 
 def least_confident(records: Iterable[Record], count: int) -> list[Record]:
-    """The least sure first; images in which nothing was found stand by their confidence like any other."""
+    """Return records in the order of their confidence, the lowest first."""
     return nsmallest(count, records, key=lambda record: (record.confidence, record.name))
 
 
 def review_page(
     records: Sequence[Record], pixels: Callable[[str], np.ndarray], names: Sequence[str], palette: Sequence[Color]
 ) -> str:
-    """HTML of these records with their images under what was found.
+    """Return the HTML of these records: images with their parts tinted.
 
     Args:
         pixels: uint8 [H, W, 3] of an image by its name.
@@ -48,7 +48,7 @@ def review_page(
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SLiMe: to look over</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>The {len(records)} least sure images, the least sure first</h1>\n"
-        f'<ul class="key">{key}</ul>\n<div class="found">\n{found}</div>\n</body></html>\n'
+        f'<ul class="key">{key}</ul>\n<div class="images">\n{found}</div>\n</body></html>\n'
     )
 
 
@@ -58,7 +58,7 @@ def _figure(record: Record, pixels: np.ndarray, names: Sequence[str], palette: S
     data = io.BytesIO()
     image.save(data, "JPEG", quality=85)
     shown = base64.b64encode(data.getvalue()).decode()
-    parts = ", ".join(f"{names[part.label - 1]} {part.score:.2f}" for part in record.parts) or "nothing found"
+    parts = ", ".join(f"{names[part.label - 1]} {part.score:.2f}" for part in record.parts) or "no part"
     name = html.escape(record.name)
     return (
         f'<figure><img src="data:image/jpeg;base64,{shown}" alt="{name}"><figcaption>{name}'

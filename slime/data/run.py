@@ -30,7 +30,7 @@ HELD = 4  # batches whose images are in memory: being loaded, passed, or written
 
 @dataclass(frozen=True)
 class Loaded:
-    """An image's pixels, uint8 [H, W, 3], and the same at the size that the model looks at, float [h, w, 3]."""
+    """Pixels of an image, uint8 [H, W, 3], and the same at the working size of the model, float [h, w, 3]."""
 
     name: str
     pixels: np.ndarray
@@ -41,20 +41,20 @@ class Loaded:
         return tuple(self.small.shape[:2])
 
     def image(self) -> Tensor:
-        """float [H, W, 3] in [0, 1]"""
+        """Return float [H, W, 3] in [0, 1]."""
         return torch.from_numpy(self.pixels).float().div_(255)
 
 
 @dataclass(frozen=True)
-class Labelled:
-    """What was found in an image: its record, and its label map uint8 [H, W]."""
+class SegmentedImage:
+    """A segmented image: its record, and its label map uint8 [H, W]."""
 
     record: Record
     labels: np.ndarray
 
 
 class Engine:
-    """A segmenter that takes images of any size: those of one working size share a pass.
+    """A segmenter for images of any size: those of one working size share a pass.
 
     Args:
         segmenter: with settings that look at whole images; zoom and crops are refused.
@@ -67,11 +67,11 @@ class Engine:
         self.segmenter, self._batch = segmenter, batch
 
     def load(self, name: str, data: bytes) -> Loaded:
-        """Raises SlimeError where these bytes are no image that can be looked at."""
+        """Decode an image; raise SlimeError for bytes that are none."""
         return self.prepare(name, decode(data))
 
     def prepare(self, name: str, pixels: np.ndarray) -> Loaded:
-        """Pixels uint8 [H, W, 3] as :meth:`find` takes them."""
+        """Prepare pixels uint8 [H, W, 3] for :meth:`segment`."""
         whole = torch.from_numpy(pixels)[None].float().div_(255)
         check_images(whole)
         info, side = self.segmenter.backbone.info, self.segmenter.embeddings.side
@@ -79,23 +79,22 @@ class Engine:
         return Loaded(name, pixels, resize_image(whole, size)[0])
 
     def batch(self, size: tuple[int, ...]) -> int:
-        """How many images of a working size go through the model at once."""
+        """Return how many images of a working size share a pass."""
         cell = self.segmenter.backbone.info.cell
         return self._batch or self.segmenter.backbone.fitting_batch((size[0] // cell, size[1] // cell))
 
     @torch.inference_mode()
-    def find(self, loaded: list[Loaded]) -> list[Callable[[], Labelled]]:
-        """One pass over images of one working size. What is left, at full size, is done when it is called for, in any
-        thread."""
+    def segment(self, loaded: list[Loaded]) -> list[Callable[[], SegmentedImage]]:
+        """Run one pass over images of one working size; the callables finish them at full size, in any thread."""
         maps = self.segmenter(torch.stack([image.small for image in loaded]))
         assert isinstance(maps.pixels, LazyMaps)
         pixels = maps.pixels
 
-        def finish(index: int) -> Labelled:
+        def finish(index: int) -> SegmentedImage:
             with torch.inference_mode():
                 labels = pixels.for_image(index, loaded[index].image()).labels(slice(0, 1))[0].numpy()
             confidence = float(maps.confidence[index])
-            return Labelled(record_of(loaded[index].name, labels, pixels.maps[index], confidence), labels)
+            return SegmentedImage(record_of(loaded[index].name, labels, pixels.maps[index], confidence), labels)
 
         return [partial(finish, index) for index in range(len(loaded))]
 
@@ -108,7 +107,7 @@ def segment_images(
     workers: int = 2,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> None:
-    """Segment what is not done yet, and write it.
+    """Segment the images that are not done yet, and write the results.
 
     Args:
         source: named images.
@@ -139,17 +138,17 @@ def segment_images(
         run_log.fail(name, str(reason))
         on_done(1)
 
-    def write(finish: Callable[[], Labelled]) -> Record:
-        found = finish()
+    def write(finish: Callable[[], SegmentedImage]) -> Record:
+        segmented = finish()
         for output in outputs:
-            output.write(found.record, found.labels)
-        return found.record
+            output.write(segmented.record, segmented.labels)
+        return segmented.record
 
     with _threads(workers) as loaders, _threads(workers) as writers:
         written: deque[list[tuple[str, Future[Record]]]] = deque()
 
         def settle(keep: int) -> None:
-            """Note batches that are written, until at most ``keep`` are left."""
+            """Wait for written batches until at most ``keep`` are left."""
             while len(written) > keep:
                 records = []
                 for name, future in written.popleft():
@@ -162,7 +161,7 @@ def segment_images(
 
         def look(batch: list[Loaded]) -> None:
             try:
-                found = engine.find(batch)
+                finishers = engine.segment(batch)
             except SlimeError as error:
                 if len(batch) > 1:  # one image must not cost the others
                     for one in batch:
@@ -170,7 +169,7 @@ def segment_images(
                 else:
                     fail(batch[0].name, error)
                 return
-            pairs = zip(batch, found, strict=True)
+            pairs = zip(batch, finishers, strict=True)
             written.append([(one.name, writers.submit(write, finish)) for one, finish in pairs])
             settle(HELD)
 
@@ -194,7 +193,7 @@ def segment_images(
 
 @contextmanager
 def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """Threads whose own work on tensors is not spread over more, which would take the cores from the model's."""
+    """Return a pool of threads that run tensor operations on one core each, so that the model keeps the others."""
     before = torch.get_num_threads()
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
@@ -206,7 +205,7 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
 def _ahead(
     pool: ThreadPoolExecutor, work: Callable[[SourceImage], Loaded], source: Iterator[SourceImage], count: int
 ) -> Iterator[tuple[str, Future[Loaded]]]:
-    """Work on the source's next ``count`` images while one is used, in order."""
+    """Yield results in order, with the next ``count`` items of the source computed in advance."""
     waiting: deque[tuple[str, Future[Loaded]]] = deque()
     for image in source:
         waiting.append((image.name, pool.submit(work, image)))

@@ -1,4 +1,4 @@
-"""Masks as run lengths, COCO's and Label Studio's, and as outlines."""
+"""Encode masks as run lengths of COCO and Label Studio, and as outlines."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SIZES = (3, 4, 8, 16)  # bits that a run's length may take in Label Studio's cod
 
 
 def coco_rle(mask: np.ndarray) -> str:
-    """A mask bool [H, W] as COCO's compressed run lengths, as pycocotools has them.
+    """Encode a mask bool [H, W] as COCO's compressed run lengths, as pycocotools does.
 
     Runs go down the columns, out and in by turns. From the fourth on a length is told as its difference to the last but
     one, in digits of five bits, the lowest first; a sixth bit says that more follow.
@@ -33,7 +33,7 @@ def coco_rle(mask: np.ndarray) -> str:
 
 
 def mask_of_coco(code: str, height: int, width: int) -> np.ndarray:
-    """bool [H, W] from such run lengths.
+    """Decode COCO's compressed run lengths to a mask bool [H, W].
 
     Raises:
         ValueError: they are of another size.
@@ -74,7 +74,7 @@ def outlines(mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
 
 
 def brush_rle(mask: np.ndarray) -> list[int]:
-    """A mask bool [H, W] in Label Studio's encoding of brush labels: thi.ng's rle-pack of the RGBA values 0 or 255.
+    """Encode a mask bool [H, W] as Label Studio's brush label: thi.ng's rle-pack of the RGBA values 0 or 255.
 
     A stream of bits: the number of values (32 bits), bits a value less 1 (5), four sizes less 1 (4 each); then for
     every run a bit (1: one value repeated, 0: values as they are), which size its length has (2), its length less 1,
@@ -99,7 +99,7 @@ def brush_rle(mask: np.ndarray) -> list[int]:
 
 
 def mask_of_brush(code: list[int], height: int, width: int) -> np.ndarray:
-    """bool [H, W] from such a code, as Label Studio's own editor writes it too.
+    """Decode a Label Studio brush label to a mask bool [H, W]; its own editor writes the same code.
 
     Raises:
         ValueError: it is of another size, or cut.

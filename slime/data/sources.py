@@ -1,4 +1,4 @@
-"""Where images come from: a folder, a pattern, a list, a COCO file, WebDataset archives or Parquet tables."""
+"""List images of a folder, a pattern, a list, a COCO file, WebDataset archives or Parquet tables."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ STREAMED = {".tar", ".parquet"}  # gone through as they are read
 
 
 class SourceImage(NamedTuple):
-    """A name, which outputs are called by, and a way to get the bytes, from any thread."""
+    """The name of an image, and a callable for its bytes, from any thread."""
 
     name: str
     read: Callable[[], bytes]
 
 
 def source_images(source: str, shard: tuple[int, int] = (0, 1), limit: int = 0) -> Iterator[SourceImage]:
-    """Images of a source, in an order that never changes.
+    """Return the images of a source, in a fixed order.
 
     Args:
         source: a folder (searched throughout), a pattern with ``*``, a ``.txt`` list of paths, a COCO ``.json``, a
@@ -91,7 +91,7 @@ def _coco(file: Path) -> Iterator[SourceImage]:
 
 
 def _at(folder: Path, name: str) -> Iterator[SourceImage]:
-    """An image that a file names, which lies beside it or in ``images``; the name says no more than the list does."""
+    """Return an image that a file names, which lies beside it or in ``images``, under the name in the list."""
     path = Path(name)
     places = [path] if path.is_absolute() else [folder / path, folder / "images" / path]
     found = next((place for place in places if place.is_file()), places[0])
@@ -99,7 +99,7 @@ def _at(folder: Path, name: str) -> Iterator[SourceImage]:
 
 
 def _archive(file: Path) -> Iterator[SourceImage]:
-    """Members in the order of the archive; its bytes are read as it is gone through."""
+    """Yield the members of an archive in their order; its bytes are read as it is iterated."""
     with tarfile.open(file) as archive:
         for member in archive:
             opened = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None

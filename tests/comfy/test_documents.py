@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import asyncio
 import json
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from testing.code import sources
 from tools.make_locales import FOLDER, LANGUAGES, TRANSLATIONS, english, help_page, read, texts, translated
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,6 +47,22 @@ def test_every_picture_of_a_document_is_there() -> None:
     for page in pages:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
             assert "://" in link or (page.parent / link.strip("<>")).exists(), (page.name, link)
+
+
+def test_quoted_errors_are_those_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8").split("| no error, but")[0]
+    literals = []
+    for folder in ("slime", "nodes"):
+        for _, tree in sources(folder):
+            literals += [
+                "".join(texts_of(node)) for node in ast.walk(tree) if isinstance(node, ast.Constant | ast.JoinedStr)
+            ]
+    for quoted in re.findall(r"\*([^*]+)\*", " ".join(re.findall(r"^\| (\*[^|]+) \|", page, re.MULTILINE))):
+        assert any(quoted in literal for literal in literals), quoted
+
+
+def texts_of(node: ast.AST) -> list[str]:
+    return [inner.value for inner in ast.walk(node) if isinstance(inner, ast.Constant) and isinstance(inner.value, str)]
 
 
 def test_every_text_is_safe_for_the_translation_layer(schemas) -> None:

@@ -98,7 +98,7 @@ def test_a_thousand_pictures_become_the_coco_file_that_segment_says(taught, tmp_
         and len(json.loads((out / "annotations.json").read_text(encoding="utf-8"))["images"]) == 1000
     )
     (out / "images").symlink_to(source)
-    written = said("evaluate", "--found", str(out / "annotations.json"), str(source))
+    written = said("evaluate", "--labels", str(out / "annotations.json"), str(source))
     model, file = taught
     direct = said("evaluate", "--model", model, "--device", "cpu", "--embeddings", str(file), str(source))
     assert written == direct and written["images"] == 1000
@@ -228,7 +228,7 @@ def finders() -> list[int]:
     found = []
     for process in psutil.process_iter(["cmdline"]):
         line = " ".join(process.info["cmdline"] or [])
-        if line.startswith("ray::") and "Finder" in line:
+        if line.startswith("ray::") and "SegmentActor" in line:
             found.append(process.pid)
     return found
 

@@ -310,7 +310,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     out = tmp_path / "out"
     backbone, embeddings = learned
     engine, log = Engine(Segmenter(backbone, embeddings), 1), RunLog(out, ABOUT)
-    found, finds = engine.find, []
+    found, finds = engine.segment, []
     monkeypatch.setattr(engine_module, "HELD", 0)  # noted at once
 
     def until_two(loaded):
@@ -319,7 +319,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
         finds.append(loaded)
         return found(loaded)
 
-    monkeypatch.setattr(engine, "find", until_two)
+    monkeypatch.setattr(engine, "segment", until_two)
     with pytest.raises(KeyboardInterrupt):
         segment_images(engine, source_images(str(folder)), [FORMATS["label-map"](out, embeddings, "v1")], log, 1)
     assert len((out / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 2
@@ -339,14 +339,14 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
 def test_a_picture_the_model_cannot_take_costs_no_other(learned, folder, tmp_path, monkeypatch) -> None:
     backbone, embeddings = learned
     engine, log = Engine(Segmenter(backbone, embeddings), 4), RunLog(tmp_path / "out", ABOUT)
-    found = engine.find
+    found = engine.segment
 
     def find(loaded):
         if any(one.name == "1.png" for one in loaded):
             raise SlimeError("values that are no numbers")
         return found(loaded)
 
-    monkeypatch.setattr(engine, "find", find)
+    monkeypatch.setattr(engine, "segment", find)
     segment_images(engine, source_images(str(folder)), [], log)
     assert {record.name for record in log.records()} == {"0.png", "2.png", "3.png", "deep/4.png"}
     assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text(encoding="utf-8") and failures(log) == 2
@@ -447,7 +447,7 @@ def test_what_coco_says_scores_as_segmenting_does(model, tmp_path, capsys) -> No
     for image in taught.glob("*.jpg"):
         (out / image.name).write_bytes(image.read_bytes())
     capsys.readouterr()
-    assert command.run(["evaluate", "--found", str(out / "annotations.json"), str(taught)]) == 0
+    assert command.run(["evaluate", "--labels", str(out / "annotations.json"), str(taught)]) == 0
     written = json.loads(capsys.readouterr().out)
     assert command.run(["evaluate", *arguments, str(taught)]) == 0
     assert written == json.loads(capsys.readouterr().out)
@@ -464,7 +464,7 @@ def test_a_part_that_was_never_found_counts_as_missed(tmp_path, capsys) -> None:
         for label, side in labels.items():
             drawn[10 * label : 10 * label + side] = label
         np.save(place / "a.npy", drawn)
-    assert command.run(["evaluate", "--found", str(found), str(truth)]) == 0
+    assert command.run(["evaluate", "--labels", str(found), str(truth)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["iou"] == {"one": 1.0, "two": 0.0, "three": None} and figures["part_miou"] == 0.5
 
@@ -546,7 +546,7 @@ def test_label_studio_exports_teach(tmp_path) -> None:
     ("arguments", "said"),
     [
         (["info", "none.safetensors"], "There is no file"),
-        (["evaluate", "none"], "Give --found"),
+        (["evaluate", "none"], "Give --labels"),
         (["train", "--model", "none", "--examples", "none", "--output", "x"], "neither a folder nor"),
     ],
 )
