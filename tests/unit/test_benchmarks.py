@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from benchmarks import ablation, confidence, correction, device, looking, memory, one_part, speed
+from benchmarks import ablation, confidence, correction, device, extraction_cost, memory, one_part, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
@@ -346,8 +346,8 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
 
 
 def test_a_look_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
-    monkeypatch.setattr("sys.argv", ["looking", "--repeats", "1"])
-    looking.main()
+    monkeypatch.setattr("sys.argv", ["extraction_cost", "--repeats", "1"])
+    extraction_cost.main()
     told = capsys.readouterr().out
     rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert [row["model"] for row in rows] == ["tiny UNet", "tiny flow transformer", "both"]

@@ -1,6 +1,6 @@
-"""What a look costs with each kind of model, beside one bare pass of the same model over the same images.
+"""Measure the cost of extracting features, beside a bare pass of the same model over the same images.
 
-    python dev.py benchmark looking [--full] [--repeats 7] [--json FILE]
+    python dev.py benchmark extraction-cost [--full] [--repeats 7] [--json FILE]
 
 Time of a pass for the layers that are read by default, as medians of turns in one process; bytes: the most that lives
 at once beyond the weights (CUDA's allocator is not asked: run it on the CPU). Models: the demo's UNet and flow
