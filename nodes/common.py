@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from server import PromptServer
 from torch import Tensor
 
 from ..slime.errors import SlimeError
+from ..slime.examples import SEPARATORS
 from ..slime.parts.draw import draw_legend, legend_below, overlay
 from ..slime.parts.maps import PartMaps
 from ..slime.parts.palette import Color
@@ -177,9 +177,23 @@ def to_core(tensor: Tensor) -> Tensor:
     return tensor.to(comfy.model_management.intermediate_device(), dtype)
 
 
-def split_names(text: str) -> list[str]:
-    """Split "wheel, window" at commas and semicolons of any script, and at line breaks."""
-    return [name.strip() for name in re.split("[,;\\n\u060c\u061b\u3001\uff0c\uff1b]", text) if name.strip()]
+BLANKS = " \t\r"
+
+
+def split_names(text: str, known: Sequence[str] = ()) -> list[str]:
+    """Split "wheel, window" at commas, semicolons and line breaks, but not inside a known name that holds one."""
+    names, rest = [], text.strip()
+    whole = sorted((name for name in known if SEPARATORS.search(name)), key=len, reverse=True)
+    while rest:
+        name = next((name for name in whole if rest.startswith(name) and _ends(rest[len(name) :])), None)
+        name = SEPARATORS.split(rest, maxsplit=1)[0] if name is None else name
+        names.append(name.strip())
+        rest = rest[len(name) :].lstrip(BLANKS)[1:].lstrip(BLANKS)
+    return [name for name in names if name]
+
+
+def _ends(rest: str) -> bool:
+    return not rest.strip() or bool(SEPARATORS.match(rest.lstrip(BLANKS)))
 
 
 def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: float = 0.55) -> Tensor:

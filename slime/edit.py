@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -66,9 +67,7 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
     names, colors = list(embeddings.names), list(embeddings.palette)
     dropped: set[int] = set()
     for line in filter(None, (line.strip() for line in text.splitlines())):
-        name, equals, value = (text.strip() for text in line.partition("="))
-        if not equals or not value:
-            raise SlimeError(f'"{line}" is not a change; write for example: wheel = tyre')
+        name, value = _change(line, embeddings.names)
         if name not in embeddings.names:
             raise SlimeError(f'There is no part "{name}". The learned parts are: {", ".join(embeddings.names)}.')
         index, color = embeddings.names.index(name), _COLOR.match(value)
@@ -87,6 +86,16 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
     palette = tuple(colors[index] for index in parts)
     vectors = {name: vector[parts] for name, vector in embeddings.vectors.items()}
     return replace(embeddings, names=kept, palette=palette, vectors=vectors)
+
+
+def _change(line: str, known: Sequence[str]) -> tuple[str, str]:
+    """Split "wheel = tyre"; a known name may hold an equals sign itself."""
+    pieces = line.split("=")
+    splits = [("=".join(pieces[:i]).strip(), "=".join(pieces[i:]).strip()) for i in range(1, len(pieces))]
+    name, value = next((split for split in splits if split[0] in known), splits[0] if splits else ("", ""))
+    if not value:
+        raise SlimeError(f'"{line}" is not a change; write for example: wheel = tyre')
+    return name, value
 
 
 def describe(embeddings: PartEmbeddings) -> str:

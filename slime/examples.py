@@ -19,6 +19,7 @@ BACKGROUND = "background"
 MAX_PARTS = 76  # more colours cannot be told apart, and more parts cannot be painted
 MAX_NAME = 200  # characters
 CONTROL = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+SEPARATORS = re.compile("[,;\n\u060c\u061b\u3001\uff0c\uff1b]")  # commas and semicolons of any script
 IGNORE = 255  # label of pixels that count neither in training nor in evaluation
 
 
@@ -36,6 +37,9 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
         raise SlimeError(f"Part names must differ; given more than once: {', '.join(duplicates)}.")
     if any(len(name) > MAX_NAME or CONTROL.search(name) for name in cleaned):
         raise SlimeError(f"A part name has line breaks, control characters or more than {MAX_NAME} characters.")
+    separated = next((name for name in cleaned if SEPARATORS.search(name)), None)
+    if separated is not None:
+        raise SlimeError(f'The part name "{separated}" has a comma or semicolon, which separates names. Use a slash.')
     if BACKGROUND in (name.lower() for name in cleaned):
         raise SlimeError('"background" is not a part: it is everything without a mask. Remove it from the names.')
     if len(cleaned) > MAX_PARTS:

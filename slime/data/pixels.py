@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from ..errors import SlimeError
 
+TURNED = 0x0112  # the EXIF tag of the orientation
 WIDE = {"I;16": 257, "I;16B": 257, "I;16L": 257, "I": 257, "F": 1 / 255}  # modes of PIL, and one of 256 levels in them
+ROTATIONS = {  # of ImageOps.exif_transpose that exchange height and width
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif"}
 
 
@@ -31,3 +39,19 @@ def decode(data: bytes) -> np.ndarray:
             return np.array(upright.convert("RGB"))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
         raise SlimeError(f"This is no image that Pillow can read: {error}") from error
+
+
+def upright_labels(labels: np.ndarray, file: Path) -> np.ndarray:
+    """Turn a label map [H, W] as EXIF turns its image, where it has the size of the image before that.
+
+    Tools differ in which of the two they label; where the sizes do not tell, labels are taken to be upright.
+    """
+    try:
+        with Image.open(file) as image:
+            turn = ROTATIONS.get(image.getexif().get(TURNED, 1))
+            stored = (image.height, image.width)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return labels  # decoding the image reports it
+    if turn is None or labels.shape != stored or stored[0] == stored[1]:
+        return labels
+    return np.ascontiguousarray(np.asarray(Image.fromarray(labels).transpose(turn)))

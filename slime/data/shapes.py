@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from ..errors import SlimeError
 
 BYTE = 8
+FINE = 4  # grid of polygons, per pixel
 SIZES = (3, 4, 8, 16)  # bits that a run's length may take in Label Studio's code
 
 
@@ -50,15 +52,59 @@ def mask_of_coco(code: str, height: int, width: int) -> np.ndarray:
             if not more and digit & 16:
                 value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))
-    if sum(runs) != height * width:
-        raise ValueError(f"the run lengths hold {sum(runs)} pixels, not {height} x {width}")
-    inside = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside, runs).reshape(width, height).T
+    return mask_of_runs(runs, height, width)
+
+
+def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
+    """Decode run lengths down the columns, outside first, to a mask bool [H, W].
+
+    Raises:
+        ValueError: they are of another size.
+    """
+    lengths = np.asarray(runs)
+    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() != height * width:
+        raise ValueError(f"its run lengths do not fit {height} x {width} pixels")
+    inside = np.arange(len(lengths)) % 2 == 1
+    return np.repeat(inside, lengths).reshape(width, height).T
+
+
+def fill_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
+    """Fill polygons, float [N, 2] of x, y in pixels each, in a mask bool [H, W]: pixels covered by at least half."""
+    mask = np.zeros((height, width), bool)
+    for points in polygons:
+        low = np.clip(np.floor(points.min(0)), 0, (width, height)).astype(int)
+        high = np.clip(np.ceil(points.max(0)), 0, (width, height)).astype(int)
+        (left, top), (columns, rows) = low, high - low
+        if columns < 1 or rows < 1:
+            continue
+        fine = Image.new("L", (int(columns) * FINE, int(rows) * FINE))
+        # Pillow also draws the outline, half a pixel wide on each side: the -0.5 and the fine grid make that small.
+        corners = ((points - low) * FINE - 0.5).clip(-(2**20), 2**20)
+        ImageDraw.Draw(fine).polygon([(float(x), float(y)) for x, y in corners], fill=255)
+        covered = np.asarray(fine.reduce(FINE)) >= 128
+        mask[top : top + rows, left : left + columns] |= covered
+    return mask
+
+
+def rectangle(corner: np.ndarray, size: np.ndarray, degrees: float) -> np.ndarray:
+    """Return the corners [4, 2] of a rectangle that is turned clockwise around its upper left corner."""
+    return corner + np.array([[0, 0], [1, 0], [1, 1], [0, 1]]) * size @ _turn(degrees)
+
+
+def ellipse(centre: np.ndarray, radii: np.ndarray, degrees: float) -> np.ndarray:
+    """Return the outline [64, 2] of an ellipse that is turned clockwise around its centre."""
+    angles = np.linspace(0, 2 * np.pi, 64, endpoint=False)
+    return centre + np.stack([np.cos(angles), np.sin(angles)], 1) * radii @ _turn(degrees)
+
+
+def _turn(degrees: float) -> np.ndarray:
+    """Return the matrix that turns row vectors x, y clockwise on the screen."""
+    angle = np.deg2rad(degrees)
+    return np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
 
 
 def outlines(mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Pieces of a mask bool [H, W]: outer polygon and holes, each float [N, 2] of x, y in pixels, half-way between
-    pixels in and out."""
+    """Yield the regions of a mask bool [H, W]: outer polygon and holes, each float [N, 2] of x, y in pixels."""
     try:
         from contourpy import FillType, contour_generator
     except ImportError as error:

@@ -143,7 +143,7 @@ def test_run_lengths_are_pycocotools(mask: np.ndarray) -> None:
 
     assert coco_rle(mask) == coco.encode(np.asfortranarray(mask))["counts"].decode()
     assert np.array_equal(mask_of_coco(coco_rle(mask), *mask.shape), mask)
-    with pytest.raises(ValueError, match="the run lengths hold"):
+    with pytest.raises(ValueError, match="its run lengths do not fit"):
         mask_of_coco(coco_rle(mask), mask.shape[0] + 1, mask.shape[1])
 
 
