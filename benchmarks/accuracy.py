@@ -1,5 +1,4 @@
-"""Part IoU: the presets beside trivial baselines, the same UNet's features without training, the untrained UNet and the
-grid's ceiling, on plain scenes, on stress sets, in another drawing style and for parts that no caption ever named.
+"""Measure the part IoU of the presets and of baselines.
 
     python dev.py benchmark accuracy [--quick] [--json FILE] [--methods ...] [--shots 1 5 10] [--scenes 60]
     python dev.py benchmark accuracy --split validation --methods default --set recolor=0
@@ -7,9 +6,13 @@ grid's ceiling, on plain scenes, on stress sets, in another drawing style and fo
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
     python dev.py benchmark accuracy --determinism
 
-Test scenes, teaching examples and training scenes have disjoint seeds (testing/splits.py); ``--split validation`` is
-what defaults were chosen on. With ``--json`` a run that was stopped goes on where it was. Intervals are of 95 %: over
-sets of examples by Student's t, over test images, which all sets share, by the bootstrap.
+Baselines are trivial methods, the same UNet's features without training, the untrained UNet, and the grid's ceiling
+(the truth at the resolution of the latent). Test sets are plain scenes, stress sets, scenes in another drawing style,
+and parts that no caption ever named.
+
+Test scenes, examples and the tiny models' training scenes have disjoint seeds (testing/splits.py); defaults were chosen
+with ``--split validation``. With ``--json`` an interrupted run resumes where it stopped. Intervals are 95 %
+intervals: over sets of examples by Student's t, over test images, which all sets share, by the bootstrap.
 """
 
 from __future__ import annotations
@@ -62,12 +65,12 @@ DEFAULT_METHODS = (
     CEILING,
 )
 GRID_PICTURES = 4
-PLAIN_ONLY = ("untrained", *MODEL_FREE)  # say little elsewhere
+PLAIN_ONLY = ("untrained", *MODEL_FREE)  # they say little on other sets
 RESAMPLES = 500
 
 
 def grid_ceiling(test: LabelledImages, classes: int) -> list[np.ndarray]:
-    """The truth averaged to a latent's cells and brought back bilinearly: no read-out of that grid can exceed it."""
+    """Return the truth averaged to a latent's cells and enlarged bilinearly: no decoder on that grid can exceed it."""
     found = []
     for truth in test.truths:
         height, width = truth.shape
@@ -156,7 +159,7 @@ def main() -> None:
 
 
 def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int) -> tuple[list[Row], list[np.ndarray]]:
-    """Rows of one method on every test set, and its picture of the first set."""
+    """Measure one method on every test set; return its rows and the image of its label maps on the plain set."""
     classes = len(task.names) + 1
     start = time.monotonic()
     predict = learn(task.examples, seed) if learn is not None else None
@@ -168,7 +171,7 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
         start, encoded = time.monotonic(), EncodeOnce.encoded
         found = predict(test.images) if predict is not None else grid_ceiling(test, classes)
         seconds = time.monotonic() - start
-        crops = (EncodeOnce.encoded - encoded) / len(found)  # of an image that were looked at
+        crops = (EncodeOnce.encoded - encoded) / len(found)  # encoded per image
         scores = evaluate(found, test.truths, classes)
         boundary = [boundary_f(a, b, classes) for a, b in zip(found, test.truths, strict=True)]
         absent = all(not truth.any() for truth in test.truths)
@@ -197,21 +200,21 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
 
 
 def standard_error(per_image: np.ndarray) -> float:
-    """Of the part mIoU, over images: IoU [B, K] resampled."""
+    """Return the standard error of the part mIoU over images, by resampling IoU [B, K]."""
     rng = np.random.default_rng(0)
     picks = rng.integers(len(per_image), size=(RESAMPLES, len(per_image)))
     return float(np.std([np.nanmean(mean_known(per_image[pick])) for pick in picks]))
 
 
 def interval(rows: Sequence[Row]) -> str:
-    """Mean part mIoU of one domain, and half the width of its 95 % interval over sets of examples and images."""
+    """Return one domain's mean part mIoU, and half the width of its 95 % interval over sets of examples and images."""
     values, errors = [row["part_miou"] for row in rows], [row["part_miou_error"] for row in rows]
     over_sets = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else 0.0
     return f"{np.mean(values):.3f} +- {np.hypot(over_sets, 1.96 * np.mean(errors)):.3f}"
 
 
 def check_determinism(learn: Learn) -> None:
-    """Two runs of one configuration; every figure but the seconds must be the same."""
+    """Run one configuration twice; every figure but the seconds must be the same."""
     runs = []
     for _ in range(2):
         rows, _ = measure(scene_task("horse", 1, 0, 6, "validation"), "default", learn, 1, 0)
@@ -243,7 +246,7 @@ def report(row: Row) -> None:
 
 
 def summarise(rows: Sequence[Row]) -> None:
-    """Markdown tables for each number of shots: plain scenes, every set, and the finer parts."""
+    """Print Markdown tables for each number of shots: plain scenes, every set, and the finer parts."""
     for shots in sorted({row["shots"] for row in rows}):
         chosen = [row for row in rows if row["shots"] == shots]
         for title, details in (("plain scenes", False), ("finer parts that no caption named", True)):
@@ -261,7 +264,7 @@ def summarise(rows: Sequence[Row]) -> None:
 
 
 def smallest_parts(rows: Sequence[Row], count: int = 5) -> None:
-    """IoU of the parts that are smallest in the plain scenes, beside their mean share of the image."""
+    """Print the IoU of the parts that are smallest in the plain scenes, beside their mean share of the image."""
     areas = {}
     for domain in scenes.DOMAINS:
         truths = scene_set(domain, "plain", 30, "test").truths
@@ -297,8 +300,11 @@ def plain_cells(rows: Sequence[Row], domains: Sequence[str]) -> list[str]:
 
 
 def set_cells(rows: Sequence[Row], names: Sequence[str]) -> list[str]:
-    """Part mIoU on every set, the share of images without the object that is labelled as a part, and how many crops of
-    an image were looked at, by set."""
+    """Return a method's cells in the table of all sets.
+
+    They are the part mIoU on every set, the share of images without the object that is labelled as a part, and the
+    number of crops encoded per image, by set.
+    """
     found = [[row["part_miou"] for row in rows if row["set"] == name] for name in names]
     false = [row["false_area"] for row in rows if row["set"] == OTHER]
     crops = [[row["crops"] for row in rows if row["set"] == name and "crops" in row] for name in (*names, OTHER)]

@@ -1,7 +1,8 @@
-"""The paper's data sets, from the archives as their authors ship them into the official layout.
+"""The paper's data sets: from the archives, as their authors ship them, to the official layout.
 
-What paper and official code state is kept: which annotated parts make a class, the object's box cut out (cars, horses),
-images and label maps as they are (faces). What they leave open is decided here and listed in ``OPEN``.
+The paper and the official code state which annotated parts form a class, that the object's box is cut out (cars,
+horses), and that images and label maps stay as they are (faces). Choices that they leave open are made here and listed
+in ``OPEN``.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ OPEN = (
     "CelebAMask-HQ: which images are for testing (here: the last 2,000 numbers)",
     "which images are the one and the ten examples (here: drawn by the seed from the training images)",
 )
-SMALLEST = 50  # pixels of a box's side
+SMALLEST = 50  # minimum side of a box, in pixels
 FACES_FOR_TESTING = 2000
-TRAINING_IMAGES, VALIDATION_IMAGES = 30, 20  # written; the ten examples of a seed are drawn from the first
-# AnnotatedImage part, without its number -> class. PASCAL-Part's part2ind.m names the parts.
+TRAINING_IMAGES, VALIDATION_IMAGES = 30, 20  # to write; the ten examples of a seed are drawn from the first
+# Annotated part, without its number -> class. PASCAL-Part's part2ind.m names the parts.
 PASCAL: Mapping[str, Mapping[str, str]] = {
     "car": {
         **dict.fromkeys((a + "side" for a in ("front", "left", "right", "back", "roof")), "body"),
@@ -47,7 +48,7 @@ PASCAL: Mapping[str, Mapping[str, str]] = {
         "tail": "tail",
     },
 }  # fmt: skip
-# Later ones lie on top: small parts are annotated inside larger ones too.
+# Later entries lie on top: small parts are also annotated inside larger ones.
 CELEBA = {
     "skin": "skin", "neck": "neck", "cloth": "cloth", "hair": "hair", "l_ear": "ear", "r_ear": "ear", "nose": "nose",
     "mouth": "mouth", "u_lip": "mouth", "l_lip": "mouth", "l_brow": "brow", "r_brow": "brow", "l_eye": "eye",
@@ -57,7 +58,13 @@ CELEBA = {
 
 @dataclass(frozen=True)
 class SegmentedImage:
-    """One picture of a data set, whether it is for testing, and what reads uint8 [H, W, 3] and the label map [H, W]."""
+    """One image of a data set.
+
+    Attributes:
+        name: file name without suffix.
+        test: whether the image is for testing.
+        read: returns the image, uint8 [H, W, 3], and its label map [H, W].
+    """
 
     name: str
     test: bool
@@ -68,18 +75,18 @@ def prepare(archive: Path, data: Path, domains: Sequence[str], limit: int = 0, s
     """Write ``data/{car,horse,celeba}/{train_10,val,test}`` from an archive's folder.
 
     Args:
-        archive: holds ``Annotations_Part`` and ``JPEGImages``, or ``CelebA-HQ-img`` and ``CelebAMask-HQ-mask-anno``,
-            at any depth.
-        data: the official layout; domains that are there already are left alone.
-        domains: those wanted.
-        limit: test images of a domain at most; 0 for all.
+        archive: folder with ``Annotations_Part`` and ``JPEGImages``, or with ``CelebA-HQ-img`` and
+            ``CelebAMask-HQ-mask-anno``, at any depth.
+        data: folder in the official layout; domains that exist already are left alone.
+        domains: domains to prepare.
+        limit: maximum number of test images per domain; 0 for all.
         seed: of the choice of training and validation images.
 
     Returns:
-        Test images of every domain that was prepared.
+        Number of test images of every domain that was prepared.
 
     Raises:
-        SlimeError: it is neither archive, or a domain has too few objects.
+        SlimeError: the folder is neither archive, or a domain has too few objects.
     """
     readers: dict[str, Any] = {}
     if found := _inside(archive, "Annotations_Part"):
@@ -110,7 +117,7 @@ def prepare(archive: Path, data: Path, domains: Sequence[str], limit: int = 0, s
 
 
 def pascal(annotations: Path, domain: str) -> Iterator[SegmentedImage]:
-    """Every object of PASCAL-Part's class, cut out by the box of its mask."""
+    """Yield every object of a class of PASCAL-Part, cut out by the box of its mask."""
     from scipy.io import loadmat
 
     classes, names = PASCAL[domain], OFFICIAL_PARTS[domain]
@@ -142,7 +149,7 @@ def _cut(path: Path, box: tuple[slice, slice], labels: np.ndarray) -> tuple[np.n
 
 
 def celeba(annotations: Path) -> Iterator[SegmentedImage]:
-    """Every face with the label map that its parts make."""
+    """Yield every face with the label map of its parts."""
     images = _beside(annotations, "CelebA-HQ-img")
     masks: dict[int, dict[str, Path]] = {}
     for path in annotations.rglob("*.png"):
@@ -172,7 +179,7 @@ def _inside(folder: Path, name: str) -> Path | None:
 
 
 def _beside(folder: Path, name: str) -> Path:
-    """A folder of that name near another one.
+    """Return a folder of that name near another one.
 
     Raises:
         SlimeError: there is none.

@@ -1,11 +1,12 @@
-"""Are the probabilities honest, and is a missing object noticed?
+"""Measure how well part probabilities are calibrated, and how well a missing object is detected.
 
     python dev.py benchmark confidence [--shots 1 10] [--seeds 3] [--scenes 30] [--dtype bfloat16] [--json FILE]
 
 Calibration: the expected calibration error of the most probable class of every pixel, in ten bins (Guo et al. 2017),
-with the exponent that training found (``Propagated.sharpen``) and without. Absence: area under the ROC curve of
-:attr:`slime.PartMaps.confidence` between scenes with the object and images of the other domains, and for
-thresholds of ``min_confidence`` the part mIoU that is left and the labelled area of the others.
+with the temperature that training found (``LinearDecoder.temperature``) and without. Absence: the area under the ROC
+curve of :attr:`slime.PartMaps.confidence` between scenes with the object and images of the other domains. For several
+thresholds of ``min_confidence`` also the part mIoU that is left, and the labelled area of the images without the
+object.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ THRESHOLDS = (0.6, 0.7, 0.8, 0.9)
 
 
 def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = BINS) -> float:
-    """Expected calibration error: mean distance of probability and share of right answers, weighted by bin counts."""
+    """Return the expected calibration error: the mean gap between probability and accuracy, weighted by bin counts."""
     bin_of = np.minimum((probability * bins).astype(int), bins - 1)
     count = np.bincount(bin_of, minlength=bins)
     gap = np.bincount(bin_of, probability, bins) - np.bincount(bin_of, right.astype(float), bins)
@@ -43,7 +44,7 @@ def calibration_error(probability: np.ndarray, right: np.ndarray, bins: int = BI
 
 
 def area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a positive's score is higher than a negative's; ties count half."""
+    """Return the probability that a positive's score is higher than a negative's; ties count half."""
     above = (positive[:, None] > negative[None]).mean()
     return float(above + 0.5 * (positive[:, None] == negative[None]).mean())
 
@@ -54,7 +55,7 @@ def look(backbone: Backbone, test: LabelledImages, embeddings: PartEmbeddings) -
 
 
 def figures(backbone: Backbone, task: Task, seed: int) -> dict[str, float]:
-    """All figures of one set of examples."""
+    """Measure all figures of one set of examples."""
     embeddings = Variant("instant").fit(backbone, task.examples, seed)
     here, other = task.tests["plain"], task.tests[OTHER]
     truth, classes = np.stack(here.truths), len(task.names) + 1
@@ -98,7 +99,7 @@ def main() -> None:
 
 
 def summarise(rows: Sequence[Row]) -> None:
-    """Tables of means over domains and seeds."""
+    """Print tables of means over domains and seeds."""
 
     def means(shots: int, *keys: str) -> list[str]:
         return [f"{np.mean([row[key] for row in rows if row['shots'] == shots]):.3f}" for key in keys]

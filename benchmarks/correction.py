@@ -1,10 +1,12 @@
-"""Is it worth correcting the image SLiMe Pick Least Sure picks? Part mIoU after teaching k of 20 images anew.
+"""Measure what correcting the images with the lowest confidence gains, beside correcting images drawn at random.
 
     python dev.py benchmark correction [--corrected 1 3] [--draws 3] [--scenes 30] [--domains car horse face]
 
-One example is taught, 20 other images are segmented; the k least sure ones, or k drawn at random, become further
-examples with their true parts, which is what a careful user would paint. Test scenes are seen by none of it. Random
-choice is the mean over several draws. Seconds: to teach again with one more example, with and without what is reused.
+Embeddings are trained on one example, and 20 other images are segmented. The k images that SLiMe Select Lowest
+Confidence selects, or k drawn at random, become further examples with their true parts, which is what a careful user
+would paint. The figure is the part mIoU on test scenes after training again; no image used before is among them.
+For random choice it is the mean over several draws. Seconds are the time to train again with one more example, with and
+without what is reused.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from testing.inprocess import load_backbone
 from testing.tiny.weights import TESTBED
 
 POOL = 20
-FIRST = 1000  # place of the pool among the teaching scenes
+FIRST = 1000  # offset of the pool's seeds among those of the examples
 
 
 def learn(backbone: Backbone, examples: Sequence[Example]) -> PartEmbeddings:

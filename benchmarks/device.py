@@ -1,11 +1,11 @@
-"""What to send us about your GPU: one command, under ten minutes, one table.
+"""Measure your GPU for an issue report: one command, under ten minutes, one table.
 
     python dev.py benchmark device [--quick] [--json FILE]
 
-Runs the parity tests, every node and preset on the demo model, and random models in the full shapes of SD1.5, SD2.1 and
-SDXL in float16 and bfloat16: time against the bare passes in the same run, peak memory beyond the weights, how often a
-training step waits for the device (CUDA's own check), and a model that is loaded only in part. With ``--quick`` the
-demo model alone, which needs no GPU. Exits 1 where something failed.
+It runs the parity tests, every node and preset on the tiny model, and random models in the full shapes of SD1.5, SD2.1
+and SDXL in float16 and bfloat16. It measures the time against the bare passes in the same run, the peak memory beyond
+the weights, how often a training step waits for the device (CUDA's own check), and a model of which only a part is
+loaded. ``--quick`` runs the tiny model alone, which needs no GPU. The program exits with 1 if something failed.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from .rows import Row, say_row, say_table, write_rows
 from .speed import Bench, Measured, memory, synchronize
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-VIEWS, STEPS = 8, 10  # of the trainings that are timed
+VIEWS, STEPS = 8, 10  # of the timed trainings
 
 
 def about() -> Row:
-    """The machine and its software."""
+    """Return the machine and its software."""
     comfyui = import_module("comfyui_version").__version__
     row = {"torch": torch.__version__, "ComfyUI": comfyui, "Python": platform.python_version()}
     row |= {"system": platform.platform(terse=True)}
@@ -55,7 +55,7 @@ def about() -> Row:
 
 
 def parity() -> str:
-    """The tests that hold ComfyUI's and diffusers' passes against each other, on this device in float32."""
+    """Run the tests that compare ComfyUI's and diffusers' passes, on this device in float32; return their counts."""
     line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_parity.py"]
     done = subprocess.run(
         line, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"SLIME_FLOAT32": "1"}
@@ -65,7 +65,7 @@ def parity() -> str:
 
 
 def every_node(backbone: Any, report: Callable[[Row], None]) -> None:
-    """Each node and preset once on the demo model."""
+    """Run each node and preset once on the tiny model."""
     with tempfile.TemporaryDirectory() as folder, quiet_nodes(Path(folder)) as nodes, torch.inference_mode():
         works, _ = node_works(nodes, backbone)
         for name, work in works.items():
@@ -79,7 +79,7 @@ def every_node(backbone: Any, report: Callable[[Row], None]) -> None:
 
 
 def costs(label: str, backbone: Any, report: Callable[[Row], None]) -> None:
-    """Time and memory of one model."""
+    """Measure the time and memory of one model."""
     bench = Bench(label, backbone, backbone, 1, lambda row: None, 0)
     images = bench.images[:1]
 
@@ -137,7 +137,7 @@ def costs(label: str, backbone: Any, report: Callable[[Row], None]) -> None:
 
 
 def waits_in(train_steps: Callable[[int], Any]) -> int:
-    """How often the host waits for the device in so many further steps."""
+    """Return how often the host waits for the device in STEPS further steps."""
     counts = []
     for steps in (STEPS, 2 * STEPS):
         with warnings.catch_warnings(record=True) as said:
@@ -153,7 +153,7 @@ def waits_in(train_steps: Callable[[int], Any]) -> int:
 
 @contextmanager
 def loaded_in_part(patcher: Any) -> Iterator[None]:
-    """As on a card that holds half of the model: the rest comes layer by layer."""
+    """Load a model as on a card that holds half of it: the rest is loaded layer by layer."""
     import comfy.model_management as management
 
     management.unload_all_models()

@@ -2,8 +2,8 @@
 
     python dev.py benchmark extraction-cost [--full] [--repeats 7] [--json FILE]
 
-Time of a pass for the layers that are read by default, as medians of turns in one process; bytes: the most that lives
-at once beyond the weights (CUDA's allocator is not asked: run it on the CPU). Models: the demo's UNet and flow
+Time is the median of one pass for the default layers, over turns in one process. Bytes are the maximum alive at
+once beyond the weights; CUDA's allocator is not asked, so run it on the CPU. Models are the tiny UNet and the tiny flow
 transformer, both together, and with ``--full`` DINOv2-L with random weights, alone and beside the UNet.
 """
 
@@ -32,11 +32,11 @@ from .random_models import random_dinov2
 from .rows import Row, say_row, say_table, write_rows
 
 IMAGES = 2
-PROPAGATE = "block.11"  # of an encoder, where else the probe would choose
+PROPAGATE = "block.11"  # of an encoder, for which the probe would choose otherwise
 
 
 def whole_pass(backbone: Any) -> Callable[[], object]:
-    """The model's own pass over as many images at its own size, as sampling or encoding would run it."""
+    """Return the model's own pass over as many images at its own size, as sampling or encoding would run it."""
     side = backbone.info.side
     if isinstance(backbone, VisionTransformer):
         pixels = torch.randn(IMAGES, 3, side, side, device=backbone.device)
@@ -54,7 +54,7 @@ def _attend(function: Callable[..., Tensor], *args: Any, **named: Any) -> Tensor
 
 
 def measure(name: str, models: Sequence[Any], repeats: int) -> Row:
-    """Of one model, or of two that look together, whose bare passes then run one after the other."""
+    """Measure one model, or two fused models, whose bare passes run one after the other."""
     backbone = models[0] if len(models) == 1 else FusedBackbone(*models)
     usual = backbone.default_layers()
     layers = usual if usual.propagate else choose_layers(backbone, "", PROPAGATE)

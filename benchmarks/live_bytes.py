@@ -1,4 +1,4 @@
-"""How many bytes of tensors live at once, on devices whose allocator does not tell."""
+"""Count the bytes of tensors that are alive at once, on devices whose allocator does not report them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages that operations make while it is active, and forgets them as they are freed.
+    """Dispatch mode that counts the storages created by operations, and forgets them as they are freed.
 
-    ``peak`` is the most that lived at once, in bytes. Kernels' own workspace is not seen, nor is what lived before.
+    ``peak`` is the most bytes that were alive at once. The workspace of kernels is not counted, nor are storages that
+    existed before.
     """
 
     def __init__(self) -> None:
@@ -24,7 +25,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
         result = func(*args, **(kwargs or {}))
-        if func.overloadpacket is torch.ops.aten.set_:  # a tensor laid over what lived before, as lent weights are
+        if func.overloadpacket is torch.ops.aten.set_:  # a tensor over memory that existed before, as lent weights are
             return result
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor) and id(tensor.untyped_storage()) not in inputs:

@@ -1,10 +1,10 @@
-"""Resident memory that segmenting adds: to a batch of large images, and to a stream of any length.
+"""Measure the resident memory that segmentation adds, for a batch of large images and for a stream of any length.
 
     python dev.py benchmark memory [--images 200] [--side 1024] [--parts 6] [--stream 1000]
 
-A toy UNet looks at the images at 512 pixels, as Stable Diffusion does, so that the figures are those of everything but
-the model. Every case runs in a process of its own: its peak resident memory, less what was resident after a first image
-and with all images at hand, less the masks that it gives back.
+A toy UNet extracts features at 512 pixels, as Stable Diffusion does, so that the figures are those of everything but
+the model. Every case runs in a process of its own. Its figure is the peak resident memory, less what was resident after
+a first image and with all images in memory, less the masks that it returns.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from testing.toy import ToyUNet
 
 from .rows import say_table
 
-SIDE = 512  # the model's
-BATCH = 4  # images of a stream at once
-SHORT = 100  # images of the stream that the long one is compared with
+SIDE = 512  # of the model, in pixels
+BATCH = 4  # images per batch of a stream
+SHORT = 100  # images of the short stream that the long one is compared with
 TARGET = 1.0  # GB that a batch may add
 
 
 def segmenter(parts: int) -> Segmenter:
-    """A toy UNet that knows some stripes."""
+    """Return a segmenter on a toy UNet, trained on stripes."""
     backbone = ToyUNet(side=SIDE)
     stripes = torch.arange(256).mul(parts + 1).div(256, rounding_mode="floor").expand(256, 256)
     example = Example.from_label_map(torch.rand(256, 256, 3), stripes, [f"part {index}" for index in range(parts)])
@@ -40,12 +40,12 @@ def segmenter(parts: int) -> Segmenter:
 
 
 def taken(maps: PartMaps) -> tuple[Tensor, Tensor]:
-    """What a user takes: labels, and the mask of all parts together."""
+    """Return what a user requests: labels, and the mask of all parts together."""
     return maps.label_map, part_masks(maps)
 
 
 def batch(count: int, side: int, parts: int) -> float:
-    """GB added by segmenting so many images at once."""
+    """Return the GB added by segmenting ``count`` images at once."""
     find, images = segmenter(parts), torch.rand(count, side, side, 3)
     taken(find(images[:1]))
     before = resident()
@@ -54,7 +54,7 @@ def batch(count: int, side: int, parts: int) -> float:
 
 
 def stream(count: int, side: int, parts: int) -> float:
-    """GB added by segmenting so many images in small batches, one after the other."""
+    """Return the GB added by segmenting ``count`` images in small batches, one after the other."""
     find = segmenter(parts)
 
     def batches() -> Iterator[Tensor]:
@@ -72,12 +72,12 @@ CASES = {"batch": batch, "stream": stream}
 
 
 def resident() -> int:
-    """Bytes resident now."""
+    """Return the bytes resident now."""
     return int(psutil.Process().memory_info().rss)
 
 
 def peak() -> int:
-    """The most bytes that were ever resident."""
+    """Return the most bytes that were ever resident."""
     if sys.platform == "win32":
         return int(psutil.Process().memory_info().peak_wset)
     import resource
@@ -87,7 +87,7 @@ def peak() -> int:
 
 
 def in_own_process(case: str, count: int, side: int, parts: int) -> float:
-    """The figure of a case."""
+    """Run a case in a process of its own, and return its figure."""
     numbers = [f"--{name}={value}" for name, value in (("images", count), ("side", side), ("parts", parts))]
     line = [sys.executable, "-m", __spec__.name, "--case", case, *numbers]
     return float(json.loads(subprocess.run(line, capture_output=True, text=True, check=True).stdout))

@@ -1,4 +1,4 @@
-"""The methods that are compared. A method learns from examples and gives a function from images to label maps."""
+"""The methods that are compared. A method trains on examples and returns a function from images to label maps."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ EMPTY: Mapping[str, Any] = {}
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
 ENCODER, BESIDE_ENCODER = "encoder", "default beside encoder"
 MODEL_FREE = ("colour neighbours", "mean mask", "all background")
-Learn = Callable[..., Predict]  # of examples, a seed and, where there are some, validation images
+Learn = Callable[..., Predict]  # of examples, a seed and, if there are any, validation images
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A preset with changes: of the model's properties, training, the embeddings, their decoding, and segmentation.
+    """A preset with changes to the model's properties, the training, the embeddings, their decoding, and segmentation.
 
     Attributes:
         preset: its name.
-        train: settings.
-        info: fields of the backbone's :class:`slime.backbones.base.BackboneInfo` while training.
+        train: training settings.
+        info: fields of the backbone's :class:`slime.backbones.base.BackboneInfo` during training.
         embeddings: fields of the embeddings.
         linear: decode any embeddings with :class:`slime.decode.linear.LinearDecoder`.
-        segment: settings.
+        segment: segmentation settings.
         constants: values of constants by module and name, such as "paper.train.GUARD_WEIGHT".
-        official: changes of the steps of the official decoder, see :func:`.official_steps.label_maps`; None for none.
-        bgr: images with red and blue exchanged, as the official code gives them to the VAE.
+        official: changes to the steps of the official decoder, see :func:`.official_steps.label_maps`; None for none.
+        bgr: exchange red and blue in images, as the official code gives them to the VAE.
     """
 
     preset: str
@@ -77,12 +77,12 @@ class Variant:
         self, backbone: Backbone, examples: Sequence[Example], seed: int, validation: Sequence[Example] = ()
     ) -> PartEmbeddings:
         recipe = self.recipe(examples[0].names, "train")
-        if self.preset == "paper" and backbone.info.id == "tiny":  # whose own layers were chosen for the other preset
+        if self.preset == "paper" and backbone.info.id == "tiny":  # its own layers were chosen for the other preset
             recipe = PAPER_LAYERS | recipe
         settings = preset(self.preset, backbone.info, **({"seed": seed} | recipe | self.train))
         if self.bgr:
             examples = [dataclasses.replace(one, image=one.image.flip(-1)) for one in examples]
-        clear_caches()  # training is timed with all of it
+        clear_caches()  # the time of training includes all of it
         with constants(self.constants), with_info(backbone, self.info), torch.inference_mode():
             return train(backbone, examples, settings, validation=validation)
 
@@ -122,10 +122,10 @@ def with_info(backbone: Any, changes: Mapping[str, Any]) -> Iterator[None]:
 
 
 class EncodeOnce:
-    """A backbone's ``encode_images`` that keeps the latents of the test images, which serve every method and seed.
+    """A backbone's ``encode_images`` that keeps the latents of the test images for every method and seed.
 
-    Nothing else is kept, so that learning is timed with its encoding and segmentation without; ``encoded`` counts
-    what had to be encoded, of all backbones.
+    Nothing else is kept, so that the time of training includes its encoding and the time of segmentation does not.
+    ``encoded`` counts the images that had to be encoded, of all backbones.
     """
 
     encoded = 0
@@ -146,7 +146,7 @@ class EncodeOnce:
 
 @torch.inference_mode()
 def remember(backbone: Backbone, images: np.ndarray) -> None:
-    """Encode images as segmentation will, and keep their latents, where the backbone encodes but once."""
+    """Encode images as segmentation will, and keep their latents if the backbone is of :func:`encode_once`."""
     if isinstance(backbone.encode_images, EncodeOnce):
         size = working_size(images.shape[1], images.shape[2], backbone.info.side, backbone.info.multiple)
         backbone.encode_images(resize_image(as_tensor(images), size).to(backbone.device), keep=True)
@@ -154,7 +154,7 @@ def remember(backbone: Backbone, images: np.ndarray) -> None:
 
 @functools.cache
 def latents_of(checkpoint: Path) -> dict[bytes, torch.Tensor]:
-    """Remembered latents: the untrained UNet has the same VAE."""
+    """Return the kept latents of a checkpoint; the untrained UNet has the same VAE."""
     return {}
 
 
@@ -165,13 +165,13 @@ def encode_once(backbone: Any, latents: dict[bytes, torch.Tensor]) -> Any:
 
 @functools.cache
 def trained(checkpoint: Path) -> Any:
-    """A checkpoint file through ComfyUI's loader, or a folder through diffusers."""
+    """Load a checkpoint file with ComfyUI's loader, or a folder with diffusers."""
     backbone = load_pipeline(checkpoint) if checkpoint.is_dir() else load_backbone(checkpoint)
     return encode_once(backbone, latents_of(checkpoint))
 
 
 def load_pipeline(folder: Path) -> Any:
-    """A diffusers pipeline's folder, on the GPU where there is one."""
+    """Load the folder of a diffusers pipeline, on the GPU if there is one."""
     from diffusers import DiffusionPipeline
 
     from slime.backbones.hf_unet import DiffusersUNet
@@ -182,7 +182,7 @@ def load_pipeline(folder: Path) -> Any:
 
 @functools.cache
 def untrained(checkpoint: Path) -> Any:
-    """The same with a UNet as it was before training."""
+    """Load a checkpoint with its UNet as it was before training."""
     raw = write_untrained(checkpoint, Path(tempfile.mkdtemp()) / "untrained.safetensors")
     return encode_once(load_backbone(raw), latents_of(checkpoint))
 
@@ -191,7 +191,7 @@ Fit = Callable[[Sequence[Example], int, Sequence[Example]], PartEmbeddings]
 
 
 def fitted(get_backbone: Callable[[], Any], variant: Variant) -> Fit:
-    """What a variant learns; asked again for the same examples and seed it gives what it has."""
+    """Return a function that trains a variant; called again for the same examples and seed, it returns what it has."""
     kept: list[tuple[Sequence[Example], int, PartEmbeddings]] = []
 
     def fit(examples: Sequence[Example], seed: int, validation: Sequence[Example]) -> PartEmbeddings:
@@ -213,7 +213,7 @@ def learned(get_backbone: Callable[[], Any], variant: Variant, fit: Fit | None =
 
 
 def compared(get_backbone: Callable[[], Any], style: str) -> dict[str, Learn]:
-    """The rivals that compare descriptors; what one of them looks at, the others are given."""
+    """Return the baselines that compare descriptors; they share the descriptors of the same images."""
     banks: list[tuple[Sequence[Example], int, Bank]] = []
     kept: list[tuple[Bank, np.ndarray, dict[str, list[np.ndarray]]]] = []
 
@@ -239,7 +239,7 @@ def compared(get_backbone: Callable[[], Any], style: str) -> dict[str, Learn]:
 
 @functools.cache
 def flow(drawn_anew: bool = False) -> Any:
-    """The tiny flow transformer, or the same as it was before training."""
+    """Load the tiny flow transformer, or the same as it was before training."""
     path = FLOW
     if drawn_anew:
         path = write_untrained(FLOW, Path(tempfile.mkdtemp()) / "untrained.safetensors", prefix="")
@@ -248,19 +248,19 @@ def flow(drawn_anew: bool = False) -> Any:
 
 @functools.cache
 def both(checkpoint: Path) -> Any:
-    """The checkpoint's UNet beside the tiny flow transformer."""
+    """Return the checkpoint's UNet fused with the tiny flow transformer."""
     return FusedBackbone(trained(checkpoint), flow())
 
 
 @functools.cache
 def encoder(file: Path) -> Any:
-    """A vision encoder's file."""
+    """Load a vision encoder from its file."""
     return encode_once(load_encoder(file), {})
 
 
 @functools.cache
 def beside_encoder(checkpoint: Path, file: Path) -> Any:
-    """The checkpoint's model and a vision encoder."""
+    """Return the checkpoint's model fused with a vision encoder."""
     first = trained(checkpoint)
     return FusedBackbone(first, encode_once(load_encoder(file, first.info.cell), {}))
 
@@ -268,7 +268,7 @@ def beside_encoder(checkpoint: Path, file: Path) -> Any:
 def make_methods(
     checkpoint: Path, changes: Variant, style: str = scenes.WORLD, clip_vision: Path | None = None
 ) -> dict[str, Learn]:
-    """Methods by name; ``changes`` apply to the learned ones."""
+    """Return the methods by name; ``changes`` apply to those that are trained."""
     ours, raw = functools.partial(trained, checkpoint), functools.partial(untrained, checkpoint)
 
     def variant(
@@ -292,7 +292,7 @@ def make_methods(
         encoders[ENCODER] = learned(functools.partial(encoder, clip_vision), variant("instant"))
         together = functools.partial(beside_encoder, checkpoint, clip_vision)
         encoders[BESIDE_ENCODER] = learned(together, variant("instant"))
-    paper = fitted(ours, variant("paper"))  # is learned once for both ways to read it
+    paper = fitted(ours, variant("paper"))  # trained once for both decoders
     return {
         "default": learned(ours, variant("instant")),
         "default + zoom": learned(ours, variant("instant", zoom=1)),
@@ -321,7 +321,7 @@ def make_methods(
 
 
 def assignments(texts: Sequence[str]) -> dict[str, Any]:
-    """ "recolor=0" -> {"recolor": 0}; values are JSON, anything else is text."""
+    """Parse texts: "recolor=0" -> {"recolor": 0}; values are JSON, anything else is text."""
     found: dict[str, Any] = {}
     for text in texts:
         name, _, value = text.partition("=")

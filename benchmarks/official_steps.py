@@ -21,7 +21,7 @@ from slime.paper.decoder import AttentionMaps, PaperDecoder, official_maps, toke
 
 @dataclass(frozen=True)
 class ChangedDecoder(PaperDecoder):
-    """The official decoder with changes, see :func:`label_maps`."""
+    """The official decoder with changes; see :func:`label_maps`."""
 
     all_tokens: bool = True
     steps: dict[str, Any] = field(default_factory=dict)
@@ -52,8 +52,8 @@ def label_maps(
         images: in [0, 1].
         embeddings: trained with the preset paper.
         settings: of the extraction.
-        all_tokens: softmax over all tokens of the text, else over the parts alone.
-        steps: changes of :func:`slime.paper.decoder.official_maps`: order, gate, subtract_mean, rescale.
+        all_tokens: apply the softmax over all tokens of the text, else over the parts alone.
+        steps: changes to :func:`slime.paper.decoder.official_maps`: order, gate, subtract_mean, rescale.
     """
     if embeddings.mode != CONTEXT:
         raise TypeError("only embeddings of the preset paper are decoded by the official steps")

@@ -1,10 +1,10 @@
-"""A part taught alone, which is what most people do first: our class weights against the official code's rule.
+"""Compare our class weights with the official code's rule if one part is trained alone, as most people do first.
 
     python dev.py benchmark one_part [--scenes 10] [--split validation]
 
-The official rule weights a part by the pixels of all parts over its own, so that a part taught alone weighs no more
-than the background; it is raised to the same power as ours. All parts of a domain together are measured beside it. Part
-mIoU of ``instant``, one example.
+The official rule weights a part by the pixels of all parts over its own, so that a part trained alone weighs no more
+than the background. It is raised to the same power as ours. All parts of a domain together are measured beside it. The
+figure is the part mIoU of ``instant`` with one example.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .sources import as_tensor
 
 ALONE = {"car": ("wheel", "light", "window"), "horse": ("tail", "leg"), "face": ("eye", "hair", "mouth")}
 SPLITS = {"validation": (splits.VALIDATION_TEACH, splits.VALIDATION), "test": (splits.TEACH, splits.TEST)}
-ENOUGH = 40  # pixels of every part in the example
+ENOUGH = 40  # minimum pixels of every part in the example
 
 
 def labels_of(scene: scenes.Scene, parts: tuple[str, ...]) -> np.ndarray:
@@ -41,7 +41,7 @@ def labels_of(scene: scenes.Scene, parts: tuple[str, ...]) -> np.ndarray:
 
 
 def taught(domain: str, parts: tuple[str, ...], first: int) -> Example:
-    """The first scene that shows all these parts."""
+    """Return the first scene that shows all these parts, as an example."""
     for seed in itertools.count(first):
         scene = scenes.render(domain, seed, style=scenes.NATURAL)
         labels = labels_of(scene, parts)
@@ -51,7 +51,7 @@ def taught(domain: str, parts: tuple[str, ...], first: int) -> Example:
 
 
 def measure(backbone: Backbone, domain: str, parts: tuple[str, ...], count: int, split: str) -> tuple[float, float]:
-    """Part mIoU with the official rule and with ours."""
+    """Return the part mIoU with the official rule and with ours."""
     first_taught, first = SPLITS[split]
     example = taught(domain, parts, first_taught)
     tested = [scenes.render(domain, first + index, style=scenes.NATURAL) for index in range(count)]

@@ -1,15 +1,15 @@
-"""The paper's tables on real weights and real data, in one command.
+"""Measure the paper's tables on real weights and real data, in one command.
 
     python dev.py benchmark paper --checkpoint sd21base.safetensors --data FOLDER
     python dev.py benchmark paper --checkpoint sd21base.safetensors --data FOLDER --archives VOC2010 CelebAMask-HQ
     python dev.py benchmark paper --checkpoint sd21base.safetensors --data FOLDER --clip-vision dinov2-large.safetensors
 
 FOLDER has the official layout, ``{car,horse,celeba}/{train_1,train_10,val,test}`` with PNG images and NPY label maps.
-With ``--archives`` it is made first, from PASCAL-Part's annotations beside VOC2010's images and from CelebAMask-HQ, as
-their authors ship them (benchmarks/archives.py; what the paper leaves open is printed). Figures are the paper's: IoU of
-every image and class at 512 x 512, mean over images, then over classes with the background, in percent, over seeds.
-A flow model has no row of the preset paper; ``--clip-vision`` adds rows of the encoder, alone and beside the model.
-Rows that are in the JSON file are not measured again. ``--report`` writes a page to post.
+With ``--archives`` it is created first, from PASCAL-Part's annotations beside VOC2010's images and from CelebAMask-HQ,
+as their authors ship them (benchmarks/archives.py; choices that the paper leaves open are printed). Figures are the
+paper's: IoU of every image and class at 512 x 512, mean over images, then over classes with the background, in percent,
+over seeds. A flow model has no row for the preset paper. ``--clip-vision`` adds rows for the encoder, alone and beside
+the model. Rows that are in the JSON file are not measured again. ``--report`` writes a page to post.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from .rows import Row, read_rows, say_row, table_lines, write_rows
 from .sources import OFFICIAL_PARTS, Task, folder_task
 
 DOMAINS = ("car", "horse", "celeba")
-# Published mean IoU in percent by number of examples, background included, and the paper's own of one example by class.
+# Published mean IoU in percent, background included, by number of examples, and the paper's IoU by class with one
+# example.
 SLIME = "SLiMe, published"
 PUBLISHED: Mapping[str, Mapping[tuple[str, int], float]] = {
     SLIME: {("car", 1): 61.6, ("car", 10): 68.3, ("horse", 1): 56.4, ("horse", 10): 63.3, ("celeba", 1): 69.6,
@@ -49,7 +50,7 @@ PUBLISHED_CLASSES: Mapping[str, Mapping[str, float]] = {
 
 
 def measure(task: Task, method: str, learn: Learn, shots: int, seed: int) -> Row:
-    """IoU of every class in percent, on the test images."""
+    """Measure the IoU of every class on the test images, in percent."""
     test = task.tests["plain"]
     found = learn(task.examples, seed, task.validation)(test.images)
     per_class = 100 * evaluate(found, test.truths, len(task.names) + 1).per_class
@@ -59,13 +60,13 @@ def measure(task: Task, method: str, learn: Learn, shots: int, seed: int) -> Row
 
 
 def mean(values: Sequence[float]) -> str:
-    """Of the values that are not NaN."""
+    """Format the mean of the values that are not NaN."""
     known = [value for value in values if value == value]
     return f"{np.mean(known):.1f}" if known else ""
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Markdown: mean over seeds beside what is published, and one table of classes for every domain."""
+    """Return Markdown lines: means over seeds beside published figures, and tables of classes for every domain."""
     shots = sorted({row["shots"] for row in rows})
     domains = [domain for domain in DOMAINS if any(row["domain"] == domain for row in rows)]
     methods = list(dict.fromkeys(row["method"] for row in rows))
@@ -94,7 +95,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 
 def report(rows: Sequence[Row], checkpoint: Path, prepared: bool) -> str:
-    """A page with figures and how they came about."""
+    """Return a page with the figures and how they were obtained."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or 'CPU'}"
     images = {row["domain"]: row["images"] for row in rows}
     seeds = len({row["seed"] for row in rows})

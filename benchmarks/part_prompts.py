@@ -1,16 +1,17 @@
-"""Part prompts and the detailer on the model that paints.
+"""Measure part prompts and the detailer on the tiny model.
 
     python dev.py benchmark part_prompts [--pictures 6] [--json FILE]
 
-A caption leaves the colour of one part open, and a prompt for that part asks for one. Of every way, with the same
-noise: the share of the part's pixels in the result that have the colour (the nearest of the twelve that scenes are
-painted with), the share of the pixels elsewhere that differ from the picture of the open caption by more than a tenth,
-time beside plain sampling, and the looks' share in it. A part's pixels are those that a teacher finds, learned from ten
-other examples than the one that the guider's file was learned from; elsewhere is what the teacher calls the part in
-neither picture, 12 pixels away from it.
+Part prompts: the caption leaves the colour of one part open, and a prompt for that part names one. All methods start
+from the same noise. The figures of each method are the share of the part's pixels that have the colour (the nearest of
+the twelve that scenes are painted with), the share of the pixels elsewhere that differ from the image of the open
+caption by more than a tenth, the time relative to plain sampling, and the share of segmentation in that time. The part
+is segmented with reference embeddings, which are trained on ten other examples than the one example that the guider's
+embeddings are trained on. Elsewhere means more than 12 pixels from the part in both images.
 
-The detailer gets scenes that were shrunk to a quarter and enlarged again: IoU of its small parts with the truth, found
-by the teacher, and sharpness (mean absolute Laplacian on them) of the blurred picture, the redrawn and the unblurred.
+The detailer gets scenes that are reduced to a quarter and enlarged again. The figures are the IoU of their small parts
+with the truth, segmented with the reference embeddings, and the sharpness (mean absolute Laplacian on these parts) of
+the blurred image, the redrawn image and the image before blurring.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ SHAPE = MaskShape(grow=8, feather=8)  # the node's defaults
 
 
 class Timed:
-    """What looks, with the time that it took."""
+    """The segmenter of a guider, with the time that it has taken."""
 
     def __init__(self, watcher: Any) -> None:
         self.watcher, self.seconds = watcher, 0.0
@@ -62,7 +63,7 @@ class Timed:
 
 
 class Painting:
-    """ComfyUI's sampling with the model that paints; ``looking`` are the seconds of looks in the last one."""
+    """ComfyUI's sampling with the tiny model; ``looking`` is the segmentation time of the last run in seconds."""
 
     looking = 0.0
 
@@ -87,7 +88,7 @@ class Painting:
         return guider
 
     def paint(self, guider: Any, seed: int) -> Tensor:
-        """Pixels [1, H, W, 3]."""
+        """Sample an image: pixels [1, H, W, 3]."""
         latent = torch.zeros(1, 4, scenes.SIZE // 8, scenes.SIZE // 8)
         sampler = self.samplers.sampler_object("euler")
         noise = self.prepare_noise(latent, seed)
@@ -97,7 +98,7 @@ class Painting:
 
 
 def captions(domain: str, part: str, seed: int) -> tuple[str, str, str]:
-    """The caption of a scene without the part's colour, with another, and that colour's name."""
+    """Return a scene's caption without the part's colour, the caption with another colour, and that colour's name."""
     scene = scenes.render(domain, seed, style="free")
     words = scenes.PLURAL.get(part, part)
     head, _, place = scene.caption.rpartition(" on ")
@@ -111,7 +112,7 @@ def captions(domain: str, part: str, seed: int) -> tuple[str, str, str]:
 
 
 def has_color(pixels: Tensor, name: str) -> np.ndarray:
-    """bool [H, W]: the nearest of the colours is this one."""
+    """Return bool [H, W]: whether the nearest of the colours is this one."""
     table = torch.tensor(list(COLORS.values())) / 255
     nearest = torch.cdist(pixels[0].reshape(-1, 3), table).argmin(1).reshape(pixels.shape[1:3])
     found: np.ndarray = (nearest == list(COLORS).index(name)).numpy()
@@ -121,7 +122,10 @@ def has_color(pixels: Tensor, name: str) -> np.ndarray:
 def ways(
     painting: Painting, nodes: Mapping[str, Any], embeddings: PartEmbeddings, part: str, opened: str, full: str
 ) -> Mapping[str, Any]:
-    """Functions of a seed and of the open caption's picture, which some of them use."""
+    """Return the methods by name, as functions from a seed to an image.
+
+    Those with the masks of a first sampling sample the open caption first.
+    """
     whole, asked = painting.prompt(opened), painting.prompt(full)
 
     def second(rest: bool) -> Any:
@@ -155,7 +159,7 @@ def ways(
 
 
 def colors(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any], pictures: int, report: Any) -> None:
-    """Rows of part prompts."""
+    """Report the rows of part prompts."""
     for domain, part in PARTS:
         guide, teacher = files[domain]
         for seed in range(splits.TEST, splits.TEST + pictures):
@@ -178,7 +182,7 @@ def colors(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any
 
 
 def details(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any], pictures: int, report: Any) -> None:
-    """Rows of the detailer."""
+    """Report the rows of the detailer."""
     for domain, part in SMALL:
         teacher = files[domain][1]
         label = scenes.PARTS[domain].index(part) + 1

@@ -1,6 +1,6 @@
 """Models with random weights in the shapes of SD1.5, SD2.1 and SDXL, full or narrow, made of ComfyUI's own classes.
 
-For shapes, memory and speed: random weights segment nothing.
+They serve to test shapes, memory and speed: random weights segment nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
         "num_classes": "sequential",
     },
 }
-POOLED = {FULL_WIDTH: 1280}  # width of SDXL's pooled text; narrow models take 32
+POOLED = {FULL_WIDTH: 1280}  # width of SDXL's pooled text; narrow models use 32
 VAE: dict[str, Any] = {
     "double_z": True,
     "z_channels": 4,
@@ -65,7 +65,7 @@ VAE: dict[str, Any] = {
 
 
 def unet_config(layout: str, width: int = FULL_WIDTH) -> dict[str, Any]:
-    """ComfyUI's configuration of a UNet whose first level has ``width`` channels (320 in the real ones)."""
+    """Return ComfyUI's configuration of a UNet whose first level has ``width`` channels (320 in the real ones)."""
     config = COMMON | LAYOUTS[layout] | {"model_channels": width}
     if config["num_head_channels"] > 0:
         config["num_head_channels"] = 64 if width == FULL_WIDTH else width // 2
@@ -121,7 +121,7 @@ MMDIT = {
     "pos_embed_scaling_factor": None,
     "context_embedder_config": {"target": "torch.nn.Linear", "params": {"in_features": 40, "out_features": 256}},
 }
-# Small models of the real classes of flow transformers: ComfyUI's configuration, class and base, and text width.
+# Small models of the real classes of flow transformers: ComfyUI's configuration, and the name of the class.
 FLOWS: dict[str, tuple[dict[str, Any], str]] = {
     "flux": ({"image_model": "flux"} | FLUX, "Flux"),
     "flux2": (
@@ -174,9 +174,12 @@ FLOWS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 def flow_patcher(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
-    """ComfyUI's ModelPatcher of a small random flow transformer, weights kept in ``dtype`` and used in float32.
+    """Return ComfyUI's ModelPatcher of a small random flow transformer.
 
-    AttributeError where this ComfyUI has none.
+    Its weights are kept in ``dtype`` and used in float32.
+
+    Raises:
+        AttributeError: this ComfyUI does not have the model.
     """
     import comfy.model_base
     import comfy.model_management
@@ -197,7 +200,7 @@ def flow_patcher(kind: str, seed: int = 0, dtype: torch.dtype = torch.float32) -
 
 
 def _known(name: str, config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration without what older ComfyUIs do not know."""
+    """Return the configuration without the fields that older versions of ComfyUI do not know."""
     import comfy.ldm.chroma.model
     import comfy.ldm.flux.model
 
@@ -211,7 +214,7 @@ def _known(name: str, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def flow_text(kind: str, seed: int = 1) -> dict[str, Tensor]:
-    """What a text encoder of that model would give, as :meth:`nodes.comfy_flow.ComfyFlow.condition` keeps it."""
+    """Return random text features of that model, as :meth:`nodes.comfy_flow.ComfyFlow.condition` keeps them."""
     generator = torch.Generator().manual_seed(seed)
     found = {"text": torch.randn(13, 40, generator=generator)}
     if kind in ("flux", "sd3", "sd3.5"):
@@ -220,18 +223,18 @@ def flow_text(kind: str, seed: int = 1) -> dict[str, Tensor]:
 
 
 def randomise(model: nn.Module, seed: int = 0) -> None:
-    """Weights that keep activations of order one; ComfyUI's layers come uninitialised."""
+    """Draw weights that keep activations of order one; ComfyUI's layers come uninitialised."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             tensor.copy_(random_weight(name, tensor, generator))
         for name, buffer in model.named_buffers():
-            if "pos_embed" in name:  # of SD3, which comes with its weights
+            if "pos_embed" in name:  # SD3's, which is part of its weights
                 buffer.copy_(0.3 * torch.randn(buffer.shape, generator=generator))
 
 
 def random_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform by the fan-in where there is one, else 1 for weights and 0 for biases."""
+    """Return uniform weights scaled by the fan-in if there is one, else 1 for weights and 0 for biases."""
     if like.ndim >= 2:
         bound = like[0].numel() ** -0.5
         return (torch.rand(like.shape, generator=generator) * 2 - 1) * 1.7 * bound
@@ -241,7 +244,7 @@ def random_weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor
 def comfy_patcher(
     layout: str, prediction: str = "eps", seed: int = 0, width: int = 32, dtype: torch.dtype = torch.float32
 ) -> Any:
-    """ComfyUI's ModelPatcher of a random UNet."""
+    """Return ComfyUI's ModelPatcher of a random UNet."""
     import comfy.model_base
     import comfy.model_management
     import comfy.model_patcher
@@ -254,7 +257,7 @@ def comfy_patcher(
         "sdxl": comfy.supported_models.SDXL,
     }
     model_config = classes[layout](dict(config))
-    # The class's own extras describe full-size models.
+    # The extra settings of the class describe full-size models.
     model_config.unet_config = config | {"dtype": dtype}
     kind = comfy.model_base.ModelType.V_PREDICTION if prediction == "v" else comfy.model_base.ModelType.EPS
     base = comfy.model_base.SDXL if layout == "sdxl" else comfy.model_base.BaseModel
@@ -266,7 +269,7 @@ def comfy_patcher(
 
 
 def random_backbone(layout: str, dtype: torch.dtype = torch.float32) -> Any:
-    """A full-size random UNet and VAE behind the extension's adapter; the text encoder gives random rows."""
+    """Return a full-size random UNet and VAE in the extension's adapter; the text encoder gives random embeddings."""
     from testing.inprocess import NAME, import_comfyui, load_extension
 
     import_comfyui()
@@ -291,13 +294,13 @@ def random_backbone(layout: str, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def random_state(module: nn.Module, seed: int = 0) -> dict[str, Tensor]:
-    """Half-precision weights in the shapes of a model that was made without memory."""
+    """Return random half-precision weights in the shapes of a model that was created without memory."""
     generator = torch.Generator().manual_seed(seed)
     return {name: random_weight(name, one, generator).half() for name, one in module.state_dict().items()}
 
 
 def random_dinov2() -> Any:
-    """A CLIP_VISION of DINOv2-L's full size, read by ComfyUI's stock loader."""
+    """Return a CLIP_VISION of DINOv2-L's full size, loaded by ComfyUI's stock loader."""
     import comfy.clip_vision
     import comfy.ops
     from comfy.image_encoders import dino2

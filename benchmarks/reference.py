@@ -1,9 +1,9 @@
-"""The official procedure, step by step, on the same UNet as ours: what the speed benchmark measures against.
+"""The official training procedure, step by step, on our UNet: the reference of the speed benchmark.
 
-Source: src/slime.py and src/stable_difusion.py of the official repository. What it does in a training step is done here
-in the UNet's precision: VAE encoding, unconditional and conditional half as one batch, dense attention everywhere, maps
-of the hooked layers, and a full inference for the training IoU, by 1 or 2 x 2 crops. The validation of every epoch is
-left out; the scores of the hooked layers are computed a second time for their maps.
+Source: src/slime.py and src/stable_difusion.py of the official repository. A training step does here what it does
+there, in the UNet's precision: VAE encoding, the unconditional and the conditional half as one batch, dense attention
+everywhere, maps of the hooked layers, and a full inference for the training IoU, on one crop or on 2 x 2 crops. The
+validation after every epoch is left out. The scores of the hooked layers are computed a second time for their maps.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def dense_attention(backbone: TextConditioned) -> Iterator[None]:
     """Let ComfyUI's UNet form its attention matrices, as the official processors do."""
     module: Any = sys.modules[type(backbone).__module__]
     fused = getattr(module, "attend", None)
-    if fused is None:  # a host with an attention of its own
+    if fused is None:  # an adapter with its own attention
         yield
         return
     from comfy.ldm.modules.attention import attention_basic
@@ -46,14 +46,14 @@ def dense_attention(backbone: TextConditioned) -> Iterator[None]:
 
 
 class Step(NamedTuple):
-    """Loss terms of one step, and the segmentation that its inference gave."""
+    """Loss terms of one step, and the segmentation of its inference."""
 
     losses: dict[str, Tensor]
     labels: Tensor
 
 
 class Reference:
-    """The official training of rows for one image, ``crops`` x ``crops`` crops at inference."""
+    """Official training of token embeddings for one image, with ``crops`` x ``crops`` crops at inference."""
 
     def __init__(self, backbone: TextConditioned, parts: int, crops: int = 1) -> None:
         self.backbone, self.parts, self.crops = backbone, parts, crops
@@ -71,12 +71,12 @@ class Reference:
         self.generator = torch.Generator().manual_seed(0)
 
     def context(self) -> Context:
-        """Unconditional and conditional rows as one batch."""
+        """Return the unconditional and the conditional token embeddings as one batch."""
         learned = torch.cat([self.base[:1], self.rows, self.base[self.parts + 1 :]])
         return Context(torch.stack([self.empty, learned]), self.pooled)
 
     def step(self, image: Tensor, labels: Tensor) -> Step:
-        """One training step on an image [1, H, W, 3] with a label map [h, w] of the official maps' size."""
+        """Run one training step on an image [1, H, W, 3] with a label map [h, w] of the official maps' size."""
         low, high = TRAIN_TIMESTEPS
         timestep = int(torch.randint(low, high + 1, [1], generator=self.generator))
         labels = labels.to(self.backbone.device)
@@ -101,7 +101,7 @@ class Reference:
 
     @torch.no_grad()
     def infer(self, image: Tensor) -> Tensor:
-        """Label map [side / 8, side / 8] by the official read-out."""
+        """Return the label map [side / 8, side / 8] of the official decoder."""
         height, width = image.shape[1:3]
         output = self.output
         total = torch.zeros(self.parts + 1, output, output, device=self.backbone.device)
@@ -126,7 +126,7 @@ class Reference:
         return (total / seen).argmax(0)
 
     def _pass(self, image: Tensor, timestep: int, probabilities: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Guided prediction, noise, class maps [K, h, w] and dense self-attention [N, h, w]."""
+        """Return the guided prediction, the noise, class maps [K, h, w] and dense self-attention [N, h, w]."""
         backbone = self.backbone
         pixels = F.interpolate(image.movedim(-1, 1), size=self.side, mode="bilinear").movedim(1, -1)
         with torch.inference_mode():
@@ -139,7 +139,7 @@ class Reference:
             both = backbone.predict_noise(noisy.repeat(2, 1, 1, 1), timestep, self.context(), capture)
         if both is None:
             raise RuntimeError("a pass that nothing ends early gave no prediction")
-        # The official hooks make dense maps of both halves of the cross-attention, and of one of the self-attention.
+        # The official hooks make dense maps of both halves for cross-attention, and of one half for self-attention.
         cross = [_dense_cross(a, self.parts + 1, probabilities, self.output) for a in capture.cross.values()]
         dense = torch.stack([_dense_self(a, self.output) for a in capture.self_.values()]).mean(0)
         unconditional, conditional = both.chunk(2)
@@ -148,7 +148,7 @@ class Reference:
 
 
 def _dense_cross(attention: Attention, classes: int, probabilities: bool, side: int) -> Tensor:
-    """[2, K, side, side]: scores, or probabilities over all tokens, mean over heads."""
+    """Return maps [2, K, side, side]: scores, or probabilities over all tokens, averaged over heads."""
     query, key = (t.float().unflatten(-1, (attention.heads, -1)).transpose(1, 2) for t in attention[:2])
     scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
     maps = (scores.softmax(-1) if probabilities else scores)[..., :classes]
@@ -158,7 +158,10 @@ def _dense_cross(attention: Attention, classes: int, probabilities: bool, side: 
 
 
 def _dense_self(attention: Attention, side: int) -> Tensor:
-    """[N, side, side]: how much every position looks at each of the N keys, mean over heads; conditional half."""
+    """Return attention maps [N, side, side] of the conditional half, averaged over heads.
+
+    Each map holds how much every position attends to one of the N keys.
+    """
     query, key = (t[1].float().unflatten(-1, (attention.heads, -1)).transpose(0, 1) for t in attention[:2])
     matrix = (query @ key.transpose(1, 2) * query.shape[-1] ** -0.5).softmax(-1)
     maps = matrix.movedim(-1, 1).unflatten(2, (attention.height, attention.width))

@@ -1,4 +1,4 @@
-"""Training-free rivals that use the same UNet, and other ways to refine maps."""
+"""Training-free baselines on the same UNet, and other methods to refine maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NEIGHBOURS = 5
 
 @dataclass(frozen=True)
 class Sight:
-    """What descriptors are taken from: self-attention layers of the decoder, and the noise's timestep."""
+    """Source of descriptors: self-attention layers of the decoder, and the timestep of the noise."""
 
     layers: tuple[str, ...]
     timestep: int
@@ -37,17 +37,18 @@ TIMESTEPS = (50, 100, DIFT)
 
 
 def sights(backbone: Backbone) -> list[Sight]:
-    """All layers together, of a UNet those of the decoder, and each alone, at every timestep."""
+    """Return all sources: all layers together (of a UNet those of the decoder) and each alone, at every timestep."""
     decoder = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
     names = decoder or tuple(layer.name for layer in backbone.layers)
     return [Sight(layers, timestep) for timestep in TIMESTEPS for layers in (names, *((name,) for name in names))]
 
 
 def descriptors(backbone: Backbone, images: Tensor, chosen: Sequence[Sight], seed: int) -> dict[Sight, Tensor]:
-    """DIFT-style descriptors of unit length, [B, D, h, w] each: self-attention queries on their layers' finest grid.
+    """Return descriptors of unit length as in DIFT, [B, D, h, w] by source.
 
-    DIFT takes the decoder's activations; the queries are a linear map of them, and both hosts give them. Of a model
-    without text rows they are its features.
+    They are self-attention queries on the finest grid of their layers. DIFT takes the decoder's activations. The
+    queries are a linear map of them, and both ComfyUI and diffusers give access to them. For a model without text
+    conditioning the descriptors are its features.
     """
     size = working_size(images.shape[1], images.shape[2], backbone.info.side, backbone.info.multiple)
     latents = backbone.encode_images(resize_image(images, size).to(backbone.device))
@@ -67,7 +68,7 @@ def descriptors(backbone: Backbone, images: Tensor, chosen: Sequence[Sight], see
 def _looked(
     backbone: Backbone, latents: Tensor, timestep: int, noise: Tensor, names: Iterable[str]
 ) -> dict[str, Tensor]:
-    """What the layers say, [B, D, h, w] each."""
+    """Return the queries of these layers, or their features for a model without text, [B, D, h, w] each."""
     chosen = tuple(names)
     if isinstance(backbone, TextConditioned):
         layers = LayerChoice((), chosen)
@@ -80,20 +81,23 @@ def _looked(
 
 
 def neighbours(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """Scores [N, K] of descriptors [N, D]: the mean label of the 5 nearest of the bank [M, D] with labels [M, K]."""
+    """Return scores [N, K] of descriptors [N, D]: the mean label of their 5 nearest neighbours.
+
+    The neighbours are from the bank [M, D] with labels [M, K].
+    """
     return labels[(query @ bank.T).topk(NEIGHBOURS, dim=1).indices].mean(1)
 
 
 def prototypes(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """Likeness to the mean descriptor of every class, as in PerSAM and INSID3, the background's included."""
+    """Return the similarity to the mean descriptor of every class and of the background, as in PerSAM and INSID3."""
     return query @ F.normalize(labels.T @ bank, dim=1).T
 
 
 def density_ratio(query: Tensor, bank: Tensor, labels: Tensor) -> Tensor:
-    """Log density of every class on the unit sphere, equal priors, as in FROST (arXiv 2606.31136).
+    """Return the log density of every class on the unit sphere with equal priors, as in FROST (arXiv 2606.31136).
 
-    The kernel's concentration comes from the bank itself: one over the median distance of a descriptor to its nearest
-    neighbour. FROST's spatial gate, made for one class, is left out.
+    The concentration of the kernel comes from the bank itself: one over the median distance of a descriptor to its
+    nearest neighbour. FROST's spatial gate, made for one class, is left out.
     """
     likeness = bank @ bank.T
     likeness.fill_diagonal_(-1)
@@ -110,7 +114,7 @@ RULES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 
 
 class Bank:
-    """Descriptors of examples and their labels, for every sight; of one noise for all images."""
+    """Descriptors of examples and their labels, for every source; one noise is used for all images."""
 
     @torch.inference_mode()
     def __init__(self, backbone: Backbone, examples: Sequence[Example], chosen: Sequence[Sight], seed: int = 0) -> None:
@@ -125,7 +129,7 @@ class Bank:
 
     @torch.inference_mode()
     def find(self, images: Tensor, wanted: Sequence[tuple[str, Sight]]) -> dict[tuple[str, Sight], list[np.ndarray]]:
-        """Label maps of images [B, H, W, 3] by each rule at its sight."""
+        """Segment images [B, H, W, 3] by each rule with its source; return label maps."""
         found: dict[tuple[str, Sight], list[np.ndarray]] = {one: [] for one in wanted}
         for image in images:
             seen = descriptors(self.backbone, image[None], list(self._known), self.seed)
@@ -137,9 +141,10 @@ class Bank:
 
 
 def best_sights(backbone: Backbone, style: str = scenes.WORLD, images: int = 6) -> dict[str, Sight]:
-    """For every rule the sight with the highest part mIoU on validation scenes; DIFT's timestep for a large model.
+    """Choose for every rule the source with the highest part mIoU on validation scenes.
 
-    A rival is shown at its best layer, as its author would choose it.
+    This runs a baseline at its best layer, as its author would choose it. For a large model the source is all layers at
+    DIFT's timestep.
     """
     everything = sights(backbone)
     if not backbone.info.id.startswith("tiny"):
@@ -159,7 +164,11 @@ def best_sights(backbone: Backbone, style: str = scenes.WORLD, images: int = 6) 
 
 
 def bilateral(maps: Tensor, images: Tensor) -> Tensor:
-    """Joint bilateral filter of maps [B, K, h, w] with images [B, H, W, 3], over two cells: [B, K, H, W]."""
+    """Apply a joint bilateral filter over two cells to maps [B, K, h, w], guided by images [B, H, W, 3].
+
+    Returns:
+        Maps [B, K, H, W].
+    """
     from kornia.filters import joint_bilateral_blur
 
     height, width = images.shape[1:3]
@@ -169,7 +178,10 @@ def bilateral(maps: Tensor, images: Tensor) -> Tensor:
 
 
 def pamr(maps: Tensor, images: Tensor, iterations: int = 10, dilations: Sequence[int] = (1, 2, 4, 8)) -> Tensor:
-    """Pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020): maps [B, K, h, w] spread along like colours."""
+    """Spread maps [B, K, h, w] along similar colours, up to [B, K, H, W].
+
+    This is pixel-adaptive mask refinement (Araslanov and Roth, CVPR 2020).
+    """
     height, width = images.shape[1:3]
     guide = images.movedim(-1, 1)
     near = _neighbours(guide, dilations)  # [B, 3, n, H, W]
@@ -182,7 +194,7 @@ def pamr(maps: Tensor, images: Tensor, iterations: int = 10, dilations: Sequence
 
 
 def _neighbours(x: Tensor, dilations: Sequence[int]) -> Tensor:
-    """The eight neighbours at every dilation: [B, C, H, W] -> [B, C, 8 * len(dilations), H, W]."""
+    """Return the eight neighbours at every dilation: [B, C, H, W] -> [B, C, 8 * len(dilations), H, W]."""
     height, width = x.shape[-2:]
     found = []
     for d in dilations:

@@ -1,4 +1,4 @@
-"""Rows of figures: in files, one a line, and as markdown tables."""
+"""Rows of figures: in files, one per line, and as Markdown tables."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ DIGITS = 6
 
 
 def read_rows(path: Path | None) -> list[Row]:
-    """Rows of an earlier run, if there was one."""
+    """Return the rows of an earlier run, if there was one."""
     return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path is not None and path.is_file() else []
 
 
 def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
-    """Compact JSON {about..., "rows": [...]} with figures rounded; nothing without a path."""
+    """Write compact JSON {about..., "rows": [...]} with rounded figures; without a path write nothing."""
     if path is not None:
         head = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in about.items())
         lines = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in rows)
@@ -26,19 +26,19 @@ def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
 
 
 def say_row(row: Row) -> None:
-    """Print a row as it is made."""
+    """Print a row as soon as it is measured."""
     sys.stdout.write(f"{json.dumps(_rounded(row))}\n")
     sys.stdout.flush()
 
 
 def say_table(head: Sequence[str], lines: Iterable[Sequence[str]], title: str = "") -> None:
-    """Print a markdown table."""
+    """Print a Markdown table."""
     sys.stdout.write(f"\n{title}\n" if title else "")
     sys.stdout.write("\n" + "\n".join(table_lines(head, lines)) + "\n")
 
 
 def table_lines(head: Sequence[str], lines: Iterable[Sequence[str]]) -> list[str]:
-    """Lines of a markdown table."""
+    """Return the lines of a Markdown table."""
     body = [f"| {' | '.join(cells)} |" for cells in lines]
     return [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}", *body]
 

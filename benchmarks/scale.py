@@ -1,11 +1,11 @@
-"""Large sets: pictures a second beside bare passes over the same pictures, and memory against their number.
+"""Measure large sets: images per second beside bare passes over the same images, and memory against their number.
 
     python dev.py benchmark scale [--pictures 48] [--counts 100 1000 10000] [--json FILE]
 
-Throughput is of the demo model and scenes of 256 pixels, from PNG files to a COCO file, with one and two threads that
-load and as many that write; the bare passes are encoding and looking, nothing read or written, in turns with it. Memory
-(on Linux) is a process's own peak with a very small vision encoder and pictures of 96 pixels: what is left is the
-engine.
+Throughput is measured with the tiny model and scenes of 256 pixels, from PNG files to a COCO file, with one and two
+threads that load and as many that write. The bare passes encode the images and extract features, without reading or
+writing files; they are timed in turns with it. Memory (on Linux) is the peak of a separate process with a very small
+vision encoder and images of 96 pixels: what remains is the memory of the engine.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ from testing.server import MODEL
 from .rows import Row, say_row, say_table, write_rows
 
 DOMAIN, SMALL = "horse", 96
-TOKENS = 8  # a side of the small encoder's grid
+TOKENS = 8  # per side of the small encoder's grid
 KILOBYTE = 1024
 
 
 def run(backbone: Backbone, embeddings: PartEmbeddings, source: list[SourceImage], workers: int) -> int:
-    """Segment into a COCO file; returns the bytes of the journal."""
+    """Segment into a COCO file; return the bytes of the run log."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         output, journal = Coco(out, embeddings, "benchmark"), RunLog(out, {})
@@ -102,12 +102,12 @@ def small_encoder() -> Backbone:
 
 
 def child(count: int, file: Path) -> None:
-    """In a process of its own: segment so many pictures, and print the peak of its memory in MB."""
+    """Segment ``count`` images in a process of their own, and print its peak memory in MB."""
     backbone, embeddings, data = small_encoder(), load_embeddings(file), io.BytesIO()
     Image.fromarray(scenes.render(DOMAIN, splits.TEST, size=SMALL).image).save(data, "PNG")
     source = [SourceImage(f"{index:06d}.png", data.getvalue) for index in range(count)]
     run(backbone, embeddings, source, 2)
-    # What getrusage says begins with the peak of the process that this one was forked from.
+    # The value of getrusage starts with the peak of the process that this one was forked from.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     sys.stdout.write(f"{int(status.partition('VmHWM:')[2].split()[0]) / KILOBYTE:.0f}\n")
 

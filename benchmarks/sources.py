@@ -1,4 +1,4 @@
-"""Where teaching and test images come from: rendered scenes, or folders in the official data layout."""
+"""Sources of examples and test images: rendered scenes, or folders in the official data layout."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LabelledImages:
 
 @dataclass(frozen=True)
 class Task:
-    """One domain: teaching examples, test sets by name, and labelled images to choose a checkpoint by."""
+    """One domain: examples, test sets by name, and labelled images to choose a checkpoint by."""
 
     domain: str
     examples: tuple[Example, ...]
@@ -42,9 +42,9 @@ class Task:
 
 
 OTHER = "other objects"  # images of the other domains: every part is absent
-INK = "another style"  # of the second renderer, never trained on
+INK = "another style"  # scenes of the second renderer, never trained on
 SETS = (*scenes.VARIATIONS, INK, OTHER)
-DETAILS = " details"  # after a domain's name: its parts are those that no caption ever named
+DETAILS = " details"  # suffix of a domain's name: its parts are those that no caption ever named
 SCENE_DOMAINS = (*scenes.DOMAINS, *(domain + DETAILS for domain in scenes.DOMAINS))
 
 
@@ -57,9 +57,9 @@ def scene_task(
     sets: Sequence[str] = ("plain",),
     style: str = scenes.WORLD,
 ) -> Task:
-    """Rendered scenes; every seed has teaching examples of its own, the test scenes stay.
+    """Render a task; every seed has examples of its own, all share the test scenes.
 
-    ``count`` plain scenes, half as many of every other of ``SETS``. Domains are ``SCENE_DOMAINS``.
+    There are ``count`` plain scenes, and half as many of every other set of ``SETS``. Domains are ``SCENE_DOMAINS``.
     """
     teach = splits.VALIDATION_TEACH if split == "validation" else splits.TEACH
     examples = tuple(scene_example(domain, teach + 100 * seed + i, style) for i in range(shots))
@@ -67,7 +67,7 @@ def scene_task(
 
 
 def scene_example(domain: str, seed: int, style: str) -> Example:
-    """A scene as a labelled example, of a domain or of its details."""
+    """Return a scene of a domain, or of its details, as an example."""
     scene = scenes.render(domain.removesuffix(DETAILS), seed, style=style)
     names = scenes.FINE[scene.domain] if domain.endswith(DETAILS) else scenes.PARTS[domain]
     return Example.from_label_map(as_tensor([scene.image])[0], torch.from_numpy(truth_of(scene, domain)), names)
@@ -99,10 +99,11 @@ def scene_set(domain: str, name: str, count: int, split: str, style: str = scene
 
 
 def folder_task(root: Path, domain: str, shots: int, seed: int, split: str, limit: int = 0) -> Task:
-    """The official layout: ``root/{car,horse,celeba}/{train_1,train_10,val,test}`` with PNG images and NPY label maps.
+    """Read a task from ``root/{car,horse,celeba}/{train_1,train_10,val,test}`` with PNG images and NPY label maps.
 
-    Images are squashed to 512 x 512, labels brought there by the nearest pixel, as the paper does. With fewer shots
-    than the training folder holds, the seed chooses them. ``limit`` test images at most; 0 for all.
+    This is the official layout. Images are resized to 512 x 512 without keeping their aspect, label maps by nearest
+    neighbour, as in the paper. If there are fewer shots than the training folder holds, the seed chooses them.
+    ``limit`` is the maximum number of test images; 0 for all.
 
     Raises:
         SlimeError: a folder is missing or empty, an image has no label map, or there are too few examples.
@@ -119,7 +120,7 @@ def folder_task(root: Path, domain: str, shots: int, seed: int, split: str, limi
 
     tests = read_folder(root / domain / ("val" if split == "validation" else "test"), limit)
     found = LabelledImages(np.stack([image for image, _ in tests]), tuple(labels for _, labels in tests))
-    # With one example the official code takes its checkpoint by that example, else by validation images.
+    # With one example the official code chooses its checkpoint by that example, else by validation images.
     held = read_folder(root / domain / "val") if shots > 1 and (root / domain / "val").is_dir() else []
     return Task(
         domain,
@@ -130,7 +131,7 @@ def folder_task(root: Path, domain: str, shots: int, seed: int, split: str, limi
 
 
 def read_folder(folder: Path, limit: int = 0) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Images uint8 [512, 512, 3] and label maps [512, 512] of a folder, in order of their names."""
+    """Return the images uint8 [512, 512, 3] and label maps [512, 512] of a folder, in order of their names."""
     files, side = sorted(folder.glob("*.png"))[: limit or None], OFFICIAL_SIDE
     if not files:
         raise SlimeError(f"There are no PNG images in {folder}.")

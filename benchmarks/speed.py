@@ -1,13 +1,13 @@
-"""Time and memory beside the official procedure and beside the bare UNet, on the same weights in one process.
+"""Measure time and memory beside the official procedure and the bare UNet, on the same weights in one process.
 
     python dev.py benchmark speed [--quick] [--json FILE] [--models tiny sd1 sd2 sdxl FILE] [--tasks ...]
 
-Every figure is also a ratio to a bound timed in the same run: a training step to the bare UNet's forward and backward
-of the same size, the instant preset to the VAE encodes and UNet forwards of its views, a segmentation to one VAE encode
-and one UNet forward an image. sd1, sd2 and sdxl are full-size models with random weights. With ``--dtype`` ours and the
-bounds run in that precision, as ComfyUI loads models on most GPUs; the reference stays in float32, as the official code
-runs. Bytes: the most that is held at once beyond the weights; on CUDA the allocator's, on the CPU the sum of the living
-tensors, counted operation by operation in a run of its own.
+Every figure is also a ratio to a bound that is timed in the same run: a training step to the bare UNet's forward and
+backward pass of the same size, the instant preset to the VAE encodings and UNet forward passes of its views, a
+segmentation to one VAE encoding and one UNet forward pass per image. sd1, sd2 and sdxl are full-size models with random
+weights. With ``--dtype`` our code and the bounds run in that precision, as ComfyUI loads models on most GPUs; the
+reference stays in float32, as the official code runs. Bytes are the maximum held at once beyond the weights: on CUDA as
+the allocator counts them, on the CPU the sum of the living tensors, counted operation by operation in a separate run.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ print(time.perf_counter() - start, torch.cuda.is_initialized())
 
 
 class Bench:
-    """One model, its backbone, the float32 one that the reference runs on, and the rows measured on them."""
+    """One model: its backbone, the float32 backbone of the reference, and the rows measured on them."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Bench:
     # ---------------------------------------------------------------------------------------------------- bounds
 
     def bare(self) -> float:
-        """Seconds of a VAE encode and a UNet forward of one image."""
+        """Measure the seconds of a VAE encoding and a UNet forward pass of one image."""
         return self.encode() + self.forward()
 
     def encode(self) -> float:
@@ -98,14 +98,14 @@ class Bench:
             return self.time(lambda: self.backbone.encode_images(pixels))
 
     def forward(self, backbone: TextConditioned | None = None) -> float:
-        """Seconds of a bare UNet forward, without capture, of the working size."""
+        """Measure the seconds of a bare UNet forward pass of the working size, without capture."""
         backbone = backbone or self.backbone
         latents, context = self.latents(), backbone.encode_prompt("")
         with torch.inference_mode():
             return self.time(lambda: backbone.predict_noise(latents, 100, context, None))
 
     def forward_backward(self) -> list[float]:
-        """Seconds of some of the bare UNet's forwards and backwards to its context, batch 1."""
+        """Measure the seconds of several forward and backward passes of the bare UNet to its context, batch 1."""
         with self.backbone.differentiable(False):
             latents = self.latents().clone()
             prompt = self.backbone.encode_prompt("")
@@ -120,7 +120,7 @@ class Bench:
             return [self.measure(step, once=True).seconds for _ in range(max(self.repeats, 3))]
 
     def grid_labels(self) -> Tensor:
-        """The example's label map on the latent grid, as the official code takes it."""
+        """Return the example's label map on the latent grid, as the official code takes it."""
         labels = self.example.labels[None, None].float()
         return torch.nn.functional.interpolate(labels, (self.cells, self.cells))[0, 0].long()
 
@@ -130,7 +130,7 @@ class Bench:
     # ----------------------------------------------------------------------------------------------------- tasks
 
     def step(self) -> None:
-        """Seconds a training step at paper-equivalent settings."""
+        """Measure the seconds per training step at settings equivalent to the paper's."""
         bare = self.forward_backward()
         references = {crops: self.reference(crops) for crops in range(1, self.crops + 1)}
         with self.official.differentiable(False), torch.no_grad(), dense_attention(self.official):
@@ -156,7 +156,7 @@ class Bench:
         self.row("training step, checkpointing", "paper", self.steps(checkpointing=True)[1], bound)
 
     def reference(self, crops: int) -> Measured:
-        """A step of the official procedure."""
+        """Measure a step of the official procedure."""
         labels = self.grid_labels()
         with self.official.differentiable(False):
             reference = Reference(self.official, len(self.example.names), crops)
@@ -164,8 +164,10 @@ class Bench:
             return self.measure(lambda: reference.step(image, labels))
 
     def steps(self, checkpointing: bool = False) -> tuple[Measured, Measured]:
-        """Preparing a view, and a step of ours with all that a training does, in a training whose every step has a view
-        of its own."""
+        """Measure the preparation of a view, and one of our training steps with everything that belongs to it.
+
+        Every step of this training has a view of its own.
+        """
         count = 10 * max(self.repeats, 1)
         settings = preset("paper", views=count, steps=count, checkpointing=checkpointing)
         times: dict[str, list[float]] = defaultdict(list)
@@ -181,7 +183,7 @@ class Bench:
         return Measured((prepared - start) / count), Measured((last - first) / (count - 1))
 
     def memory(self) -> None:
-        """Peak bytes of a training step beyond the weights."""
+        """Measure the peak bytes of a training step beyond the weights."""
         reference = self.reference_bytes()
         for name, checkpointing in (("", False), (", checkpointing", True)):
             settings = preset("paper", views=1, steps=1, checkpointing=checkpointing)
@@ -200,12 +202,12 @@ class Bench:
         return used.bytes
 
     def weights(self) -> int:
-        """Bytes of the UNet's weights, as ComfyUI counts them."""
+        """Return the bytes of the UNet's weights, as ComfyUI counts them."""
         patcher = getattr(self.backbone, "model", None)
         return int(patcher.model_size()) if patcher is not None else 0
 
     def iou(self) -> None:
-        """Seconds until the example itself is segmented with a mean IoU of TRAINING_IOU."""
+        """Measure the seconds until the example itself is segmented with a mean IoU of TRAINING_IOU."""
         task, classes, truth = f"training IoU {TRAINING_IOU}", len(self.example.names) + 1, self.example.labels.numpy()
         several = {"instant": {}, "paper": {"steps": IOU_STEPS, "views": IOU_STEPS}}
         for name, changes in several.items():
@@ -231,7 +233,7 @@ class Bench:
         self.note(task, "reference", ours_s=seconds, best_iou=best)
 
     def training(self) -> None:
-        """Whole trainings. The reference's is its measured step times the paper's 200."""
+        """Measure whole trainings; the reference's time is its measured step times the paper's 200."""
         whole = Measured(self.reference(1).seconds * PAPER_STEPS) if self.crops else None
         for name, changes in (("instant", {}), ("instant, 16 views", {"views": 16}))[0 if self.repeats else 1 :]:
             settings = preset("instant", self.backbone.info, **changes)
@@ -247,7 +249,7 @@ class Bench:
         return self.learn(preset("instant", self.backbone.info, views=2, steps=5), examples)
 
     def segment(self) -> None:
-        """Segmenting 1, 8 and 64 images; profile of one."""
+        """Measure the segmentation of 1, 8 and 64 images, and profile that of one."""
         embeddings = self.quick_embeddings()
         one = None
         if self.crops:
@@ -266,13 +268,13 @@ class Bench:
     def find(
         self, embeddings: PartEmbeddings | Sequence[PartEmbeddings], images: Tensor, batch_size: int = 0
     ) -> list[Tensor]:
-        """Label maps: full-size pixels are made when they are asked for."""
+        """Return label maps; the full-size pixels are computed when they are requested."""
         with torch.inference_mode():
             found = segment(self.backbone, images, embeddings, SegmentSettings(batch_size=batch_size))
             return [maps.label_map for maps in found]
 
     def files(self) -> None:
-        """Reading 8 embeddings of one image against reading one: read-outs only, no further pass."""
+        """Measure the segmentation of one image with 8 embeddings against one: more decoding, but no further pass."""
         several = [self.quick_embeddings()] * 8
         one = self.time(lambda: self.find(several[:1], self.images[:1]))
         ours = self.measure(lambda: self.find(several, self.images[:1]))
@@ -322,7 +324,7 @@ class Bench:
             self.row(f"segment 16, {size} at once", "default", ours, 16 * self.bare())
 
     def import_(self) -> None:
-        """What importing the extension adds to ComfyUI's start, and whether it touches a GPU."""
+        """Measure the time that importing the extension adds to ComfyUI's start, and whether it touches a GPU."""
         done = subprocess.run([sys.executable, "-c", IMPORT], capture_output=True, text=True, check=True)
         seconds, gpu = done.stdout.strip().splitlines()[-1].split()
         place = {"model": "-", "task": "import", "preset": "-"}
@@ -334,8 +336,10 @@ class Bench:
         return self.measure(work).seconds
 
     def measure(self, work: Callable[[], Any], once: bool = False, count: bool = False) -> Measured:
-        """Median seconds of some runs after a first one, or of one alone; with ``count`` the bytes of one more, which
-        is not timed."""
+        """Return the median seconds of several runs after a first one, or those of a single run.
+
+        With ``count`` it also returns the bytes of one more run, which is not timed.
+        """
 
         def seconds() -> float:
             synchronize()
@@ -355,7 +359,7 @@ class Bench:
 
 @dataclass
 class Measured:
-    """Seconds and, where they were counted, peak bytes."""
+    """Seconds and, if they were counted, peak bytes."""
 
     seconds: float = 0.0
     bytes: int | None = None
@@ -366,7 +370,7 @@ class _Reached(Exception):  # noqa: N818  a signal
 
 
 class _IouClock:
-    """Stops a training when its example is segmented well; its own looking does not count as time."""
+    """Callback that stops a training when its example is segmented well; its own segmentation is not timed."""
 
     def __init__(self, backbone: TextConditioned, example: Example) -> None:
         self.backbone, self.example, self.best = backbone, example, 0.0
@@ -400,7 +404,7 @@ def synchronize() -> None:
 
 @contextmanager
 def memory() -> Iterator[Measured]:
-    """Bytes beyond those held before, see the module's text."""
+    """Measure the bytes beyond those held before; see the module's docstring."""
     used = Measured()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()

@@ -1,19 +1,19 @@
-"""Does a tiny model have what SLiMe lives on in Stable Diffusion? Criteria, measured on natural validation scenes.
+"""Check whether a tiny model has what SLiMe relies on in Stable Diffusion, on natural validation scenes.
 
     python dev.py benchmark testbed [--checkpoint FILE] [--scenes 12] [--json FILE]
 
-Fixed before any model was trained for them, and never to be changed for who wins:
+The criteria were fixed before any model was trained for them, and are never to be changed in favour of a method:
 
 1. the start token's mean share of the decoder's cross-attention is at least .5, on the scenes' own captions and on the
    empty prompt, since it is the background class;
-2. queries of the layers the paper reads change by at most 40 % between the empty prompt and "part" repeated;
-3. the paper's recipe with the official read-out, from one example: background IoU at least .7, and part mIoU above
+2. queries of the layers that the paper reads change by at most 40 % between the empty prompt and "part" repeated;
+3. the paper's recipe with the official decoder, from one example: background IoU at least .7, and part mIoU above
    feature neighbours and above the mean mask, on every domain.
 
-Exits 1 and names each criterion that is missed. Other figures, of which no criterion depends, say where the third one
-fails: in how many directions the queries of the read layers vary; part mIoU of paper on its own example, and of a
-convex fit to the same example by the same layers ("one view", instant without any augmentation), on the test scenes and
-on that example.
+The program exits with 1 and names each criterion that is missed. Other figures, on which no criterion depends, show
+where the third one fails: in how many directions the queries of the read layers vary; part mIoU of paper on its own
+example, and of a convex fit to the same example with the same layers ("one view": instant without any augmentation), on
+the test scenes and on that example.
 """
 
 from __future__ import annotations
@@ -44,13 +44,16 @@ from .sources import as_tensor
 
 SHARE, CHANGE, BACKGROUND = 0.5, 0.4, 0.7
 TIMESTEPS = (100, 400, 800)
-WORDS = 6  # "part" so often, as for five parts
+WORDS = 6  # repetitions of "part", as for five parts
 ONE_VIEW = {"views": 1, "flip": False, "crop": 1.0, "rotation": 0.0, "blur": 0.0, "recolor": 0.0}
 
 
 @torch.inference_mode()
 def start_shares(backbone: TextConditioned, tests: Sequence[scenes.Scene], prompt: str | None) -> float:
-    """Mean share of the start token in the decoder's cross-attention; ``prompt`` None for each scene's own caption."""
+    """Return the start token's mean share of the decoder's cross-attention.
+
+    ``prompt`` is None for each scene's own caption.
+    """
     names = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
     shares = []
     for index, scene in enumerate(tests):
@@ -66,7 +69,7 @@ def start_shares(backbone: TextConditioned, tests: Sequence[scenes.Scene], promp
 
 @torch.inference_mode()
 def query_change(backbone: TextConditioned, tests: Sequence[scenes.Scene]) -> float:
-    """Largest mean change of a read layer's queries, relative to their length, by the paper's prompt."""
+    """Return the largest mean change of a read layer's queries by the paper's prompt, relative to their length."""
     names, changes = backbone.default_layers().read, []
     prompts = [backbone.encode_prompt(text) for text in ("", " ".join(["part"] * WORDS))]
     for index, scene in enumerate(tests):
@@ -77,9 +80,9 @@ def query_change(backbone: TextConditioned, tests: Sequence[scenes.Scene]) -> fl
 
 @torch.inference_mode()
 def query_directions(backbone: TextConditioned, tests: Sequence[scenes.Scene]) -> float:
-    """In how many directions the queries of a read layer vary over these scenes, mean over layers.
+    """Return the number of directions in which the queries of a read layer vary over these scenes, mean over layers.
 
-    The participation ratio of the covariance's eigenvalues: 1 where one direction says all.
+    The number is the participation ratio of the covariance's eigenvalues: 1 if they vary in one direction only.
     """
     names, found = backbone.default_layers().read, []
     context = backbone.encode_prompt("")
@@ -104,7 +107,7 @@ def _image(scene: scenes.Scene) -> Tensor:
 def one_shot(
     backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int, chosen: dict[str, Sight]
 ) -> Row:
-    """The paper's recipe beside rivals that are not trained, from one example."""
+    """Measure the paper's recipe, and baselines that are not trained, with one example."""
     classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
     example = splits.example(domain, splits.VALIDATION_TEACH, style=scenes.NATURAL)
     method = Variant("paper", {"steps": steps, "views": steps})

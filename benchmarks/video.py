@@ -1,9 +1,9 @@
-"""Flicker and IoU on rendered moving scenes: each frame by itself, and steadied.
+"""Measure flicker and IoU on rendered moving scenes: each frame by itself, and smoothed.
 
     python dev.py benchmark video [--clips 4] [--frames 12] [--strengths 0.5 0.7 0.9]
 
 A clip is a scene seen by a moving camera, with sensor noise. Flicker is the share of pixels whose label changes from
-one frame to the next though the true label does not.
+one frame to the next although the true label does not.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .rows import say_table
 
 
 def flicker(found: np.ndarray, truth: np.ndarray) -> float:
-    """Share of changed labels [T, H, W] among the pixels whose true label stays."""
+    """Return the share of changed labels [T, H, W] among the pixels whose true label stays."""
     still = truth[1:] == truth[:-1]
     return float((found[1:] != found[:-1])[still].mean())
 

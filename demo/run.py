@@ -1,10 +1,10 @@
-"""The demo: learn parts from one scene (and from ten) in a real ComfyUI server, find them in held-out scenes.
+"""Run the demo: train on one scene (and on ten) in a real ComfyUI server, and segment held-out scenes.
 
     python dev.py demo                                 the tiny test bed that comes with the repository
     python dev.py demo --checkpoint sd15.safetensors --image car.png --mask wheel=wheel.png --targets photos/
 
-From one scene it learns twice: by the defaults, and as the paper's authors published it. Writes demo_output/:
-embeddings, masks, overlays, loss curves and one picture grid; prints IoU beside simple baselines.
+On one scene it trains twice: with the defaults, and as the paper's authors published it. It writes demo_output/:
+embeddings, masks, overlays and one grid of images. It prints the IoU beside simple baselines.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def say(message: str) -> None:
 
 @dataclass(frozen=True)
 class Shot:
-    """An example in the server's input folder: image name and one mask name a part."""
+    """An example in the server's input folder: the name of its image, and one mask name per part."""
 
     image: str
     masks: dict[str, str]
@@ -68,7 +68,7 @@ def build_prompt(
     train_settings: Mapping[str, Any] = NONE,
     segment_changes: Mapping[str, Any] = NONE,
 ) -> tuple[Prompt, list[tuple[str, str]]]:
-    """Return the bundled workflow with these examples and every target, and the nodes to read.
+    """Build the prompt of the bundled workflow with these examples and every target.
 
     ``train_settings`` are inputs of the preset's settings node.
 
@@ -83,7 +83,7 @@ def build_prompt(
     prompt[train]["inputs"]["seed"] = seed
     builder.set_training(train, preset, **train_settings)
     segment = find(prompt, "SLiMeSegment")
-    # The template's own example and target go; the chain and the targets take their places.
+    # The examples and the targets replace the template's own example and target.
     first_example, first_target = find(prompt, "SLiMeExample"), prompt[segment]["inputs"]["image"][0]
     removed = {first_example, first_target, prompt[first_example]["inputs"]["image"][0]}
     chain: list[Any] | None = None
@@ -113,7 +113,7 @@ def build_prompt(
 
 
 def _after(prompt: Prompt, node_id: str) -> set[str]:
-    """Ids of the nodes that depend on ``node_id``."""
+    """Return the ids of the nodes that depend on ``node_id``."""
     direct = {
         other
         for other, node in prompt.items()
@@ -140,7 +140,7 @@ def put_example(server: ComfyServer, name: str, example: Example) -> Shot:
 
 
 def read_labels(png: bytes, palette: Sequence[tuple[int, int, int]]) -> np.ndarray:
-    """Label map back from its exact colours."""
+    """Return the label map of an image in its exact colours."""
     pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
     labels = np.zeros(pixels.shape[:2], np.int64)
     for index, color in enumerate(palette, start=1):
@@ -160,7 +160,7 @@ def learn_and_find(
     train_settings: Mapping[str, Any] = NONE,
     segment_changes: Mapping[str, Any] = NONE,
 ) -> tuple[PartEmbeddings, list[np.ndarray], float]:
-    """Queue one prompt, write its results to ``folder``; returns embeddings, label maps and seconds."""
+    """Queue one prompt and write its results to ``folder``; return embeddings, label maps and seconds."""
     prompt, nodes = build_prompt(
         template,
         checkpoint,
@@ -195,7 +195,7 @@ def row(label: str, scores: Scores, names: Sequence[str]) -> str:
 
 
 def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Sequence[str]) -> None:
-    """The test bed on rendered scenes of every domain."""
+    """Run the test bed on rendered scenes of every domain."""
     with checkpoint_of(TESTBED) as whole:
         checkpoint = server.add_checkpoint(whole)
     blocks: list[np.ndarray] = []
@@ -235,7 +235,7 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
 
 
 def papers_recipe(domain: str) -> dict[str, Any]:
-    """What the paper's authors set for these parts, as inputs of the nodes."""
+    """Return the settings of the paper's authors for these parts, as inputs of the nodes."""
     recipe = RECIPES[scenes.PARTS[domain]]
     layers = {"cross_layers": PAPER_LAYERS["read_layers"], "self_layers": PAPER_LAYERS["propagate_layers"]}
     return {
@@ -246,13 +246,13 @@ def papers_recipe(domain: str) -> dict[str, Any]:
 
 
 def tinted(pictures: Sequence[np.ndarray], names: Sequence[str] = ()) -> np.ndarray:
-    """A row of the grid: images, or label maps of these parts in their colours."""
+    """Return a row of the grid: images, or label maps of these parts in their colours."""
     shown = list(pictures)[:GRID_COLUMNS]
     return np.hstack([color_labels(labels, default_palette(len(names))) for labels in shown] if names else shown)
 
 
 def run_own(server: ComfyServer, template: Prompt, options: argparse.Namespace) -> None:
-    """The user's checkpoint, picture and masks."""
+    """Run the user's checkpoint, image and masks."""
     checkpoint = server.add_checkpoint(options.checkpoint)
     image = np.asarray(Image.open(options.image).convert("RGB"))
     masks = {}

@@ -1,4 +1,4 @@
-"""A ComfyUI server with this extension and the demo model, until Ctrl+C."""
+"""Run a ComfyUI server with this extension and the tiny model, until Ctrl+C."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def seed_input() -> Any:
 
 
 def clip_input() -> Any:
-    return io.Clip.Input("clip", optional=True, tooltip="Only needed for embeddings from a text.")
+    return io.Clip.Input("clip", optional=True, tooltip="Only needed for embeddings that were loaded from a text.")
 
 
 def flip_input() -> Any:
@@ -120,7 +120,7 @@ def confidence_input() -> Any:
 
 def parts_outputs() -> list[Any]:
     return [
-        PartsSocket.Output(display_name="parts", tooltip="For SLiMe Part Mask and SLiMe Overlay."),
+        PartsSocket.Output(display_name="parts", tooltip="For the SLiMe nodes that take parts."),
         io.Mask.Output(display_name="mask", tooltip="All parts together, exactly 0 or 1."),
     ]
 

@@ -41,16 +41,14 @@ def segment_cached(
     embeddings.check_model(backbone)
     embeddings = embeddings.completed(backbone)
     cache = _caches.setdefault(owner, OrderedDict())
-    place = (state, embeddings.extraction_key(), settings.extraction, _digest(images))
-    if place in cache:
-        cache.move_to_end(place)
-    else:
-        cache[place] = extract(backbone, images, embeddings, settings.extraction, on_batch=on_batch)
-        while sum(item.size for item in cache.values()) > LIMIT:
-            cache.popitem(last=False)
-            if not cache:
-                return segment(backbone, images, embeddings, settings, on_batch=on_batch)[0]
-    return decode(cache[place], embeddings, settings, backbone.device)
+    entry = (state, embeddings.extraction_key(), settings.extraction, _digest(images))
+    extracted = cache.pop(entry, None)
+    if extracted is None:
+        extracted = extract(backbone, images, embeddings, settings.extraction, on_batch=on_batch)
+    cache[entry] = extracted
+    while sum(item.size for item in cache.values()) > LIMIT:
+        cache.popitem(last=False)
+    return decode(extracted, embeddings, settings, backbone.device)
 
 
 def _digest(images: Tensor) -> tuple[object, str]:

@@ -47,20 +47,27 @@ def read_initial_masks(value: Any, size: tuple[int, int]) -> InitialMasks:
         SlimeError: more than one image, another size, too many parts, or something else.
     """
     if isinstance(value, Parts):
-        if len(value.images) != 1:
-            raise SlimeError(
-                f"initial_masks has {len(value.images)} images. Connect one, for example from SLiMe Select Lowest "
-                "Confidence."
-            )
+        check_one_image(value)
         return _checked(value.maps.names, value.maps.palette, value.maps.label_map[0].numpy().astype(np.uint8), size)
     if isinstance(value, torch.Tensor):
         masks = (as_masks(value) > 0.5).numpy()
         return _stacked([(f"part {index}", mask) for index, mask in enumerate(masks, start=1)], size)
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Sequence):
+        if tuple(value[0]) != tuple(size):
+            raise SlimeError(f"initial_masks is {_text(value[0])} but the image is {_text(size)}. Resize the masks.")
         return _stacked(list(_segments(value, size)), size)
     if isinstance(value, dict | list):
         return _stacked([(f"part {index}", box) for index, box in enumerate(_boxes(value, size), start=1)], size)
     raise SlimeError(f"initial_masks is {type(value).__name__}. Connect SLiMe parts, a MASK, SEGS or bounding boxes.")
+
+
+def check_one_image(parts: Parts) -> None:
+    """Raise SlimeError for parts of several images."""
+    if len(parts.images) != 1:
+        raise SlimeError(
+            f"initial_masks has {len(parts.images)} images. Connect one, for example from SLiMe Select Lowest "
+            "Confidence."
+        )
 
 
 def _segments(value: Any, size: tuple[int, int]) -> Iterator[tuple[str, np.ndarray]]:

@@ -23,7 +23,7 @@ from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
 from ..slime.parts.runs import decode_runs
 from .common import Examples, Parts, as_images, named_errors, pixel_digest, schema, show_text, to_core
-from .initial_masks import INITIAL_MASKS, read_initial_masks
+from .initial_masks import INITIAL_MASKS, check_one_image, read_initial_masks
 
 VERSION = 1
 TEXT_LIMIT = 16 * 2**20  # characters
@@ -195,6 +195,7 @@ class SLiMePartPainter(io.ComfyNode):
         with named_errors("SLiMe Part Painter"):
             painted = Painting.parse(painting)
             if image is None and isinstance(initial_masks, Parts):
+                check_one_image(initial_masks)
                 image = initial_masks.images
             pixels = read_image(painted.image_path()) if image is None else _single(image)
             digest = None if image is None else pixel_digest(pixels[0])

@@ -39,8 +39,7 @@ class SLiMeSegment(io.ComfyNode):
             is_output_node=True,
             display_name="SLiMe Segment",
             description="Finds the learned parts in other images, with one pass through the model per image. "
-            "Features of "
-            "the last images are kept in main memory (up to 1 GB): another file or other settings need no new pass.",
+            "Features of the last images are kept in main memory (up to 1 GB): another file needs no new pass.",
             search_aliases=[
                 "segment",
                 "segment anything",

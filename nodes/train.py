@@ -78,7 +78,7 @@ class SLiMeTrain(io.ComfyNode):
             inputs=[
                 *model_inputs(
                     "SD1.x, SD2.x or SDXL; with the preset instant also Flux, Chroma, SD3, Qwen-Image, Lumina 2, "
-                    "Z-Image. LoRAs on it count."
+                    "Z-Image. LoRAs on it are used."
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP of the same checkpoint."),
                 Examples.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),

@@ -53,6 +53,8 @@ class _Settings(io.ComfyNode):
             values["recolor"] = RECOLOR[recolor]
         if values.get("timestep") == -1:
             del values["timestep"]
+        if values.get("views") == 0:
+            del values["views"]
         return io.NodeOutput(TrainSettingsValue(cls.PRESET, values))
 
 
@@ -85,7 +87,7 @@ class SLiMeInstantSettings(_Settings):
                     max=999,
                     tooltip="Noise level of the features; -1 = the model's own. Vision encoders have none.",
                 ),
-                *_model_inputs("Empty is an empty prompt."),
+                *_model_inputs("If empty, the empty prompt is used."),
             ],
         )
 
@@ -134,15 +136,17 @@ def _optional(item: Any) -> Any:
 
 
 def _view_inputs(usual: TrainSettings) -> list[Any]:
+    instant = isinstance(usual, InstantSettings)
     return [
         io.Int.Input(
             "views",
-            default=usual.views,
-            min=1,
+            default=0 if instant else usual.views,
+            min=0 if instant else 1,
             max=1000,
-            tooltip="Number of augmented views of the examples. More take more time, for slightly better masks."
-            if isinstance(usual, InstantSettings)
-            else "Number of augmented views of the examples; training repeats them until it has made its steps.",
+            tooltip="Number of augmented views of the examples; 0 = the model's own (24, SDXL 16). More take more "
+            "time, for slightly better masks."
+            if instant
+            else "Number of augmented views of the examples; used again if there are fewer than steps.",
         ),
         io.Float.Input(
             "crop",
@@ -179,13 +183,13 @@ def _model_inputs(empty: str) -> list[Any]:
         io.String.Input(
             "cross_layers",
             default="",
-            tooltip="Layers to read features from, such as output.3-5, output.6.0. Empty: the known ones of the model. "
-            "auto: chosen on the examples, in about the time of an instant training.",
+            tooltip="Layers to read features from, such as output.3-5, output.6.0. Empty: the default layers of the "
+            "model. auto: chosen on the examples, in about the time of an instant training.",
         ),
         io.String.Input(
             "self_layers",
             default="",
-            tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the known ones. "
+            tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the default layers. "
             "auto: chosen on the examples.",
         ),
     ]

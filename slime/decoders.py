@@ -44,7 +44,7 @@ class Decoder(Protocol):
         ...
 
     def weights(self, maps: Tensor) -> Tensor:
-        """Return the weights [B, 1 or K, h, w] of these maps in the average over crops and noise samples."""
+        """Return 1 where these maps count in the average over crops and noise samples, 0 where they do not."""
         ...
 
 

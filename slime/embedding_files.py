@@ -100,7 +100,9 @@ def load_embeddings(path: str | os.PathLike[str]) -> PartEmbeddings:
         raise SlimeError(f'"{source.name}" is far too large for SLiMe embeddings. Choose another file.')
     try:
         return _unpack(source.read_bytes(), f'"{source.name}"')
-    except (SafetensorError, OSError) as error:
+    except OSError as error:
+        raise SlimeError(f'"{source.name}" cannot be opened: {error.strerror or error}.') from error
+    except SafetensorError as error:
         raise SlimeError(
             f'"{source.name}" cannot be read: it is truncated or not a .safetensors file ({error}).'
         ) from error

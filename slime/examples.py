@@ -35,8 +35,11 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     duplicates = sorted({name for name in cleaned if cleaned.count(name) > 1})
     if duplicates:
         raise SlimeError(f"Part names must differ; given more than once: {', '.join(duplicates)}.")
-    if any(len(name) > MAX_NAME or CONTROL.search(name) for name in cleaned):
-        raise SlimeError(f"A part name has line breaks, control characters or more than {MAX_NAME} characters.")
+    odd = next((name for name in cleaned if len(name) > MAX_NAME or CONTROL.search(name)), None)
+    if odd is not None:
+        raise SlimeError(
+            f"The part name {odd[:40]!r} has line breaks, control characters or more than {MAX_NAME} characters."
+        )
     separated = next((name for name in cleaned if SEPARATORS.search(name)), None)
     if separated is not None:
         raise SlimeError(f'The part name "{separated}" has a comma or semicolon, which separates names. Use a slash.')

@@ -61,7 +61,7 @@ def segment(
     on_batch: OnBatch | None = None,
     latents: Tensor | None = None,
 ) -> list[PartMaps]:
-    """Find the learned parts in images.
+    """Segment the trained parts in images.
 
     Embeddings of one :meth:`slime.PartEmbeddings.extraction_key` (every "instant" file of a model) share their passes.
     The result keeps a reference to the images, and small maps; see :class:`slime.parts.maps.PartMaps`.
@@ -72,7 +72,7 @@ def segment(
         embeddings: one or several.
         settings: see :class:`slime.settings.SegmentSettings`.
         on_batch: called after every batch with the work done and the total: two units per image and embeddings, for
-            encoding and for the pass.
+            encoding and for the pass. Zoom adds to the total while it runs.
         latents: [B, C, h, w], the images as the backbone encodes them, where they are at hand; saves the encoding.
 
     Returns:
@@ -94,7 +94,7 @@ def segment(
         for index, item, maps in zip(indices, items, all_maps, strict=True):
             closeups: list[list[Closeup]] = []
             if settings.zoom and item.mode == LINEAR:
-                closeups = _closeups_of(backbone, images, maps, item, settings)
+                closeups = _closeups_of(backbone, images, maps, item, settings, progress)
             results[index] = _part_maps(images, maps, item, settings, backbone.device, closeups)
     return [results[index] for index in range(len(several))]
 
@@ -182,6 +182,10 @@ class _Progress:
     def __init__(self, on_batch: OnBatch | None, total: int) -> None:
         self._on_batch, self._total, self._done = on_batch, total, 0.0
 
+    def extend(self, count: int) -> None:
+        """Announce further work."""
+        self._total += count
+
     def add(self, count: float) -> None:
         self._done += count
         if self._on_batch is not None:
@@ -213,9 +217,9 @@ def _check_latents(latents: Tensor, images: Tensor, backbone: Backbone) -> None:
     aspects = [tensor.shape[-1] / tensor.shape[-2] for tensor in (latents, images.movedim(-1, 1))]
     if len(latents) != len(images) or not 0.95 < aspects[0] / aspects[1] < 1.05:
         raise SlimeError(
-            f"The {len(latents)} latents ({latents.shape[3]}x{latents.shape[2]} latent pixels) and {len(images)} "
-            "images "
-            f"({images.shape[2]}x{images.shape[1]} pixels) do not show the same. Connect the latent of these images."
+            f"The {len(latents)} latents ({latents.shape[3]}x{latents.shape[2]} latent pixels) and {len(images)} images"
+            f" ({images.shape[2]}x{images.shape[1]} pixels) differ in number or aspect. Connect the latent of these "
+            "images."
         )
     check_finite([latents])
 
@@ -246,7 +250,12 @@ def _maps_of(
 
 
 def _closeups_of(
-    backbone: Backbone, images: Tensor, maps: Tensor, item: PartEmbeddings, settings: SegmentSettings
+    backbone: Backbone,
+    images: Tensor,
+    maps: Tensor,
+    item: PartEmbeddings,
+    settings: SegmentSettings,
+    progress: _Progress,
 ) -> list[list[Closeup]]:
     """Return the close-ups of every image; none for images whose coarse maps [B, K, h, w] are confident."""
     closeups: list[list[Closeup]] = []
@@ -254,8 +263,11 @@ def _closeups_of(
     for image, coarse, needed in zip(images, maps, wanted.tolist(), strict=True):
         windows = candidate_windows(coarse, (image.shape[0], image.shape[1]), settings.zoom) if needed else []
         if windows:
-            (found,) = _maps_of(backbone, window_images(as_rgb(image), windows), [item], settings)
-            closeups.append(choose_closeups(windows, found, coarse, settings.zoom))
+            progress.extend(2 * len(windows))
+            (window_maps,) = _maps_of(
+                backbone, window_images(as_rgb(image), windows), [item], settings, progress=progress
+            )
+            closeups.append(choose_closeups(windows, window_maps, coarse, settings.zoom))
         else:
             closeups.append([])
     return closeups

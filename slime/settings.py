@@ -154,7 +154,7 @@ class SegmentSettings(DecodeSettings, ExtractionSettings):
     """Settings of extraction and decoding together.
 
     Attributes:
-        zoom: number of objects to look at again in close-up crops, 0 for none: for objects smaller in the image than
+        zoom: number of objects to segment again in close-up crops, 0 for none: for objects smaller in the image than
             in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.zoom`).
     """
 

@@ -29,7 +29,7 @@ def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> Tr
     if name not in TRAINERS:
         raise SlimeError(f'Unknown preset "{name}"; choose one of {", ".join(TRAINERS)}.')
     settings: TrainSettings = TRAINERS[name].settings()
-    if info is not None and isinstance(info.instant, type(settings)):
+    if info is not None and name == INSTANT.name:
         settings = info.instant
     known = setting_names(type(settings))
     unknown = sorted(set(changes) - set(known))

@@ -1,4 +1,4 @@
-"""Trivial rivals that use no model: the mean mask and nearest neighbours in colour and position."""
+"""Trivial baselines that use no model: the mean mask, and nearest neighbours in colour and position."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ NEIGHBOURS = 5
 
 
 def mean_mask(examples: Sequence[Example]) -> np.ndarray:
-    """The most frequent label of every pixel of the examples, for any image of their size: [H, W]."""
+    """Return the most frequent label [H, W] of every pixel of the examples, for any image of their size."""
     classes = len(examples[0].names) + 1
     votes = sum(np.eye(classes)[example.labels.numpy()] for example in examples)
     return np.asarray(votes).argmax(-1)
 
 
 def color_neighbours(examples: Sequence[Example], images: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Label maps of images uint8 [H, W, 3] by the 5 nearest example pixels in (r, g, b, y, x), every 4th pixel."""
+    """Return label maps of images uint8 [H, W, 3] by the 5 nearest example pixels in (r, g, b, y, x).
+
+    Only every 4th pixel per axis is used.
+    """
     classes = len(examples[0].names) + 1
     known = np.concatenate([_pixels(example.image.numpy() * 255) for example in examples])
     labels = np.concatenate([example.labels.numpy()[::STRIDE, ::STRIDE].ravel() for example in examples])

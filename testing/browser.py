@@ -25,8 +25,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-# What the front end says by itself, without any extension: files of the user that are not there, no network, slips of
-# its own while it starts and in its search box.
+# Messages that the front end logs without any extension: missing files of the user, no network, and errors of its own
+# at start and in its search box.
 HARMLESS = re.compile(
     r"404 \(Not Found\)|Content Security Policy|net::ERR_|Fetch API cannot load|reading 'id'\)\s+at onChange"
     r"|Error fetching file size|graph accessed before initialization|at Proxy\.onOptionSelect"
@@ -78,7 +78,7 @@ class Canvas:
         self.page.screenshot(path=SHOTS / f"{self.mode}_{name}.png")
 
     def add(self, kind: str, x: int = 60, y: int = 120) -> int:
-        """A node put on the canvas, scrolled into view; returns its id."""
+        """Put a node on the canvas and scroll it into view; return its id."""
         return self.js(
             """([kind, x, y]) => {
                 const node = LiteGraph.createNode(kind);
@@ -95,7 +95,7 @@ class Canvas:
         return self.js("() => app.graph.nodes.map(node => node.type)")
 
     def run(self, seconds: float = 300) -> dict[str, Any]:
-        """Queue what is on the canvas as the user does; history entry of its end."""
+        """Queue the workflow on the canvas as a user does; return its history entry when it has ended."""
         before = set(self.server.get("/history"))
         self.js("() => app.queuePrompt(0)")
         deadline = seconds * 10
@@ -142,7 +142,7 @@ def fresh(canvas: Canvas) -> Iterator[None]:
 
 
 def fill_in(canvas: Canvas, prompt: dict[str, Any]) -> None:
-    """Set the widgets of what is on the canvas, inside subgraphs too, to the values of an API prompt."""
+    """Set the widgets of the nodes on the canvas, inside subgraphs too, to the values of an API prompt."""
     values = {node_id: node["inputs"] for node_id, node in prompt.items()}
     canvas.js(
         """values => {
@@ -162,7 +162,7 @@ def fill_in(canvas: Canvas, prompt: dict[str, Any]) -> None:
 
 
 def train_briefly(canvas: Canvas, views: int = 4, steps: int = 10) -> None:
-    """Connect settings of a short training to every SLiMe Train, above the workflow."""
+    """Connect settings of a short training, placed above the workflow, to every SLiMe Train."""
     canvas.js(
         """([views, steps]) => {
             const settings = LiteGraph.createNode("SLiMeInstantSettings");
@@ -184,7 +184,7 @@ def show_all(canvas: Canvas, name: str) -> None:
 
 
 def overlaps(canvas: Canvas) -> list[tuple[str, str]]:
-    """Titles of nodes and notes that cover each other, as they are drawn; a hand's breadth of pixels is forgiven."""
+    """Return the titles of nodes and notes that cover each other as drawn; an overlap of 2 pixels is tolerated."""
     boxes = canvas.js(
         """() => app.graph.nodes.map(node => {
             const drawn = document.querySelector(`[data-node-id="${node.id}"]`)?.getBoundingClientRect();

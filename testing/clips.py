@@ -17,7 +17,7 @@ SENSOR_NOISE = 0.02
 def clip(
     domain: str, seed: int, frames: int, split: int = splits.TEST, style: str = scenes.WORLD
 ) -> tuple[Tensor, np.ndarray]:
-    """Frames [T, H, W, 3] and label maps [T, H, W]: a slow pan that stops for a third of the time."""
+    """Return frames [T, H, W, 3] and label maps [T, H, W] of a slow pan that stops for a third of the time."""
     scene = scenes.render(domain, split + seed, style=style)
     image = torch.from_numpy(scene.image).float().movedim(-1, 0)[None] / 255
     labels = torch.from_numpy(scene.labels).float()[None, None]

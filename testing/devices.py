@@ -1,7 +1,7 @@
-"""A device that is not there: tensors on it compute on the CPU and keep the rules of a real one.
+"""A simulated device: its tensors compute on the CPU and obey the rules of a real device.
 
-It refuses what CUDA refuses, tensors of two devices in one operation, and on demand what Apple's MPS refuses, float64.
-Values are real, so whatever depends on them runs too.
+It refuses tensors of two devices in one operation, as CUDA does, and on demand float64, as Apple's MPS does. Values are
+real, so code that depends on them runs too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MOVES = {"_to_copy", "copy_", "_copy_from"}  # the only operations that may meet
 
 
 class _Module(_DummyBackendModule):
-    """What torch asks ``torch.simulated``."""
+    """Module ``torch.simulated`` with what torch asks of it."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
@@ -35,7 +35,7 @@ class _Rules:
 
 
 class Simulated(Tensor):
-    """Stands for a tensor of the device; ``held`` is where its values are."""
+    """Tensor of the simulated device; ``held`` is the tensor that has its values."""
 
     held: Tensor
 
@@ -55,7 +55,7 @@ class Simulated(Tensor):
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"{NAME} {self.held!r}"
 
-    def __getitem__(self, index: Any) -> Any:  # lists would be put on the device by a way that has no simulation
+    def __getitem__(self, index: Any) -> Any:  # torch moves lists in a way that is not simulated
         parts = index if isinstance(index, tuple) else (index,)
         return super().__getitem__(tuple(torch.tensor(part) if isinstance(part, list) else part for part in parts))
 
@@ -93,7 +93,7 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def waits() -> int:
-    """How often the host has waited for the device so far: values and tensors that it fetched."""
+    """Return how often the host has waited for the device so far: values and tensors that it fetched."""
     return _Rules.waits
 
 
@@ -103,7 +103,7 @@ def _open(value: Any) -> Any:
 
 @contextmanager
 def simulated_device(float64: bool = True) -> Iterator[torch.device]:
-    """The device, for as long as the block lasts; without ``float64`` it refuses that type."""
+    """Provide the device while the block lasts; without ``float64`` it refuses that type."""
     global _library
     if _library is None:
         _setup_privateuseone_for_python_backend(NAME, _Module())

@@ -1,4 +1,4 @@
-"""The extension and ComfyUI inside this process, without a server: for tests, benchmarks and tuning."""
+"""Load ComfyUI and the extension into this process, without a server: for tests, benchmarks and tuning."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from .server import MODEL
 from .tiny.weights import checkpoint_of
 
 ROOT = Path(__file__).resolve().parent.parent
-NAME = comfyui.NAME  # of the extension as a package
+NAME = comfyui.NAME  # name of the extension as a package
 
 
 def import_comfyui(folder: str | None = None) -> str:
-    """Make ComfyUI importable (COMFYUI_DIR by default), on the CPU where there is no CUDA; returns its folder.
+    """Make ComfyUI importable (COMFYUI_DIR by default), on the CPU if there is no CUDA; return its folder.
 
-    With SLIME_FLOAT32 set, a GPU computes as a CPU does: all of it in float32, and no float32 in 19 bits.
+    With SLIME_FLOAT32 set, a GPU computes as a CPU does: everything in float32, without TF32.
     """
     folder = folder or os.environ.get("COMFYUI_DIR")
     if not folder:
@@ -39,13 +39,16 @@ def import_comfyui(folder: str | None = None) -> str:
 
 
 def load_extension() -> ModuleType:
-    """The extension as a package, as ComfyUI imports it; its ``slime`` is this process's ``slime``."""
+    """Load the extension as a package, as ComfyUI imports it; its ``slime`` is this process's ``slime``."""
     return comfyui.load_extension(ROOT)
 
 
 def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
-    """A checkpoint file, or the test bed's, through ComfyUI's stock loader, as the nodes take it: of Stable Diffusion a
-    :class:`nodes.comfy_unet.ComfyUNet`. It computes in ``dtype``, or as ComfyUI decides."""
+    """Load a checkpoint file, or the test bed's, with ComfyUI's stock loader, as the nodes take it.
+
+    For Stable Diffusion the result is a :class:`nodes.comfy_unet.ComfyUNet`. It computes in ``dtype``, or as ComfyUI
+    decides.
+    """
     import_comfyui()
     load_extension()
     import comfy.sd
@@ -62,7 +65,7 @@ def load_backbone(checkpoint: Path, dtype: torch.dtype | None = None) -> Any:
 
 
 def load_encoder(path: Path, cell: int = 0) -> Any:
-    """A vision encoder's file through ComfyUI's stock loader, as a :class:`nodes.comfy_vision.ComfyVision`."""
+    """Load a vision encoder with ComfyUI's stock loader, as a :class:`nodes.comfy_vision.ComfyVision`."""
     import_comfyui()
     load_extension()
     import comfy.clip_vision
@@ -73,8 +76,10 @@ def load_encoder(path: Path, cell: int = 0) -> Any:
 
 
 def load_flow(path: Path, checkpoint: Path = MODEL) -> Any:
-    """A flow transformer's file through ComfyUI's stock loader, with the VAE and CLIP of a checkpoint, as a
-    :class:`nodes.comfy_flow.ComfyFlow`."""
+    """Load a flow transformer with ComfyUI's stock loader, and the VAE and CLIP of a checkpoint.
+
+    The result is a :class:`nodes.comfy_flow.ComfyFlow`.
+    """
     beside = load_backbone(checkpoint)
     import comfy.sd
 
@@ -85,7 +90,10 @@ def load_flow(path: Path, checkpoint: Path = MODEL) -> Any:
 
 @contextmanager
 def _computing_in(dtype: torch.dtype | None) -> Iterator[dict[str, torch.dtype]]:
-    """Options of the stock loader for this precision; on CPUs ComfyUI would only store it, and compute in float32."""
+    """Provide options of the stock loader for this precision.
+
+    On CPUs ComfyUI would only store the weights in it, and compute in float32.
+    """
     if dtype is None:
         yield {}
         return

@@ -1,5 +1,7 @@
-"""Small random models: UNets in the layouts of SD1.5, SD2 and SDXL, and vision encoders, in ComfyUI's classes and in
-those of diffusers and transformers with the same weights."""
+"""Small random models: UNets in the layouts of SD1.5, SD2 and SDXL, and vision encoders.
+
+They are made in ComfyUI's classes, and in those of diffusers and transformers with the same weights.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,7 @@ def transformers_model(kind: str) -> Any:
     made = getattr(transformers, model)(getattr(transformers, config)(**SIZES, **more))
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if "layer_scale" in name:  # else a block says next to nothing
+            if "layer_scale" in name:  # otherwise a block contributes next to nothing
                 parameter.fill_(1)
             elif parameter.ndim > 1:
                 parameter.normal_(std=0.08)
@@ -72,7 +74,7 @@ def comfy_vision(kind: str) -> Any:
     if model_class is None:
         pytest.skip(f"this ComfyUI has no {kind}")
     if kind == "dinov2":
-        config["image_size"] = 518  # all that older ComfyUIs know
+        config["image_size"] = 518  # the only size that older versions of ComfyUI know
     model = model_class(config, torch.float32, torch.device("cpu"), comfy.ops.manual_cast)
     state = source.state_dict()
     if kind == "dinov2":

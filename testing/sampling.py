@@ -1,4 +1,4 @@
-"""Sampling with part prompts on the demo model, for tests: trained parts, guiders, and sampled latents."""
+"""Sampling with part prompts on the tiny model, for tests: trained parts, guiders, and sampled latents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS, SIDE = 6, 32
 
 @torch.inference_mode()
 def trained_demo() -> Any:
-    """Return the demo model with a car's parts trained on one example, some prompts, and another car."""
+    """Return the tiny model with a car's parts trained on one example, some prompts, and another car."""
     backbone = load_backbone(MODEL)
     example = splits.example("car", splits.TEACH)
     embeddings = train(backbone, [example], preset("instant", backbone.info, views=12))
@@ -39,7 +39,7 @@ def trained_demo() -> Any:
 
 
 def without_previews(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Previews need a server."""
+    """Replace previews, which need a server."""
     from comfy_api.latest import ui
 
     for kind in ("PreviewImage", "PreviewMask"):

@@ -1,4 +1,4 @@
-"""Run a real ComfyUI server with this extension and the demo pack, and talk to it by its API."""
+"""Run a real ComfyUI server with this extension and the demo pack, and use its API."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXTENSION = "slime"
 
 
 class WorkflowFailed(RuntimeError):
-    """A prompt was refused or ended in an error; ``details`` is what the server said."""
+    """Error of a prompt that was refused or failed; ``details`` is the server's answer."""
 
     def __init__(self, message: str, details: Any = None) -> None:
         super().__init__(message)
@@ -32,7 +32,7 @@ class WorkflowFailed(RuntimeError):
 
 
 def link_folder(target: Path, link: Path) -> None:
-    """A symbolic link, or on Windows a junction, which needs no special rights."""
+    """Create a symbolic link, or on Windows a junction, which needs no special rights."""
     if sys.platform == "win32":
         import _winapi
 
@@ -108,7 +108,7 @@ class ComfyServer:
                 self._process.kill()
                 self._process.wait()
         if self._temporary:
-            # Links first: a recursive delete must never reach through them.
+            # Links first: a recursive delete must never follow them.
             for link in (self.base / "custom_nodes").iterdir():
                 if link.is_symlink():
                     link.unlink()
@@ -123,7 +123,7 @@ class ComfyServer:
             self._process.wait()
 
     def resident_bytes(self) -> int:
-        """Memory of the process."""
+        """Return the resident memory of the process in bytes."""
         import psutil  # type: ignore[import-untyped]
 
         return int(psutil.Process(self._process.pid).memory_info().rss) if self._process is not None else 0
@@ -154,7 +154,7 @@ class ComfyServer:
         return () if torch.cuda.is_available() or torch.backends.mps.is_available() else ("--cpu",)
 
     def add_checkpoint(self, path: Path) -> str:
-        """Make a checkpoint file available to Load Checkpoint; returns its name there."""
+        """Make a checkpoint file available to Load Checkpoint; return its name there."""
         target = self.base / "models" / "checkpoints" / path.name
         if not target.exists():
             try:
@@ -200,14 +200,18 @@ class ComfyServer:
             raise WorkflowFailed(f"{path}: {text}", json.loads(text) if text.startswith("{") else text) from error
 
     def queue(self, prompt: dict[str, Any]) -> str:
-        """Queue an API-format prompt; returns its id. Raises WorkflowFailed where any of its outputs is refused."""
+        """Queue an API-format prompt; return its id.
+
+        Raises:
+            WorkflowFailed: any of its outputs is refused.
+        """
         answer = self.post("/prompt", {"prompt": prompt, "client_id": self.client})
         if answer.get("node_errors"):
             raise WorkflowFailed(f"/prompt: {json.dumps(answer['node_errors'])}", answer)
         return str(answer["prompt_id"])
 
     def wait(self, prompt_id: str, seconds: float = 600) -> dict[str, Any]:
-        """History entry of a finished prompt, whatever its end."""
+        """Wait for a prompt to finish, whatever its end, and return its history entry."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             history = self.get(f"/history/{prompt_id}")
@@ -218,7 +222,11 @@ class ComfyServer:
         raise WorkflowFailed(f"prompt {prompt_id} did not end within {seconds:.0f} s\n{self.log()[-2000:]}")
 
     def run(self, prompt: dict[str, Any], seconds: float = 600) -> dict[str, Any]:
-        """Queue, wait, and return outputs by node id; raises WorkflowFailed with the node's message on an error."""
+        """Queue a prompt, wait, and return its outputs by node id.
+
+        Raises:
+            WorkflowFailed: the prompt is refused or ends in an error; its text is the node's message.
+        """
         entry = self.wait(self.queue(prompt), seconds)
         if entry["status"]["status_str"] != "success":
             errors = [data for kind, data in entry["status"]["messages"] if kind == "execution_error"]
@@ -228,7 +236,7 @@ class ComfyServer:
         return outputs
 
     def output_image(self, item: dict[str, str]) -> bytes:
-        """Bytes of an image named in a node's outputs."""
+        """Return the bytes of an image named in a node's outputs."""
         return self.get_bytes("/view?" + urllib.parse.urlencode(item))
 
     def interrupt(self) -> None:

@@ -25,7 +25,7 @@ LAYERS = (Layer("output.3.0", 4), Layer("output.6.0", 2), Layer("output.9.0", 1)
 
 
 class ToyUNet(SDUNet):
-    """A UNet whose queries are linear in the (noisy) colours; counts its passes and the images it encodes."""
+    """A UNet whose queries are linear in the (noisy) colours; it counts its passes and the images it encodes."""
 
     def __init__(
         self,
@@ -88,8 +88,10 @@ CELL = 4
 
 
 class ColorAndPlace:
-    """A backbone of colours and their squares ("color.0") and of positions ("place.0"); like cells attend to
-    each other."""
+    """A backbone of colours and their squares ("color.0") and of positions ("place.0").
+
+    Similar cells attend to each other.
+    """
 
     info = BackboneInfo("color-and-place", 96, CELL, CELL, channels=3, instant=InstantSettings(views=4))
     device = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Workflow files: ComfyUI's editor format to its API format, and back for the bundled ones."""
+"""Convert workflow files from ComfyUI's editor format to its API format, and the bundled ones back."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "example_workflows"
 SUBGRAPHS = ROOT / "subgraphs"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING"}
-VIEW, MARGIN = (1380, 780), (90, 150)  # what a window of 1500 x 1000 leaves beside ComfyUI's own bars
-SPREAD = 1.2  # Nodes 2.0 draws larger in some versions
+VIEW, MARGIN = (1380, 780), (90, 150)  # room that a window of 1500 x 1000 leaves beside ComfyUI's own bars
+SPREAD = 1.2  # Nodes 2.0 draws nodes larger in some versions
 NONE: Mapping[str, dict[str, Any]] = {}
-INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives the ends of a subgraph
+INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives to the ends of a subgraph
 ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
 
 Prompt = dict[str, dict[str, Any]]
@@ -24,13 +24,13 @@ Box = tuple[int, int, int, int]  # x, y, width, height
 
 
 def load_workflow(name: str) -> dict[str, Any]:
-    """A bundled workflow in the editor's format."""
+    """Load a bundled workflow in the editor's format."""
     workflow: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8"))
     return workflow
 
 
 def _inputs(info: dict[str, Any]) -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Name, type and options of a node's inputs in the order of its widgets."""
+    """Yield name, type and options of a node's inputs in the order of its widgets."""
     for group in ("required", "optional"):
         specs = info["input"].get(group, {})
         for name in info.get("input_order", {}).get(group, specs):
@@ -43,14 +43,14 @@ def _is_widget(kind: Any, options: dict[str, Any]) -> bool:
 
 
 def _extra_values(name: str, options: dict[str, Any]) -> list[Any]:
-    """Values of widgets that the editor adds by itself behind an input."""
+    """Return the values of widgets that the editor itself adds after an input."""
     if options.get("control_after_generate", name in ("seed", "noise_seed")):
         return ["fixed"]
     return ["image"] if options.get("image_upload") or options.get("video_upload") else []
 
 
 class _Scope:
-    """The nodes and links of a workflow, or of a subgraph at the place where it is used."""
+    """Nodes and links of a workflow, or of a subgraph at the place where it is used."""
 
     def __init__(
         self, content: dict[str, Any], used: dict[str, Any], place: tuple[_Scope, dict[str, Any]] | None
@@ -66,12 +66,12 @@ class _Scope:
             self.links[number] = (node, slot)
 
     def inner(self, node: dict[str, Any]) -> _Scope | None:
-        """The subgraph that a node stands for."""
+        """Return the subgraph that a node stands for."""
         content = self.subgraphs.get(node["type"])
         return None if content is None else _Scope(content, self.subgraphs, (self, node))
 
     def source(self, link: int | None) -> list[Any] | None:
-        """Node and output that a link comes from, through the ends of subgraphs."""
+        """Return the node and output that a link comes from, through the ends of subgraphs."""
         if link is None:
             return None
         node, slot = self.links[link]
@@ -110,7 +110,7 @@ class _Scope:
 
 
 def to_api(workflow: dict[str, Any], object_info: dict[str, Any]) -> Prompt:
-    """What the editor would send to /prompt for this workflow; notes are left out, subgraphs are unpacked."""
+    """Return what the editor would send to /prompt for this workflow; notes are left out, subgraphs are unpacked."""
     subgraphs = {content["id"]: content for content in workflow.get("definitions", {}).get("subgraphs", [])}
     return _Scope(workflow, subgraphs, None).prompt(object_info)
 
@@ -124,16 +124,16 @@ def to_editor(
     groups: Sequence[tuple[str, Box]] = (),
     subgraphs: Mapping[str, dict[str, Any]] = NONE,
 ) -> dict[str, Any]:
-    """Editor format of an API prompt.
+    """Return an API prompt in the editor's format.
 
     Args:
         prompt: nodes by id; ids are numbers as text.
         layout: x, y, width, height of every node.
-        object_info: the server's.
+        object_info: from the server.
         notes: Markdown texts with their boxes.
         titles: display titles that differ from the node's own.
         groups: titles with their boxes.
-        subgraphs: of :func:`definition`, by the class that the prompt calls them.
+        subgraphs: results of :func:`definition`, by the class under which the prompt uses them.
     """
     object_info = object_info | {kind: _as_info(made) for kind, made in subgraphs.items()}
     nodes: list[dict[str, Any]] = []
@@ -224,7 +224,10 @@ def to_editor(
 
 
 def _whole_in_view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Zoom and place at which a window of usual size shows all; Nodes 2.0 misplaces nodes of a file without them."""
+    """Return the zoom and offset at which a window of usual size shows all nodes.
+
+    Nodes 2.0 misplaces the nodes of a file without them.
+    """
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
     bottom = max(node["pos"][1] + node["size"][1] for node in nodes)
     scale = min(1.0, VIEW[0] / (SPREAD * right), VIEW[1] / (SPREAD * (bottom + 100)))
@@ -232,7 +235,7 @@ def _whole_in_view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _as_info(made: dict[str, Any]) -> dict[str, Any]:
-    """A subgraph as if the server had listed it among its nodes."""
+    """Return a subgraph as if the server had listed it among its nodes."""
     return {
         "input": {"required": {item["name"]: [item["type"]] for item in made["inputs"]}},
         "output": [item["type"] for item in made["outputs"]],
@@ -257,16 +260,16 @@ def definition(
     object_info: dict[str, Any],
     key: str = "",
 ) -> dict[str, Any]:
-    """A subgraph as ComfyUI saves it, with the widgets shown outside under "proxies".
+    """Return a subgraph as ComfyUI saves it, with the widgets that are shown outside under "proxies".
 
     Args:
         name: of the subgraph.
         prompt, layout: the nodes inside, as for :func:`to_editor`.
-        inputs: for every socket of the subgraph the nodes and inputs it feeds.
-        outputs: for every output of the subgraph the node and slot it comes from.
-        widgets: nodes and widgets shown outside.
-        object_info: the server's.
-        key: tells subgraphs of one name apart.
+        inputs: for every socket of the subgraph, the nodes and inputs that it feeds.
+        outputs: for every output of the subgraph, the node and slot that it comes from.
+        widgets: nodes and widgets that are shown outside.
+        object_info: from the server.
+        key: distinguishes subgraphs of one name.
     """
 
     def identity(what: str) -> str:
@@ -316,7 +319,7 @@ def definition(
 
 
 def blueprint(name: str, description: str, **described: Any) -> dict[str, Any]:
-    """A subgraph for ComfyUI's node library, with one node that uses it; see :func:`definition`."""
+    """Return a subgraph for ComfyUI's node library, with one node that uses it; see :func:`definition`."""
     made = definition(name, **described)
     count = len(made["nodes"])
     rows = max(len(made["inputs"]), len(made["outputs"])) + len(made["proxies"])
@@ -348,17 +351,17 @@ def blueprint(name: str, description: str, **described: Any) -> dict[str, Any]:
 
 
 def _end(identity: str, name: str, kind: str, links: list[int]) -> dict[str, Any]:
-    """An input or output of a subgraph."""
+    """Return an input or output of a subgraph."""
     return {"id": identity, "name": name, "type": kind, "linkIds": links, "pos": [0, 0]}
 
 
 def find(prompt: Prompt, class_type: str) -> str:
-    """Id of the first node of a class."""
+    """Return the id of the first node of a class."""
     return next(node_id for node_id, node in prompt.items() if node["class_type"] == class_type)
 
 
 class PromptBuilder:
-    """Adds nodes to a copy of a prompt."""
+    """Builder that adds nodes to a copy of a prompt."""
 
     def __init__(self, prompt: Prompt) -> None:
         self.prompt = copy.deepcopy(prompt)

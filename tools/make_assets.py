@@ -1,6 +1,6 @@
-"""Draw assets/icon.png and assets/banner.jpg: a scene with its true parts, and what is found after ten such examples.
+"""Draw assets/icon.png and assets/banner.jpg: a scene with its true parts, and scenes segmented after ten examples.
 
-COMFYUI_DIR=... python -m demo.make_assets
+The command is ``python dev.py assets``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def taught(side: int) -> Image.Image:
 
 
 def found(side: int) -> list[Image.Image]:
-    """Test scenes with the parts that were found in them."""
+    """Return test scenes with the parts that were segmented in them."""
     backbone = load_backbone(MODEL)
     images = np.stack([scenes.render(DOMAIN, splits.TEST + index).image for index in range(FOUND)])
     with torch.inference_mode():
@@ -46,7 +46,7 @@ def found(side: int) -> list[Image.Image]:
 
 
 def rounded(picture: Image.Image, radius: int) -> Image.Image:
-    """With round corners on the dark ground."""
+    """Return the image with round corners on the dark ground."""
     mask = Image.new("L", picture.size, 0)
     ImageDraw.Draw(mask).rounded_rectangle([0, 0, *picture.size], radius, fill=255)
     ground = Image.new("RGB", picture.size, DARK)

@@ -2,8 +2,8 @@
 
     python dev.py locales
 
-ComfyUI reads locales/LANGUAGE/nodeDefs.json and main.json; an output is named by its place. tools/translations holds
-one file per language, from the English text to its translation: a text that changed is shown in English until it is
+ComfyUI reads locales/LANGUAGE/nodeDefs.json and main.json; outputs are keyed by their index. tools/translations holds
+one file per language, from the English text to its translation. A text that has changed is shown in English until it is
 translated again.
 """
 
@@ -60,7 +60,7 @@ def english(schemas: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def translated(tree: Mapping[str, Any], known: Mapping[str, str]) -> dict[str, Any]:
-    """Return the tree with every text translated that has a translation."""
+    """Return the tree with translated texts; a text without a translation stays as it is."""
     return {
         key: known.get(value, value) if isinstance(value, str) else translated(value, known)
         for key, value in tree.items()

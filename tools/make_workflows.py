@@ -1,9 +1,9 @@
-"""Write example_workflows/*.json from the node schemas of a running server, so that they cannot disagree.
+"""Write example_workflows/*.json from the node schemas of a running server, so that the two always agree.
 
     python dev.py workflows [--pictures]
 
-With ``--pictures`` the bundled pictures are rendered, every workflow is run on the demo model, and its result becomes
-the thumbnail beside it.
+With ``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result becomes the
+thumbnail beside it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .samples import FIND, FIND_TOO, TESTED, WHEELS, painted_sample, painting, w
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 FLUX, DINO = "flux1-dev-fp8.safetensors", "dinov2-large.safetensors"
-# Where a file that a workflow names is to be had, and the folder of ComfyUI's models it belongs to.
+# Download address of each file that a workflow names, and the folder of ComfyUI's models that it belongs to.
 HUB = "https://huggingface.co/"
 SD15 = "Comfy-Org/stable-diffusion-v1-5-archive"
 DOWNLOADS = {
@@ -30,7 +30,7 @@ DOWNLOADS = {
     DINO: (f"{HUB}facebook/dinov2-large/resolve/main/model.safetensors?download=true", "clip_vision"),
 }
 GAP, TITLE = 50, 40
-# Width, height, and the height that its pictures need after a run, in the classic canvas and in Nodes 2.0.
+# Width, height, and the height that a node needs with its images after a run, in the classic canvas and in Nodes 2.0.
 SIZES = {
     "CheckpointLoaderSimple": (320, 100, 130),
     "CLIPVisionLoader": (320, 60, 90),
@@ -85,7 +85,7 @@ class Page:
         self._x = self._width = self._y = self.lowest = 0
 
     def column(self, title: str = "") -> None:
-        """What is added from now on stands in a column of its own; with a title a group begins here."""
+        """Begin a column for the nodes that are added from now on; with a title it also begins a group."""
         if self._width:
             self._x += self._width + GAP
         self._width = self._y = 0
@@ -100,7 +100,7 @@ class Page:
         return box
 
     def add(self, kind: str, title: str = "", **inputs: Any) -> str:
-        """Widgets that are not named keep the node's defaults."""
+        """Add a node; widgets that are not named keep the node's defaults."""
         node = str(len(self.prompt) + 1)
         self.prompt[node] = {"class_type": kind, "inputs": inputs}
         self.layout[node] = self._place(*SIZES.get(kind, SUBGRAPH))
@@ -113,7 +113,7 @@ class Page:
         self.notes.append((text, self._place(width, height, height)))
 
     def boxes(self) -> list[tuple[str, Box]]:
-        """Groups around their columns."""
+        """Return the groups with the boxes around their columns."""
         ends = [x for _, (x, _) in self.groups[1:]] + [self._x + self._width + GAP]
         return [
             (title, (x - 15, -90, end - x - GAP + 30, self.lowest + 105))
@@ -151,7 +151,7 @@ class Page:
         return self.add("SLiMePartMask", title, parts=[parts, 0], names=names, **more)
 
     def repaint(self, model: str, image: Link, mask: str, text: str, **sampling: Any) -> str:
-        """The subgraph that paints inside a mask anew."""
+        """Add the subgraph that repaints the inside of a mask."""
         kind = f"{REPAINT} {len(self.subgraphs) + 1}"  # each has values of its own
         self.subgraphs[kind] = repaint_part(text, **sampling) | {"key": kind}
         inputs: dict[str, Any] = {
@@ -168,9 +168,9 @@ REPAINT = "Repaint part"
 
 
 def repaint_part(text: str = "", **sampling: Any) -> dict[str, Any]:
-    """Inpaint inside a mask with the same checkpoint; outside of it the image stays as it is, to the pixel.
+    """Describe a subgraph that inpaints inside a mask with the same checkpoint; outside of it no pixel changes.
 
-    ``sampling`` are widgets of KSampler; the usual ones suit Stable Diffusion.
+    ``sampling`` are widgets of KSampler; the defaults suit Stable Diffusion.
     """
     prompt = {
         "1": {"class_type": "CLIPTextEncode", "inputs": {"text": text}},
@@ -335,7 +335,11 @@ def correct_and_teach_again() -> Page:
 
 
 def find_in_two(page: Page) -> tuple[str, str, str, str, str]:
-    """A learned file's parts in a batch of two images: model, file, both images and parts."""
+    """Add nodes that segment a batch of two images with saved embeddings.
+
+    Returns:
+        The nodes of the model, the embeddings, both images and the parts.
+    """
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
     first, second = page.image(), page.image(file=FIND_TOO)
@@ -346,7 +350,11 @@ def find_in_two(page: Page) -> tuple[str, str, str, str, str]:
 
 
 def find_in_one(page: Page, text: str, height: int) -> tuple[str, str, str]:
-    """A learned file's parts in an image, with a note of that height: model, image and parts."""
+    """Add nodes that segment an image with saved embeddings, and a note of that height.
+
+    Returns:
+        The nodes of the model, the image and the parts.
+    """
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
     image = page.image()
@@ -621,7 +629,7 @@ def impact_detailer() -> Page:
     return page
 
 
-# The Impact Pack's node (7.10), which the server that writes these does not have. Tried by hand with that pack.
+# The Impact Pack's node (7.10), which the server that writes these files does not have. Tested by hand with that pack.
 DETAILER = "DetailerForEach"
 FOREIGN = {
     DETAILER: {
@@ -662,8 +670,8 @@ FOREIGN = {
     }
 }
 SEED_OF_A_CAR = 4
-ENCODER = "11 With DINOv2 alone"  # nothing here can run it: there are no weights
-IMPACT = "15 Sharpen with the Impact Pack"  # which is not at hand either
+ENCODER = "11 With DINOv2 alone"  # not run here: there are no weights
+IMPACT = "15 Sharpen with the Impact Pack"  # not run here: the pack is not installed
 NOT_RUN = (ENCODER, IMPACT)
 WORKFLOWS: dict[str, Callable[[], Page]] = {
     "1 Paint parts and find them": paint_and_find,
@@ -739,7 +747,7 @@ BLUEPRINTS = {
 
 
 def written(page: Page, info: dict[str, Any]) -> dict[str, Any]:
-    """The page as ComfyUI saves workflows."""
+    """Return the page as ComfyUI saves workflows."""
     made = {name: definition(**described, object_info=info) for name, described in page.subgraphs.items()}
     info = info | FOREIGN
     workflow = to_editor(page.prompt, page.layout, info, page.notes, page.titles, page.boxes(), made)
@@ -763,7 +771,7 @@ def main() -> None:
     FOLDER.mkdir(exist_ok=True)
     SUBGRAPHS.mkdir(exist_ok=True)
     if options.pictures:
-        write_samples()  # the server's input folder gets them when it starts
+        write_samples()  # the server copies them to its input folder when it starts
     with ComfyServer() as server:
         info = server.get("/object_info")
         for name, make in WORKFLOWS.items():

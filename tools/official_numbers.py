@@ -1,14 +1,15 @@
-"""What the official code gives on the demo model, for one fixed input: the numbers that a parity test replays.
+"""Write the numbers that the official code gives on the tiny model for one fixed input; a parity test replays them.
 
     git clone https://github.com/aliasgharkhani/SLiMe FOLDER
     python -m tools.official_numbers --official FOLDER
 
-Runs the official ``StableDiffusion.get_attention_map``, ``StableDiffusion.train_step``, ``Slime.training_step`` and
-``Slime.get_patched_masks`` as they are, on the demo model's UNet in diffusers' classes. What they cannot have here is
-given to them: the model (instead of a download), latents (instead of their autoencoder), noise (instead of a random
-one), and the attention scores, which their patched diffusers hands out. The demo model predicts v; its prediction is
-turned into noise.
-Nothing of the official code is kept but these numbers: tests/golden/official_numbers.safetensors.
+It runs the official ``StableDiffusion.get_attention_map``, ``StableDiffusion.train_step``, ``Slime.training_step`` and
+``Slime.get_patched_masks`` as they are, on the tiny model's UNet in diffusers' classes. It supplies what they cannot
+have here: the model (instead of a download), latents (instead of their autoencoder), noise (instead of random noise),
+and the attention scores, which their patched diffusers returns. The tiny model predicts v; its prediction is converted
+to noise.
+
+Only these numbers are kept of the official code: tests/golden/official_numbers.safetensors.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ SELF = [f"up_blocks[3].attentions[{a}].transformer_blocks[0].attn1" for a in (0,
 
 
 class Scores:
-    """diffusers' attention with the scores of all heads put where the official hooks put them."""
+    """Attention processor of diffusers that stores the scores of all heads where the official hooks store them."""
 
     def __init__(self, kept: dict[str, Tensor], name: str) -> None:
         self.kept, self.name = kept, name
@@ -60,7 +61,7 @@ class Scores:
 
 
 def import_official(folder: Path) -> tuple[Any, Any]:
-    """Its two modules; what they import only for training loops and files is stood in for."""
+    """Import its two modules; stand-ins replace imports that only training loops and files need."""
     lightning = ModuleType("pytorch_lightning")
     lightning.LightningModule = nn.Module  # type: ignore[attr-defined]
     import diffusers  # noqa: F401  before the stand-ins, which it would look for
@@ -112,7 +113,7 @@ def main() -> None:
     found: dict[str, Tensor] = {}
 
     def spied(*args: Any, **more: Any) -> Any:
-        # The official code forgets its maps after every step; the processors' dictionary must stay the same one.
+        # The official code drops its maps after every step; the dictionary of the processors must stay the same one.
         result = stable.StableDiffusion.train_step(sd, *args, **more)
         sd.attention_maps = shared
         if more.get("train"):

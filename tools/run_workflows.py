@@ -1,4 +1,4 @@
-"""The bundled workflows on the demo model: what a user would do to each before queueing it, and what comes out."""
+"""Run the bundled workflows on the tiny model, each prepared as a user would, and collect their images."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ DOMAIN = "car"
 FIRST = "1 Paint parts and find them"
 EMBEDDINGS = "my_parts.safetensors"
 FRAMES = 6
-SIDE = 256  # that the model paints at
+SIDE = 256  # side of the images that the tiny model samples
 THUMBNAIL = 480
 
 
 def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
-    """A bundled workflow as it is, but for the demo's checkpoint, a clip, and sampling for a few steps."""
+    """Return a bundled workflow with the tiny model's checkpoint, a clip, and sampling for a few steps."""
     prompt = to_api(load_workflow(name), server.get("/object_info"))
     for node in prompt.values():
         inputs = node["inputs"]
@@ -48,7 +48,7 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
 
 
 def put_flow(server: ComfyServer) -> str:
-    """The tiny flow transformer as a whole checkpoint, with the demo model's VAE and text encoder."""
+    """Write the tiny flow transformer as a whole checkpoint, with the tiny model's VAE and text encoder."""
     path = server.base / "models" / "checkpoints" / "tiny_flow_checkpoint.safetensors"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def put_flow(server: ComfyServer) -> str:
 
 
 def put_video(server: ComfyServer) -> str:
-    """A short clip of a moving scene in the server's input folder."""
+    """Write a short clip of a moving scene to the server's input folder."""
     import av
 
     path = server.base / "input" / "workflow.mp4"
@@ -74,7 +74,7 @@ def put_video(server: ComfyServer) -> str:
 
 
 def learn_parts(server: ComfyServer, **settings: Any) -> Path:
-    """What the workflows that load a file find: the parts of the first one, learned and saved as my_parts."""
+    """Train the parts of the first workflow and save them as my_parts, for the workflows that load a file."""
     prompt = prepare(server, FIRST)
     train = find(prompt, "SLiMeTrain")
     builder = PromptBuilder({k: v for k, v in prompt.items() if int(k) <= int(train)})
@@ -85,7 +85,7 @@ def learn_parts(server: ComfyServer, **settings: Any) -> Path:
 
 
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
-    """The story of every workflow: one picture a node, of what is taught, what is looked at, and what comes out."""
+    """Run every workflow and return its images, one per node: the examples, the images to segment, the results."""
     learn_parts(server)
     found: dict[str, list[Image.Image]] = {}
     for name in names:
@@ -108,7 +108,7 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
 
 
 def without_prompts(server: ComfyServer, prompt: Prompt) -> list[Image.Image]:
-    """What is sampled where no part has a prompt of its own."""
+    """Return the images that are sampled if no part has a prompt of its own."""
     plain = copy.deepcopy(prompt)
     for node in find_all(plain, "SLiMePartPrompt"):
         plain[node]["inputs"]["strength"] = 0.0
@@ -121,7 +121,7 @@ def find_all(prompt: Prompt, kind: str) -> list[str]:
 
 
 def pictures(server: ComfyServer, output: dict[str, Any]) -> list[Image.Image]:
-    """Images among a node's outputs; the first frame of a video."""
+    """Return the images among a node's outputs; of a video the first frame."""
     found = []
     for item in output.get("images", []):
         data = server.output_image(item)
@@ -136,7 +136,7 @@ def pictures(server: ComfyServer, output: dict[str, Any]) -> list[Image.Image]:
 
 
 def thumbnail(story: Sequence[Image.Image]) -> Image.Image:
-    """The last four pictures as a square, row by row; of three the last is as wide as two."""
+    """Return the last four images as a square, row by row; of three, the last is as wide as two."""
     shown, half = list(story)[-4:], THUMBNAIL // 2
     page = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (24, 24, 28))
     for index, image in enumerate(shown):

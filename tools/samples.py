@@ -1,4 +1,4 @@
-"""The small pictures of the bundled workflows: example_workflows/pictures, which ComfyUI's input folder gets."""
+"""The small images of the bundled workflows: example_workflows/pictures, copied to ComfyUI's input folder."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sample(file: str) -> scenes.Scene:
 
 
 def write_samples() -> None:
-    """JPEG as it is; WebP with the wheels as its mask, transparent as Load Image reads masks."""
+    """Write the images: JPEG as they are, WebP with the wheels as mask, transparent as Load Image reads masks."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     for file in SCENES:
         scene = sample(file)
@@ -48,13 +48,13 @@ def _painted_labels() -> np.ndarray:
 
 
 def painted_sample() -> Image.Image:
-    """The first picture as the painter shows it."""
+    """Return the first image as the painter shows it."""
     tinted = overlay(sample(TEACH).image, _painted_labels(), default_palette(len(PAINTED)), PAINTED)
     return Image.fromarray(tinted)
 
 
 def painting() -> str:
-    """What SLiMe Part Painter saves when the parts of the first picture are painted."""
+    """Return the text that SLiMe Part Painter saves when the parts of the first image are painted."""
     labels = _painted_labels()
     colors = default_palette(len(PAINTED))
     saved = {

@@ -1,10 +1,10 @@
-"""Nothing breaks it: hostile files, errors and interrupts in the middle of every node, kills, a full disk, flags.
+"""Test robustness: hostile files, errors and interrupts in the middle of every node, kills, a full disk, flags.
 
     python dev.py benchmark faults [--quick] [--seed 0] [--json FILE] [--tasks TASK ...]
 
-Each trial must end in success or in a SlimeError within 2 s and 200 MB, and leave everything as it was. Exits 1 and
-names every trial that did not. Tasks whose rows are in the JSON file already are not run again. With ``--quick`` a
-tenth of the trials and no server; the test suite runs a part of them, and of the server's.
+Each trial must end in success or in a SlimeError within 2 s and 200 MB, and leave everything as it was. The program
+exits with 1 and names every trial that did not. Tasks whose rows are in the JSON file already are not run again.
+``--quick`` runs a tenth of the trials and no server. The test suite runs a part of them, and of those on the server.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ON_A_SERVER = ("interrupts", "kills", "queue", "flags")
 
 
 def run(task: str, count: int, seed: int = 0) -> Trials:
-    """All trials of a task, in a folder of its own."""
+    """Run all trials of a task, in a folder of its own."""
     trials = Trials(task)
     with tempfile.TemporaryDirectory() as folder:
         TASKS[task][0](trials, count, random.Random(f"{task}/{seed}"), Path(folder))  # noqa: S311

@@ -1,4 +1,4 @@
-"""The command; see the package."""
+"""Command line of the package; see its docstring."""
 
 from __future__ import annotations
 

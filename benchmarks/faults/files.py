@@ -1,4 +1,4 @@
-"""Hostile files and texts, savers that meet, a full disk."""
+"""Hostile files and texts, simultaneous saves, and a full disk."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .trials import Trials
 
 
 def mutated(data: bytes, rng: random.Random, within: int) -> bytes:
-    """A few bytes changed, cut out, doubled, or everything after a place cut off."""
+    """Return data with a few bytes changed, cut out, doubled or inserted, or with everything after a place cut off."""
     changed = bytearray(data)
     for _ in range(rng.randint(1, 6)):
         at = rng.randrange(min(len(changed), within) or 1)
@@ -46,7 +46,7 @@ def mutated(data: bytes, rng: random.Random, within: int) -> bytes:
 
 
 def small_embeddings() -> Any:
-    """Of a toy, in a moment."""
+    """Train embeddings on a toy model in a moment."""
     labels = torch.zeros(64, 64, dtype=torch.int64)
     labels[20:40, 20:40] = 1
     example = Example.from_label_map(torch.rand(64, 64, 3), labels, ["square"])
@@ -54,13 +54,13 @@ def small_embeddings() -> Any:
 
 
 def files(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Mutated embeddings files; half of the changes lie in the JSON."""
+    """Load mutated embeddings files; half of the changes are in the JSON header."""
     path = folder / "a.safetensors"
     raw = save_embeddings(small_embeddings(), path).read_bytes()
     header = int.from_bytes(raw[:8], "little")
     for index in range(count):
         data = mutated(raw, rng, 8 + header if index % 2 else len(raw))
-        if index % 4 == 1:  # keep the header's length true, so that its content is reached
+        if index % 4 == 1:  # keep the header's length valid, so that its content is parsed
             body = mutated(raw[8 : 8 + header], rng, header)
             data = len(body).to_bytes(8, "little") + body + raw[8 + header :]
         path.write_bytes(data)
@@ -68,7 +68,7 @@ def files(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
 
 
 def texts(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Mutated texts, of which some unpack."""
+    """Load mutated texts, some of which can be decompressed."""
     text = to_text(small_embeddings())
     packed = zlib.decompress(base64.b64decode(text[7:]))
     for index in range(count):
@@ -81,7 +81,7 @@ def texts(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
 
 
 def paintings(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Mutated texts of the painter, read as the node does."""
+    """Parse mutated texts of the painter, as the node does."""
     painter = import_module(f"{NAME}.nodes.painter")
     parts = [{"name": "wheel", "color": "#e6194b"}, {"name": "window", "color": "#3cb44b"}]
     image = {"subfolder": "slime", "name": "car.png", "type": "input"}
@@ -101,7 +101,7 @@ def paintings(trials: Trials, count: int, rng: random.Random, folder: Path) -> N
 
 
 def official(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Files named as the official code names its rows, with anything in them."""
+    """Import files with the names of the official code's token embeddings and arbitrary content."""
     good = folder / "good.pth"
     torch.save(torch.zeros(1, 1, 1024), good)
     raw = good.read_bytes()
@@ -124,7 +124,7 @@ def official(trials: Trials, count: int, rng: random.Random, folder: Path) -> No
 
 
 def savers(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Processes that save the same file at once."""
+    """Save the same file from several processes at once."""
     path = folder / "a.safetensors"
     learned = small_embeddings()
     save_embeddings(learned, path)
@@ -144,7 +144,7 @@ def savers(trials: Trials, count: int, rng: random.Random, folder: Path) -> None
 
 
 def disk(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """A limit on the size of files, which a save runs into: the old file stays, and nothing else is left."""
+    """Save beyond a limit on the size of files: the old file must stay, and nothing else may be left."""
     if sys.platform == "win32":
         return
     path = folder / "a.safetensors"

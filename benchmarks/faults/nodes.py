@@ -1,4 +1,4 @@
-"""Errors in the middle of every node, in this process."""
+"""Raise errors in the middle of every node, in this process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from testing.server import MODEL
 
 from .trials import Trials
 
-SHARE = 6  # nodes of a run with one error each
+SHARE = 6  # nodes in a run with one error per node
 
 
 class Injected(RuntimeError):
-    """The error that is put into the middle of something."""
+    """Error that is raised in the middle of a node."""
 
 
 class RaiseAt(TorchDispatchMode):
-    """Raises at the operation of this number; with none it counts."""
+    """Dispatch mode that raises at the operation with this number; without a number it counts operations."""
 
     def __init__(self, number: int | None = None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class RaiseAt(TorchDispatchMode):
 
 @contextmanager
 def quiet_nodes(folder: Path) -> Iterator[dict[str, Any]]:
-    """The nodes' classes, callable here: previews go to a folder of their own."""
+    """Yield the node classes, callable in this process; previews and files go to ``folder``."""
     import folder_paths
 
     folder_paths.set_temp_directory(str(folder))
@@ -57,18 +57,18 @@ def quiet_nodes(folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def errors(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """An error at random operations of every node; afterwards the model is as it was, and works."""
+    """Raise an error at random operations of every node; the model must be unchanged and work afterwards."""
     backbone = load_backbone(MODEL)
     with quiet_nodes(folder) as nodes, torch.inference_mode():
         works, find = node_works(nodes, backbone)
-        if count == 1:  # the test suite's share
+        if count == 1:  # as the test suite runs it
             works = {name: works[name] for name in rng.sample(list(works), SHARE)}
         before, labels = _state(backbone), find()
         for name, work in works.items():
             with RaiseAt() as counting:
                 work()
             numbers = range(1, counting.count + 1)
-            ways = sum(node_of(other) == node_of(name) for other in works)  # which share a node's errors
+            ways = sum(node_of(other) == node_of(name) for other in works)  # these share the node's errors
             for number in sorted(rng.sample(numbers, min(-(-count // ways), len(numbers)))):
                 trials.count += 1
                 try:
@@ -83,12 +83,12 @@ def errors(trials: Trials, count: int, rng: random.Random, folder: Path) -> None
 
 
 def node_of(name: str) -> str:
-    """Node of a call of :func:`node_works`."""
+    """Return the node that a call of :func:`node_works` belongs to."""
     return "train" if name.startswith("train") else name.split(",")[0]
 
 
 def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable[[], Any]], Callable[[], Tensor]]:
-    """A call of every node and preset by name, and one that segments a scene and gives its label map."""
+    """Return a call of every node and preset by name, and one that segments a scene and returns its label map."""
     model, vae, clip = backbone.model, backbone.vae, backbone.clip
     example = splits.example("car", splits.TEACH)
     image = splits.example("car", splits.TEST).image[None]
@@ -129,7 +129,7 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
 
 
 def _state(backbone: Any) -> tuple[Any, ...]:
-    """Identity of every weight, of every function that may be replaced, and torch's modes."""
+    """Return the identity of every weight and of every function that may be replaced, and torch's modes."""
     modules = list(backbone.model.model.modules())
     weights = tuple(
         (id(p), p.requires_grad) for module in modules for p in module._parameters.values() if p is not None

@@ -1,4 +1,4 @@
-"""Faults of a running server: interrupts, kills, a long queue, and every flag that a CPU allows."""
+"""Test a running server: interrupts, kills, a long queue, and every flag that a CPU allows."""
 
 from __future__ import annotations
 
@@ -41,12 +41,15 @@ SAME, ALIKE = 1.0, 0.9  # share of pixels with the same label as without flags
 
 
 Link = list[str | int]
-Start = dict[str, str]  # of :meth:`Client.start`
+Start = dict[str, str]  # arguments of :meth:`Client.start`
 
 
 class Client:
-    """Prompts on the tiny model. None is answered from the cache: a picture or latent passes a node that takes the
-    first of one, with another length every time."""
+    """Client that runs prompts on the tiny model.
+
+    No prompt is answered from the cache: its image or latent passes through a node that takes the first of a batch of
+    one, with another length every time.
+    """
 
     def __init__(self, server: ComfyServer) -> None:
         self.server = server
@@ -56,7 +59,7 @@ class Client:
         self.picture = put_image(server, "standing_test.png", scenes.render("car", splits.TEST).image)
 
     def start(self, checkpoint: str = MODEL.name, lora: str = "") -> tuple[PromptBuilder, Link]:
-        """A builder with the loader as node 1, and where the model comes from."""
+        """Return a builder whose node 1 is the loader, and the output that the model comes from."""
         loader = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
         builder = PromptBuilder({"1": loader})
         if not lora:
@@ -70,7 +73,7 @@ class Client:
         return source
 
     def sampled(self, start: Start | None = None) -> Tensor:
-        """What KSampler makes: latents [1, 4, 32, 32]."""
+        """Run KSampler and return its latents [1, 4, 32, 32]."""
         builder, model = self.start(**(start or {}))
         text, empty = (builder.add("CLIPTextEncode", clip=["1", 1], text=t) for t in ("a red car on sand", ""))
         latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
@@ -88,7 +91,7 @@ class Client:
         return load_file(str(self.server.base / "output" / item["subfolder"] / item["filename"]))["latent_tensor"]
 
     def segmented(self, start: Start | None = None) -> np.ndarray:
-        """Colours of the label map that the learned file gives."""
+        """Segment with the saved embeddings and return the colours of the label map."""
         builder, parts = self.segment(start=start)
         drawn = builder.add("SLiMeOverlay", parts=[parts, 0], opacity=1.0, legend=False)
         shown = builder.add("PreviewImage", images=[drawn, 1])
@@ -100,7 +103,7 @@ class Client:
     def segment(
         self, batch: int = 1, more: dict[str, int] | None = None, start: Start | None = None
     ) -> tuple[PromptBuilder, str]:
-        """A builder, and its node of parts."""
+        """Return a builder, and its node that outputs the parts."""
         builder, model = self.start(**(start or {}))
         image = self._fresh(builder, "ImageFromBatch", "image", builder.add("LoadImage", image=self.picture))
         if batch > 1:
@@ -113,7 +116,7 @@ class Client:
     def teach(
         self, name: str, start: Start | None = None, preset: str = "instant", seed: int = 0, **settings: Any
     ) -> Prompt:
-        """Training on one example, and its file."""
+        """Return a prompt that trains on one example and saves the embeddings."""
         builder, model = self.start(**(start or {}))
         image = builder.add("LoadImage", image=self.shot.image)
         example = ""
@@ -129,11 +132,11 @@ class Client:
         return builder.prompt
 
     def learn(self) -> None:
-        """The file that is segmented with."""
+        """Train and save the embeddings that the client segments with."""
         self.server.run(self.teach(LEARNED, preset="instant", steps=30, views=8))
 
     def complete(self, prompt: Prompt) -> Prompt:
-        """With the default of every widget that is not named."""
+        """Set every widget that is not named to its default."""
         for node in prompt.values():
             for name, spec in self.info[node["class_type"]]["input"].get("required", {}).items():
                 if len(spec) > 1 and "default" in spec[1]:
@@ -143,7 +146,7 @@ class Client:
 
 @contextmanager
 def client(base: Path, *options: str) -> Iterator[Client]:
-    """A server with a learned file of the plain preset."""
+    """Yield a client of a new server, which has embeddings trained with the preset instant."""
     with ComfyServer(base=base, options=options) as server:
         made = Client(server)
         made.learn()
@@ -151,13 +154,13 @@ def client(base: Path, *options: str) -> Iterator[Client]:
 
 
 def interrupts(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Interrupts at random moments of every node; afterwards sampling and segmentation are what they were."""
+    """Interrupt every node at random moments; sampling and segmentation must give the same results afterwards."""
     with client(folder) as at:
         interrupt(trials, count, rng, at)
 
 
 def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> None:
-    """The same on a server that runs already."""
+    """Run the trials of :func:`interrupts` on a server that is already running."""
     seeds = itertools.count(1)
 
     def training(**widgets: Any) -> Callable[[], Prompt]:
@@ -215,7 +218,7 @@ def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> Non
 
 
 def follow(builder: PromptBuilder, node: str, parts: str) -> None:
-    """A node that takes the parts, and what makes the server run it."""
+    """Add a node that takes the parts, and an output node that makes the server run it."""
     links: dict[str, object] = {"parts": [parts, 0]}
     match node:
         case "SLiMePartMask":
@@ -237,12 +240,15 @@ def follow(builder: PromptBuilder, node: str, parts: str) -> None:
 
 
 def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """A server killed while it overwrites a file: the file is the old one or the new one, and the next server works."""
+    """Kill a server while it overwrites a file.
+
+    The file must be the old one or the new one, and the next server must work.
+    """
     with client(folder):
         pass
     saved = folder / "models" / "slime"
     small = load_embeddings(saved / f"{LEARNED}.safetensors")
-    # As large as a file gets, so that writing takes its time.
+    # As large as a file can get, so that writing takes its time.
     times = 76 // len(small.names)
     wide, names = (
         {name: vector.repeat(times, 1) for name, vector in small.vectors.items()},
@@ -263,7 +269,7 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
     save_embeddings(versions[0], target)
     for index in range(count):
         with ComfyServer(base=folder) as server:
-            # Half of the kills come at a random moment, half at the sight of a half-written file.
+            # Half of the kills happen at a random moment, half as soon as a half-written file is seen.
             moment = rng.uniform(0.05, 0.6) if index % 2 else 5.0
             killer = threading.Thread(target=_kill, args=(server, saved, moment, index % 2 == 0))
             killer.start()
@@ -273,7 +279,7 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
                 builder.add("SLiMeSaveEmbeddings", embeddings=[loaded, 0], filename="target", overwrite=True)
                 try:
                     server.queue(builder.prompt)
-                except (OSError, http.client.HTTPException):  # it is dead
+                except (OSError, http.client.HTTPException):  # the server is dead
                     break
             killer.join()
         trials.count += 1
@@ -289,7 +295,7 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
 
 
 def _kill(server: ComfyServer, saved: Path, seconds: float, at_sight: bool) -> None:
-    """After so long, or as soon as a half-written file is seen."""
+    """Kill the server after ``seconds``, or as soon as a half-written file is seen."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if at_sight and any(name.endswith(SCRATCH) for name in os.listdir(saved)):
@@ -299,7 +305,10 @@ def _kill(server: ComfyServer, saved: Path, seconds: float, at_sight: bool) -> N
 
 
 def queue(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """Prompts of all kinds in one queue, with two checkpoints and a LoRA: each gives what it gave the first time."""
+    """Run prompts of all kinds in one queue, with two checkpoints and a LoRA.
+
+    Each must give the result that it gave the first time.
+    """
     with client(folder) as at:
         state = load_file(str(MODEL))
         generator = torch.Generator().manual_seed(0)
@@ -334,7 +343,10 @@ def queue(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
 
 
 def flags(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
-    """The server's options: training and segmentation work, and KSampler gives the same before and after."""
+    """Start the server with each of its options.
+
+    Training and segmentation must work, and KSampler must give the same before and after.
+    """
     del count, rng
     with client(folder / "plain") as at:
         sampled, segmented = at.sampled(), at.segmented()

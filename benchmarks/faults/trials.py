@@ -1,4 +1,4 @@
-"""Counting trials, and what must hold after each."""
+"""Count trials, and check the conditions that must hold after each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SECONDS, BYTES = 2.0, 200e6
 
 
 class Trials:
-    """Counts trials, the slowest and the largest, and keeps what went wrong."""
+    """Counter of trials, of the slowest and the largest one, and of failures."""
 
     def __init__(self, task: str) -> None:
         self.task, self.count, self.refused, self.slowest, self.largest = task, 0, 0, 0.0, 0
@@ -23,7 +23,7 @@ class Trials:
         self.failures: list[str] = []
 
     def run(self, name: str, work: Callable[[], Any]) -> None:
-        """One trial; ``name`` finds it again."""
+        """Run one trial; a failure is listed with ``name``, by which it can be repeated."""
         self.count += 1
         tracemalloc.start()
         start = time.monotonic()
@@ -40,7 +40,7 @@ class Trials:
         self.slowest, self.largest = max(self.slowest, seconds), max(self.largest, peak)
 
     def check(self, name: str, holds: bool) -> None:
-        """Something that must hold after a trial."""
+        """Record a failure unless a condition that must hold after a trial is true."""
         if not holds:
             self.failures.append(f"{self.task} {name}")
 

@@ -1,4 +1,4 @@
-"""ComfyUI pack of the demo: lets the stock "Load Checkpoint" read the tiny model. It has no nodes."""
+"""ComfyUI pack of the demo: it lets the stock "Load Checkpoint" load the tiny model. It has no nodes."""
 
 from __future__ import annotations
 

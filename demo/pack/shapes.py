@@ -1,4 +1,4 @@
-"""Shapes of the embedded tiny model: SD1.5's block layout at a tenth of its width."""
+"""Shapes of the bundled tiny model: SD1.5's block layout at a tenth of its width."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ UNET_CONFIG = {
 FLOW_CONFIG: dict[str, Any] = {
     "in_channels": 4,
     "patch_size": 2,
-    "depth": 3,  # heads, of 64 channels
+    "depth": 3,  # heads, each of 64 channels
     "num_blocks": 8,
     "input_size": None,
     "mlp_ratio": 2.0,
@@ -64,7 +64,7 @@ CLIP_CONFIG = {
     "torch_dtype": "float32",
     "vocab_size": 49408,
 }
-# Arguments of SLiMe's Family for it, chosen on the validation scenes, see benchmarks/RESULTS.md.
+# Arguments of SLiMe's Family for the tiny model, chosen on the validation scenes, see benchmarks/RESULTS.md.
 SLIME_FAMILY = {
     "name": "tiny",
     "context_dim": CONTEXT_DIM,

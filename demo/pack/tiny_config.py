@@ -1,4 +1,4 @@
-"""Model-config class of the embedded tiny model for ComfyUI's stock checkpoint loader."""
+"""Model-config classes of the bundled tiny models for ComfyUI's stock checkpoint loader."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .shapes import CLIP_CONFIG, CONTEXT_DIM, FLOW_CONFIG, SLIME_FAMILY, SLIME_F
 
 
 class TinyTokenizer(sd1_clip.SD1Tokenizer):
-    """CLIP's tokens for a text encoder of the tiny width."""
+    """CLIP's tokenizer for a text encoder of the tiny width."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
         data = {"clip_l_tokenizer_class": _TinySDTokenizer} | (tokenizer_data or {})
@@ -57,7 +57,7 @@ class TinySD(comfy.supported_models.SD15):
 
 
 class TinyFlow(comfy.supported_models.SD3):
-    """SD3's layout on the tiny model's latents and text; of the blocks the stock loader tells the width alone."""
+    """SD3's layout on the tiny model's latents and text; the stock loader detects only the width of the blocks."""
 
     unet_config = {"in_channels": FLOW_CONFIG["in_channels"], "pos_embed_scaling_factor": None}
     unet_extra_config = {name: FLOW_CONFIG[name] for name in ("num_blocks", "mlp_ratio")}

@@ -22,7 +22,7 @@ from ..errors import SlimeError
 from ..images import resize_maps
 from ..settings import LAYER, RESOLUTION, SHARED, InstantSettings
 from .attention import cross_scores, score_features
-from .base import BackboneInfo, ExtractionSpec, Features, PartLogits
+from .base import BackboneInfo, ExtractionSpec, Features, PartLogits, halved
 from .layers import Layer, LayerChoice, select_layers
 from .text import Capture, Context, capture_attention
 
@@ -154,10 +154,10 @@ class SDUNet:
 
     def default_layers(self) -> LayerChoice:
         """Return the layers of the family's table, else those of :func:`automatic_layers`."""
+        automatic = automatic_layers(self.layers)
         cross, self_ = self.family.cross, self.family.self_
-        if not (cross and self_):
-            return automatic_layers(self.layers)
-        return LayerChoice(select_layers(cross, self.layers), select_layers(self_, self.layers))
+        read = select_layers(cross, self.layers) if cross else automatic.read
+        return LayerChoice(read, select_layers(self_, self.layers) if self_ else automatic.propagate)
 
     def condition(self, prompt: str) -> dict[str, Tensor]:
         """Return "context" [T, D] in half precision, and SDXL's "pooled" [P]."""
@@ -168,8 +168,8 @@ class SDUNet:
                 f"The CLIP gives token embeddings {width} wide, but the model needs {self.context_dim}: connect the "
                 "CLIP of the same checkpoint as the model."
             )
-        pooled = {} if context.pooled is None else {"pooled": context.pooled}
-        return {"context": context.tokens.cpu().half()} | pooled
+        pooled = {} if context.pooled is None else {"pooled": halved(context.pooled)}
+        return {"context": halved(context.tokens)} | pooled
 
     def extract(self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor) -> Features:
         context = Context.of(spec.condition)

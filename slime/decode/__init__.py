@@ -1,1 +1,1 @@
-"""From features to part maps: decoders, edge refinement, and the second look at small objects."""
+"""From features to part maps: decoders, edge refinement, and zoom on small objects."""

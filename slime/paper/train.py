@@ -161,7 +161,8 @@ def train_by_gradient(
 
         def embeddings() -> PartEmbeddings:
             losses = torch.stack(history).tolist() if history else []
-            return replace(template, vectors={SHARED: best.tokens.cpu()}, losses=tuple(losses))
+            finite = tuple(loss for loss in losses if math.isfinite(loss))  # files hold no NaN
+            return replace(template, vectors={SHARED: best.tokens.cpu()}, losses=finite)
 
         for step in range(1, settings.steps + 1):
             entry = pool[(step - 1) % len(pool)]

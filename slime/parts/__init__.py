@@ -1,1 +1,1 @@
-"""Found parts: their maps, and what becomes of them."""
+"""Part maps, and masks, regions, drawings and metrics made from them."""

@@ -34,9 +34,10 @@ def part_regions(labels: np.ndarray, parts: int, split: bool, minimum_area: int 
         components, count = ndimage.label(inside, structure=np.ones((3, 3)))
         areas = np.bincount(components.ravel(), minlength=count + 1)
         kept = [index for index in range(1, count + 1) if areas[index] >= minimum_area]
-        groups = [[index] for index in kept] if split else [kept] * bool(kept)
-        for group in groups:
-            mask = np.isin(components, group)
-            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-            top, left, bottom, right = rows[0], columns[0], rows[-1] + 1, columns[-1] + 1
-            yield Region(label, int(left), int(top), int(right - left), int(bottom - top), mask[top:bottom, left:right])
+        if not split and kept:
+            components, kept = np.isin(components, kept).astype(np.int32), [1]
+        boxes = ndimage.find_objects(components)
+        for index in kept:
+            rows, columns = boxes[index - 1]
+            mask = components[rows, columns] == index
+            yield Region(label, columns.start, rows.start, mask.shape[1], mask.shape[0], mask)

@@ -1,1 +1,1 @@
-"""From examples to learned rows."""
+"""Train part embeddings on examples."""

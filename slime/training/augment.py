@@ -15,9 +15,10 @@ from ..examples import IGNORE, Example
 from ..images import resize_image, soft_labels
 from ..settings import ViewSettings
 
-# "left" and "right" in several languages. A false alarm costs mirrored views only.
+# "left" and "right" in several languages, also in left_wheel and leftEye. A false alarm costs mirrored views only.
 SIDED = re.compile(
-    r"\b(left|right|links|rechts|gauche|droite?|izquierd[oa]|derech[oa])\b"
+    r"(?<![a-z])(left|right|link(s|e[rsnm]?)|recht(s|e[rsnm]?)|gauche|droite?|izquierd[oa]s?|derech[oa]s?|sinistr[oaie]|destr[oaie]"
+    r"|esquerd[oa]s?|direit[oa]s?)(?![a-z])"
     r"|\u5de6|\u53f3|\uc67c|\uc624\ub978"  # Chinese and Japanese; Korean
     r"|\b\u043b\u0435\u0432\w\w|\b\u043f\u0440\u0430\u0432\w\w"  # Russian, with an ending
     r"|\u064a\u0633\u0627?\u0631|\u064a\u0645\u064a?\u0646",  # Arabic
@@ -29,7 +30,7 @@ def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
     """Return whether views may be mirrored: by the setting, else unless a part name says left or right."""
     if settings.flip is not None:
         return settings.flip
-    return not any(SIDED.search(name) for name in names)
+    return not any(SIDED.search(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)) for name in names)
 
 
 def augmented_view(

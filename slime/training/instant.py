@@ -59,7 +59,9 @@ def train_instant(
         truth,
         steps=settings.steps,
         l2=backbone.info.l2,
-        init=None if init is None else _initial_vectors(init.vectors, list(features)),
+        init=None
+        if init is None
+        else _initial_vectors(init.vectors, {name: m.shape[1] for name, m in features.items()}),
         on_step=report,
     )
     # The first views are the examples as they are; the first batch holds up to VIEW_BATCH of them.
@@ -68,7 +70,7 @@ def train_instant(
         template,
         vectors={group: vector.cpu() for group, vector in result.vectors.items()},
         losses=tuple(result.losses),
-        example_confidence=float(maps[:, 1:].amax((2, 3)).mean()),
+        example_confidence=min(1.0, float(maps[:, 1:].amax((2, 3)).mean())),
         decoder=LinearDecoder(calibrating_temperature(maps, truth[: len(maps)])),
     )
     preview = (first_image, maps[0].cpu())
@@ -196,12 +198,19 @@ def _features_of(
         yield from in_batches(len(latents), VIEW_BATCH, extract)
 
 
-def _initial_vectors(vectors: Mapping[str, Tensor], groups: Sequence[str]) -> dict[str, Tensor]:
-    """Return vectors for these groups to continue from; a group without its own starts from the mean of the others."""
-    if {*groups} <= {*vectors}:
-        return {group: vectors[group] for group in groups}
-    mean = vectors[SHARED] if SHARED in vectors else torch.stack(list(vectors.values())).mean(0)
-    return {group: vectors.get(group, mean) for group in groups}
+def _initial_vectors(vectors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return vectors [P, D] to continue from for groups of these widths D.
+
+    A group without its own starts from the mean of the others of its width, or from 0.
+    """
+    initial = {}
+    for group, width in widths.items():
+        own = vectors.get(group, vectors.get(SHARED))
+        if own is None or own.shape[1] != width:
+            alike = [vector for vector in vectors.values() if vector.shape[1] == width]
+            own = torch.stack(alike).mean(0) if alike else torch.zeros(len(next(iter(vectors.values()))), width)
+        initial[group] = own
+    return initial
 
 
 TRAINER = Trainer("instant", InstantSettings, LINEAR, train_instant)

@@ -2,8 +2,8 @@
 
 A scene is drawn twice from the same random numbers: once in colour (2x supersampled) and once as integer labels. The
 colour of every part is drawn independently and named in the caption ("a red car with blue windows ... on sand"), so a
-text-to-image model can only paint the scene by knowing where each part is. Label ids follow the paper's data sets:
-0 is the background, 1.. are the entries of ``PARTS[domain]``.
+text-to-image model can only paint the scene if it knows where each part is. Label ids follow the paper's data sets: 0
+is the background, 1.. are the entries of ``PARTS[domain]``.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ DOMAINS = tuple(PARTS)
 
 @dataclass(frozen=True)
 class Scene:
-    """One rendered picture: image uint8 [H, W, 3], labels uint8 [H, W], its caption and its domain.
+    """One rendered scene: image uint8 [H, W, 3], labels uint8 [H, W], its caption and its domain.
 
-    ``fine`` uint8 [H, W] labels parts that no caption names, 1.. are the entries of ``FINE[domain]``.
+    ``fine`` uint8 [H, W] labels parts that no caption names: 1.. are the entries of ``FINE[domain]``.
     """
 
     image: np.ndarray
@@ -52,14 +52,14 @@ class Scene:
     fine: np.ndarray
 
 
-STYLES: dict[str, tuple[int, ...]] = {"free": (), "natural": (1,), "ink": (3,)}  # what their seeds begin with
-WORLD = "free"  # the style that the demo model was trained on
-NATURAL = "natural"  # the test bed's
+STYLES: dict[str, tuple[int, ...]] = {"free": (), "natural": (1,), "ink": (3,)}  # added to their seeds
+WORLD = "free"  # the style that the tiny model was trained on
+NATURAL = "natural"  # the test bed's style
 
 
 @dataclass(frozen=True)
 class Variation:
-    """What a stress set changes: object scale, a bar over the object, or background in the object's own colours."""
+    """Changes of a stress set: object scale, a bar over the object, or a background in the object's own colours."""
 
     scale: float = 1.0
     occlusion: bool = False
@@ -89,7 +89,7 @@ MAIN = {"car": "body", "horse": "neck+torso", "face": "skin"}
 
 
 def describe(domain: str, painter: Painter, place: str) -> str:
-    """The caption: every part but the object's main one is named, in random order, each with probability 0.9."""
+    """Return the caption: it names every part but the main one, in random order, each with probability 0.9."""
     main = MAIN[domain]
     others = [part for part in painter.names if part != main]
     painter.rng.shuffle(others)
@@ -113,9 +113,9 @@ def render(
         seed: any non-negative integer.
         variation: see ``VARIATIONS``.
         size: side of the square image in pixels.
-        style: "natural", as the world looks, see :mod:`.natural`; "free", where every part has a colour of its own; or
-            "ink", another renderer's, see :mod:`.ink`.
-        repaint: of natural scenes: the same shapes in colours, place and light drawn from this seed.
+        style: "natural", with natural colours and light, see :mod:`.natural`; "free", where every part has a colour of
+            its own; or "ink", drawn by another renderer, see :mod:`.ink`.
+        repaint: for natural scenes: draw the same shapes in colours, place and light from this seed.
     """
     rng = np.random.default_rng([DOMAINS.index(domain), seed, *STYLES[style]])
     painter = Painter(rng) if style == "free" else natural_painter(rng)
@@ -149,7 +149,7 @@ def render(
 
 
 def draw_in_ink(domain: str, painter: Painter, variation: Variation, size: int) -> Scene:
-    """A scene of the other renderer."""
+    """Draw a scene with the other renderer."""
     canvas, backdrop = ink.InkCanvas(size), Canvas(size)
     ink.PAINT[domain](canvas, painter, variation.scale)
     ink.paint_paper(backdrop, painter)

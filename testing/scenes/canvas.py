@@ -1,4 +1,4 @@
-"""Polygons drawn in colour and, at once, in integer labels."""
+"""Polygons drawn in colour and in integer labels at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ Color = tuple[int, int, int]
 
 
 class Canvas:
-    """Draws a polygon in colour and, at once, in its label. Coordinates are in units of the image's side, y down."""
+    """Canvas that draws polygons in colour and in their labels at once.
+
+    Coordinates are in units of the image's side, y down.
+    """
 
     def __init__(self, size: int) -> None:
         self.side = size * SUPERSAMPLING
@@ -28,7 +31,10 @@ class Canvas:
         self._draw_fine = ImageDraw.Draw(self.fine)
 
     def polygon(self, points: list[Point], color: Color, label: int | None, fine: int = 0) -> None:
-        """Fill a polygon; ``label`` None leaves the labels as they are. ``fine`` labels what captions never name."""
+        """Fill a polygon; ``label`` None leaves the labels as they are.
+
+        ``fine`` labels parts that captions never name.
+        """
         xy = [(x * self.side, y * self.side) for x, y in points]
         self._draw_color.polygon(xy, fill=color)
         if label is not None:
@@ -36,7 +42,7 @@ class Canvas:
             self._draw_fine.polygon(xy, fill=fine)
 
     def finish(self, size: int) -> tuple[Image.Image, np.ndarray, np.ndarray]:
-        """The picture at its size, its labels and its fine labels."""
+        """Return the image at its size, its labels and its fine labels."""
         image = self.color.resize((size, size), Image.Resampling.BOX)
         offset = SUPERSAMPLING // 2
         labels, fine = (
@@ -76,7 +82,7 @@ def ellipse(x: float, y: float, rx: float, ry: float, angle: float = 0.0, n: int
 
 
 def limb(start: Point, end: Point, r0: float, r1: float) -> list[Point]:
-    """A tapered capsule from ``start`` (radius r0) to ``end`` (radius r1)."""
+    """Return a tapered capsule from ``start`` (radius r0) to ``end`` (radius r1)."""
     angle = math.atan2(end[1] - start[1], end[0] - start[0])
     points = []
     for i in range(9):

@@ -15,7 +15,7 @@ FINE = ("hub",)
 
 
 def paint_car(canvas: Canvas, painter: Painter, scale: float) -> None:
-    """A box body and a tapered cabin in 3-D, seen from the front left or right, drawn back to front."""
+    """Draw a box body and a tapered cabin in 3-D, seen from the front left or right, from back to front."""
     p = painter
     body = p.choose("body")
     window = p.choose("window", ("body",))
@@ -33,7 +33,10 @@ def paint_car(canvas: Canvas, painter: Painter, scale: float) -> None:
     cy, sy, cp, sp = math.cos(yaw), math.sin(yaw), math.cos(pitch), math.sin(pitch)
 
     def project(x: float, y: float, z: float) -> Point:
-        """x along the car (front is +), y up, z towards the viewer's side; orthographic, turned by yaw and pitch."""
+        """Project a point orthographically, turned by yaw and pitch.
+
+        x is along the car (front is +), y up, z towards the viewer's side.
+        """
         u, depth = x * cy - z * sy, x * sy + z * cy
         return u, -(y * cp - depth * sp) * 1.0
 
@@ -69,7 +72,7 @@ def paint_car(canvas: Canvas, painter: Painter, scale: float) -> None:
     t0, t1, inset = b0 + p.uniform(0.06, 0.12), b1 - p.uniform(0.12, 0.18), 0.035
 
     def cabin_side(u: float, v: float) -> tuple[float, float, float]:
-        """Point of the cabin's near side, u along it and v up, both in [0, 1]."""
+        """Return a point of the cabin's near side, u along it and v up, both in [0, 1]."""
         low_x, high_x = b0 + u * (b1 - b0), t0 + u * (t1 - t0)
         return low_x + v * (high_x - low_x), deck + v * (roof - deck), z1 - v * inset
 

@@ -12,7 +12,7 @@ FINE = ("pupil",)
 
 
 def paint_face(canvas: Canvas, painter: Painter, scale: float) -> None:
-    """A frontal portrait with a slight turn; hair of several cuts."""
+    """Draw a frontal portrait with a slight turn and one of several haircuts."""
     p = painter
     skin = p.choose("skin")
     hair = p.choose("hair", ("skin",))

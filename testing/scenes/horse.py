@@ -12,7 +12,7 @@ FINE = ("hoof", "mane")
 
 
 def paint_horse(canvas: Canvas, painter: Painter, scale: float) -> None:
-    """Side view with random gait, neck and tail."""
+    """Draw a side view with random gait, neck and tail."""
     p = painter
     torso = p.choose("neck+torso")
     head = p.choose("head", ("neck+torso",))

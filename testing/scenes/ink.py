@@ -1,4 +1,4 @@
-"""Another drawing style, never trained on, whose scenes choose nothing: flat colours, ink outlines, paper behind.
+"""Another drawing style, used neither for training nor for choosing defaults: flat colours, ink outlines, paper.
 
 The objects are built anew: a car in cabinet projection, a horse of straight timber, a face of circles.
 """
@@ -17,9 +17,9 @@ PAPERS: tuple[Color, ...] = ((244, 236, 214), (226, 232, 240), (236, 222, 226), 
 
 
 class InkCanvas(Canvas):
-    """Polygons with an outline, which belongs to what it surrounds."""
+    """Canvas whose polygons have an outline, which belongs to the part that it surrounds."""
 
-    line = 0.008  # of the side
+    line = 0.008  # relative to the image's side
 
     def __init__(self, size: int) -> None:
         super().__init__(size)
@@ -35,7 +35,7 @@ class InkCanvas(Canvas):
 
 
 def paint_paper(canvas: Canvas, painter: Painter) -> None:
-    """Paper, hatched over a part of it."""
+    """Draw paper, a part of it hatched."""
     paper = PAPERS[int(painter.rng.integers(len(PAPERS)))]
     Canvas.polygon(canvas, [(0, 0), (1, 0), (1, 1), (0, 1)], paper, None)
     ground = painter.uniform(0.55, 0.8)
@@ -49,7 +49,7 @@ def paint_paper(canvas: Canvas, painter: Painter) -> None:
 
 
 def paint_car(canvas: Canvas, p: Painter, scale: float) -> None:
-    """A boxy car in cabinet projection: its side as it is, its front slanting backwards."""
+    """Draw a boxy car in cabinet projection: its side as it is, its front slanting backwards."""
     body, window = p.choose("body"), p.choose("window", ("body",))
     wheel, light = p.choose("wheel", ("body",)), p.choose("light", ("body",))
     plate = p.choose("plate", ("body", "light"))
@@ -66,7 +66,7 @@ def paint_car(canvas: Canvas, p: Painter, scale: float) -> None:
     left, right = -length / 2 - dx / 2, length / 2 - dx / 2
 
     def front(u: float, v: float) -> Point:
-        """A point of the front, u from the near edge back, v from its top down."""
+        """Return a point of the front, u from the near edge back, v from its top down."""
         return right + u * dx, deck + v * (low - deck) + u * dy
 
     part([(left, deck), (left + dx, deck + dy), (right + dx, deck + dy), (right, deck)], shade(body, 1.12), "body")
@@ -96,7 +96,7 @@ def paint_car(canvas: Canvas, p: Painter, scale: float) -> None:
 
 
 def paint_horse(canvas: Canvas, p: Painter, scale: float) -> None:
-    """A horse of straight timber."""
+    """Draw a horse of straight timber."""
     torso, head = p.choose("neck+torso"), p.choose("head", ("neck+torso",))
     leg, tail = p.choose("leg", ("neck+torso",)), p.choose("tail", ("neck+torso", "leg"))
     frame = Frame(
@@ -166,7 +166,7 @@ def paint_horse(canvas: Canvas, p: Painter, scale: float) -> None:
 
 
 def paint_face(canvas: Canvas, p: Painter, scale: float) -> None:
-    """A face of circles."""
+    """Draw a face of circles."""
     skin, hair = p.choose("skin"), p.choose("hair", ("skin",))
     cloth, neck = p.choose("cloth", ("skin", "hair")), p.choose("neck", ("skin", "cloth"))
     ear, eye = p.choose("ear", ("skin", "hair")), p.choose("eye", ("skin",))
@@ -226,7 +226,7 @@ def paint_face(canvas: Canvas, p: Painter, scale: float) -> None:
 
 
 def print_on_paper(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """Grain of the paper."""
+    """Add the grain of the paper."""
     pixels = np.asarray(image, np.float32) * rng.uniform(0.92, 1.05)
     grain = np.repeat(np.repeat(rng.normal(0, 4, (image.height // 2, image.width // 2, 1)), 2, 0), 2, 1)
     return np.clip(pixels + grain, 0, 255).astype(np.uint8)

@@ -1,7 +1,7 @@
-"""The natural world: parts have the colours they usually have, surfaces have texture, light casts shadows.
+"""The natural style: parts have the colours they usually have, surfaces have texture, light casts shadows.
 
-A third of its scenes keeps freely drawn colours. Captions leave much unsaid and know the word "part"; parts finer than
-any caption names (hub, hoof, mane, pupil) are labelled too.
+A third of its scenes keeps freely drawn colours. Captions leave much unsaid and use the word "part". Parts finer than
+any that a caption names (hub, hoof, mane, pupil) are labelled too.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from PIL import Image, ImageFilter
 from .canvas import Color, shade
 from .painter import COLORS, Painter
 
-FREE_SHARE = 1 / 3  # of the scenes whose colours are drawn freely
-# Usual colours of a part and how usual they are; a part that is like another names it.
+FREE_SHARE = 1 / 3  # share of the scenes whose colours are drawn freely
+# Usual colours of every part with their weights; parts that resemble another part are in ALIKE.
 TONES = {"pale": (238, 206, 180), "tan": (205, 160, 125), "dark": (96, 62, 44)}
 USUAL: dict[str, dict[str, float]] = {
     "body": {
@@ -39,7 +39,7 @@ USUAL: dict[str, dict[str, float]] = {
     "eye": {"brown": 3, "blue": 2, "green": 1, "gray": 1},
     "mouth": {"red": 3, "pink": 2},
 }
-# A part in the colour of another one, a little lighter or darker, and how often.
+# Parts in the colour of another part: that part, how often, and the factor of the brightness.
 ALIKE = {
     "head": ("neck+torso", 0.8, 0.92),
     "leg": ("neck+torso", 0.6, 0.85),
@@ -58,12 +58,12 @@ PART_WORDS = (
 
 
 class NaturalPainter(Painter):
-    """Colours as the world has them."""
+    """Painter that gives parts their usual colours."""
 
     mane = True
 
     def choose(self, part: str, differs_from: tuple[str, ...] = ()) -> Color:
-        """A usual colour of ``part``, or one like that of the part it usually resembles."""
+        """Draw a usual colour for ``part``, or one like that of the part it usually resembles."""
         if part in ALIKE:
             other, often, factor = ALIKE[part]
             if self.rng.random() < often:
@@ -84,7 +84,7 @@ class NaturalPainter(Painter):
 
 
 class FreePainter(Painter):
-    """Freely drawn colours in the natural world."""
+    """Painter that draws colours freely in the natural style."""
 
     mane = True
 
@@ -94,7 +94,7 @@ def natural_painter(rng: np.random.Generator) -> Painter:
 
 
 class Repainter(Painter):
-    """The shapes of one painter in the colours of another."""
+    """Painter with the shapes of one painter and the colours of another."""
 
     mane = True
 
@@ -103,13 +103,13 @@ class Repainter(Painter):
         self._shapes, self._paint = shapes, paint
 
     def choose(self, part: str, differs_from: tuple[str, ...] = ()) -> Color:
-        """The colour that ``paint`` gives; ``shapes`` draws one too, so that what it draws next is as it was."""
+        """Return the colour from ``paint``; ``shapes`` draws one too, so that its next random numbers are unchanged."""
         self._shapes.choose(part, differs_from)
         return self._paint.choose(part, differs_from)
 
 
 def texture(rng: np.random.Generator, size: int, finest: int) -> np.ndarray:
-    """Smooth noise of several scales, [size, size], mean about 0, deviation about 1."""
+    """Return smooth noise of several scales, [size, size], mean about 0, deviation about 1."""
     total = np.zeros((size, size), np.float32)
     cells, weight, power = 4, 1.0, 0.0
     while cells <= finest:
@@ -121,7 +121,7 @@ def texture(rng: np.random.Generator, size: int, finest: int) -> np.ndarray:
 
 
 def light_naturally(image: Image.Image, labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Textures of object and surroundings, light from one side, a cast shadow, soft focus and noise of the camera."""
+    """Add textures of object and surroundings, light from one side, a cast shadow, soft focus and camera noise."""
     size = image.width
     inside: np.ndarray = np.asarray(
         Image.fromarray(((labels > 0) * 255).astype(np.uint8)).filter(ImageFilter.GaussianBlur(0.7)), np.float32
@@ -143,7 +143,7 @@ def light_naturally(image: Image.Image, labels: np.ndarray, rng: np.random.Gener
 
 
 def sparse_caption(domain: str, painter: Painter, place: str, main: str, plural: dict[str, str]) -> str:
-    """Some of what there is to say, more of it where colours are free, and "part" in a quarter of the captions."""
+    """Return a caption that names some parts, more if colours are free; a quarter of the captions has "part"."""
     rng, kind = painter.rng, painter.rng.random()
     others = [part for part in painter.names if part != main]
     rng.shuffle(others)
@@ -153,7 +153,7 @@ def sparse_caption(domain: str, painter: Painter, place: str, main: str, plural:
         return f"{text}, {painter.names[others[0]]} {others[0]} part" if rng.random() < 0.3 else text
     color = f"{painter.names[main]} " if rng.random() < 0.6 else ""
     text = f"{'a photo of ' if rng.random() < 0.3 else ''}a {color}{domain}"
-    often = 0.8 if isinstance(painter, FreePainter) else 0.5  # what is unusual is worth saying
+    often = 0.8 if isinstance(painter, FreePainter) else 0.5  # unusual colours are worth naming
     named = [f"{painter.names[part]} {plural.get(part, part)}" for part in others if rng.random() < often]
     if kind < 0.8 and named:
         text = f"{text} with {', '.join(named)}"

@@ -25,7 +25,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
 class Painter:
     """Random choices of one scene: the generator, the colour of every part and the words that name them."""
 
-    mane = False  # horses of the natural world have one
+    mane = False  # horses in the natural style have one
 
     def __init__(self, rng: np.random.Generator) -> None:
         self.rng = rng
@@ -33,7 +33,7 @@ class Painter:
         self.colors: dict[str, Color] = {}
 
     def choose(self, part: str, differs_from: tuple[str, ...] = ()) -> Color:
-        """Draw a colour name for ``part``, unlike those of its neighbours, and jitter it."""
+        """Draw a named colour for ``part`` that differs from its neighbours', and jitter it."""
         taken = {self.names[other] for other in differs_from}
         name = str(self.rng.choice([c for c in COLORS if c not in taken]))
         self.names[part] = name

@@ -1,4 +1,4 @@
-"""Where an object stands: ground and sky, clutter, an occluding bar, light and noise of the camera."""
+"""Surroundings of an object: ground and sky, clutter, an occluding bar, light and noise of the camera."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def paint_background(canvas: Canvas, painter: Painter, place: str, palette: list
 
 
 def paint_bar(canvas: Canvas, painter: Painter) -> None:
-    """A slanted bar (label background) across the middle of the picture."""
+    """Draw a slanted bar (label background) across the middle of the image."""
     x, half, slant = painter.uniform(0.3, 0.7), painter.uniform(0.06, 0.1), painter.uniform(-0.25, 0.25)
     color = list(COLORS.values())[int(painter.rng.integers(len(COLORS)))]
     points = [(x - half - slant, 0.0), (x + half - slant, 0.0), (x + half + slant, 1.0), (x - half + slant, 1.0)]
@@ -55,7 +55,7 @@ def paint_bar(canvas: Canvas, painter: Painter) -> None:
 
 
 def light_up(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """Uneven lighting, slight blur and sensor noise."""
+    """Apply uneven lighting, slight blur and sensor noise."""
     size = image.width
     field = Image.fromarray(rng.uniform(0.82, 1.12, (3, 3)).astype(np.float32))
     light = np.asarray(field.resize((size, size), Image.Resampling.BICUBIC))[..., None]

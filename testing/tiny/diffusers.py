@@ -1,4 +1,4 @@
-"""ComfyUI's UNets, and the whole tiny model, in diffusers: for parity tests and for use without ComfyUI."""
+"""ComfyUI's UNets and the whole tiny model in diffusers, for parity tests and for use without ComfyUI."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from slime.backbones.single_file import schedule
 
 
 def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
-    """A UNet2DConditionModel with the weights of a ComfyUI diffusion model.
+    """Return a UNet2DConditionModel with the weights of a ComfyUI diffusion model.
 
     Args:
         config: arguments of ComfyUI's UNetModel; attention in all levels but the last (SD1.x, SD2.x), or with pooled
@@ -60,7 +60,7 @@ def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
 
 
 def load_tiny(checkpoint: Path, tokenizer_folder: Path) -> DiffusersUNet:
-    """The tiny checkpoint in diffusers' and transformers' classes.
+    """Load the tiny checkpoint into the classes of diffusers and transformers.
 
     Args:
         checkpoint: slime_tiny.safetensors.

@@ -1,7 +1,7 @@
-"""The narrow autoencoder that is trained in TAESD's format.
+"""Narrow autoencoder that is trained in TAESD's format.
 
-It is trained narrow and written into TAESD's 64 channels padded with zeros: the stock loader reads it, training is an
-order of magnitude cheaper.
+It is trained narrow, and written into TAESD's 64 channels padded with zeros. The stock loader can load it, and training
+is an order of magnitude cheaper.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ __all__ = ["CLIP_CONFIG", "CONTEXT_DIM", "DOWNSCALE", "LATENT_CHANNELS", "LATENT
 
 
 class Block(nn.Module):
-    """TAESD's residual block; ``identity`` leaves its convolutions out (written as zeros)."""
+    """TAESD's residual block; ``identity`` leaves its convolutions out (they are written as zeros)."""
 
     def __init__(self, width: int, identity: bool = False) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 class PassThrough(nn.Module):
-    """Stands for TAESD's first convolution: copies the three colours."""
+    """Stand-in for TAESD's first convolution that copies the three colours."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x
@@ -43,7 +43,7 @@ class Clamp(nn.Module):
 
 
 def narrow_encoder(widths: tuple[int, int, int] = (24, 48, 64)) -> nn.Sequential:
-    """[B, 3, H, W] in [0, 1] -> [B, 4, H/8, W/8]; module indices are those of TAESD's encoder."""
+    """Return an encoder [B, 3, H, W] in [0, 1] -> [B, 4, H/8, W/8]; module indices are those of TAESD's encoder."""
     half, quarter, eighth = widths
     return nn.Sequential(
         PassThrough(),
@@ -65,7 +65,7 @@ def narrow_encoder(widths: tuple[int, int, int] = (24, 48, 64)) -> nn.Sequential
 
 
 def narrow_decoder(widths: tuple[int, int, int, int] = (64, 48, 32, 12)) -> nn.Sequential:
-    """[B, 4, h, w] -> [B, 3, 8h, 8w] in about [0, 1]; module indices are those of TAESD's decoder."""
+    """Return a decoder [B, 4, h, w] -> [B, 3, 8h, 8w] in about [0, 1]; module indices are those of TAESD's decoder."""
     eighth, quarter, half, full = widths
     return nn.Sequential(
         Clamp(),
@@ -92,7 +92,7 @@ def narrow_decoder(widths: tuple[int, int, int, int] = (64, 48, 32, 12)) -> nn.S
 
 
 def widen(narrow: nn.Sequential, width: int = 64) -> dict[str, Tensor]:
-    """State dict of the full-width TAESD half that computes what ``narrow`` computes (zero padding)."""
+    """Return the state dict of the full-width TAESD half that computes what ``narrow`` computes (zero padding)."""
     state: dict[str, Tensor] = {}
     last = len(narrow) - 1
 

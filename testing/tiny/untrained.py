@@ -1,4 +1,4 @@
-"""The tiny checkpoint with its UNet as it was before training: shows what the attention alone, unlearned, is worth."""
+"""The tiny checkpoint with its UNet as it was before training, to measure what untrained attention alone achieves."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from .weights import DIFFUSION, load_weights
 
 NORMS = ("norm", ".ln_", ".in_layers.0.", ".out_layers.0.")
-ZERO_LAYERS = ("out_layers.3.", "proj_out.", "out.2.")  # latent diffusion starts these at zero
+ZERO_LAYERS = ("out_layers.3.", "proj_out.", "out.2.")  # latent diffusion initialises these with zeros
 
 
 def write_untrained(trained: Path, target: Path, seed: int = 0, prefix: str = DIFFUSION) -> Path:
-    """Copy a checkpoint with the weights of its diffusion model drawn anew as PyTorch initialises them."""
+    """Copy a checkpoint, with the weights of its diffusion model initialised anew as PyTorch does."""
     generator = torch.Generator().manual_seed(seed)
     state = load_weights(trained)
     for name, weight in state.items():

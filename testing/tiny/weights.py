@@ -1,4 +1,4 @@
-"""Weights of the tiny models: a checkpoint has them all, the test bed only what was trained on from the demo's."""
+"""Weights of the tiny models: a checkpoint has all, the test bed only those trained further from the tiny model."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ TESTBED = MODEL.parent / "testbed_warm.safetensors"
 DIFFUSION = "model.diffusion_model."
 CLIP = "cond_stage_model.transformer."
 TABLE = "text_model.embeddings.token_embedding.weight"
-TOKENS = "tokens"  # the rows of the words that are used; their places in CLIP's vocabulary are in the file's metadata
+TOKENS = "tokens"  # embeddings of the tokens in use; the file's metadata has their places in CLIP's vocabulary
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a checkpoint, or of a test bed, which takes what was not trained from the demo's checkpoint."""
+    """Return all weights of a checkpoint, or of a test bed.
+
+    Weights that a test bed does not hold come from the tiny model's checkpoint.
+    """
     state = load_file(str(path))
     if TOKENS not in state:
         return state
@@ -36,14 +39,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def flow_checkpoint() -> dict[str, Tensor]:
-    """The tiny flow transformer as a whole checkpoint, with the demo model's VAE and text encoder."""
+    """Return the tiny flow transformer as a whole checkpoint, with the tiny model's VAE and text encoder."""
     rest = {name: weight for name, weight in load_file(str(MODEL)).items() if not name.startswith(DIFFUSION)}
     return rest | {DIFFUSION + name: weight for name, weight in load_file(str(FLOW)).items()}
 
 
 @contextmanager
 def checkpoint_of(path: Path) -> Iterator[Path]:
-    """A file for ComfyUI's stock loader: the path itself, or for a test bed a whole checkpoint, kept meanwhile."""
+    """Provide a file for ComfyUI's stock loader: the path itself, or for a test bed a temporary whole checkpoint."""
     if path.suffix == ".safetensors":
         with safe_open(str(path), framework="pt") as file:
             partial = TOKENS in file.keys()  # noqa: SIM118

@@ -236,7 +236,7 @@ def test_train_is_short_and_settings_nodes_have_the_rest(canvas) -> None:
         [settings[0], node],
     )
     sent = canvas.js("async () => (await app.graphToPrompt()).output")
-    assert sent[str(settings[0])]["inputs"]["views"] == 24 and sent[str(node)]["inputs"]["settings"] == [
+    assert sent[str(settings[0])]["inputs"]["views"] == 0 and sent[str(node)]["inputs"]["settings"] == [
         str(settings[0]),
         0,
     ]
