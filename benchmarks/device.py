@@ -56,7 +56,7 @@ def about() -> Row:
 
 def parity() -> str:
     """Run the tests that compare ComfyUI's and diffusers' passes, on this device in float32; return their counts."""
-    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_parity.py"]
+    line = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/comfy/test_parity.py"]
     done = subprocess.run(
         line, cwd=ROOT, capture_output=True, text=True, check=False, env=os.environ | {"SLIME_FLOAT32": "1"}
     )

@@ -52,14 +52,14 @@ SHAPE = MaskShape(grow=8, feather=8)  # the node's defaults
 class Timed:
     """The segmenter of a guider, with the time that it has taken."""
 
-    def __init__(self, watcher: Any) -> None:
-        self.watcher, self.seconds = watcher, 0.0
+    def __init__(self, segmenter: Any) -> None:
+        self.segmenter, self.seconds = segmenter, 0.0
 
-    def look(self, denoised: Tensor, sampled: Any) -> Any:
+    def segment(self, denoised: Tensor, sampled: Any) -> Any:
         start = time.perf_counter()
-        found = self.watcher.look(denoised, sampled)
+        maps = self.segmenter.segment(denoised, sampled)
         self.seconds += time.perf_counter() - start
-        return found
+        return maps
 
 
 class Painting:
@@ -144,9 +144,9 @@ def ways(
         prompts = nodes["SLiMePartPrompt"].execute(embeddings, asked, part).args[0]
         model = painting.backbone.model
         guider = nodes["SLiMePartGuider"].execute(model, whole, painting.nothing, prompts, CFG).args[0]
-        guider._watcher = Timed(guider._watcher)
+        guider._segmenter = Timed(guider._segmenter)
         pixels = painting.paint(guider, seed)
-        painting.looking = guider._watcher.seconds
+        painting.looking = guider._segmenter.seconds
         return pixels
 
     return {

@@ -9,14 +9,25 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..slime.data.annotations import read_annotations
+from ..slime.data.annotations import read_annotations, read_examples, said_of
 from ..slime.data.formats import FORMATS, png
 from ..slime.data.records import record_of
 from ..slime.data.run_log import RunLog, write_whole
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, merge_examples
 from ..slime.images import as_rgb
-from .common import FILES, Examples, Parts, PartsSocket, as_bytes, named_errors, pixel_digest, schema, split_names
+from .common import (
+    FILES,
+    Examples,
+    Parts,
+    PartsSocket,
+    as_bytes,
+    named_errors,
+    pixel_digest,
+    schema,
+    show_text,
+    split_names,
+)
 from .example import examples_result, previous_input
 
 CHOICES = ["coco", "label-map", "masks", "label-studio", "coco-polygons", "yolo"]
@@ -108,6 +119,7 @@ class SLiMeLoadAnnotations(io.ComfyNode):
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
                 io.Image.Output(display_name="preview", tooltip="The last image with its parts tinted."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -126,8 +138,9 @@ class SLiMeLoadAnnotations(io.ComfyNode):
         with named_errors("SLiMe Load Annotations"):
             annotated = read_annotations(str(_existing(path)), split_names(parts) if parts.strip() else ())
             examples = tuple(previous or ())
-            for image in annotated.images[:max_images]:
-                examples = merge_examples(examples, image.example(annotated.names))
+            for example in read_examples(annotated, max_images):
+                examples = merge_examples(examples, example)
+        show_text(getattr(cls.hidden, "unique_id", None), said_of(annotated.skipped))
         return examples_result(cls, examples)
 
 

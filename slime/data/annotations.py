@@ -87,6 +87,27 @@ def read_annotations(source: str, names: Sequence[str] = (), required: bool = Tr
     return _with_names(annotated, tuple(names)) if names else annotated
 
 
+def read_examples(annotated: AnnotatedSet, most: int = 0) -> list[Example]:
+    """Return the first ``most`` images as examples, 0 for all; images that cannot be used are added to ``skipped``.
+
+    Raises:
+        SlimeError: no image can be used; the first reason.
+    """
+    examples: list[Example] = []
+    first: SlimeError | None = None
+    for image in annotated.images:
+        try:
+            examples.append(image.example(annotated.names))
+        except SlimeError as error:
+            first = first or error
+            annotated.skipped.append(str(error))
+        if len(examples) == most:
+            break
+    if not examples and first is not None:
+        raise first
+    return examples
+
+
 def said_of(skipped: Sequence[str], most: int = 3) -> str:
     """Return one sentence about skipped annotations, which names the first ones; an empty text for none."""
     if not skipped:
@@ -218,7 +239,7 @@ def _json_file(path: Path, wanted: Sequence[str]) -> AnnotatedSet:
 def _part_names(used: Sequence[str], wanted: Sequence[str], path: Path) -> tuple[str, ...]:
     """Return the names of the parts to read: the wanted ones that occur, else all but the background."""
     names = [name for name in dict.fromkeys(used) if name and name.lower() != BACKGROUND]
-    if wanted:
+    if wanted or not names:
         return tuple(name for name in names if name in wanted)
     try:
         return check_names(names)
@@ -235,7 +256,7 @@ def _entries(body: Mapping[str, Any], key: str, path: Path) -> list[dict[str, An
     entries = body.get(key)
     if not isinstance(entries, list):
         raise SlimeError(f"{path.name} is no COCO file of instances: it has no list {key}.")
-    return [entry for entry in entries if isinstance(entry, dict)]
+    return _dicts(entries)
 
 
 def _id(value: Any) -> str:
@@ -313,7 +334,7 @@ def _side(value: Any) -> int:
 def _fits(shape: Any, height: int, width: int, label: str, skipped: list[str]) -> bool:
     """Return whether run lengths are of the image's size; a line in ``skipped`` if not."""
     size = shape.get("size") if isinstance(shape, dict) else None
-    if size is None or list(size) == [height, width]:
+    if size is None or size == [height, width]:
         return True
     skipped.append(f"{label}: its run lengths are of the size {size}, the image of {[height, width]}")
     return False
@@ -366,9 +387,8 @@ def _label_studio(tasks: Sequence[Any], path: Path, wanted: Sequence[str]) -> An
             regions.append((name, label, shapes))
     names = _part_names([shape["part"] for _, _, shapes in regions for shape in shapes], wanted, path)
     if not names and not wanted:
-        raise SlimeError(
-            f"{path.name} has no brush, polygon, ellipse or rectangle labels. {said_of(skipped)} Export it as JSON."
-        )
+        said = said_of(skipped) or "Export it as JSON."
+        raise SlimeError(f"{path.name} has no brush, polygon, ellipse or rectangle labels. {said}")
 
     def annotated(name: str, label: str, shapes: list[dict[str, Any]]) -> AnnotatedImage:
         file = _find(path.parent, name)
@@ -397,17 +417,17 @@ def _image_of(data: Mapping[str, Any]) -> str:
 
 def _regions(task: Mapping[str, Any], label: str, skipped: list[str]) -> list[dict[str, Any]]:
     """Return the labelled regions of a task: kind, part, value, and the image's height and width."""
-    answers = [a for a in task.get("annotations") or [] if isinstance(a, dict)]
+    answers = _dicts(task.get("annotations"))
     finished = [answer for answer in answers if not answer.get("was_cancelled") and answer.get("result")]
-    guesses = [a for a in task.get("predictions") or [] if isinstance(a, dict)]
+    guesses = _dicts(task.get("predictions"))
     answer = finished[-1] if finished else (guesses[-1] if guesses and not answers else {})
-    results = [item for item in answer.get("result") or [] if isinstance(item, dict)]
-    parts = {item.get("id"): _part_of(item) for item in results if _part_of(item)}
+    results = _dicts(answer.get("result"))
+    parts = {str(item.get("id")): _part_of(item) for item in results if _part_of(item)}
     regions = []
     for item in results:
         value = item.get("value")
         kind = next((kind for kind, key in REGIONS.items() if isinstance(value, dict) and key <= value.keys()), None)
-        part = _part_of(item) or parts.get(item.get("id"))
+        part = _part_of(item) or parts.get(str(item.get("id")))
         if kind is None or part is None:
             continue  # keypoints, choices, texts, relations
         try:
@@ -417,6 +437,10 @@ def _regions(task: Mapping[str, Any], label: str, skipped: list[str]) -> list[di
             continue
         regions.append({"kind": kind, "part": part, "value": value, "id": item.get("id"), **sides})
     return regions
+
+
+def _dicts(entries: Any) -> list[dict[str, Any]]:
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
 
 
 # Kinds of regions by the keys of their values, the most special first.

@@ -30,7 +30,7 @@ from ..edit import describe
 from ..errors import SlimeError
 from ..parts.metrics import boundary_f, evaluate
 from ..settings import REFINEMENTS
-from .annotations import read_annotations
+from .annotations import AnnotatedSet, read_annotations, read_examples, said_of
 from .formats import FORMATS
 from .pixels import decode
 from .review import least_confident, review_page
@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     train_command.add_argument("--shots", type=int, default=0, help="number of images to train on; 0 for all")
     train_command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    train_command.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
     train_command.add_argument("--preset", choices=("instant", "paper"), default="instant")
     train_command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
 
@@ -162,7 +163,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 def _train(options: argparse.Namespace) -> None:
     annotated = read_annotations(options.examples, options.parts)
-    examples = [image.example(annotated.names) for image in annotated.images[: options.shots or None]]
+    examples = read_examples(annotated, options.shots)
+    _tell_skipped(options, annotated)
     backbone = _load(options)
     changes = {name: _value(value) for name, _, value in (text.partition("=") for text in options.set)}
     settings = preset(options.preset, backbone.info, **changes)
@@ -178,6 +180,15 @@ def _train(options: argparse.Namespace) -> None:
             embeddings = train(backbone, examples, settings, on_step=on_step)
     save_embeddings(embeddings, options.output)
     sys.stdout.write(f"{options.output}: {', '.join(embeddings.names)}, trained on {len(examples)} images\n")
+
+
+def _tell_skipped(options: argparse.Namespace, annotated: AnnotatedSet) -> None:
+    """Write a line about annotations that cannot be used; raise SlimeError with --strict."""
+    text = said_of(annotated.skipped, most=10)
+    if text and options.strict:
+        raise SlimeError(text)
+    if text:
+        sys.stderr.write(f"slime: {text}\n")
 
 
 def _value(text: str) -> Any:

@@ -150,6 +150,8 @@ def mask_of_brush(code: list[int], height: int, width: int) -> np.ndarray:
     Raises:
         ValueError: it is of another size, or cut.
     """
+    if not isinstance(code, list):
+        raise ValueError("the brush's code is not a list of bytes")
     bits, place = int.from_bytes(bytes(code), "big"), len(code) * BYTE
 
     def read(count: int) -> int:

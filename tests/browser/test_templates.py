@@ -135,7 +135,8 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     assert canvas.js(unknown) == ([DETAILER] if name == IMPACT else [])
     show_all(canvas, f"{name}_before")
     assert overlaps(canvas) == []
-    if name in NOT_RUN:
+    # Both canvases open every template; one of them runs it.
+    if name in NOT_RUN or list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
         return
     fill_in(canvas, prepare(canvas.server, name))
     train_briefly(canvas)
@@ -169,6 +170,7 @@ def test_live_previews_and_progress_arrive(canvas) -> None:
     prompt = prepare(canvas.server, FIRST)
     prompt[find(prompt, "SLiMeTrain")]["inputs"]["seed"] = 5 + MODES[canvas.mode]  # not the one that is cached
     fill_in(canvas, prompt)
+    train_briefly(canvas, views=12, steps=60)
     canvas.js("() => { window.heard.start = performance.now(); }")
     canvas.run(600)
     heard = canvas.js("() => window.heard")
