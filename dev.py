@@ -202,7 +202,10 @@ def main(arguments: list[str]) -> int:
     if command == "test":
         if "--fast" in rest:
             rest = ["-m", "not slow and not server", *(option for option in rest if option != "--fast")]
-        return lint(run) or check_web() or run("pytest", *rest)
+        status = lint(run) or check_web() or run("pytest", *rest)
+        if not (os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")):
+            say("No Chromium found: the browser tests were left out. Install it, or set CHROMIUM to its path.")
+        return status
     if command == "lint":
         return lint(run)
     if command == "format":
