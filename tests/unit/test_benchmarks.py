@@ -234,7 +234,7 @@ def test_rows_come_back_from_their_file(tmp_path) -> None:
 def test_memory_is_measured() -> None:
     for case, count in (("batch", 3), ("stream", 6)):  # a process's peak holds all that ran in it before
         assert -0.1 < memory.in_own_process(case, count, 64, 2) < 1
-    assert memory.peak() >= memory.resident() > 1e7
+    assert memory.peak() > 0.9 * memory.resident() > 1e7  # the kernel counts them apart
 
 
 def test_speed_rows_and_memory() -> None:
