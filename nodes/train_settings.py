@@ -143,8 +143,8 @@ def _view_inputs(usual: TrainSettings) -> list[Any]:
             default=0 if instant else usual.views,
             min=0 if instant else 1,
             max=1000,
-            tooltip="Number of augmented views of the examples; 0 = the model's own (24, SDXL 16). More take more "
-            "time, for slightly better masks."
+            tooltip="Number of augmented views of the examples; 0 = the model's own (24; SDXL and flow models 16). "
+            "More take more time, for slightly better masks."
             if instant
             else "Number of augmented views of the examples; used again if there are fewer than steps.",
         ),

@@ -6,7 +6,6 @@ One bad annotation does not lose the good ones: what is skipped is named in :att
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -154,9 +153,9 @@ def _folder(folder: Path, wanted: Sequence[str]) -> AnnotatedSet:
     names = check_names(lines) if not wanted else tuple(lines)
     if len(names) >= IGNORE:
         raise SlimeError(f"{NAMES} has {len(names)} names; label maps of 8 bits hold at most {IGNORE - 1}.")
-    images = []
+    images, files = [], _Files()
     for file in _files(folder):
-        labels = _label_file(file) if file.suffix.lower() in SUFFIXES else None
+        labels = _label_file(file, files) if file.suffix.lower() in SUFFIXES else None
         if labels is not None:
             images.append(AnnotatedImage(file.name, _decoder(file), _label_reader(labels, file)))
     return AnnotatedSet(names, tuple(images), [])
@@ -166,18 +165,25 @@ def _files(folder: Path) -> list[Path]:
     return sorted(file for file in folder.iterdir() if file.is_file()) if folder.is_dir() else []
 
 
-def _label_file(image: Path) -> Path | None:
+def _label_file(image: Path, files: _Files) -> Path | None:
     """Return the path of an image's label map; None for a file that is itself a label map, or has none."""
     places = [place / f"{image.stem}{end}" for place in (image.parent / "labels", image.parent) for end in LABEL_MAPS]
-    return next((file for file in _any_case(places) if file != image), None)
+    return next((file for file in map(files.find, places) if file not in (None, image)), None)
 
 
-def _any_case(places: Sequence[Path]) -> list[Path]:
-    """Return the files that exist under these names, in upper or lower case."""
-    found = []
-    for place in places:
-        found += [file for file in _files(place.parent) if file.name.lower() == place.name.lower()]
-    return found
+class _Files:
+    """Finds files whose names may differ in upper and lower case; every folder is listed once."""
+
+    def __init__(self) -> None:
+        self._listed: dict[Path, dict[str, Path]] = {}
+
+    def find(self, place: Path) -> Path | None:
+        """Return the file of this name, else one of the same letters, else None."""
+        if place.is_file():
+            return place
+        if place.parent not in self._listed:
+            self._listed[place.parent] = {file.name.lower(): file for file in _files(place.parent)}
+        return self._listed[place.parent].get(place.name.lower())
 
 
 def _label_reader(file: Path, image: Path) -> Callable[[], np.ndarray]:
@@ -265,7 +271,7 @@ def _id(value: Any) -> str:
 
 
 def _coco(body: Mapping[str, Any], path: Path, wanted: Sequence[str]) -> AnnotatedSet:
-    skipped: list[str] = []
+    skipped, files = list[str](), _Files()
     categories = {_id(entry.get("id")): _part_name(entry.get("name")) for entry in _entries(body, "categories", path)}
     images = {_id(entry.get("id")): entry for entry in _entries(body, "images", path)}
     of_image: dict[str, list[tuple[str, Any, str]]] = {image: [] for image in images}
@@ -299,7 +305,7 @@ def _coco(body: Mapping[str, Any], path: Path, wanted: Sequence[str]) -> Annotat
         except ValueError as error:
             skipped.append(f"image {name or key}: {error}")
             return None
-        file = _find(path.parent, name)
+        file = _find(path.parent, name, files)
 
         def labels() -> np.ndarray:
             label_map = np.zeros((height, width), np.uint8)
@@ -356,10 +362,7 @@ def _coco_shape(shape: Any) -> Any:
 
 
 def _points(flat: Sequence[Any]) -> np.ndarray:
-    points = np.asarray(flat[: len(flat) // 2 * 2], np.float64).reshape(-1, 2)
-    if not np.isfinite(points).all():
-        raise ValueError("its outline has numbers that are not finite")
-    return points
+    return np.asarray(flat[: len(flat) // 2 * 2], np.float64).reshape(-1, 2)
 
 
 def _coco_mask(shape: Any, height: int, width: int) -> np.ndarray:
@@ -372,7 +375,7 @@ def _coco_mask(shape: Any, height: int, width: int) -> np.ndarray:
 
 def _label_studio(tasks: Sequence[Any], path: Path, wanted: Sequence[str]) -> AnnotatedSet:
     """Read a JSON export of Label Studio: the regions of each task's last annotation that was not cancelled."""
-    skipped: list[str] = []
+    skipped, files = list[str](), _Files()
     regions: list[tuple[str, str, list[dict[str, Any]]]] = []
     for index, task in enumerate(tasks):
         label = f"task {task.get('id', index + 1)}" if isinstance(task, dict) else f"task {index + 1}"
@@ -391,7 +394,7 @@ def _label_studio(tasks: Sequence[Any], path: Path, wanted: Sequence[str]) -> An
         raise SlimeError(f"{path.name} has no brush, polygon, ellipse or rectangle labels. {said}")
 
     def annotated(name: str, label: str, shapes: list[dict[str, Any]]) -> AnnotatedImage:
-        file = _find(path.parent, name)
+        file = _find(path.parent, name, files)
 
         def labels() -> np.ndarray:
             label_map = np.zeros((shapes[0]["height"], shapes[0]["width"]), np.uint8)
@@ -462,25 +465,25 @@ def _part_of(item: Mapping[str, Any]) -> str | None:
 
 
 def _region_mask(region: Mapping[str, Any], height: int, width: int) -> np.ndarray:
+    """Decode a region, whose numbers are percentages of the image's sides, to a mask bool [H, W]."""
     value, scale = region["value"], np.array([width, height]) / 100
-    if region["kind"] == "brush":
-        return mask_of_brush(value["rle"], height, width)
-    if region["kind"] == "polygon":
-        points = _points([number for point in value["points"] for number in point[:2]])
-    else:
-        sides = [float(value[key]) for key in sorted(REGIONS[region["kind"]] - {"x", "y"}, key=len)]
-        if not all(map(math.isfinite, sides)):
-            raise ValueError("it has numbers that are not finite")
-        corner = np.array([float(value["x"]), float(value["y"])]) * scale
-        angle = float(value.get("rotation") or 0)
-        if region["kind"] == "ellipse":
-            radii = np.array([float(value["radiusX"]), float(value["radiusY"])]) * scale
-            return fill_polygons([ellipse(corner, radii, angle)], height, width)
-        size = np.array([float(value["width"]), float(value["height"])]) * scale
-        return fill_polygons([rectangle(corner, size, angle)], height, width)
-    if len(points) < 3:
+
+    def sides(first: str, second: str) -> np.ndarray:
+        return np.array([float(value[first]), float(value[second])]) * scale
+
+    angle = float(value.get("rotation") or 0)
+    match region["kind"]:
+        case "brush":
+            return mask_of_brush(value["rle"], height, width)
+        case "polygon":
+            outline = _points([number for point in value["points"] for number in point[:2]]) * scale
+        case "ellipse":
+            outline = ellipse(sides("x", "y"), sides("radiusX", "radiusY"), angle)
+        case _:
+            outline = rectangle(sides("x", "y"), sides("width", "height"), angle)
+    if len(outline) < 3:
         raise ValueError("its outline has fewer than three points")
-    return fill_polygons([points * scale], height, width)
+    return fill_polygons([outline], height, width)
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -501,7 +504,7 @@ def _plain(name: str) -> str:
     return "/".join(parts)
 
 
-def _find(folder: Path, name: str) -> Path:
+def _find(folder: Path, name: str, files: _Files) -> Path:
     """Return the path of a named file below a folder or its ``images``, by its whole name or its last component."""
     spellings = dict.fromkeys([name, unquote(name), name.partition("?")[0]])
     places = [base / spelling for spelling in spellings for base in (folder, folder / "images") if spelling]
@@ -509,5 +512,4 @@ def _find(folder: Path, name: str) -> Path:
     # Label Studio puts a random prefix before the names of uploads.
     lasts |= dict.fromkeys(last.partition("-")[2] for last in lasts if "-" in last)
     places += [base / last for last in lasts for base in (folder, folder / "images") if last]
-    found = next((place for place in places if place.is_file()), None) or next(iter(_any_case(places)), None)
-    return found or folder / (name or "?")
+    return next((file for file in map(files.find, places) if file is not None), folder / (name or "?"))

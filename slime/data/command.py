@@ -116,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate_command.add_argument(
         "--labels", help="labels to evaluate, in any of these forms, instead of a model and embeddings"
     )
+    evaluate_command.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
     evaluate_command.add_argument("--json", type=Path, help="also write the figures to this file")
 
     info_command = command("info", _info, "Describe an embeddings file.")
@@ -307,6 +308,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             predictions.append(prediction)
             truths.append(labels)
             bar.update(1)
+    _tell_skipped(options, truth)
     scores = evaluate(predictions, truths, len(names) + 1)
     classes = len(names) + 1
     boundary = [boundary_f(one, other, classes) for one, other in zip(predictions, truths, strict=True)]

@@ -69,9 +69,15 @@ def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
 
 
 def fill_polygons(polygons: Sequence[np.ndarray], height: int, width: int) -> np.ndarray:
-    """Fill polygons, float [N, 2] of x, y in pixels each, in a mask bool [H, W]: pixels covered by at least half."""
+    """Fill polygons, float [N, 2] of x, y in pixels each, in a mask bool [H, W]: pixels covered by at least half.
+
+    Raises:
+        ValueError: points that are not finite.
+    """
     mask = np.zeros((height, width), bool)
     for points in polygons:
+        if not np.isfinite(points).all():
+            raise ValueError("its outline has numbers that are not finite")
         low = np.clip(np.floor(points.min(0)), 0, (width, height)).astype(int)
         high = np.clip(np.ceil(points.max(0)), 0, (width, height)).astype(int)
         (left, top), (columns, rows) = low, high - low

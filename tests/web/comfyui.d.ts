@@ -5,6 +5,3 @@ declare module "*/scripts/app.js" {
 declare module "*/scripts/api.js" {
   export const api: any;
 }
-declare module "*/scripts/widgets.js" {
-  export const ComfyWidgets: any;
-}
