@@ -5,14 +5,30 @@ The full size of SD1.5 stands in test_full_size.py.
 
 from __future__ import annotations
 
+import sys
+import types
+
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from benchmarks import random_models
 from slime.backbones.base import ExtractionSpec, seeded_noise
-from slime.backbones.single_file import END, START, UNET, V_NORM, VAE, load_checkpoint
+from slime.backbones.single_file import (
+    ACROSS,
+    END,
+    FIRST,
+    LABELS,
+    START,
+    UNET,
+    V_NORM,
+    VAE,
+    load_checkpoint,
+    schedule,
+    standard_weights,
+)
 from slime.errors import SlimeError
 from testing.inprocess import import_comfyui
 
@@ -151,8 +167,6 @@ def test_images_and_features_are_comfyuis(written, extension) -> None:
 
 
 def test_a_model_that_predicts_v_is_told_by_its_norms(written, tmp_path) -> None:
-    from safetensors.torch import load_file
-
     layout, path, *_ = written
     if layout != "sd2":
         assert load_checkpoint(path, "cpu", torch.float32).prediction == "eps"
@@ -164,9 +178,157 @@ def test_a_model_that_predicts_v_is_told_by_its_norms(written, tmp_path) -> None
         assert load_checkpoint(tmp_path / "x.safetensors", "cpu", torch.float32).prediction == kind
 
 
-def test_other_files_are_told(tmp_path) -> None:
-    save_file({"weight": torch.zeros(2)}, str(tmp_path / "lora.safetensors"))
-    with pytest.raises(SlimeError, match="no whole checkpoint"):
-        load_checkpoint(tmp_path / "lora.safetensors", "cpu", torch.float32)
-    with pytest.raises(SlimeError, match="can be read"):
+def scaled(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet's attention in fp8 with scales, as ComfyUI's scaled checkpoints have it."""
+    found = state | {UNET + "scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
+    for name in [name for name in state if name.startswith(UNET) and name.endswith(("to_k.weight", "to_q.weight"))]:
+        scale = state[name].abs().max() / 440
+        found[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+        found[name.replace(".weight", ".scale_weight")] = scale.float()
+    return found
+
+
+def old_merge(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Half precision, text weights without "text_model" and with position ids as numbers, EMA copies beside."""
+    changed = {name.replace(".transformer.text_model.", ".transformer."): value.half() for name, value in state.items()}
+    changed[CLIP["sd1"] + "embeddings.position_ids"] = torch.arange(77)[None] - 0.01
+    return changed | {"model_ema." + name.replace(".", ""): value.clone() for name, value in changed.items()}
+
+
+def turbo(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """SD-Turbo's names, with weights of the UNet in fp8."""
+    return {
+        name.replace("cond_stage_model.model.", "conditioner.embedders.0.model."): value.to(torch.float8_e4m3fn)
+        if name.startswith(UNET) and value.ndim > 1
+        else value.bfloat16()
+        for name, value in state.items()
+    }
+
+
+# What people's files have against plain ones; the model is the same but for rounding.
+AS_PEOPLE_HAVE_THEM = {"sd1": [old_merge, scaled], "sd2": [turbo], "sdxl": [scaled]}
+
+
+def test_files_as_people_have_them(written, tmp_path) -> None:
+    layout, path, *_ = written
+    plain = load_checkpoint(path, "cpu", torch.float32)
+    for change in AS_PEOPLE_HAVE_THEM[layout]:
+        state = {name: value.contiguous() for name, value in change(load_file(str(path))).items()}
+        save_file(state, str(tmp_path / "X.SAFETENSORS"))
+        ours = load_checkpoint(tmp_path / "X.SAFETENSORS", "cpu", torch.float32)
+        for name, value in ours.unet.state_dict().items():
+            torch.testing.assert_close(value, plain.unet.state_dict()[name], rtol=0.1, atol=0.02, msg=name)
+        for ours_text, text in zip(ours.text_encoders, plain.text_encoders, strict=True):
+            weights = dict(text.named_parameters())
+            assert all(torch.allclose(value, weights[name], 1e-2, 1e-2) for name, value in ours_text.named_parameters())
+
+
+def test_late_names_of_scales() -> None:
+    weight, scale = torch.ones(2, 2, dtype=torch.float8_e4m3fn), torch.tensor([2.0, 3.0])
+    state = {"a.weight": weight, "a.weight_scale": scale, "b.weight": torch.ones(2), "a.comfy_quant": torch.zeros(1)}
+    found = standard_weights(state, "x")
+    assert found.keys() == {"a.weight", "b.weight"} and found["a.weight"].tolist() == [[2, 2], [3, 3]]
+
+
+def test_pickled_checkpoints_of_a_trainer(written, tmp_path) -> None:
+    """Stable Diffusion's own files hold a callback's class and numpy's numbers beside the weights."""
+    layout, path, *_ = written
+    if layout != "sd1":
+        pytest.skip("one is enough")
+    modules = {}
+    for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
+        modules[name] = types.ModuleType(name)
+    callback = type("ModelCheckpoint", (), {"__module__": list(modules)[-1]})
+    modules[callback.__module__].ModelCheckpoint = callback
+    with pytest.MonkeyPatch.context() as patch:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        body = {"state_dict": load_file(str(path)), "callbacks": {callback: {"best": np.float64(3)}}, "epoch": 7}
+        torch.save(body, str(tmp_path / "sd-v1-4.ckpt"))
+    assert load_checkpoint(tmp_path / "sd-v1-4.ckpt", "cpu", torch.float32).prediction == "eps"
+
+
+def test_sdxl_that_predicts_v(written, tmp_path) -> None:
+    layout, path, *_ = written
+    if layout != "sdxl":
+        pytest.skip("SD2 tells it otherwise")
+    state = load_file(str(path)) | {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
+    save_file(state, str(tmp_path / "noob.safetensors"))
+    ours = load_checkpoint(tmp_path / "noob.safetensors", "cpu", torch.float32)
+    assert ours.prediction == "v" and float(schedule("v_prediction", zero_terminal=True).alphas_cumprod[-1]) < 1e-9
+
+
+def sketch(large: bool = False, channels: int = 4, text: int = 8, **more: tuple[int, ...]) -> dict[str, Tensor]:
+    """The weights alone that tell which model a file is, mostly empty."""
+    shapes = {
+        FIRST: (4, channels, 3, 3),
+        ACROSS: (4, text * (1 + large)),
+        VAE + "encoder.conv_in.weight": (4, 3, 3, 3),
+        (CLIP["sdxl" if large else "sd1"] + "text_model.embeddings.token_embedding.weight"): (2, text),
+    }
+    if large:
+        shapes |= {LABELS + "0.0.weight": (4, 4), OPEN_CLIP["sdxl"][0] + "token_embedding.weight": (2, text)}
+    else:
+        shapes[UNET + "input_blocks.1.1.norm.weight"] = (4,)
+    return {name: torch.zeros(shape) for name, shape in (shapes | more).items()}
+
+
+def without(state: dict[str, Tensor], stem: str) -> dict[str, Tensor]:
+    return {name: value for name, value in state.items() if not name.startswith(stem)}
+
+
+REFUSED = {
+    "a LoRA": ({"weight": torch.zeros(2)}, "no whole checkpoint"),
+    "a UNet of diffusers": ({"conv_in.weight": torch.zeros(4, 4, 3, 3)}, "no whole checkpoint"),
+    "inpainting": (sketch(channels=9), "takes 9 input channels"),
+    "instruct-pix2pix": (sketch(channels=8), "takes 8 input channels"),
+    "no text": (without(sketch(), "cond"), "has no text encoder"),
+    "no VAE": (without(sketch(), VAE), "has no VAE"),
+    "UNet alone": (without(without(sketch(), VAE), "cond"), "has no VAE and no text encoder"),
+    "refiner": (without(sketch(large=True), CLIP["sdxl"]), "both text encoders"),
+    "SDXL without G": (without(sketch(large=True), OPEN_CLIP["sdxl"][0]), "both text encoders"),
+    "SSD-1B": (sketch(large=True), "distilled SDXL"),
+    "Playground": (sketch(large=True, edm_mean=(4,)), "another noise schedule"),
+    "unCLIP": (sketch(**{LABELS + "0.0.weight": (4, 4)}), "unCLIP"),
+    "half a text encoder": (
+        without(sketch(), CLIP["sd1"] + "text_model.emb") | {CLIP["sd1"] + "x": torch.zeros(1)},
+        "is incomplete",
+    ),
+    "SD1 with weights left out": (sketch(), "looks like SD1"),
+    "nvfp4": (
+        sketch()
+        | {
+            UNET + "out.weight": torch.zeros(2, dtype=torch.uint8),
+            UNET + "out.comfy_quant": torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8),
+        },
+        r"quantised weights \(nvfp4\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_other_models_are_told(tmp_path, kind: str) -> None:
+    state, words = REFUSED[kind]
+    save_file(state, str(tmp_path / "x.safetensors"))
+    with pytest.raises(SlimeError, match=words):
+        load_checkpoint(tmp_path / "x.safetensors", "cpu", torch.float32)
+
+
+BYTES = {
+    "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
+    "a web page": (b"\n<!DOCTYPE html><html>", "web page"),
+    "GGUF": (b"GGUF\3\0\0\0", "GGUF"),
+    "nothing": (b"", "cut off"),
+    "cut safetensors": (b"\xff\0\0\0\0\0\0\0{", "cut off"),
+    "cut pickle": (b"PK\3\4\0", "cut off"),
+}
+
+
+@pytest.mark.parametrize("kind", BYTES)
+def test_other_files_are_told(tmp_path, kind: str) -> None:
+    data, words = BYTES[kind]
+    (tmp_path / "x.ckpt").write_bytes(data)
+    with pytest.raises(SlimeError, match=words):
+        load_checkpoint(tmp_path / "x.ckpt", "cpu", torch.float32)
+    with pytest.raises(SlimeError, match="cannot be opened"):
         load_checkpoint(tmp_path / "none.ckpt", "cpu", torch.float32)
