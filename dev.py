@@ -1,7 +1,7 @@
 """Developer commands; each does its own set-up.
 
     python dev.py demo [options]            train on one image and segment others, in a real ComfyUI server
-    python dev.py test [pytest options]     style, types, web/ and every test but the slow ones
+    python dev.py test [pytest options]     style, types, web/ and every test but the slow ones, on up to 4 cores
     python dev.py test --fast [options]     the same without the tests that need a server or a browser
     python dev.py lint                      only style and types
     python dev.py format                    fix style: imports, layout
@@ -200,6 +200,8 @@ def main(arguments: list[str]) -> int:
         return subprocess.run(line, cwd=ROOT, env=environment | extra, check=False).returncode
 
     if command == "test":
+        if not rest or rest == ["--fast"]:
+            rest = [*rest, "-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
         if "--fast" in rest:
             rest = ["-m", "not slow and not server", *(option for option in rest if option != "--fast")]
         status = lint(run) or check_web() or run("pytest", *rest)

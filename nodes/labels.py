@@ -9,8 +9,10 @@ import folder_paths
 import torch
 from comfy_api.latest import io, ui
 
-from ..slime.data.annotations import read_annotations, read_examples, said_of
+from ..slime.data.annotations import read_annotations, read_examples
+from ..slime.data.file_names import TABLE, FileNames, changed_names, leads_outside, plain_stem, read_table, write_table
 from ..slime.data.formats import FORMATS, png
+from ..slime.data.formats.base import said_of
 from ..slime.data.records import record_of
 from ..slime.data.run_log import RunLog, write_whole
 from ..slime.errors import SlimeError
@@ -71,25 +73,14 @@ class SLiMeExportLabels(io.ComfyNode):
     @classmethod
     def execute(cls, parts: Parts, format: str, folder: str, file_names: str = "") -> io.NodeOutput:  # noqa: A002  a socket
         with named_errors("SLiMe Export Labels"):
-            target, maps = _output_folder(folder), parts.maps
-            chosen = _file_names(file_names, parts.images)
-            log = RunLog(target, {"names": list(maps.names), "formats": [format]})
-            output = FORMATS[format](target, maps, "slime")
-            records = []
-            for index, name in enumerate(chosen):
-                if name in log.done or name in chosen[:index]:
-                    continue
-                labels = maps.label_map[index].numpy()
-                record = record_of(
-                    name, labels, maps.pixels.coarse(slice(index, index + 1))[0], float(maps.confidence[index])
-                )
-                write_whole(output.place("images", name, ".png"), png(as_bytes(as_rgb(parts.images[index]))))
-                output.write(record, labels)
-                records.append(record)
-            log.write(records)
-            output.finish(log)
-            total = log.close()["counts"]["images"]
-        text = f"{len(records)} of {len(chosen)} images added, {total} in all: {target}"
+            target = _output_folder(folder)
+            try:
+                text = _export(target, parts, format, _file_names(file_names, parts.images))
+            except OSError as error:
+                raise SlimeError(
+                    f"{error.filename or target} cannot be written ({error.strerror}). Free disk space, or make "
+                    "ComfyUI's output folder writable."
+                ) from error
         return io.NodeOutput(str(target), ui=ui.PreviewText(text))
 
 
@@ -100,14 +91,15 @@ class SLiMeLoadAnnotations(io.ComfyNode):
             node_id="SLiMeLoadAnnotations",
             category=FILES,
             display_name="SLiMe Load Annotations",
-            description="Loads labelled images of a COCO or Label Studio file, or of a folder of label maps, as "
-            "examples.",
-            search_aliases=["coco", "label studio", "load dataset", "annotations"],
+            description="Loads labelled images of COCO, Label Studio, YOLO, Pascal VOC or a folder of label maps "
+            "or masks, as examples.",
+            search_aliases=["coco", "label studio", "yolo", "cvat", "roboflow", "load dataset", "annotations"],
             inputs=[
                 io.String.Input(
                     "path",
                     default="labels/annotations.json",
-                    tooltip="A .json file, or a folder with names.txt, in ComfyUI's input or output folder.",
+                    tooltip="A .json file of COCO or Label Studio, a data.yaml of YOLO, or the folder of a data set, "
+                    "in ComfyUI's input or output folder.",
                 ),
                 io.String.Input(
                     "parts", default="", tooltip="Names of the parts to load, separated by commas. Empty = all parts."
@@ -144,6 +136,32 @@ class SLiMeLoadAnnotations(io.ComfyNode):
         return examples_result(cls, examples)
 
 
+def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
+    """Add images and their labels to a data set, and return what was done."""
+    maps = parts.maps
+    log = RunLog(target, {"names": list(maps.names), "formats": [kind]})
+    output = FORMATS[kind](target, maps, "slime")
+    unique, known = FileNames([*log.done, *names]), {name: file for kind, name, file in read_table(target)}
+    records, renamed, before = [], list[tuple[str, str, str]](), len(log.done)
+    for index, given in enumerate(names):
+        name = known.get(given) or f"{unique(given)}.png"
+        if name in log.done or name in [record.name for record in records]:
+            continue
+        labels = maps.label_map[index].numpy()
+        record = record_of(name, labels, maps.pixels.coarse(slice(index, index + 1))[0], float(maps.confidence[index]))
+        write_whole(output.place("images", name, ".png"), png(as_bytes(as_rgb(parts.images[index]))))
+        output.write(record, labels)
+        records.append(record)
+        renamed += [("image", given, name)] if name != given else []
+    log.write(records)
+    output.finish(log)
+    write_table(target, [*renamed, *changed_names((), unique, maps.names if kind == "masks" else ())])
+    log.close()
+    kept = f", {len(names) - len(records)} were there already" if len(records) < len(names) else ""
+    other = f", {len(renamed)} under another name ({TABLE} says which)" if renamed else ""
+    return f"{len(records)} of {len(names)} images added{kept}{other}; {before + len(records)} in all: {target}"
+
+
 def _output_folder(folder: str) -> Path:
     """Return a folder inside the output folder."""
     base = Path(folder_paths.get_output_directory()).resolve()
@@ -168,4 +186,11 @@ def _file_names(text: str, images: torch.Tensor) -> list[str]:
         return [f"{pixel_digest(as_rgb(image))}.png" for image in images]
     if len(given) != len(images):
         raise SlimeError(f"file_names has {len(given)} names for {len(images)} images. Write one per line, or none.")
-    return [f"{name.rsplit('.', 1)[0]}.png" for name in given]
+    names = [f"{plain_stem(name)}.png" for name in given]
+    outside = next((name for name in given if leads_outside(name)), None)
+    if outside is not None:
+        raise SlimeError(f'file_names has "{outside}", which leads outside the folder. Write names or relative paths.')
+    twice = next((name for index, name in enumerate(names) if name in names[:index]), None)
+    if twice is not None:
+        raise SlimeError(f"file_names has {twice} twice. Write another name for each image.")
+    return names

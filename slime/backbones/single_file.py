@@ -81,7 +81,7 @@ def load_checkpoint(path: Path, device: str, dtype: torch.dtype) -> DiffusersUNe
 
 
 def _moved(module: torch.nn.Module, device: str, dtype: torch.dtype) -> Any:
-    return torch.nn.Module.to(module, device, dtype)  # type: ignore[call-overload]  diffusers' own warns for nothing
+    return torch.nn.Module.to(module, device, dtype)  # diffusers' own warns for nothing
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

@@ -28,15 +28,17 @@ from .. import PartEmbeddings, Segmenter, SegmentSettings, load_embeddings, pres
 from ..backbones.load import fingerprint, load_model
 from ..edit import describe
 from ..errors import SlimeError
-from ..parts.metrics import boundary_f, evaluate
+from ..parts.metrics import EvaluationCounts, boundary_f
 from ..settings import REFINEMENTS
-from .annotations import AnnotatedSet, read_annotations, read_examples, said_of
-from .formats import FORMATS
+from .annotations import read_annotations, read_examples
+from .file_names import FileNames, changed_names, write_table
+from .formats import FORMATS, AnnotatedSet
+from .formats.base import said_of
 from .pixels import decode
 from .review import least_confident, review_page
 from .run import Engine, segment_images
 from .run_log import RunLog, write_whole
-from .sources import STREAMED, SourceImage, source_images
+from .sources import STREAMED, SourceImage, source_images, source_names
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -227,15 +229,18 @@ def _segment(options: argparse.Namespace) -> None:
     }
     run_log = RunLog(options.output, about, options.shard)
     version = f"slime-{digest[:12]}"
-    outputs = [FORMATS[name](options.output, embeddings, version) for name in options.format]
+    file_names = FileNames(source_names(options.input, options.output))
+    outputs = [FORMATS[name](options.output, embeddings, version, file_names) for name in options.format]
     engine = Engine(_segmenter(options, embeddings), options.batch)
-    source: Iterable[SourceImage] = source_images(options.input, options.shard, options.limit)
+    source: Iterable[SourceImage] = source_images(options.input, options.shard, options.limit, options.output)
     if Path(options.input).suffix.lower() not in STREAMED:
         source = list(source)
     with _bar(len(source) if isinstance(source, list) else None, "segmenting") as bar:
         segment_images(engine, source, outputs, run_log, options.workers, bar.update)
     for output in outputs:
         output.finish(run_log)
+    done = (record.name for record in run_log.records())
+    write_table(options.output, changed_names(done, file_names, embeddings.names if "masks" in options.format else ()))
     _write_review(options, run_log, embeddings)
     manifest = run_log.close(versions())
     counts = manifest["counts"]
@@ -297,23 +302,33 @@ def _evaluate(options: argparse.Namespace) -> None:
         embeddings = load_embeddings(options.embeddings)
         names, engine = embeddings.names, Engine(_segmenter(options, embeddings), options.batch)
         truth = read_annotations(options.ground_truth, names, required=False)
-    predictions, truths = [], []
+    counts = EvaluationCounts(len(names) + 1)
+    boundary = list[float]()
     with _bar(len(truth.images), "evaluating") as bar:
         for image in truth.images:
-            labels = image.labels()
-            if options.labels:
-                prediction = label_maps[image.name]() if image.name in label_maps else np.zeros_like(labels)
+            try:
+                labels = image.labels()
+                if not options.labels:
+                    prediction = engine.segment([engine.prepare(image.name, image.pixels())])[0]().labels
+                elif image.name in label_maps:
+                    prediction = label_maps[image.name]()
+                else:
+                    prediction = np.zeros_like(labels)
+                if prediction.shape != labels.shape:
+                    sizes = f"{prediction.shape[1]} x {prediction.shape[0]}, not {labels.shape[1]} x {labels.shape[0]}"
+                    raise SlimeError(f"{image.name}: the labels to evaluate are of {sizes} pixels.")
+            except SlimeError as error:
+                truth.skipped.append(str(error))
             else:
-                prediction = engine.segment([engine.prepare(image.name, image.pixels())])[0]().labels
-            predictions.append(prediction)
-            truths.append(labels)
+                counts.add(prediction, labels)
+                boundary.append(boundary_f(prediction, labels, len(names) + 1))
             bar.update(1)
     _tell_skipped(options, truth)
-    scores = evaluate(predictions, truths, len(names) + 1)
-    classes = len(names) + 1
-    boundary = [boundary_f(one, other, classes) for one, other in zip(predictions, truths, strict=True)]
+    if not boundary:
+        raise SlimeError("No image could be evaluated.")
+    scores = counts.scores()
     figures = {
-        "images": len(truths),
+        "images": len(boundary),
         "part_miou": _figure(scores.part_miou),
         "miou": _figure(scores.miou),
         "pooled_part_miou": _figure(scores.pooled_part_miou),

@@ -55,3 +55,13 @@ def upright_labels(labels: np.ndarray, file: Path) -> np.ndarray:
     if turn is None or labels.shape != stored or stored[0] == stored[1]:
         return labels
     return np.ascontiguousarray(np.asarray(Image.fromarray(labels).transpose(turn)))
+
+
+def upright_size(file: Path) -> tuple[int, int]:
+    """Return height and width of an image as it is shown; raise SlimeError if it cannot be read."""
+    try:
+        with Image.open(file) as image:
+            turned = image.getexif().get(TURNED, 1) in ROTATIONS
+            return (image.width, image.height) if turned else (image.height, image.width)
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise SlimeError(f"{file.name}: This is no image that Pillow can read: {error}") from error

@@ -18,6 +18,7 @@ from ..decode.lazy_maps import LazyMaps
 from ..errors import SlimeError
 from ..images import check_images, resize_image, working_size
 from ..segment import Segmenter
+from .file_names import leads_outside
 from .formats import Format
 from .pixels import decode
 from .records import Record, record_of
@@ -112,30 +113,32 @@ def segment_images(
     Args:
         source: named images.
         outputs: files of every image; :meth:`.formats.Format.finish` is the caller's.
-        run_log: of the output folder. An image that fails goes into its errors, and the run goes on.
+        run_log: of the output folder. An image that fails goes into its errors, and the run goes on; one that could
+            not be opened is tried again by the next run.
         workers: threads that load, and as many that write.
         on_done: called with the number of images that are done since the last call, failed ones included.
     """
-    stems: set[str] = set()
+    names: set[str] = set()
 
     def load(image: SourceImage) -> Loaded:
         return engine.load(image.name, image.read())
 
     def wanted() -> Iterator[SourceImage]:
         for image in source:
-            stem = image.name.rsplit(".", 1)[0]
-            if image.name in run_log.done:
-                stems.add(stem)
+            if image.name in names:
+                logger.warning("SLiMe: %s is listed twice: the first one is taken.", image.name)
                 on_done(1)
-            elif stem in stems:
-                fail(image.name, "another image has this name but for its suffix; outputs would be the same file")
+            elif image.name in run_log.done:
+                on_done(1)
+            elif leads_outside(image.name):
+                fail(image.name, SlimeError("its name leads outside the output folder"))
             else:
-                stems.add(stem)
                 yield image
+            names.add(image.name)
 
-    def fail(name: str, reason: object) -> None:
+    def fail(name: str, reason: Exception) -> None:
         logger.warning("SLiMe: %s: %s", name, reason)
-        run_log.fail(name, str(reason))
+        run_log.fail(name, str(reason), again=isinstance(reason, OSError))
         on_done(1)
 
     def write(finish: Callable[[], SegmentedImage]) -> Record:

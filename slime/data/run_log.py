@@ -17,6 +17,8 @@ from ..errors import SlimeError
 from .records import Record
 
 RECORDS, ERRORS, MANIFEST = "records", "errors", "manifest"
+AGAIN = "again"  # marks an error that may pass, such as a network folder that was away
+OUTPUTS = ("annotations.json", "tasks.json", "config.xml", "data.yaml", "labels", "masks", "records.jsonl")
 
 
 class RunLog:
@@ -36,18 +38,30 @@ class RunLog:
 
     def __init__(self, folder: Path, about: Mapping[str, Any], shard: tuple[int, int] = (0, 1)) -> None:
         self.folder, self.about = folder, dict(about)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise SlimeError(f"There cannot be a folder {folder} ({error.strerror}). Choose another one.") from error
         self._suffix = "" if shard[1] == 1 else f"-{shard[0]:05d}-of-{shard[1]:05d}"
         self._check_manifest()
         self._records, self._errors = (folder / f"{name}{self._suffix}.jsonl" for name in (RECORDS, ERRORS))
         for file in (self._records, self._errors):
             _drop_partial_line(file)
+        self._drop_passing_errors()
         self.close()
         self.done = {json.loads(line)["name"] for file in (self._records, self._errors) for line in _lines(file)}
 
     def _check_manifest(self) -> None:
-        for file in sorted(self.folder.glob(f"{MANIFEST}*.json")):
-            before = json.loads(file.read_text(encoding="utf-8"))["made_by"]
+        files = sorted(self.folder.glob(f"{MANIFEST}*.json"))
+        foreign = sorted(name for name in OUTPUTS if (self.folder / name).exists()) if not files else []
+        if foreign:
+            raise SlimeError(f"{self.folder} has a {foreign[0]} that is not of SLiMe. Choose an empty folder.")
+        for file in files:
+            try:
+                before = json.loads(file.read_text(encoding="utf-8"))["made_by"]
+                before.get("model")
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise SlimeError(f"{file} is not of SLiMe, or broken. Choose an empty folder.") from error
             differing = [name for name, value in self.about.items() if before.get(name) != value]
             if differing:
                 raise SlimeError(
@@ -60,10 +74,18 @@ class RunLog:
         _append(self._records, "".join(record.line() for record in records))
         self.done.update(record.name for record in records)
 
-    def fail(self, name: str, reason: str) -> None:
-        """Log an image that cannot be segmented; a later run skips it as well."""
-        _append(self._errors, json.dumps({"name": name, "reason": reason}, ensure_ascii=False) + "\n")
-        self.done.add(name)
+    def fail(self, name: str, reason: str, again: bool = False) -> None:
+        """Log an image that cannot be segmented; a later run skips it, unless it is to be tried ``again``."""
+        line = {"name": name, "reason": reason} | ({AGAIN: True} if again else {})
+        _append(self._errors, json.dumps(line, ensure_ascii=False) + "\n")
+        if not again:
+            self.done.add(name)
+
+    def _drop_passing_errors(self) -> None:
+        lines = list(_lines(self._errors))
+        lasting = [line for line in lines if AGAIN not in json.loads(line)]
+        if len(lasting) < len(lines):
+            write_whole(self._errors, "".join(lasting).encode())
 
     def records(self) -> Iterator[Record]:
         """Yield the records of all shards in the folder."""

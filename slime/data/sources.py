@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from ..errors import SlimeError
+from .formats.base import dicts, text_of
 from .pixels import SUFFIXES
 
 ROWS = 64  # of a Parquet table in memory at once
@@ -26,7 +27,9 @@ class SourceImage(NamedTuple):
     read: Callable[[], bytes]
 
 
-def source_images(source: str, shard: tuple[int, int] = (0, 1), limit: int = 0) -> Iterator[SourceImage]:
+def source_images(
+    source: str, shard: tuple[int, int] = (0, 1), limit: int = 0, without: Path | None = None
+) -> Iterator[SourceImage]:
     """Return the images of a source, in a fixed order.
 
     Args:
@@ -35,25 +38,36 @@ def source_images(source: str, shard: tuple[int, int] = (0, 1), limit: int = 0) 
             "path", as Hugging Face's data sets have them); patterns may name archives and tables too.
         shard: (i, n): every n-th image from the i-th on.
         limit: at most so many, 0 for all.
+        without: a folder whose files do not count, such as one for outputs.
 
     Raises:
         SlimeError: nothing there.
     """
-    return islice(_all(source), shard[0], None if not limit else shard[0] + shard[1] * limit, shard[1])
+    images = _all(source, without)
+    return islice(images, shard[0], None if not limit else shard[0] + shard[1] * limit, shard[1])
 
 
-def _all(source: str) -> Iterator[SourceImage]:
-    path = Path(source)
+def source_names(source: str, without: Path | None = None) -> Iterator[str]:
+    """Yield the names of all images of a source, without reading them."""
+    return (image.name for image in _all(source, without, read=False))
+
+
+def _all(source: str, without: Path | None, read: bool = True) -> Iterator[SourceImage]:
+    path, left_out = Path(source), without.resolve() if without is not None else None
+
+    def counts(file: Path) -> bool:
+        return file.is_file() and (left_out is None or left_out not in file.resolve().parents)
+
     if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES)
-        return _files(files, path, source)
+        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and counts(file))
+        return _files(files, path, source, read)
     if glob.has_magic(source):
         fixed = Path(*[part for part in _before_magic(path)])
-        found = sorted(Path(file) for file in glob.glob(source, recursive=True) if Path(file).is_file())
-        return _files(found, fixed, source)
+        found = sorted(filter(counts, map(Path, glob.glob(source, recursive=True))))
+        return _files(found, fixed, source, read)
     if not path.is_file():
         raise SlimeError(f"There is nothing at {source}: give a folder, a pattern in quotes, or a file.")
-    return _files([path], path.parent, source)
+    return _files([path], path.parent, source, read)
 
 
 def _before_magic(path: Path) -> Iterator[str]:
@@ -63,14 +77,14 @@ def _before_magic(path: Path) -> Iterator[str]:
         yield part
 
 
-def _files(files: list[Path], root: Path, source: str) -> Iterator[SourceImage]:
+def _files(files: list[Path], root: Path, source: str, read: bool) -> Iterator[SourceImage]:
     if not files:
         raise SlimeError(f"There are no images at {source}. Known are {', '.join(sorted(SUFFIXES))}.")
     readers = {".tar": _archive, ".parquet": _table, ".txt": _list, ".json": _coco}
     for file in files:
         reader = readers.get(file.suffix.lower())
         if reader is not None:
-            yield from reader(file)
+            yield from reader(file, read)
         else:
             yield SourceImage(_relative(file, root), file.read_bytes)
 
@@ -79,15 +93,20 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
 
 
-def _list(file: Path) -> Iterator[SourceImage]:
-    for line in file.read_text(encoding="utf-8").splitlines():
+def _list(file: Path, _: bool) -> Iterator[SourceImage]:
+    for line in text_of(file).splitlines():
         if line.strip():
             yield from _at(file.parent, line.strip())
 
 
-def _coco(file: Path) -> Iterator[SourceImage]:
-    for image in json.loads(file.read_text(encoding="utf-8"))["images"]:
-        yield from _at(file.parent, image["file_name"])
+def _coco(file: Path, _: bool) -> Iterator[SourceImage]:
+    try:
+        images = dicts(json.loads(text_of(file)).get("images"))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise SlimeError(f"{file.name} is cut off, or no COCO file. Export it again.") from error
+    for image in images:
+        if isinstance(image.get("file_name"), str) and image["file_name"]:
+            yield from _at(file.parent, image["file_name"])
 
 
 def _at(folder: Path, name: str) -> Iterator[SourceImage]:
@@ -98,23 +117,24 @@ def _at(folder: Path, name: str) -> Iterator[SourceImage]:
     yield SourceImage(path.name if path.is_absolute() else PurePosixPath(path.as_posix()).as_posix(), found.read_bytes)
 
 
-def _archive(file: Path) -> Iterator[SourceImage]:
+def _archive(file: Path, read: bool) -> Iterator[SourceImage]:
     """Yield the members of an archive in their order; its bytes are read as it is iterated."""
     with tarfile.open(file) as archive:
         for member in archive:
             opened = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
             if opened is not None:
-                yield SourceImage(member.name.removeprefix("./"), partial(bytes, opened.read()))
+                yield SourceImage(member.name.removeprefix("./"), partial(bytes, opened.read() if read else b""))
 
 
-def _table(file: Path) -> Iterator[SourceImage]:
+def _table(file: Path, read: bool) -> Iterator[SourceImage]:
     import pyarrow.parquet as parquet
 
     table = parquet.ParquetFile(file)
     if COLUMN not in table.schema_arrow.names:
         raise SlimeError(f'{file.name} has no column "{COLUMN}"; it has: {", ".join(table.schema_arrow.names)}.')
     number = 0
-    for batch in table.iter_batches(ROWS, columns=[COLUMN]):
+    named = any(field == f"{COLUMN}.path" for field in (column.path for column in table.schema))
+    for batch in table.iter_batches(ROWS, columns=[COLUMN if read or not named else f"{COLUMN}.path"]):
         for value in batch.column(0).to_pylist():
             name = f"{file.stem}_{number:08d}.png"
             if isinstance(value, dict):

@@ -91,36 +91,53 @@ def _outline(mask: np.ndarray) -> np.ndarray:
     return mask & ~binary_erosion(mask, border_value=1)
 
 
-def evaluate(
-    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int, ignore: int = 255
-) -> Scores:
-    """Compare label maps of equal sizes.
+class EvaluationCounts:
+    """Counts of images that are evaluated one after the other, by the paper's protocol (official src/utils.py).
 
-    The paper's protocol (official src/utils.py): IoU per image and class, classes absent from the truth of an image
-    skipped, mean over images per class, then over classes.
+    IoU per image and class, classes absent from the truth of an image skipped, mean over images per class, then over
+    classes.
 
     Args:
-        predictions, truths: integer label maps [H, W] each.
         classes: number of classes with the background.
         ignore: label of ground-truth pixels that do not count.
     """
-    if len(predictions) != len(truths) or not truths:
-        raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
-    rows = np.full((len(truths), classes), np.nan)
-    inter, union = np.zeros(classes), np.zeros(classes)
-    for index, (prediction, truth) in enumerate(zip(predictions, truths, strict=True)):
+
+    def __init__(self, classes: int, ignore: int = 255) -> None:
+        self.classes, self.ignore = classes, ignore
+        self._rows: list[np.ndarray] = []
+        self._inter, self._union = np.zeros(classes), np.zeros(classes)
+
+    def add(self, prediction: np.ndarray, truth: np.ndarray) -> None:
+        """Count an image, label maps [H, W]; raise ValueError if they differ in size."""
         if prediction.shape != truth.shape:
             raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in size")
-        counts = truth != ignore
-        for k in range(classes):
+        row, counts = np.full(self.classes, np.nan), truth != self.ignore
+        for k in range(self.classes):
             found, real = (prediction == k) & counts, truth == k
             both, either = np.count_nonzero(found & real), np.count_nonzero(found | real)
-            inter[k] += both
-            union[k] += either
+            self._inter[k] += both
+            self._union[k] += either
             if real.any():
-                rows[index, k] = both / either
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return Scores(mean_known(rows), np.where(union > 0, inter / union, np.nan), rows)
+                row[k] = both / either
+        self._rows.append(row)
+
+    def scores(self) -> Scores:
+        """Return the scores of all images so far."""
+        rows = np.stack(self._rows)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return Scores(mean_known(rows), np.where(self._union > 0, self._inter / self._union, np.nan), rows)
+
+
+def evaluate(
+    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int, ignore: int = 255
+) -> Scores:
+    """Compare label maps [H, W] of equal sizes, see :class:`EvaluationCounts`."""
+    if len(predictions) != len(truths) or not truths:
+        raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
+    counts = EvaluationCounts(classes, ignore)
+    for prediction, truth in zip(predictions, truths, strict=True):
+        counts.add(prediction, truth)
+    return counts.scores()
 
 
 def mean_known(rows: np.ndarray) -> np.ndarray:

@@ -15,8 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slime import SlimeError
-from slime.data.annotations import AnnotatedSet, read_annotations
-from slime.data.shapes import brush_rle, coco_rle, fill_polygons
+from slime.data.annotations import read_annotations
+from slime.data.formats import AnnotatedSet
+from slime.data.formats.label_studio import brush_rle
+from slime.data.shapes import coco_rle, fill_polygons
 
 SQUARE = [[4, 6, 14, 6, 14, 14, 4, 14]]
 WIDTH, HEIGHT = 48, 40
@@ -277,6 +279,125 @@ def test_two_images_of_one_stem_share_a_label_map(tmp_path) -> None:
     assert [image.labels().max() for image in annotated.images] == [2, 2]
 
 
+# ------------------------------------------------------------------------------------------------------ YOLO and VOC
+
+BOX = "0 0.25 0.25 0.5 0.25 0.5 0.5 0.25 0.5"  # 12 x 10 pixels
+CAR = "names:\n  0: wheel\n  1: window\n"
+
+
+def put_files(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        if name.endswith((".png", ".jpg")):
+            put_image(folder / name)
+        else:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+YOLO_FOLDERS = {
+    "Ultralytics": {"data.yaml": f"path: /gone\ntrain: images/train\n{CAR}", "images/train/a.jpg": "",
+                    "labels/train/a.txt": BOX},
+    "Roboflow": {"data.yaml": "train: ../train/images\nnc: 2\nnames: ['wheel', 'window']\n",
+                 "train/images/a.jpg": "", "train/labels/a.txt": BOX},
+    "CVAT": {"data.yaml": f"path: .\ntrain: train.txt\n{CAR}", "train.txt": "data/images/train/a.jpg\n",
+             "images/train/a.jpg": "", "labels/train/a.txt": BOX},
+    "Label Studio": {"classes.txt": "wheel\r\nwindow\r\n", "images/1a2b-a.jpg": "", "labels/1a2b-a.txt": BOX},
+    "darknet": {"obj.names": "wheel\nwindow\n", "a.jpg": "", "a.txt": BOX},
+    "with confidence": {"classes.txt": "wheel\n", "a.jpg": "", "a.txt": f"{BOX} 0.97\n\n"},
+    "without labels beside": {"classes.txt": "wheel\n", "a.jpg": "", "a.txt": BOX, "b.jpg": "",
+                              "c.jpg": "", "c.txt": ""},
+    "bad lines beside": {"classes.txt": "wheel\n", "a.jpg": "",
+                         "a.txt": "\n".join([BOX, "0 .5 .5 .1 .1", "7 .1 .1 .2 .2 .3 .3", "x y", "0 nan 1 1 1 1 1",
+                                            "0 90 90 99 99 9 9"])},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", YOLO_FOLDERS)
+def test_folders_of_yolo(tmp_path, kind) -> None:
+    annotated = read_annotations(str(put_files(tmp_path, YOLO_FOLDERS[kind])))
+    assert annotated.names == ("wheel",) and len(annotated.images) == 1
+    assert (labels_of(annotated) == 1).sum() == 120
+    assert len(annotated.skipped) == (5 if "bad" in kind else 0)
+    assert all("a.txt, line " in line for line in annotated.skipped)
+
+
+def voc_mask(mode: str) -> Image.Image:
+    """The square of label 1 and the rectangle of label 2, with a border to ignore."""
+    labels = LABELS.copy()
+    labels[0] = 255
+    image = Image.fromarray(labels).convert("P")
+    levels = np.zeros((256, 3), np.uint8)
+    levels[[1, 2, 255]] = (128, 0, 0), (0, 128, 0), (224, 224, 192)
+    image.putpalette(levels.ravel().tolist())
+    return image.convert(mode)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGB"])
+def test_folders_of_pascal_voc(tmp_path, mode) -> None:
+    """CVAT's segmentation masks are in colours that labelmap.txt explains."""
+    lines = "# label:color_rgb:parts:actions\nbackground:0,0,0::\nwheel:128,0,0::\nwindow:0,128,0::\n"
+    put_files(tmp_path, {"labelmap.txt": lines, "JPEGImages/a.jpg": "", "SegmentationClass/.keep": ""})
+    voc_mask(mode).save(tmp_path / "SegmentationClass" / "a.png")
+    voc_mask(mode).save(tmp_path / "SegmentationClass" / "b.png")
+    annotated = read_annotations(str(tmp_path), ["window", "wheel"])
+    label_map = labels_of(annotated)
+    assert len(annotated.skipped) == 1 and "b.png: there is no image" in annotated.skipped[0]
+    assert (label_map[0] == 255).all() and np.array_equal(label_map[1:] == 2, LABELS[1:] == 1)
+    assert np.array_equal(label_map[1:] == 1, LABELS[1:] == 2)
+
+
+def test_masks_of_roboflow_and_voc_without_a_list(tmp_path) -> None:
+    put_files(
+        tmp_path / "robo", {"_classes.csv": "Pixel Value, Class\n0, background\n1, wheel\n2, window\n", "a.jpg": ""}
+    )
+    Image.fromarray(LABELS).save(tmp_path / "robo" / "a_mask.png")
+    assert np.array_equal(labels_of(read_annotations(str(tmp_path / "robo"))), LABELS)
+    put_files(tmp_path / "voc", {"JPEGImages/a.jpg": "", "SegmentationClass/.keep": ""})
+    voc_mask("P").save(tmp_path / "voc" / "SegmentationClass" / "a.png")
+    annotated = read_annotations(str(tmp_path / "voc"), ["bicycle"])
+    assert (labels_of(annotated) == 1).sum() == (LABELS == 2).sum()
+
+
+@pytest.mark.parametrize(
+    ("annotations", "image"),
+    [
+        ("train/_annotations.coco.json", "train/a.png"),
+        ("annotations/instances_default.json", "images/a.png"),
+        ("annotations/instances_val.json", "images/val/a.png"),
+        ("annotations/instances_val2017.json", "val2017/a.png"),
+    ],
+)
+def test_coco_as_roboflow_cvat_and_coco_lay_it_out(tmp_path, annotations, image) -> None:
+    """A folder with one such file is enough."""
+    kinds = [{"id": 0, "name": "parts"}, {"id": 1, "name": "wheel"}, {"id": 2, "name": "window"}]
+    put_files(tmp_path, {annotations: json.dumps(coco(GOOD, categories=kinds)), image: ""})
+    folder = tmp_path / "train" if image.startswith("train") else tmp_path
+    for source in (tmp_path / annotations, folder):
+        annotated = read_annotations(str(source))
+        assert annotated.names == ("window",) and (labels_of(annotated) == 1).sum() == 80
+
+
+OTHERS = {
+    "several JSON files": ({"train/x.json": "{}", "test/y.json": "{}"}, "", "Give one of them"),
+    "nothing": ({"a.png": ""}, "", "For label maps, write names.txt"),
+    "an XML": ({"a.xml": "<annotation/>"}, "a.xml", "XML of CVAT or Pascal VOC. Export it as COCO"),
+    "an archive": ({"a.zip": ""}, "a.zip", "Unpack it"),
+    "LabelMe": ({"a.json": '{"shapes": [], "imagePath": "a.png"}'}, "a.json", "file of LabelMe or X-AnyLabeling"),
+    "a broken YAML": ({"data.yaml": "names: [a\n: b"}, "data.yaml", "not valid YAML"),
+    "a YAML without names": ({"data.yaml": "path: ."}, "data.yaml", "no list of names"),
+    "YOLO's boxes": ({"classes.txt": "wheel", "a.png": "", "a.txt": "0 .5 .5 .1 .1"}, "", "a box, not an outline"),
+    "a list of colours": ({"labelmap.txt": "wheel:1,2::\n", "SegmentationClass/x": ""}, "", "name:red,green,blue"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_files_say_what_to_give(tmp_path, kind) -> None:
+    files, source, words = OTHERS[kind]
+    with pytest.raises(SlimeError, match=words):
+        read_annotations(str(put_files(tmp_path, files) / source))
+
+
 # -------------------------------------------------------------------------------------------------------------- fuzz
 
 
@@ -313,3 +434,22 @@ def test_whatever_is_changed_in_a_file_only_our_error_is_raised(tmp_path_factory
             image.example(annotated.names)
     except SlimeError:
         pass
+
+
+LINES = st.text("0123456789.:, -\naex#", max_size=40)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(lines=LINES, names=LINES)
+def test_whatever_stands_in_a_text_file_only_our_error_is_raised(tmp_path_factory, lines, names) -> None:
+    folder = tmp_path_factory.mktemp("fuzz")
+    files = {"a.png": "", "a.txt": f"0 .1 .1 .5 .1 .5 .5\n{lines}", "data.yaml": f"names: [a, b]\n{names}"}
+    files |= {"voc/labelmap.txt": lines, "voc/JPEGImages/a.jpg": "", "voc/SegmentationClass/a.png": ""}
+    files |= {"robo/_classes.csv": f"{names}\n1, a", "robo/a.jpg": "", "robo/a_mask.png": ""}
+    for source in (put_files(folder, files), folder / "voc", folder / "robo"):
+        try:
+            annotated = read_annotations(str(source))
+            for image in annotated.images:
+                image.example(annotated.names)
+        except SlimeError:
+            pass

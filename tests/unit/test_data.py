@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import os
+import re
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -13,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from slime import Segmenter, SegmentSettings, SlimeError, save_embeddings, segment, train
@@ -20,13 +24,15 @@ from slime.backbones.load import fingerprint, load_model
 from slime.data import command
 from slime.data import run as engine_module
 from slime.data.annotations import read_annotations
+from slime.data.file_names import FileNames, changed_names, folders_of, leads_outside, write_table
 from slime.data.formats import FORMATS, Format
+from slime.data.formats.label_studio import brush_rle, mask_of_brush
 from slime.data.pixels import decode
 from slime.data.records import Record
 from slime.data.review import least_confident, review_page
 from slime.data.run import Engine, segment_images
 from slime.data.run_log import RunLog, write_whole
-from slime.data.shapes import brush_rle, coco_rle, mask_of_brush, mask_of_coco, outlines
+from slime.data.shapes import coco_rle, mask_of_coco, outlines
 from slime.data.sources import SourceImage, source_images
 from slime.parts.maps import DenseMaps
 from slime.settings import InstantSettings
@@ -304,6 +310,30 @@ def test_yolo_lines_are_normalised_polygons(learned, folder, tmp_path) -> None:
     assert min(drawn) > 0.95
 
 
+def test_supervision_reads_what_is_written(learned, folder, tmp_path) -> None:
+    """COCO's run lengths exactly, polygons of COCO and YOLO nearly; supervision draws the outline as well."""
+    supervision = pytest.importorskip("supervision")
+    (folder / "deep" / "4.png").rename(folder / "4.png")
+    (folder / "broken.jpg").unlink()
+    for kind in ("coco", "coco-polygons", "yolo"):
+        out = tmp_path / kind
+        run(learned, folder, out, kind)
+        places = {"images_directory_path": str(folder)}
+        if kind == "yolo":
+            places |= {"annotations_directory_path": str(out / "labels"), "data_yaml_path": str(out / "data.yaml")}
+            theirs = supervision.DetectionDataset.from_yolo(**places, force_masks=True)
+        else:
+            places |= {"annotations_path": str(out / "annotations.json")}
+            theirs = supervision.DetectionDataset.from_coco(**places, force_masks=True)
+        assert tuple(theirs.classes) == learned[1].names and len(theirs) == 5
+        for path, _, found in theirs:
+            truth = expected(learned, Path(path))
+            labels = np.zeros_like(truth)
+            for mask, label in zip(found.mask, found.class_id, strict=True):
+                labels[mask] = label + 1
+            assert (labels == truth).mean() > (0.999 if kind == "coco" else 0.93), kind
+
+
 def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     """Nothing twice, nothing lost, a torn line is taken away, and other embeddings do not mix in."""
     whole = run(learned, folder, tmp_path / "whole", "label-map", "coco")
@@ -363,16 +393,85 @@ def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
     assert {r.line() for r in log.records()} == {r.line() for r in whole.records()} and failures(log) == 1
 
 
-def test_names_that_would_clash_or_lead_out_are_errors(learned, tmp_path) -> None:
+CLASHING = (
+    "a.png",
+    "a.jpg",
+    "A.png",
+    "shot.0001",
+    "shot.0002",
+    "x?y.png",
+    "x\\y.png",
+    "~con/aux.png",
+    "n" * 300 + ".png",
+)
+
+
+def test_each_image_has_a_file_of_its_own(learned, tmp_path, caplog) -> None:
+    """Names that differ in suffix, case or forbidden characters; one that leads out costs itself alone."""
     backbone, embeddings = learned
     data = png((toy_example(0).image.numpy() * 255).astype(np.uint8))
-    source = [("a.png", data), ("a.jpg", data), ("../b.png", data), ("c.png", data)]
-    named = [SourceImage(name, partial(bytes, data)) for name, data in source]
+    names = [*CLASHING, "a.png", "../b.png", "C:/b.png"]
+    source = [SourceImage(name, partial(bytes, data)) for name in names]
+    out, file_names = tmp_path / "out", FileNames(names)
+    log, engine = RunLog(out, ABOUT), Engine(Segmenter(backbone, embeddings), 1)
+    segment_images(engine, source, [FORMATS["label-map"](out, embeddings, "v1", file_names)], log)
+    assert {record.name for record in log.records()} == set(CLASHING) and failures(log) == 2
+    assert "a.png is listed twice" in caplog.text and not (tmp_path / "b.png").exists()
+    files = [file.relative_to(out / "labels").as_posix() for file in (out / "labels").rglob("*.png")]
+    assert len({file.lower() for file in files}) == len(CLASHING) and "shot.0001.png" in files
+    write_table(out, changed_names(CLASHING, file_names, ["wheel", "con", "Wheel"]))
+    rows = list(csv.reader((out / "file_names.csv").read_text(encoding="utf-8").splitlines()))
+    assert {row[1] for row in rows[1:] if row[0] == "image"} == set(CLASHING) - {"shot.0001", "shot.0002"}
+    assert all(f"{row[2]}.png" in files for row in rows[1:] if row[0] == "image")
+    assert len({row[2].lower() for row in rows if row[0] == "part"}) == 3
+
+
+@given(names=st.lists(st.text(min_size=1, max_size=8), max_size=8), long=st.text(max_size=300))
+def test_file_names_are_unique_and_safe(names, long) -> None:
+    given = [name for name in dict.fromkeys([*names, *(name.swapcase() for name in names), long]) if name]
+    files = [FileNames(given)(name) for name in given if not leads_outside(name)]
+    assert len({file.casefold() for file in files}) == len(files)
+    for file in [*files, *folders_of(given).values()]:
+        assert all(0 < len(part.encode()) <= 120 and part.rstrip(". ") == part for part in file.split("/"))
+        assert not re.search(r'[<>:"|?*\\#%~\x00-\x1f]', file)
+    assert len({folder.casefold() for folder in folders_of(given).values()}) == len(given)
+
+
+def test_a_source_that_was_away_is_tried_again(learned, folder, tmp_path) -> None:
+    backbone, embeddings = learned
+    log, engine = RunLog(tmp_path / "out", ABOUT), Engine(Segmenter(backbone, embeddings), 1)
+
+    def away() -> bytes:
+        raise OSError(5, "Input/output error")
+
+    broken = list(source_images(str(folder)))
+    segment_images(engine, [image._replace(read=away) if image.name == "0.png" else image for image in broken], [], log)
+    assert failures(log) == 2 and "0.png" not in log.done
     log = RunLog(tmp_path / "out", ABOUT)
-    engine = Engine(Segmenter(backbone, embeddings), 1)
-    segment_images(engine, named, [FORMATS["label-map"](tmp_path / "out", embeddings, "v1")], log)
-    assert {record.name for record in log.records()} == {"a.png", "c.png"} and failures(log) == 2
-    assert not (tmp_path / "b.png").exists()
+    segment_images(engine, source_images(str(folder)), [], log)
+    assert "0.png" in log.done and failures(log) == 1, "the broken one stays"
+
+
+def foreign(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "manifest.json").write_text('{"version": 3}', encoding="utf-8")
+
+
+def foreign_labels(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "annotations.json").write_text("{}", encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(foreign, "not of SLiMe"), (foreign_labels, "not of SLiMe"), (Path.touch, "There cannot be a folder")],
+)
+def test_what_others_left_is_not_written_over(tmp_path, make, words) -> None:
+    make(tmp_path / "out")
+    before = [(file, file.stat().st_size) for file in tmp_path.rglob("*")]
+    with pytest.raises(SlimeError, match=words):
+        RunLog(tmp_path / "out", ABOUT)
+    assert [(file, file.stat().st_size) for file in tmp_path.rglob("*")] == before
 
 
 def test_zoom_is_not_for_large_sets(learned) -> None:
@@ -547,7 +646,7 @@ def test_label_studio_exports_teach(tmp_path) -> None:
     [
         (["info", "none.safetensors"], "There is no file"),
         (["evaluate", "none"], "Give --labels"),
-        (["train", "--model", "none", "--examples", "none", "--output", "x"], "neither a folder nor"),
+        (["train", "--model", "none", "--examples", "none", "--output", "x"], "There is nothing at none"),
     ],
 )
 def test_mistakes_are_told_in_a_line(arguments: list[str], said: str, capsys) -> None:
@@ -618,13 +717,12 @@ def test_nodes_export_and_load_labels(nodes, learned, tmp_path, kind: str) -> No
     export.execute(made(again, images[:1]), kind, "set")
     assert len((place / "records.jsonl").read_text(encoding="utf-8").splitlines()) == 4, "named by its pixels, once"
     file = {"coco": "set/annotations.json", "coco-polygons": "set/annotations.json", "label-studio": "set/tasks.json"}
-    if kind in file:
-        examples = load.execute(file[kind], "", 2).args[0]
-        assert len(examples) == 2 and set(examples[0].names) <= set(learned[1].names)
-        if kind != "coco-polygons":
-            assert torch.equal(examples[0].labels > 0, maps.label_map[0] > 0)
-        one = load.execute(file[kind], learned[1].names[0], 1).args[0]
-        assert one[0].names == learned[1].names[:1]
+    examples = load.execute(file.get(kind, "set"), "", 4).args[0]
+    assert len(examples) == 3 and set(examples[0].names) <= set(learned[1].names)
+    if kind not in ("coco-polygons", "yolo"):
+        assert any(torch.equal(example.labels > 0, maps.label_map[0] > 0) for example in examples)
+    one = load.execute(file.get(kind, "set"), learned[1].names[0], 1).args[0]
+    assert one[0].names == learned[1].names[:1]
     with pytest.raises(SlimeError, match="SLiMe Export Labels: .*run with other formats"):
         export.execute(made(maps, images), "masks" if kind != "masks" else "coco", "set")
 
@@ -647,7 +745,9 @@ def test_an_export_format_is_one_class_and_one_line(nodes, learned, tmp_path, mo
     assert text.splitlines() == [f"{n} {(maps.label_map == i).sum()}" for i, n in enumerate(maps.names, start=1)]
 
 
-def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path) -> None:
+def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path, monkeypatch) -> None:
+    from slime_extension.nodes import labels
+
     export, load, made = nodes
     images = toy_example(0).image[None]
     maps = segment(learned[0], images, learned[1])[0]
@@ -658,6 +758,22 @@ def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path) -
         export.execute(made(maps, images), "coco", "set", "a\nb")
     with pytest.raises(SlimeError, match="outside"):
         export.execute(made(maps, images), "coco", "set", "../../a")
+    with pytest.raises(SlimeError, match=r"has a\.png twice"):
+        both = torch.cat([images, images])
+        export.execute(made(segment(learned[0], both, learned[1])[0], both), "coco", "set", "a.jpg\na.png")
+    text = [
+        export.execute(made(maps, images), "masks", "odd", name).ui.as_dict()["text"][0] for name in ("A?", "a_", "A?")
+    ]
+    assert "1 under another name" in text[0] and "already" in text[2] and "2 in all" in text[2]
+    assert len(list((tmp_path / "output" / "odd" / "images").iterdir())) == 2
+
+    def full(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(labels, "write_whole", full)
+        with pytest.raises(SlimeError, match="SLiMe Export Labels: .*cannot be written .Permission denied"):
+            export.execute(made(maps, images), "coco", "held", "b")
     (tmp_path / "secret.json").write_text("{}", encoding="utf-8")
     for path in ("../secret.json", str(tmp_path / "secret.json"), "none.json"):
         with pytest.raises(SlimeError, match="There is no"):

@@ -1,0 +1,112 @@
+"""Names of files that any file system can hold, one for each image or part."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePosixPath
+
+from .pixels import SUFFIXES
+from .run_log import write_whole
+
+TABLE = "file_names.csv"
+LONGEST = 100  # characters of a folder or file name: a path on Windows has 260
+FORBIDDEN = re.compile(r'[<>:"|?*\\/#%~\x00-\x1f\x7f]')  # by Windows, or with a meaning in addresses
+DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows opens these as devices
+
+
+class FileNames:
+    """Gives each image of a listing a path without suffix that no other image has, on file systems that ignore case.
+
+    Names stay as they are where they can. What cannot be held becomes "_"; names that would then be the same, such as
+    a.jpg and a.png, get a hash of the whole name. The result does not depend on the order, so that several machines
+    agree.
+
+    Args:
+        names: of all images of the set.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
+        first: dict[str, str] = {}
+        self._shared: set[str] = set()
+        for name in names:
+            key = _key(safe_path(name))
+            if first.setdefault(key, name) != name:
+                self._shared.add(key)
+
+    def __call__(self, name: str) -> str:
+        """Return the path, with slashes."""
+        path = safe_path(name)
+        return f"{path}-{_digest(name)}" if _key(path) in self._shared else path
+
+
+def plain_stem(name: str) -> str:
+    """Return a name without the suffix of an image file: "shot.0001" has none."""
+    path = PurePosixPath(name)
+    return name[: -len(path.suffix)] if path.suffix.lower() in SUFFIXES and path.stem else name
+
+
+def safe_path(name: str) -> str:
+    """Return the path of an image without suffix, with components that any file system can hold."""
+    parts = [part for part in re.split(r"[\\/]+", plain_stem(name.replace("\\", "/"))) if part not in ("", ".")]
+    return "/".join(map(_safe, parts)) or "_"
+
+
+def leads_outside(name: str) -> bool:
+    """Return whether a path is absolute, has a drive, or goes up."""
+    path = PurePosixPath(name.replace("\\", "/"))
+    return path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) is not None
+
+
+def folders_of(parts: Iterable[str]) -> dict[str, str]:
+    """Return a folder name for each part, by the same rules."""
+    safe = {part: _safe(part) for part in parts}
+    shared = Counter(map(_key, safe.values()))
+    return {part: f"{name}-{_digest(part)}" if shared[_key(name)] > 1 else name for part, name in safe.items()}
+
+
+def changed_names(images: Iterable[str], file_names: FileNames, parts: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """Yield the rows of :func:`write_table` for images and parts whose files have other names."""
+    yield from (("image", name, file) for name in images if (file := file_names(name)) != plain_stem(name))
+    yield from (("part", part, folder) for part, folder in folders_of(parts).items() if folder != part)
+
+
+def write_table(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
+    """Add rows to the table that says which name was written under which other one: "image" or "part", name, file."""
+    known = set(read_table(folder))
+    changed = sorted(known | set(rows))
+    if len(changed) > len(known):
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([("kind", "name", "file"), *changed])
+        write_whole(folder / TABLE, text.getvalue().encode())
+
+
+def read_table(folder: Path) -> list[tuple[str, str, str]]:
+    """Return the rows that were written to a folder."""
+    file = folder / TABLE
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [(row[0], row[1], row[2]) for row in csv.reader(io.StringIO(text)) if len(row) == 3][1:]
+
+
+def _safe(component: str) -> str:
+    text = FORBIDDEN.sub("_", component).rstrip(". ").strip()
+    if DEVICE.match(text) or not text or set(text) == {"."}:
+        text = f"_{text}".rstrip(". ")
+    return text if len(text.encode()) <= LONGEST else f"{_cut(text)}-{_digest(component)}"
+
+
+def _cut(text: str) -> str:
+    return text.encode()[: LONGEST - 9].decode(errors="ignore")
+
+
+def _key(path: str) -> str:
+    return unicodedata.normalize("NFC", path).casefold()
+
+
+def _digest(name: str) -> str:
+    return hashlib.sha256(name.encode()).hexdigest()[:8]
