@@ -158,7 +158,13 @@ def named_errors(node: str) -> Iterator[None]:
 
 
 def as_images(image: Tensor) -> Tensor:
-    """Return IMAGE as float32 [B, H, W, 3] on the CPU; other nodes may give four channels or no batch."""
+    """Return IMAGE as float32 [B, H, W, 3] on the CPU; other nodes may give four channels or no batch.
+
+    Raises:
+        SlimeError: a mask.
+    """
+    if image.ndim < 3 or (image.ndim == 3 and image.shape[-1] > 4):
+        raise SlimeError("A mask is connected where an image belongs. Use Convert Mask to Image, or connect the image.")
     image = image[None] if image.ndim == 3 else image
     return image[..., :3].to("cpu", torch.float32)
 

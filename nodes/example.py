@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
 from comfy_api.latest import io, ui
 from torch import Tensor
+from torch.nn import functional
 
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
@@ -23,6 +23,7 @@ from .common import (
     named_errors,
     overlays,
     schema,
+    show_text,
     split_names,
     to_core,
     with_legend,
@@ -46,8 +47,14 @@ class SLiMeExample(io.ComfyNode):
             description="One image with masks of the parts to learn. Chain several for more parts or more images.",
             search_aliases=["one shot segmentation", "part mask", "teach segmenter", "few shot", "similar"],
             inputs=[
-                io.Image.Input("image", tooltip="The image to learn from: one image, not a batch."),
-                io.Mask.Input("mask", tooltip="White where the part is. A batch is one mask for each name, in order."),
+                io.Image.Input(
+                    "image", tooltip="The image to learn from. A batch needs one name and a mask per image."
+                ),
+                io.Mask.Input(
+                    "mask",
+                    tooltip="White where the part is. A batch is one mask for each name, in order. A mask of another "
+                    "size but the image's proportions is resized.",
+                ),
                 io.String.Input(
                     "names", default="part", tooltip="Names of the parts, separated by commas: wheel, window"
                 ),
@@ -65,8 +72,9 @@ class SLiMeExample(io.ComfyNode):
             ],
             outputs=[
                 Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
-                io.Image.Output(display_name="preview", tooltip="The image with its parts tinted."),
+                io.Image.Output(display_name="preview", tooltip="The last image with its parts tinted."),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -79,8 +87,11 @@ class SLiMeExample(io.ComfyNode):
         unlabelled: str = "auto",
     ) -> io.NodeOutput:
         with named_errors("SLiMe Example"):
-            example = replace(_example(image, mask, names), unlabelled=unlabelled)
-            examples = merge_examples(previous or (), example)
+            found, remark = _examples(as_images(image), as_masks(mask), check_names(split_names(names)))
+            examples = tuple(previous or ())
+            for example in found:
+                examples = merge_examples(examples, replace(example, unlabelled=unlabelled))
+        show_text(getattr(cls.hidden, "unique_id", None), remark)
         return examples_result(cls, examples)
 
 
@@ -152,16 +163,24 @@ def examples_result(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> i
     return io.NodeOutput(examples, to_core(preview), ui=preview_image)
 
 
-def _example(image: torch.Tensor, mask: torch.Tensor, text: str) -> Example:
-    images, masks = as_images(image), as_masks(mask)
-    names = check_names(split_names(text))
-    if len(images) != 1:
+def _examples(images: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[list[Example], str]:
+    """Return one example with a mask for each name, or one per image with a mask for the one name; and a remark."""
+    if len(images) > 1 and (len(names) > 1 or len(masks) != len(images)):
         raise SlimeError(
-            f"The image is a batch of {len(images)}. Connect one image, and chain one SLiMe Example per image."
+            f"There are {len(images)} images, {len(masks)} masks and {len(names)} names ({', '.join(names)}). A batch "
+            "of images needs one name and one mask for each image; else chain one SLiMe Example per image."
         )
-    if len(masks) != len(names):
+    if len(images) == 1 and len(masks) != len(names):
         raise SlimeError(
             f"There are {len(masks)} masks for {len(names)} names ({', '.join(names)}). Connect one mask for each "
             "name, as a batch, or chain one SLiMe Example per part."
         )
-    return Example.from_masks(images[0], dict(zip(names, masks, strict=True)))
+    (height, width), before = images.shape[1:3], masks.shape[1:]
+    remark = ""
+    if before != (height, width) and abs(before[0] * width / before[1] - height) <= max(1.0, 0.01 * height):
+        masks = functional.interpolate(masks[:, None], (height, width), mode="nearest-exact")[:, 0]
+        remark = f"The mask of {before[1]} x {before[0]} was resized to the image's {width} x {height}."
+    if len(images) == 1:
+        return [Example.from_masks(images[0], dict(zip(names, masks, strict=True)))], remark
+    pairs = zip(images, masks, strict=True)
+    return [Example.from_masks(image, {names[0]: mask}) for image, mask in pairs], remark

@@ -113,16 +113,23 @@ class Example:
 
     @classmethod
     def from_masks(cls, image: Tensor, masks: Mapping[str, Tensor]) -> Example:
-        """Make an example from one mask [H, W] per part, inside above 0.5; where masks overlap the later one wins.
+        """Make an example from one mask [H, W] per part, which is where it is above 0.5; later masks lie on top.
 
         Raises:
-            SlimeError: for bad names or images, masks of another size, and empty masks, naming the part.
+            SlimeError: for bad names or images, masks of another size, empty, weak or with NaN, naming the part.
         """
         names = check_names(list(masks))
         image = check_image(image)
         labels = torch.zeros(image.shape[:2], dtype=torch.int64)
         for index, (name, mask) in enumerate(zip(names, masks.values(), strict=True), start=1):
-            inside = mask.detach().to("cpu", torch.float32) > 0.5
+            mask = mask.detach().to("cpu", torch.float32)
+            inside, most = mask > 0.5, float(mask.max()) if mask.numel() else 0.0
+            if not mask.isfinite().all():
+                raise SlimeError(f'The mask of "{name}" has NaN or infinite values. Check the node that made it.')
+            if 0 < most <= 0.5:
+                raise SlimeError(
+                    f'The mask of "{name}" reaches only {most:.2f}: a part is where it is above 0.5. Make it stronger.'
+                )
             if not inside.any():
                 raise SlimeError(
                     f'Nothing is painted: the mask of "{name}" is empty. Paint the part (right-click Load Image, Open '

@@ -122,7 +122,11 @@ GOOD[:, 5:20, 5:20] = 1
         (IMAGE, GOOD, " , ", "No part names"),
         (IMAGE, GOOD, "wheel, window", "1 masks for 2 names"),
         (IMAGE, GOOD.repeat(2, 1, 1), "wheel, wheel", "more than once: wheel"),
-        (IMAGE.repeat(3, 1, 1, 1), GOOD, "wheel", "batch of 3"),
+        (IMAGE.repeat(3, 1, 1, 1), GOOD, "wheel", "3 images, 1 masks and 1 names"),
+        (IMAGE.repeat(2, 1, 1, 1), GOOD.repeat(2, 1, 1), "wheel, window", "2 images, 2 masks and 2 names"),
+        (IMAGE, GOOD * 0.3, "wheel", "reaches only 0.30"),
+        (IMAGE, GOOD + torch.nan, "wheel", "NaN or infinite"),
+        (GOOD, GOOD, "wheel", "A mask is connected where an image belongs"),
         (torch.rand(1, 1, 1, 3), torch.ones(1, 1, 1), "wheel", "1x1"),
         (torch.full((1, 40, 48, 3), torch.nan), GOOD, "wheel", "NaN"),
     ],
@@ -141,6 +145,26 @@ def test_example_takes_what_other_nodes_hand_over(nodes) -> None:
     ):
         examples, preview = nodes.SLiMeExample.execute(image, mask, "wheel").args
         assert examples[0].names == ("wheel",) and preview.shape == (1, 40, 48, 3)
+
+
+def test_a_mask_of_the_same_proportions_is_resized_and_told(nodes, monkeypatch) -> None:
+    from slime_extension.nodes import example
+
+    said: list[str] = []
+    monkeypatch.setattr(example, "show_text", lambda _, text: said.append(text))
+    mask = torch.zeros(1, 20, 24)
+    mask[:, 5:10, 5:10] = 1
+    examples = nodes.SLiMeExample.execute(IMAGE, mask, "wheel").args[0]
+    assert int((examples[0].labels == 1).sum()) == 100 and said == [
+        "The mask of 24 x 20 was resized to the image's 48 x 40."
+    ]
+
+
+def test_a_batch_of_images_with_a_mask_each_is_as_many_examples(nodes) -> None:
+    images, masks = torch.rand(3, 40, 48, 3), GOOD.repeat(3, 1, 1)
+    examples, preview = nodes.SLiMeExample.execute(images, masks, "wheel").args
+    assert len(examples) == 3 and preview.shape == (1, 40, 48, 3)
+    assert all(torch.equal(example.image, image) for example, image in zip(examples, images, strict=True))
 
 
 def test_overlay_and_label_map(nodes) -> None:
