@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import tarfile
 from dataclasses import replace
 from functools import partial
@@ -566,6 +567,26 @@ def test_a_part_that_was_never_found_counts_as_missed(tmp_path, capsys) -> None:
     assert command.run(["evaluate", "--labels", str(found), str(truth)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["iou"] == {"one": 1.0, "two": 0.0, "three": None} and figures["part_miou"] == 0.5
+
+
+def test_one_bad_image_does_not_end_an_evaluation(tmp_path, capsys) -> None:
+    """It is told; images whose labels have another size are, too; with --strict that is an error."""
+    for index in range(4):
+        pixels = (toy_example(index).image.numpy() * 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        np.save(tmp_path / f"{index}.npy", toy_example(index).labels.numpy().astype(np.uint8))
+    (tmp_path / "names.txt").write_text("red\nblue\n", encoding="utf-8")
+    labels = tmp_path / "labels_of_a_model"
+    shutil.copytree(tmp_path, labels, ignore=lambda *_: [labels.name])
+    (tmp_path / "1.npy").write_bytes(b"nothing")
+    np.save(labels / "2.npy", np.ones((8, 8), np.uint8))
+    assert command.run(["evaluate", str(tmp_path), "--labels", str(labels)]) == 0
+    said = capsys.readouterr()
+    assert json.loads(said.out)["images"] == 2 and json.loads(said.out)["miou"] == 1
+    assert (
+        "Skipped 2: " in said.err and "1.npy" in said.err and "2.png: the labels to evaluate are of 8 x 8" in said.err
+    )
+    assert command.run(["evaluate", str(tmp_path), "--labels", str(labels), "--strict"]) == 1
 
 
 def test_a_models_fingerprint_is_of_its_weights(tmp_path) -> None:
