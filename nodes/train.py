@@ -225,7 +225,7 @@ def progress_text(report: StepReport, done: float, elapsed: float) -> str:
     if 0 < done < 1:
         left = elapsed / done * (1 - done)
         words.append(f"about {left / 60:.0f} min left" if left >= 90 else f"about {left:.0f} s left")
-    return ", ".join(words)
+    return ", ".join(words) + (f". {report.remark}" if report.remark else "")
 
 
 def _preview(backbone: Backbone, example: Example, embeddings: PartEmbeddings, last: StepReport | None) -> torch.Tensor:

@@ -13,7 +13,7 @@ from ..slime.settings import InstantSettings, PaperSettings, TrainSettings
 from .common import ADVANCED, schema
 
 FLIP = {"auto": None, "on": True, "off": False}
-RECOLOR = {"auto": None, "off": 0.0, "mild": 0.3, "strong": 1.0}  # None: the preset's value for the model
+RECOLOR = {"auto": None, "off": 0.0, "strong": 1.0}  # None: found out on the examples
 LAYERS = {"cross_layers": "read_layers", "self_layers": "propagate_layers"}  # inputs and their names in slime.settings
 
 
@@ -77,8 +77,8 @@ class SLiMeInstantSettings(_Settings):
                     "recolor",
                     options=list(RECOLOR),
                     default="auto",
-                    tooltip="Change the colours of every part in the views, so that colour is not learned. auto is off "
-                    "for Stable Diffusion.",
+                    tooltip="Change the colours of every part in the views, so that colour is not learned. auto: if "
+                    "the examples' parts are lost when their colours change; the node says what was found.",
                 ),
                 io.Int.Input(
                     "timestep",

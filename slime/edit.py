@@ -114,6 +114,8 @@ def describe(embeddings: PartEmbeddings) -> str:
     if "preset" in settings:
         known = [f"{key} {settings[key]}" for key in ("steps", "views", "seed") if key in settings]
         lines.append(f"trained with: {settings['preset']}" + "".join(f", {item}" for item in known))
+    if (check := settings.get("color_check")) is not None:
+        lines.append(f"colours: {check['found']}")
     if embeddings.losses:
         lines.append(f"loss: {embeddings.losses[0]:.4f} at first, {embeddings.losses[-1]:.4f} at last")
     return "\n".join(lines)

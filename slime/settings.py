@@ -33,7 +33,7 @@ class ViewSettings:
     crop: float = 0.7
     rotation: float = 15.0
     blur: float = 0.25
-    recolor: float = 0.0
+    recolor: float | None = 0.0
 
     official_views: ClassVar[bool] = False  # drawn as the official code draws them
 
@@ -44,7 +44,7 @@ class ViewSettings:
             crop=0.1 <= self.crop <= 1,
             rotation=0 <= self.rotation <= 180,
             blur=0 <= self.blur <= 1,
-            recolor=0 <= self.recolor <= 1,
+            recolor=self.recolor is None or 0 <= self.recolor <= 1,
         )
 
 
@@ -74,8 +74,10 @@ class InstantSettings(TrainSettings):
 
     Attributes:
         timestep: noise level of the features; None for the model's own.
+        recolor: as of every trainer; None lets :mod:`slime.training.colors` decide on the examples.
     """
 
+    recolor: float | None = None
     timestep: int | None = None
 
     def __post_init__(self) -> None:

@@ -64,16 +64,13 @@ CLIP_CONFIG = {
     "torch_dtype": "float32",
     "vocab_size": 49408,
 }
-# Arguments of SLiMe's Family for the tiny model, chosen on the validation scenes, see benchmarks/RESULTS.md.
+# Arguments of SLiMe's Family for the tiny model; its layers were chosen on validation scenes.
 SLIME_FAMILY = {
     "name": "tiny",
     "context_dim": CONTEXT_DIM,
     "side": 256,
     "cross": "output.3-11",
     "self_": "output.9-10",
-    "instant": {"recolor": 1.0, "views": 96},
-    "grouping": "layer",
-    "l2": 0.1,
 }
 # Arguments of SLiMe's FlowFamily for the flow transformer.
 SLIME_FLOW = {
@@ -83,7 +80,4 @@ SLIME_FLOW = {
     "read": ("joint.2", "joint.3", "joint.4", "joint.5"),
     "propagate": ("joint.4",),
     "side": 256,
-    "instant": {"recolor": 1.0, "views": 96},
-    "grouping": "layer",
-    "l2": 0.1,
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..examples import Example
 from ..images import resize_image
 from ..settings import ViewSettings
-from ..training.augment import crop, flip_allowed, gaussian_blur, recolor, rotate
+from ..training.augment import crop, flip_allowed, gaussian_blur, recolor, rotate_image, rotate_labels
 
 LEAST_SHARE = 0.3  # of a class that a crop must hold
 MOST_CROPS = 100  # drawn for one view
@@ -49,6 +49,6 @@ def official_view(
         image = gaussian_blur(image, (0.3 * (radius - 1) + 0.8) * min(size) / 512)  # OpenCV's sigma of such a kernel
     if rng.random() < 0.5:
         angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
-        image, labels = rotate(image, labels, angle, mirrored=False)
+        image, labels = rotate_image(image, angle, mirrored=False), rotate_labels(labels, angle, mirrored=False)
     nearest = F.interpolate(labels[None, None].float(), size=grid, mode="nearest")[0, 0].long()
     return image, torch.stack([(nearest == k) for k in range(classes)]).float()

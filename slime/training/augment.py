@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -33,27 +34,44 @@ def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
     return not any(SIDED.search(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)) for name in names)
 
 
-def augmented_view(
-    example: Example, settings: ViewSettings, rng: random.Random, size: tuple[int, int], grid: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Make one random view.
+class Transform(NamedTuple):
+    """How a random view is made: window, mirroring, rotation in radians, blur in pixels of an image of 512."""
 
-    Returns:
-        Image [h, w, 3] of ``size`` and soft label maps [K + 1, *grid].
-    """
+    rows: slice
+    columns: slice
+    mirrored: bool
+    angle: float
+    sigma: float
+
+
+def draw_transform(example: Example, settings: ViewSettings, rng: random.Random) -> Transform:
+    """Draw a random view. It depends on the size of the image and the names of the parts, not on their labels."""
+    height, width = example.labels.shape
     share = math.exp(rng.uniform(math.log(settings.crop), 0.0))
-    image, labels = crop(example, share, rng)
+    rows, columns = window(height, share, rng), window(width, share, rng)
+    mirrored = flip_allowed(settings, example.names) and rng.random() < 0.5
+    angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
+    sigma = rng.uniform(0.3, 1.5) if rng.random() < settings.blur else 0.0
+    return Transform(rows, columns, mirrored, angle, sigma)
+
+
+def augmented_image(example: Example, settings: ViewSettings, rng: random.Random, size: tuple[int, int]) -> Tensor:
+    """Make the image [h, w, 3] of a random view, of ``size``."""
+    drawn = draw_transform(example, settings, rng)
+    image, labels = (tensor[drawn.rows, drawn.columns] for tensor in (example.image, example.labels))
     if settings.recolor:
         image = recolor(image, labels, settings.recolor, rng)
-    if flip_allowed(settings, example.names) and rng.random() < 0.5:
-        image, labels = image.flip(1), labels.flip(1)
-    image = resize_image(image[None], size)[0]
-    angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))
-    if angle:
-        image, labels = rotate(image, labels, angle)
-    if rng.random() < settings.blur:
-        image = gaussian_blur(image, rng.uniform(0.3, 1.5) * min(size) / 512)
-    return image, soft_labels(labels, len(example.names) + 1, grid)
+    image = resize_image((image.flip(1) if drawn.mirrored else image)[None], size)[0]
+    image = rotate_image(image, drawn.angle)
+    return gaussian_blur(image, drawn.sigma * min(size) / 512) if drawn.sigma else image
+
+
+def augmented_labels(example: Example, settings: ViewSettings, rng: random.Random, grid: tuple[int, int]) -> Tensor:
+    """Make the soft label maps [K + 1, *grid] of the view that a generator of the same seed draws."""
+    drawn = draw_transform(example, settings, rng)
+    labels = example.labels[drawn.rows, drawn.columns]
+    labels = rotate_labels(labels.flip(1) if drawn.mirrored else labels, drawn.angle)
+    return soft_labels(labels, len(example.names) + 1, grid)
 
 
 def crop(example: Example, share: float, rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -98,22 +116,27 @@ def recolor(image: Tensor, labels: Tensor, strength: float, rng: random.Random) 
     return result.clamp(0, 1)
 
 
-def rotate(image: Tensor, labels: Tensor, angle: float, mirrored: bool = True) -> tuple[Tensor, Tensor]:
-    """Rotate image [h, w, 3] and labels [H, W] about their centres by ``angle`` radians.
+def rotate_image(image: Tensor, angle: float, mirrored: bool = True) -> Tensor:
+    """Rotate an image [h, w, 3] about its centre by ``angle`` radians; corners are mirrored, or else black."""
+    if not angle:
+        return image
+    return _rotate(image.movedim(-1, 0), angle, "bilinear", mirrored).movedim(0, -1).clamp(0, 1)
 
-    Corners are filled by reflection, or else are black and background.
-    """
+
+def rotate_labels(labels: Tensor, angle: float, mirrored: bool = True) -> Tensor:
+    """Rotate labels [h, w] likewise; corners are mirrored, or else background."""
+    if not angle:
+        return labels
+    return _rotate(labels[None].float(), angle, "nearest", mirrored)[0].long().clamp(0, IGNORE)
+
+
+def _rotate(x: Tensor, angle: float, mode: str, mirrored: bool) -> Tensor:
+    h, w = x.shape[-2:]
+    c, s = math.cos(angle), math.sin(angle)
+    theta = torch.tensor([[[c, -s * h / w, 0.0], [s * w / h, c, 0.0]]])
+    where = F.affine_grid(theta, [1, 1, h, w], align_corners=False)
     padding = "reflection" if mirrored else "zeros"
-
-    def turn(x: Tensor, mode: str) -> Tensor:
-        h, w = x.shape[-2:]
-        c, s = math.cos(angle), math.sin(angle)
-        theta = torch.tensor([[[c, -s * h / w, 0.0], [s * w / h, c, 0.0]]])
-        where = F.affine_grid(theta, [1, 1, h, w], align_corners=False)
-        return F.grid_sample(x[None], where, mode=mode, padding_mode=padding, align_corners=False)[0]
-
-    turned = turn(labels[None].float(), "nearest")[0].long().clamp(0, IGNORE)
-    return turn(image.movedim(-1, 0), "bilinear").movedim(0, -1).clamp(0, 1), turned
+    return F.grid_sample(x[None], where, mode=mode, padding_mode=padding, align_corners=False)[0]
 
 
 def gaussian_blur(image: Tensor, sigma: float) -> Tensor:

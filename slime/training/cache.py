@@ -1,34 +1,51 @@
-"""Cache the features of views while their model lives: training again extracts only views that are new."""
+"""Cache the features of views while their model lives: training again extracts only views that are new.
+
+Views as they are do not depend on the labels, so that training after a correction extracts nothing.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Hashable, Mapping
-from dataclasses import fields
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from ..backbones.attention import tensor_bytes
-from ..backbones.base import Backbone, Cacheable
-from ..examples import Example
-from ..settings import ViewSettings
+from ..backbones.attention import Attention, tensor_bytes
+from ..backbones.base import Backbone, Cacheable, Features
 
 LIMIT = 2**30  # bytes of main memory per model
 
 
 class CachedView(NamedTuple):
-    """Features [D, h, w] by group, and soft labels [K, h, w] on the grid."""
+    """Features of one view: maps [D, h, w] by group, the attention of an example as it is, and the maps' grid."""
 
-    features: Mapping[str, Tensor]
-    labels: Tensor
+    groups: Mapping[str, Tensor]
+    attention: tuple[Attention, ...]
+    grid: tuple[int, int]
 
     @property
     def size(self) -> int:
-        return tensor_bytes(*self.features.values(), self.labels)
+        return tensor_bytes(*self.groups.values()) + sum(layer.size for layer in self.attention)
+
+    def features(self) -> Features:
+        """Return the features of a batch of one."""
+        return Features({name: maps[None] for name, maps in self.groups.items()}, self.attention, self.grid)
+
+    def on_cpu(self) -> CachedView:
+        """Return the view with tensors of its own in main memory."""
+        groups = {name: maps.detach().to("cpu", copy=True) for name, maps in self.groups.items()}
+        layers = (layer._replace(query=layer.query.detach().to("cpu", copy=True),
+                                 key=layer.key.detach().to("cpu", copy=True)) for layer in self.attention)  # fmt: skip
+        return CachedView(groups, tuple(layers), self.grid)
+
+    def to(self, device: torch.device) -> CachedView:
+        """Return the view on a device."""
+        groups = {name: maps.to(device) for name, maps in self.groups.items()}
+        return CachedView(groups, tuple(layer.to(device) for layer in self.attention), self.grid)
 
 
 class ViewCache:
@@ -71,10 +88,13 @@ def clear_caches() -> None:
     _caches.clear()
 
 
-def example_digest(example: Example, settings: ViewSettings) -> str:
-    """Return a digest of everything that the views of an example depend on, besides their number."""
-    values = [getattr(settings, item.name) for item in fields(ViewSettings) if item.name != "views"]
-    digest = hashlib.sha256(repr((example.names, example.image.shape, values)).encode())
-    for tensor in (example.image, example.labels.to(torch.uint8)):
-        digest.update(tensor.contiguous().numpy().tobytes())
+def digest_of(*values: object) -> str:
+    """Return a digest of tensors and of other values by their text."""
+    digest = hashlib.sha256()
+    for value in values:
+        if isinstance(value, Tensor):
+            digest.update(repr((value.shape, value.dtype)).encode())
+            digest.update(value.contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(value).encode())
     return digest.hexdigest()

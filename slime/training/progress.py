@@ -22,6 +22,7 @@ class StepReport:
         embeddings: returns the best embeddings so far, or None when there are none.
         preview: image [h, w, 3] and part maps [K, h', w'] of the current segmentation, every few steps, else None. With
             the first report of "views" the labels of the example, at "done" the first example and its final maps.
+        remark: what was found out and the user should know.
     """
 
     stage: str
@@ -30,6 +31,7 @@ class StepReport:
     losses: dict[str, float]
     embeddings: Callable[[], PartEmbeddings | None]
     preview: tuple[Tensor, Tensor] | None = None
+    remark: str = ""
 
 
 OnStep = Callable[[StepReport], None]

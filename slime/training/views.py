@@ -18,7 +18,7 @@ from ..examples import Example
 from ..images import resize_image, soft_labels, working_size
 from ..paper.views import official_view
 from ..settings import ViewSettings
-from .augment import augmented_view
+from .augment import augmented_image, augmented_labels
 
 VIEW_BATCH = 4
 OnView = Callable[[int, int, tuple[Tensor, Tensor] | None], None]
@@ -42,18 +42,32 @@ def make_view(
 ) -> AugmentedView:
     """Make the view of this index, always the same: examples in turn, the first ``plain`` views unaugmented."""
     example = examples[index % len(examples)]
-    rng = random.Random(f"{settings.seed}/{_place(settings, len(examples), index)}")  # noqa: S311
+    rng = random.Random(f"{settings.seed}/{view_place(settings, len(examples), index)}")  # noqa: S311
+    size = view_size(example, info)
+    if index < plain:
+        image = resize_image(example.image[None], size)[0]
+    elif settings.official_views:
+        grid = (size[0] // info.cell, size[1] // info.cell)
+        return AugmentedView(*official_view(example, settings, rng, size, grid, index), rng)
+    else:
+        image = augmented_image(example, settings, rng, size)
+    return AugmentedView(image, view_labels(examples, settings, info, plain, index), rng)
+
+
+def view_labels(
+    examples: Sequence[Example], settings: ViewSettings, info: BackboneInfo, plain: int, index: int
+) -> Tensor:
+    """Make the soft labels [K, h, w] of a view that is not official, without its image."""
+    example = examples[index % len(examples)]
     size = view_size(example, info)
     grid = (size[0] // info.cell, size[1] // info.cell)
-    if index >= plain:
-        if settings.official_views:
-            return AugmentedView(*official_view(example, settings, rng, size, grid, index), rng)
-        return AugmentedView(*augmented_view(example, settings, rng, size, grid), rng)
-    labels = soft_labels(example.labels, len(example.names) + 1, grid)
-    return AugmentedView(resize_image(example.image[None], size)[0], labels, rng)
+    if index < plain:
+        return soft_labels(example.labels, len(example.names) + 1, grid)
+    rng = random.Random(f"{settings.seed}/{view_place(settings, len(examples), index)}")  # noqa: S311
+    return augmented_labels(example, settings, rng, grid)
 
 
-def _place(settings: ViewSettings, count: int, index: int) -> str:
+def view_place(settings: ViewSettings, count: int, index: int) -> str:
     """Name a view so that examples added later do not change it. The official code counts views."""
     if settings.official_views:
         return str(index)

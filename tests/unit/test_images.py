@@ -21,7 +21,7 @@ from slime.images import resize_maps, soft_labels, working_size
 from slime.paper.views import official_view
 from slime.parts.draw import color_labels, legend_below, overlay
 from slime.settings import InstantSettings, PaperSettings
-from slime.training.augment import augmented_view, flip_allowed, rotate
+from slime.training.augment import augmented_image, augmented_labels, flip_allowed, rotate_image, rotate_labels
 from testing import scenes, splits
 from testing.toy import ToyUNet
 
@@ -56,7 +56,7 @@ def test_rotation_moves_image_and_labels_together() -> None:
     labels = torch.zeros(64, 64, dtype=torch.int64)
     labels[4:20, 24:40] = 1
     image = labels[..., None].float().expand(-1, -1, 3)
-    turned, turned_labels = rotate(image, labels, math.pi / 2)
+    turned, turned_labels = rotate_image(image, math.pi / 2), rotate_labels(labels, math.pi / 2)
     assert (turned[..., 0].round().long() == turned_labels).float().mean() > 0.99
     ys, xs = torch.nonzero(turned_labels == 1, as_tuple=True)
     assert abs(float(ys.float().mean()) - 31.5) < 1 and not 20 < float(xs.float().mean()) < 44
@@ -67,10 +67,11 @@ def test_views_are_seeded_and_labels_follow_the_image() -> None:
     labels[20:60, 10:50] = 1
     example = Example.from_label_map(labels[..., None].float().expand(-1, -1, 3), labels, ["square"])
     settings = InstantSettings(blur=0.0)
-    first, second = (augmented_view(example, settings, random.Random(5), (128, 128), (16, 16)) for _ in range(2))
-    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    first, second = (augmented_image(example, settings, random.Random(5), (128, 128)) for _ in range(2))
+    assert torch.equal(first, second)
     for seed in range(5):
-        image, maps = augmented_view(example, settings, random.Random(seed), (128, 128), (16, 16))
+        image = augmented_image(example, settings, random.Random(seed), (128, 128))
+        maps = augmented_labels(example, settings, random.Random(seed), (16, 16))
         pooled = torch.nn.functional.adaptive_avg_pool2d(image[..., 0][None], (16, 16))[0]
         assert (pooled - maps[1]).abs().mean() < 0.02
         torch.testing.assert_close(maps.sum(0), torch.ones(16, 16))

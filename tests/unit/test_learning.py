@@ -125,7 +125,7 @@ def test_passes_are_what_the_design_promises() -> None:
     assert toy.encoded == 5 + 1
     assert toy.passes == 20 + 5 + 2, "20 steps, 5 unconditional, and the example itself judged every tenth step"
     toy = ToyUNet()
-    train(toy, [toy_example(0)], preset("instant", views=7))
+    train(toy, [toy_example(0)], preset("instant", views=7, recolor=0.0))
     assert toy.encoded == 7 and toy.passes == 2 + 1, "seven views in batches of four, and the key projections"
 
 

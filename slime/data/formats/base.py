@@ -55,6 +55,13 @@ class AnnotatedSet(NamedTuple):
     skipped: list[str]
 
 
+class FolderReader(NamedTuple):
+    """Tells whether a folder holds a data set of one form, and reads its parts, the wanted ones or all."""
+
+    claims: Callable[[Path], bool]
+    read: Callable[[Path, Sequence[str]], AnnotatedSet]
+
+
 class Named(Protocol):
     """Embeddings, or part maps."""
 

@@ -14,7 +14,7 @@ from ..file_names import folders_of
 from ..pixels import SUFFIXES, upright_labels
 from ..records import Record
 from ..run_log import RunLog, write_whole
-from .base import AnnotatedImage, AnnotatedSet, Files, Format, decoder, files_of, part_name, png, text_of
+from .base import AnnotatedImage, AnnotatedSet, Files, FolderReader, Format, decoder, files_of, part_name, png, text_of
 
 NAMES, LABELS, MASKS, IMAGES = "names.txt", "labels", "masks", "images"
 ENDINGS = (".npy", ".png")
@@ -146,3 +146,6 @@ def _read_labels(file: Path) -> np.ndarray:
             f"in {NAMES} instead: 1 for the first name."
         )
     return labels.astype(np.uint8)
+
+
+FOLDER = FolderReader(claims, read)

@@ -12,7 +12,7 @@ from PIL import Image
 from ...errors import SlimeError
 from ...examples import IGNORE
 from ..pixels import SUFFIXES, upright_labels
-from .base import AnnotatedImage, AnnotatedSet, Files, decoder, files_of, part_name, part_names, text_of
+from .base import AnnotatedImage, AnnotatedSet, Files, FolderReader, decoder, files_of, part_name, part_names, text_of
 
 MASKS, IMAGES, COLORS, NUMBERS = "SegmentationClass", "JPEGImages", "labelmap.txt", "_classes.csv"
 VOID = (224, 224, 192)  # the colour of pixels to ignore
@@ -108,3 +108,6 @@ def _labels(
         return upright_labels(label_map, image)
 
     return labels
+
+
+FOLDER = FolderReader(claims, read)

@@ -16,7 +16,19 @@ from ..pixels import SUFFIXES, upright_size
 from ..records import Record
 from ..run_log import RunLog, write_whole
 from ..shapes import fill_polygons, outlines
-from .base import AnnotatedImage, AnnotatedSet, Files, Format, Named, decoder, note, part_name, part_names, text_of
+from .base import (
+    AnnotatedImage,
+    AnnotatedSet,
+    Files,
+    FolderReader,
+    Format,
+    Named,
+    decoder,
+    note,
+    part_name,
+    part_names,
+    text_of,
+)
 
 logger = logging.getLogger(__name__)
 LISTS = ("classes.txt", "obj.names")  # of names, one per line
@@ -164,3 +176,6 @@ def _labels(
         return label_map
 
     return labels
+
+
+FOLDER = FolderReader(claims, read)
