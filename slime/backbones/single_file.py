@@ -64,7 +64,7 @@ def load_checkpoint(path: Path, device: str, dtype: torch.dtype) -> DiffusersUNe
     large = family == "sdxl"
     try:
         unet, vae, texts = _unet(state, large), _vae(state, large), _texts(state, family)
-    except (RuntimeError, KeyError, IndexError, ValueError) as error:
+    except (RuntimeError, KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         first = str(error).strip().splitlines()
         raise SlimeError(
             f"{path.name} looks like {family.upper()}, but its weights are not that model's "
@@ -159,6 +159,10 @@ def standard_weights(state: Mapping[str, Tensor], file: str) -> dict[str, Tensor
         scale = next((state[key] for end in SCALES if (key := name.removesuffix(".weight") + end) in state), None)
         if name.endswith(".weight") and not value.is_floating_point() and (scale is None or value.dtype != torch.int8):
             raise SlimeError(f"{file} holds quantised weights ({_quantisation(state, name)}). {ELSEWHERE}")
+        if scale is not None and (scale.numel() not in (1, len(value)) if value.ndim else scale.numel() != 1):
+            raise SlimeError(
+                f"{file} holds weights that are scaled in blocks ({_quantisation(state, name)}). {ELSEWHERE}"
+            )
         if name.endswith(".weight") and scale is not None:
             value = value.float() * scale.float().reshape(-1, *[1] * (value.ndim - 1))
         found[_standard_name(name)] = value
@@ -191,7 +195,7 @@ def _family(state: Mapping[str, Tensor], file: str) -> Family:
     def has(stem: str) -> bool:
         return any(name.startswith(stem) for name in state)
 
-    if FIRST not in state:
+    if FIRST not in state or state[FIRST].ndim != 4 or ACROSS not in state:
         raise SlimeError(
             f"{file} is no whole checkpoint of Stable Diffusion 1, 2 or XL (it has no {UNET}input_blocks; a UNet or "
             f"LoRA alone is not enough). {ELSEWHERE}"
@@ -209,8 +213,6 @@ def _family(state: Mapping[str, Tensor], file: str) -> Family:
             f"{file} has no {' and no '.join(what[2:] for what in missing)}. Use a whole checkpoint with UNet, VAE and "
             "text encoder; ComfyUI's Save Checkpoint node writes one."
         )
-    if ACROSS not in state:
-        raise SlimeError(f"The UNet of {file} has no cross-attention in its middle, as SSD-1B. {ELSEWHERE}")
     if added and first_level:
         raise SlimeError(f"{file} is an unCLIP checkpoint, which is prompted by images. Use its base model.")
     if added and not (has(XL_CLIP) and has(XL_OPEN_CLIP)):

@@ -116,7 +116,7 @@ def _folder(folder: Path, wanted: Sequence[str]) -> AnnotatedSet:
 def _json_file(path: Path, wanted: Sequence[str]) -> AnnotatedSet:
     try:
         body = json.loads(text_of(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise SlimeError(f"{path.name} is cut off or not JSON ({error}). Export it again.") from error
     if isinstance(body, dict) and "shapes" in body and "imagePath" in body:
         raise SlimeError(f"{path.name} is a file of LabelMe or X-AnyLabeling. Export the data set as COCO instances.")

@@ -28,10 +28,10 @@ from .. import PartEmbeddings, Segmenter, SegmentSettings, load_embeddings, pres
 from ..backbones.load import fingerprint, load_model
 from ..edit import describe
 from ..errors import SlimeError
-from ..parts.metrics import EvaluationCounts, boundary_f
+from ..parts.metrics import EvaluationCounts, boundary_f, mean_known
 from ..settings import REFINEMENTS
 from .annotations import read_annotations, read_examples
-from .file_names import FileNames, changed_names, write_table
+from .file_names import FileNames, changed_names, read_table, safe_path, write_table
 from .formats import FORMATS, AnnotatedSet
 from .formats.base import said_of
 from .pixels import decode
@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     train_command.add_argument(
         "--parts", nargs="+", default=(), help="part names, in order; default: all in the examples"
     )
-    train_command.add_argument("--shots", type=int, default=0, help="number of images to train on; 0 for all")
+    train_command.add_argument("--shots", type=_count, default=0, help="number of images to train on; 0 for all")
     train_command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     train_command.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
     train_command.add_argument("--preset", choices=("instant", "paper"), default="instant")
@@ -90,22 +90,22 @@ def _parser() -> argparse.ArgumentParser:
     segment_command.add_argument(
         "--format", choices=(*FORMATS, "jsonl"), nargs="+", default=["label-map"], help="with --ray: parquet or jsonl"
     )
-    segment_command.add_argument("--limit", type=int, default=0, help="largest number of images; 0 for all")
+    segment_command.add_argument("--limit", type=_count, default=0, help="largest number of images; 0 for all")
     segment_command.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0"
     )
     segment_command.add_argument(
-        "--workers", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
+        "--workers", type=_positive, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
     )
     segment_command.add_argument(
         "--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster, or one on this machine"
     )
-    segment_command.add_argument("--actors", type=int, default=1, help="with --ray: number of models")
+    segment_command.add_argument("--actors", type=_positive, default=1, help="with --ray: number of models")
     segment_command.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs per model")
     segment_command.add_argument("--order", choices=("uncertain",), help="write order.txt: the lowest confidence first")
     segment_command.add_argument(
         "--review",
-        type=int,
+        type=_count,
         default=0,
         metavar="N",
         help="write review.html with the N images of the lowest confidence",
@@ -137,7 +137,7 @@ def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 def _segmenting(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument("--embeddings", type=Path, required=required, help="the .safetensors file")
-    parser.add_argument("--batch", type=int, default=0, help="images per pass; 0 = automatic")
+    parser.add_argument("--batch", type=_count, default=0, help="images per pass; 0 = automatic")
     parser.add_argument(
         "--refine", choices=REFINEMENTS, default="fast", help="how mask borders are aligned with the image's edges"
     )
@@ -152,6 +152,18 @@ def _shard(text: str) -> tuple[int, int]:
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise argparse.ArgumentTypeError(f'"{text}" is not a share; the shares of eight are 0/8 to 7/8')
     return int(index), int(count)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'"{text}" is not a number from 0 on')
+    return int(text)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'"{text}" is not a number from 1 on')
+    return int(text)
 
 
 def _bar(total: int | None, what: str, unit: str = "image") -> Any:
@@ -225,11 +237,16 @@ def _segment(options: argparse.Namespace) -> None:
         "model": fingerprint(options.model),
         "names": list(embeddings.names),
         "formats": list(options.format),
+        "input": options.input,
         "settings": {name: getattr(options, name) for name in ("refine", "seed", "min_confidence", "dtype")},
     }
-    run_log = RunLog(options.output, about, options.shard)
     version = f"slime-{digest[:12]}"
-    file_names = FileNames(source_names(options.input, options.output))
+    names = list(source_names(options.input, options.output))
+    run_log = RunLog(options.output, about, options.shard)
+    parts = embeddings.names if "masks" in options.format else ()
+    before = {name: file for kind, name, file in read_table(options.output) if kind == "image"}
+    file_names = FileNames(names, {name: safe_path(name) for name in run_log.done} | before)
+    write_table(options.output, changed_names(names, file_names, parts))
     outputs = [FORMATS[name](options.output, embeddings, version, file_names) for name in options.format]
     engine = Engine(_segmenter(options, embeddings), options.batch)
     source: Iterable[SourceImage] = source_images(options.input, options.shard, options.limit, options.output)
@@ -239,8 +256,6 @@ def _segment(options: argparse.Namespace) -> None:
         segment_images(engine, source, outputs, run_log, options.workers, bar.update)
     for output in outputs:
         output.finish(run_log)
-    done = (record.name for record in run_log.records())
-    write_table(options.output, changed_names(done, file_names, embeddings.names if "masks" in options.format else ()))
     _write_review(options, run_log, embeddings)
     manifest = run_log.close(versions())
     counts = manifest["counts"]
@@ -276,8 +291,19 @@ def _write_review(options: argparse.Namespace, run_log: RunLog, embeddings: Part
     if options.review:
         records = least_confident(run_log.records(), options.review)
         wanted = {record.name for record in records}
-        pixels = {image.name: decode(image.read()) for image in source_images(options.input) if image.name in wanted}
-        page = review_page(records, pixels.__getitem__, embeddings.names, embeddings.palette)
+        pixels = dict[str, np.ndarray]()
+        for image in source_images(options.input, without=options.output):
+            if image.name in wanted:
+                try:
+                    pixels[image.name] = decode(image.read())
+                except (SlimeError, OSError) as error:
+                    sys.stderr.write(f"slime: {image.name} is not in review.html: {error}\n")
+        page = review_page(
+            [record for record in records if record.name in pixels],
+            pixels.__getitem__,
+            embeddings.names,
+            embeddings.palette,
+        )
         write_whole(options.output / "review.html", page.encode())
 
 
@@ -294,10 +320,18 @@ def versions() -> dict[str, str]:
 def _evaluate(options: argparse.Namespace) -> None:
     if bool(options.labels) == bool(options.embeddings and options.model):
         raise SlimeError("Give --labels, or both --model and --embeddings.")
+    skipped = list[str]()
     if options.labels:
         truth = read_annotations(options.ground_truth)
         annotated = read_annotations(options.labels, truth.names, required=False)
         names, label_maps = truth.names, {image.name: image.labels for image in annotated.images}
+        skipped = annotated.skipped
+        without = [image.name for image in truth.images if image.name not in label_maps]
+        if len(without) == len(truth.images):
+            there, here = annotated.images[0].name, without[0]
+            raise SlimeError(f'No image is in both sets by its name: "{here}" there, "{there}" in {options.labels}.')
+        if without:
+            sys.stderr.write(f"slime: {len(without)} images ({without[0]} ...) have no labels, and count as empty.\n")
     else:
         embeddings = load_embeddings(options.embeddings)
         names, engine = embeddings.names, Engine(_segmenter(options, embeddings), options.batch)
@@ -323,6 +357,7 @@ def _evaluate(options: argparse.Namespace) -> None:
                 counts.add(prediction, labels)
                 boundary.append(boundary_f(prediction, labels, len(names) + 1))
             bar.update(1)
+    truth.skipped.extend(line for line in skipped if line not in truth.skipped)
     _tell_skipped(options, truth)
     if not boundary:
         raise SlimeError("No image could be evaluated.")
@@ -332,7 +367,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         "part_miou": _figure(scores.part_miou),
         "miou": _figure(scores.miou),
         "pooled_part_miou": _figure(scores.pooled_part_miou),
-        "boundary_f": _figure(float(np.nanmean(boundary))),
+        "boundary_f": _figure(float(mean_known(np.array(boundary)))),
         "iou": dict(zip(names, map(_figure, scores.per_class[1:]), strict=True)),
     }
     text = json.dumps(figures, indent=2, ensure_ascii=False)

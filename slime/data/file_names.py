@@ -8,13 +8,15 @@ import io
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from .pixels import SUFFIXES
 from .run_log import write_whole
 
 TABLE = "file_names.csv"
+EMPTY: Mapping[str, str] = {}
+RESERVED = {"names", "classes"}  # lists of parts beside the labels
 LONGEST = 100  # characters of a folder or file name: a path on Windows has 260
 FORBIDDEN = re.compile(r'[<>:"|?*\\/#%~\x00-\x1f\x7f]')  # by Windows, or with a meaning in addresses
 DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows opens these as devices
@@ -29,20 +31,28 @@ class FileNames:
 
     Args:
         names: of all images of the set.
+        fixed: files of images that were written before.
     """
 
-    def __init__(self, names: Iterable[str] = ()) -> None:
-        first: dict[str, str] = {}
-        self._shared: set[str] = set()
+    def __init__(self, names: Iterable[str] = (), fixed: Mapping[str, str] = EMPTY) -> None:
+        first = {_key(file): name for name, file in fixed.items()}
+        self._fixed, self._shared = fixed, set[str]()
         for name in names:
             key = _key(safe_path(name))
             if first.setdefault(key, name) != name:
                 self._shared.add(key)
+        self._taken = set(first)
 
     def __call__(self, name: str) -> str:
         """Return the path, with slashes."""
+        if name in self._fixed:
+            return self._fixed[name]
         path = safe_path(name)
-        return f"{path}-{_digest(name)}" if _key(path) in self._shared else path
+        key = _key(path)
+        if key not in self._shared and key.rpartition("/")[2] not in RESERVED:
+            return path
+        hashed = (f"{path}-{_digest(name)[:length]}" for length in (8, 16, 64))
+        return next(file for file in hashed if _key(file) not in self._taken)
 
 
 def plain_stem(name: str) -> str:
@@ -54,20 +64,21 @@ def plain_stem(name: str) -> str:
 def safe_path(name: str) -> str:
     """Return the path of an image without suffix, with components that any file system can hold."""
     parts = [part for part in re.split(r"[\\/]+", plain_stem(name.replace("\\", "/"))) if part not in ("", ".")]
-    return "/".join(map(_safe, parts)) or "_"
+    folders = [re.sub(r"\.(png|txt)$", r"_\1", _safe(part), flags=re.IGNORECASE) for part in parts[:-1]]
+    return "/".join([*folders, *map(_safe, parts[-1:])]) or "_"
 
 
 def leads_outside(name: str) -> bool:
     """Return whether a path is absolute, has a drive, or goes up."""
     path = PurePosixPath(name.replace("\\", "/"))
-    return path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:", name) is not None
+    return path.is_absolute() or ".." in path.parts or re.match(r"[A-Za-z]:[\\/]", name) is not None
 
 
 def folders_of(parts: Iterable[str]) -> dict[str, str]:
     """Return a folder name for each part, by the same rules."""
     safe = {part: _safe(part) for part in parts}
     shared = Counter(map(_key, safe.values()))
-    return {part: f"{name}-{_digest(part)}" if shared[_key(name)] > 1 else name for part, name in safe.items()}
+    return {part: f"{name}-{_digest(part)[:8]}" if shared[_key(name)] > 1 else name for part, name in safe.items()}
 
 
 def changed_names(images: Iterable[str], file_names: FileNames, parts: Iterable[str]) -> Iterator[tuple[str, str, str]]:
@@ -97,11 +108,11 @@ def _safe(component: str) -> str:
     text = FORBIDDEN.sub("_", component).rstrip(". ").strip()
     if DEVICE.match(text) or not text or set(text) == {"."}:
         text = f"_{text}".rstrip(". ")
-    return text if len(text.encode()) <= LONGEST else f"{_cut(text)}-{_digest(component)}"
+    return text if len(text.encode(errors="replace")) <= LONGEST else f"{_cut(text)}-{_digest(component)[:8]}"
 
 
 def _cut(text: str) -> str:
-    return text.encode()[: LONGEST - 9].decode(errors="ignore")
+    return text.encode(errors="replace")[: LONGEST - 9].decode(errors="ignore")
 
 
 def _key(path: str) -> str:
@@ -109,4 +120,4 @@ def _key(path: str) -> str:
 
 
 def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode()).hexdigest()[:8]
+    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()

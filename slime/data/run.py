@@ -157,8 +157,8 @@ def segment_images(
                 for name, future in written.popleft():
                     try:
                         records.append(future.result())
-                    except SlimeError as error:
-                        fail(name, error)
+                    except (SlimeError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                        fail(name, SlimeError(str(error)))
                 run_log.write(records)
                 on_done(len(records))
 

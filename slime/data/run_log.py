@@ -18,7 +18,9 @@ from .records import Record
 
 RECORDS, ERRORS, MANIFEST = "records", "errors", "manifest"
 AGAIN = "again"  # marks an error that may pass, such as a network folder that was away
-OUTPUTS = ("annotations.json", "tasks.json", "config.xml", "data.yaml", "labels", "masks", "records.jsonl")
+# Files and folders that are written, some by other modules.
+OUTPUTS = ("annotations.json", "tasks.json", "config.xml", "data.yaml", "labels", "masks", "records*.jsonl",
+           "errors*.jsonl", "parts-*.parquet", "file_names.csv", "order.txt", "review.html")  # fmt: skip
 
 
 class RunLog:
@@ -47,15 +49,18 @@ class RunLog:
         self._records, self._errors = (folder / f"{name}{self._suffix}.jsonl" for name in (RECORDS, ERRORS))
         for file in (self._records, self._errors):
             _drop_partial_line(file)
-        self._drop_passing_errors()
+        self._keep_lasting_lines()
         self.close()
-        self.done = {json.loads(line)["name"] for file in (self._records, self._errors) for line in _lines(file)}
+        self.done = {body["name"] for file in (self._records, self._errors) for _, body in _entries(file)}
 
     def _check_manifest(self) -> None:
         files = sorted(self.folder.glob(f"{MANIFEST}*.json"))
-        foreign = sorted(name for name in OUTPUTS if (self.folder / name).exists()) if not files else []
+        foreign = sorted(file.name for name in OUTPUTS for file in self.folder.glob(name)) if not files else []
         if foreign:
             raise SlimeError(f"{self.folder} has a {foreign[0]} that is not of SLiMe. Choose an empty folder.")
+        shares = {file.stem.removeprefix(MANIFEST).partition("-of-")[2] for file in files}
+        if shares - {self._suffix.partition("-of-")[2]}:
+            raise SlimeError(f"{self.folder} holds a run that was shared out otherwise. Give the same --shard I/N.")
         for file in files:
             try:
                 before = json.loads(file.read_text(encoding="utf-8"))["made_by"]
@@ -81,16 +86,17 @@ class RunLog:
         if not again:
             self.done.add(name)
 
-    def _drop_passing_errors(self) -> None:
-        lines = list(_lines(self._errors))
-        lasting = [line for line in lines if AGAIN not in json.loads(line)]
-        if len(lasting) < len(lines):
-            write_whole(self._errors, "".join(lasting).encode())
+    def _keep_lasting_lines(self) -> None:
+        """Remove lines that a crash left unreadable, and errors that may pass."""
+        for file in (self._records, self._errors):
+            lasting = [line for line, body in _entries(file) if AGAIN not in body]
+            if len(lasting) < sum(1 for _ in _lines(file)):
+                write_whole(file, "".join(lasting).encode())
 
     def records(self) -> Iterator[Record]:
         """Yield the records of all shards in the folder."""
         for file in sorted(self.folder.glob(f"{RECORDS}*.jsonl")):
-            yield from map(Record.of, _lines(file))
+            yield from (Record.of(line) for line, _ in _entries(file))
 
     def close(self, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Write and return the manifest."""
@@ -125,6 +131,17 @@ def _lines(file: Path) -> Iterator[str]:
     if file.is_file():
         with file.open(encoding="utf-8", newline="\n") as log:
             yield from (line for line in log if line.endswith("\n"))  # another shard may be writing its last one
+
+
+def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield lines with what they say; lines that a crash left unreadable are left out."""
+    for line in _lines(file):
+        try:
+            body = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(body, dict) and "name" in body:
+            yield line, body
 
 
 def _drop_partial_line(file: Path) -> None:

@@ -60,7 +60,13 @@ def mask_of_runs(runs: Sequence[int], height: int, width: int) -> np.ndarray:
         ValueError: they are of another size.
     """
     lengths = np.asarray(runs)
-    if lengths.ndim != 1 or lengths.dtype.kind not in "iu" or (lengths < 0).any() or lengths.sum() != height * width:
+    if (
+        lengths.ndim != 1
+        or lengths.dtype.kind not in "iu"
+        or (lengths < 0).any()
+        or (lengths > height * width).any()
+        or lengths.sum() != height * width
+    ):
         raise ValueError(f"its run lengths do not fit {height} x {width} pixels")
     inside = np.arange(len(lengths)) % 2 == 1
     return np.repeat(inside, lengths).reshape(width, height).T

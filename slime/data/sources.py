@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 import tarfile
+import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import SlimeError
@@ -58,6 +60,8 @@ def _all(source: str, without: Path | None, read: bool = True) -> Iterator[Sourc
     def counts(file: Path) -> bool:
         return file.is_file() and (left_out is None or left_out not in file.resolve().parents)
 
+    if path.is_file():
+        return _files([path], path.parent, source, read)
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and counts(file))
         return _files(files, path, source, read)
@@ -65,9 +69,7 @@ def _all(source: str, without: Path | None, read: bool = True) -> Iterator[Sourc
         fixed = Path(*[part for part in _before_magic(path)])
         found = sorted(filter(counts, map(Path, glob.glob(source, recursive=True))))
         return _files(found, fixed, source, read)
-    if not path.is_file():
-        raise SlimeError(f"There is nothing at {source}: give a folder, a pattern in quotes, or a file.")
-    return _files([path], path.parent, source, read)
+    raise SlimeError(f"There is nothing at {source}: give a folder, a pattern in quotes, or a file.")
 
 
 def _before_magic(path: Path) -> Iterator[str]:
@@ -84,13 +86,16 @@ def _files(files: list[Path], root: Path, source: str, read: bool) -> Iterator[S
     for file in files:
         reader = readers.get(file.suffix.lower())
         if reader is not None:
-            yield from reader(file, read)
+            prefix = f"{file.stem}/" if reader is _archive and len(files) > 1 else ""  # shards hold the same names
+            for image in reader(file, read):
+                yield image._replace(name=prefix + image.name)
         else:
             yield SourceImage(_relative(file, root), file.read_bytes)
 
 
 def _relative(file: Path, root: Path) -> str:
-    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+    name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
+    return name.encode(errors="surrogateescape").decode(errors="replace")  # names that are not UTF-8
 
 
 def _list(file: Path, _: bool) -> Iterator[SourceImage]:
@@ -110,15 +115,39 @@ def _coco(file: Path, _: bool) -> Iterator[SourceImage]:
 
 
 def _at(folder: Path, name: str) -> Iterator[SourceImage]:
-    """Return an image that a file names, which lies beside it or in ``images``, under the name in the list."""
-    path = Path(name)
+    """Return an image that a file names, which lies beside it or in ``images``.
+
+    It keeps that name, but for paths that lead out of the folder, which become paths from the root.
+    """
+    path = Path(name if Path(name).is_absolute() else name.replace("\\", "/"))
     places = [path] if path.is_absolute() else [folder / path, folder / "images" / path]
-    found = next((place for place in places if place.is_file()), places[0])
-    yield SourceImage(path.name if path.is_absolute() else PurePosixPath(path.as_posix()).as_posix(), found.read_bytes)
+    found = next(filter(_is_file, places), places[0])
+    if path.is_absolute() or ".." in path.parts:
+        whole = found.absolute() if ".." not in path.parts else Path(os.path.normpath(found.absolute()))
+        name = whole.relative_to(whole.anchor).as_posix()
+        if whole.is_relative_to(folder.absolute()):
+            name = whole.relative_to(folder.absolute()).as_posix()
+    else:
+        name = path.as_posix()
+    yield SourceImage(name, found.read_bytes)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # too long, or with characters that no file name has
+        return False
 
 
 def _archive(file: Path, read: bool) -> Iterator[SourceImage]:
     """Yield the members of an archive in their order; its bytes are read as it is iterated."""
+    try:
+        yield from _members(file, read)
+    except (tarfile.TarError, EOFError, zlib.error) as error:
+        raise SlimeError(f"{file.name} is no tar archive, or is cut off ({error}). Copy it again.") from error
+
+
+def _members(file: Path, read: bool) -> Iterator[SourceImage]:
     with tarfile.open(file) as archive:
         for member in archive:
             opened = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
@@ -127,9 +156,13 @@ def _archive(file: Path, read: bool) -> Iterator[SourceImage]:
 
 
 def _table(file: Path, read: bool) -> Iterator[SourceImage]:
+    import pyarrow
     import pyarrow.parquet as parquet
 
-    table = parquet.ParquetFile(file)
+    try:
+        table = parquet.ParquetFile(file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise SlimeError(f"{file.name} is no Parquet file, or is cut off ({error}). Copy it again.") from error
     if COLUMN not in table.schema_arrow.names:
         raise SlimeError(f'{file.name} has no column "{COLUMN}"; it has: {", ".join(table.schema_arrow.names)}.')
     number = 0
@@ -139,5 +172,7 @@ def _table(file: Path, read: bool) -> Iterator[SourceImage]:
             name = f"{file.stem}_{number:08d}.png"
             if isinstance(value, dict):
                 name, value = value.get("path") or name, value.get("bytes")
+            if isinstance(value, str):
+                raise SlimeError(f'The column "{COLUMN}" of {file.name} holds texts, not the bytes of images.')
             yield SourceImage(name, partial(bytes, value or b""))
             number += 1

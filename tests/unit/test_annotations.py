@@ -17,7 +17,7 @@ from PIL import Image
 from slime import SlimeError
 from slime.data.annotations import read_annotations
 from slime.data.formats import AnnotatedSet
-from slime.data.formats.label_studio import brush_rle
+from slime.data.formats.label_studio import brush_rle, mask_of_brush
 from slime.data.shapes import coco_rle, fill_polygons
 
 SQUARE = [[4, 6, 14, 6, 14, 14, 4, 14]]
@@ -277,6 +277,82 @@ def test_two_images_of_one_stem_share_a_label_map(tmp_path) -> None:
     put_image(tmp_path / "a.png")
     annotated = read_annotations(path)
     assert [image.labels().max() for image in annotated.images] == [2, 2]
+
+
+def polygon(x: float, part: str = "wheel", **more: Any) -> dict[str, Any]:
+    points = [[x, 0], [x + 25, 0], [x + 25, 50], [x, 50]]  # 12 x 20 pixels
+    return {"id": f"p{x}", **SIZE, "value": {"points": points, "polygonlabels": [part]}} | more
+
+
+def studio(*results: Any, **task: Any) -> list[dict[str, Any]]:
+    return [{"id": 3, "data": {"image": "a.png"}, "annotations": [{"result": list(results)}]} | task]
+
+
+STUDIO: dict[str, tuple[Any, int, str]] = {  # tasks, pixels of the first image, what is told
+    "a task without data": ([{"id": 1}, *studio(polygon(0))], 240, "task 1: it has no data"),
+    "a region of another size first": (studio(polygon(0, original_width=100), polygon(25), polygon(50)), 720, ""),
+    "later choices alone": (
+        studio(annotations=[{"result": [polygon(0)]}, {"result": [{"id": "c", "value": {"choices": ["good"]}}]}]),
+        240, "",
+    ),
+    "a region without label": (
+        studio(polygon(0), {"id": "r", **SIZE, "value": {"points": [[0, 0]] * 3}}), 240, "no label"
+    ),
+    "a bitmask": (
+        studio(polygon(0), {"id": "r", **SIZE, "value": {"imageDataURL": "data:", "bitmasklabels": ["wheel"]}}),
+        240, "bitmask",
+    ),
+    "a region outside": (studio(polygon(0), polygon(200)), 240, "covers no pixel"),
+    "a further image of a list": (studio(polygon(0), polygon(25, item_index=1)), 240, "further image"),
+    "two image tags": (
+        studio(polygon(0, to_name="left"), polygon(25, to_name="right"), data={"left": "a.png", "right": "b.png"}),
+        240, "",
+    ),
+    "an image inside the file": (studio(polygon(0)) + studio(polygon(0), data={"image": f"data:{'A' * 400}"}), 240, ""),
+    "brackets of an address": (studio(polygon(0), data={"image": "/data/upload/1/1a2b3c4d-a;b#c.png"}), 240, ""),
+    "a plus in local storage": (studio(polygon(0), data={"image": "/data/local-files/?d=x/a+b.png"}), 240, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STUDIO)
+def test_exports_of_label_studio(tmp_path, kind) -> None:
+    tasks, pixels, told = STUDIO[kind]
+    for name in ("b.png", "a;b#c.png", "a+b.png"):
+        put_image(tmp_path / name)
+    annotated = read_annotations(write(tmp_path, tasks))
+    assert (labels_of(annotated) == 1).sum() == pixels
+    assert told in " ".join(annotated.skipped) and bool(told) == bool(annotated.skipped)
+    assert len(annotated.images) == (2 if "two" in kind or "inside" in kind else 1)
+
+
+def test_large_brushes_are_decoded_at_once() -> None:
+    noise = np.random.default_rng(0).random((600, 600)) > 0.5
+    assert np.array_equal(mask_of_brush(brush_rle(noise), 600, 600), noise)
+
+
+def test_ids_that_stand_for_two_things_are_told(tmp_path) -> None:
+    """As in files that were merged by hand; an image that another one could stand for is missed."""
+    body = coco(GOOD, {"segmentation": SQUARE, "image_id": 8}, {"segmentation": SQUARE, "category_id": 3})
+    body["images"] += [{"id": 8, "file_name": name, "width": WIDTH, "height": HEIGHT} for name in ("b.png", "c.png")]
+    body["categories"] += [{"id": 3, "name": "x"}, {"id": 3, "name": "y"}, {"id": 4, "name": None}]
+    annotated = read_annotations(write(tmp_path, body))
+    assert [image.name for image in annotated.images] == ["a.png"] and annotated.names == ("window",)
+    assert "image id 8 stands for b.png and for c.png" in annotated.skipped[1]
+    assert "category id 3 stands for x and for y" in annotated.skipped[0]
+    for name in ("left-a.png", "x/A.png"):
+        body = coco(GOOD, file=name)
+        body["images"].append({"id": 9, "file_name": "y/a.png", "width": WIDTH, "height": HEIGHT})
+        with pytest.raises(SlimeError, match="cannot be opened"):
+            labels_of(read_annotations(write(tmp_path, body)))
+
+
+NUMBERS = [[10**400] * 6, [[10**400] * 6], {"size": [HEIGHT, WIDTH], "counts": [2**63 - 1, 2**63 - 1, 1922]}]
+
+
+@pytest.mark.parametrize("shape", NUMBERS)
+def test_numbers_out_of_reach_are_told(tmp_path, shape) -> None:
+    annotated = read_annotations(write(tmp_path, coco({"segmentation": shape}, GOOD)))
+    assert (labels_of(annotated) > 0).sum() == 80 and len(annotated.skipped) == 1
 
 
 # ------------------------------------------------------------------------------------------------------ YOLO and VOC

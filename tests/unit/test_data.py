@@ -438,6 +438,39 @@ def test_file_names_are_unique_and_safe(names, long) -> None:
     assert len({folder.casefold() for folder in folders_of(given).values()}) == len(given)
 
 
+def test_names_of_files_written_before_stay() -> None:
+    """A folder that grows, a name that looks like a hashed one, and names of lists beside the labels."""
+    first = FileNames(["a.jpg"])
+    grown = FileNames(["a.jpg", "a.png"], {"a.jpg": first("a.jpg")})
+    assert grown("a.jpg") == "a" and grown("a.png").startswith("a-")
+    hashed = FileNames(["a.jpg", "a.png"])("a.jpg")
+    names = FileNames(["a.jpg", "a.png", f"{hashed}.png"])
+    assert len({names("a.jpg"), names("a.png"), names(f"{hashed}.png")}) == 3
+    assert names("x/Names.png") != "x/Names" and FileNames(["a.png/b.jpg"])("a.png/b.jpg") == "a_png/b"
+
+
+def test_sources_that_name_one_file_twice(tmp_path) -> None:
+    """Lists of whole paths, of paths that go up, and archives whose members have the same names."""
+    data = png(np.zeros((16, 16, 3), np.uint8))
+    for name in ("x/a.png", "y/a.png", "photo[1].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    lines = [str(tmp_path / "x" / "a.png"), str(tmp_path / "y" / "a.png"), "..\\y\\a.png", "../y/a.png", "n" * 400]
+    (tmp_path / "x" / "list.txt").write_text("\n".join(lines), encoding="utf-8")
+    names = [image.name for image in source_images(str(tmp_path / "x" / "list.txt"))]
+    assert names[0] == "a.png" and names[1].endswith("y/a.png") and names[1:4] == [names[1]] * 3
+    assert not any(map(leads_outside, names))
+    for shard in ("s0", "s1"):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:
+            archive.add(tmp_path / "x" / "a.png", "000.png")
+    assert [image.name for image in source_images(str(tmp_path / "s*.tar"))] == ["s0/000.png", "s1/000.png"]
+    assert [image.name for image in source_images(str(tmp_path / "photo[1].png"))] == ["photo[1].png"]
+    for broken in ("cut.tar", "cut.parquet"):
+        (tmp_path / broken).write_bytes(b"<html>")
+        with pytest.raises(SlimeError, match="or is cut off"):
+            list(source_images(str(tmp_path / broken)))
+
+
 def test_a_source_that_was_away_is_tried_again(learned, folder, tmp_path) -> None:
     backbone, embeddings = learned
     log, engine = RunLog(tmp_path / "out", ABOUT), Engine(Segmenter(backbone, embeddings), 1)
@@ -458,6 +491,15 @@ def foreign(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"version": 3}', encoding="utf-8")
 
 
+def foreign_log(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "errors.jsonl").write_bytes(b"no line")
+
+
+def shared_out(folder: Path) -> None:
+    RunLog(folder, ABOUT, (0, 2)).close()
+
+
 def foreign_labels(folder: Path) -> None:
     folder.mkdir()
     (folder / "annotations.json").write_text("{}", encoding="utf-8")
@@ -465,7 +507,13 @@ def foreign_labels(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(foreign, "not of SLiMe"), (foreign_labels, "not of SLiMe"), (Path.touch, "There cannot be a folder")],
+    [
+        (foreign, "not of SLiMe"),
+        (foreign_log, "not of SLiMe"),
+        (shared_out, "shared out otherwise"),
+        (foreign_labels, "not of SLiMe"),
+        (Path.touch, "There cannot be a folder"),
+    ],
 )
 def test_what_others_left_is_not_written_over(tmp_path, make, words) -> None:
     make(tmp_path / "out")

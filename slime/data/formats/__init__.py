@@ -1,6 +1,7 @@
 """Data sets of other tools: a module per format, which reads it, writes it, or both.
 
-A format that is written is a subclass of :class:`.base.Format` and a line in ``FORMATS``. A form of folders that is read is a :class:`.base.FolderReader` and a place in ``FOLDERS``.
+A format that is written is a subclass of :class:`.base.Format` and a line in ``FORMATS``; a form of folders that is
+read is a :class:`.base.FolderReader` and a place in ``FOLDERS``.
 """
 
 from .base import AnnotatedImage, AnnotatedSet, Format, png

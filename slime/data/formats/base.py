@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, Protocol
@@ -23,6 +24,8 @@ from ..records import Record
 from ..run_log import RunLog, partial_path
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
+UPLOAD = re.compile(r"[0-9a-f]{8}-.")
+LARGEST = 2**29  # pixels of an image
 
 
 class AnnotatedImage(NamedTuple):
@@ -172,6 +175,43 @@ def said_of(skipped: Sequence[str], most: int = 3) -> str:
     return f"Skipped {len(skipped)}: {'; '.join(skipped[:most])}{more}."
 
 
+def draw(
+    masks: Iterable[tuple[str, Callable[[], np.ndarray], str]],
+    names: Sequence[str],
+    size: tuple[int, int],
+    image: str,
+    skipped: list[str],
+) -> np.ndarray:
+    """Draw masks into a label map of ``size``; those that cannot be decoded or cover nothing are noted in ``skipped``.
+
+    Args:
+        masks: the part of each, a callable for its pixels bool [H, W], and where it stands. Later ones lie on top.
+        names: of the parts, label 1 first.
+        size: height and width.
+        image: its name.
+        skipped: see :class:`AnnotatedSet`.
+
+    Raises:
+        SlimeError: none of the masks can be used, or the size is out of reach.
+    """
+    if size[0] * size[1] > LARGEST:
+        raise SlimeError(f"{image}: its annotations say {size[1]} x {size[0]} pixels, which is too large.")
+    label_map, drawn, failed = np.zeros(size, np.uint8), 0, ""
+    for part, decode_mask, label in masks:
+        try:
+            mask = decode_mask()
+            if not mask.any():
+                raise ValueError("it covers no pixel of the image")
+            label_map[mask] = names.index(part) + 1
+            drawn += 1
+        except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
+            failed = f"{label}: {error}"
+            note(skipped, failed)
+    if failed and not drawn:
+        raise SlimeError(f"{image}: none of its annotations can be used ({failed}).")
+    return label_map
+
+
 def side_of(value: Any) -> int:
     """Return a height or width in pixels; raise ValueError for anything else."""
     try:
@@ -189,10 +229,11 @@ def decoder(file: Path, name: str = "") -> Callable[[], np.ndarray]:
     def pixels() -> np.ndarray:
         try:
             return decode(file.read_bytes())
-        except OSError as error:
-            raise SlimeError(f"The image {name or file.name} cannot be opened: {error.strerror}.") from error
         except SlimeError as error:
             raise SlimeError(f"{name or file.name}: {error}") from error
+        except (OSError, ValueError) as error:  # ValueError: characters that no file name has
+            reason = getattr(error, "strerror", None) or "there is no file of that name"
+            raise SlimeError(f"The image {name or file.name} cannot be opened: {reason}.") from error
 
     return pixels
 
@@ -204,8 +245,8 @@ def points_of(flat: Sequence[Any]) -> np.ndarray:
 
 def plain_name(name: str) -> str:
     """Return a relative path with slashes, without drive and ".."."""
-    parts = [part for part in re.split(r"[\\/]+", name.strip()) if part not in ("", ".", "..") and ":" not in part]
-    return "/".join(parts)
+    parts = re.split(r"[\\/]+", name.strip())
+    return "/".join(part for part in parts if part not in ("", ".", "..") and not part.endswith(":"))
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -214,28 +255,38 @@ def files_of(folder: Path) -> list[Path]:
 
 
 class Files:
-    """Finds files whose names may differ in upper and lower case; every folder is listed once."""
+    """Finds files whose names may differ in upper and lower case; every folder is listed once.
 
-    def __init__(self) -> None:
+    Args:
+        names: of all images of the set. Those that differ in case alone must be met exactly.
+    """
+
+    def __init__(self, names: Iterable[str] = ()) -> None:
         self._listed: dict[Path, dict[str, Path]] = {}
+        self._names = Counter(PurePosixPath(name).name.lower() for name in names)
 
     def find(self, place: Path) -> Path | None:
         """Return the file of this name, else one of the same letters, else None."""
-        if place.is_file():
-            return place
+        try:
+            if place.is_file():
+                return place
+        except (OSError, ValueError):  # too long, or with characters that no file name has
+            return None
         if place.parent not in self._listed:
             self._listed[place.parent] = {file.name.lower(): file for file in files_of(place.parent)}
-        return self._listed[place.parent].get(place.name.lower())
+        return self._listed[place.parent].get(place.name.lower()) if self._names[place.name.lower()] < 2 else None
 
     def image(self, folders: Sequence[Path], name: str) -> Path:
         """Return the path of a named image in the first of the folders that has it, else where it should be.
 
-        It is looked for by its whole name, then by its last component; Label Studio puts a random prefix before the
-        names of uploads.
+        It is looked for by its whole name, then by its last component unless another image of the set has that too;
+        Label Studio puts eight random digits before the names of uploads.
         """
         spellings = dict.fromkeys([name, unquote(name), name.partition("?")[0]])
         lasts = dict.fromkeys(PurePosixPath(spelling).name for spelling in spellings if spelling)
-        lasts |= dict.fromkeys(last.partition("-")[2] for last in lasts if "-" in last)
+        if self._names[PurePosixPath(name).name.lower()] > 1:
+            lasts.clear()
+        lasts |= dict.fromkeys(last[9:] for last in lasts if UPLOAD.match(last))
         places = [folder / spelling for spelling in (*spellings, *lasts) if spelling for folder in folders]
         return next((file for file in map(self.find, places) if file is not None), folders[0] / (name or "?"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from .base import (
     Format,
     decoder,
     dicts,
-    note,
+    draw,
     part_name,
     part_names,
     plain_name,
@@ -94,15 +95,32 @@ def _image_folders(path: Path) -> list[Path]:
     return folders
 
 
+def _by_id(entries: list[dict[str, Any]], what: str, kind: str, skipped: list[str]) -> dict[str, dict[str, Any]]:
+    """Return entries by their ids; an id with two of ``what`` is left out, and told."""
+    found: dict[str, dict[str, Any]] = {}
+    twice = set[str]()
+    for entry in entries:
+        number = _id(entry.get("id"))
+        if found.setdefault(number, entry).get(what) != entry.get(what):
+            twice.add(number)
+            skipped.append(f"{kind} id {number} stands for {found[number].get(what)} and for {entry.get(what)}")
+    return {number: entry for number, entry in found.items() if number not in twice}
+
+
 def _id(value: Any) -> str:
     """Return an id as text: some tools write 7 as "7" or 7.0 elsewhere."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def read(body: Mapping[str, Any], path: Path, wanted: Sequence[str]) -> AnnotatedSet:
-    skipped, files, folders = list[str](), Files(), _image_folders(path)
-    categories = {_id(entry.get("id")): part_name(entry.get("name")) for entry in _entries(body, "categories", path)}
-    images = {_id(entry.get("id")): entry for entry in _entries(body, "images", path)}
+    skipped = list[str]()
+    categories = {number: part_name(entry.get("name")) for number, entry in
+                  _by_id(_entries(body, "categories", path), "name", "category", skipped).items()}  # fmt: skip
+    images = _by_id(_entries(body, "images", path), "file_name", "image", skipped)
+    files, folders = (
+        Files(plain_name(str(image.get("file_name", ""))) for image in images.values()),
+        _image_folders(path),
+    )
     of_image: dict[str, list[tuple[str, Any, str]]] = {image: [] for image in images}
     used: set[str] = set()
     for index, entry in enumerate(_entries(body, "annotations", path)):
@@ -112,11 +130,13 @@ def read(body: Mapping[str, Any], path: Path, wanted: Sequence[str]) -> Annotate
             skipped.append(f"{label}: the image {image} is not listed")
         elif category not in categories:
             skipped.append(f"{label}: the category {category} is not listed")
+        elif not categories[category]:
+            skipped.append(f"{label}: its category {category} has no name")
         else:
             used.add(category)
             try:
                 of_image[image].append((category, _coco_shape(entry.get("segmentation")), label))
-            except (ValueError, TypeError) as error:
+            except (ValueError, TypeError, OverflowError) as error:
                 skipped.append(f"{label}: {error}")
     names = part_names([name for number, name in categories.items() if number in used], wanted, path.name)
     twins = [name for name, count in Counter(categories[number] for number in used).items() if count > 1]
@@ -137,13 +157,9 @@ def read(body: Mapping[str, Any], path: Path, wanted: Sequence[str]) -> Annotate
         file = files.image(folders, name)
 
         def labels() -> np.ndarray:
-            label_map = np.zeros((height, width), np.uint8)
-            for category, shape, label in checked:
-                try:
-                    label_map[_coco_mask(shape, height, width)] = names.index(categories[category]) + 1
-                except (ValueError, IndexError, OverflowError) as error:
-                    note(skipped, f"{label}: {error}")
-            return upright_labels(label_map, file)
+            masks = [(categories[category], partial(_coco_mask, shape, height, width), label)
+                     for category, shape, label in checked]  # fmt: skip
+            return upright_labels(draw(masks, names, (height, width), name, skipped), file)
 
         return AnnotatedImage(name, decoder(file, name), labels) if checked else None
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...errors import SlimeError
 from ...examples import IGNORE, check_names
-from ..file_names import folders_of
+from ..file_names import folders_of, read_table
 from ..pixels import SUFFIXES, upright_labels
 from ..records import Record
 from ..run_log import RunLog, write_whole
@@ -18,7 +18,6 @@ from .base import AnnotatedImage, AnnotatedSet, Files, FolderReader, Format, dec
 
 NAMES, LABELS, MASKS, IMAGES = "names.txt", "labels", "masks", "images"
 ENDINGS = (".npy", ".png")
-BROKEN = (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError)
 
 
 class LabelMaps(Format):
@@ -64,14 +63,20 @@ def read(folder: Path, wanted: Sequence[str]) -> AnnotatedSet:
     if len(names) >= IGNORE:
         raise SlimeError(f"{NAMES} has {len(names)} names; label maps of 8 bits hold at most {IGNORE - 1}.")
     find = _mask_files if listed.parent.name == MASKS else _label_file
-    found, files = list[AnnotatedImage](), Files()
+    found, files, skipped = list[AnnotatedImage](), Files(), list[str]()
     inner = sorted(file for file in (folder / IMAGES).rglob("*") if file.is_file())
     for file in (*files_of(folder), *inner):
         labels = find(file, folder, names, files) if file.suffix.lower() in SUFFIXES else None
         if labels is not None:
             name = file.relative_to(folder / IMAGES if (folder / IMAGES) in file.parents else folder).as_posix()
             found.append(AnnotatedImage(name, decoder(file), labels))
-    return AnnotatedSet(names, tuple(found), [])
+    if find is _label_file:
+        stems = {Path(name).with_suffix("").as_posix() for name in (image.name for image in found)}
+        stems |= {file for kind, _, file in read_table(folder) if kind == "image"}
+        maps = [file for end in ENDINGS for file in sorted((folder / LABELS).rglob(f"*{end}"))]
+        lone = [file for file in maps if file.relative_to(folder / LABELS).with_suffix("").as_posix() not in stems]
+        skipped += [f"{LABELS}/{file.name}: there is no image of that name" for file in lone]
+    return AnnotatedSet(names, tuple(found), skipped)
 
 
 def _list_in(folder: Path) -> Path | None:
@@ -81,12 +86,17 @@ def _list_in(folder: Path) -> Path | None:
 def _stems(image: Path, folder: Path, kind: str) -> list[Path]:
     """Return where the label map of an image may be, without suffix."""
     inner = image.relative_to(folder / IMAGES) if (folder / IMAGES) in image.parents else image.relative_to(folder)
+    renamed = {name: file for group, name, file in read_table(folder) if group == "image"}
+    if inner.as_posix() in renamed:
+        return [folder / kind / renamed[inner.as_posix()]]
     return [image.parent / kind / image.stem, folder / kind / inner.with_suffix("")]
 
 
 def _label_file(image: Path, folder: Path, _: Sequence[str], files: Files) -> Callable[[], np.ndarray] | None:
     """Return a reader of an image's label map; None for a file that is itself a label map, or has none."""
-    stems = [*_stems(image, folder, LABELS), image.parent / image.stem]
+    stems = _stems(image, folder, LABELS)
+    if (folder / IMAGES) not in image.parents:  # there the other files are images too
+        stems.append(image.parent / image.stem)
     places = [stem.with_name(f"{stem.name}{end}") for stem in stems for end in ENDINGS]
     file = next((file for file in map(files.find, places) if file not in (None, image)), None)
     return None if file is None else lambda: upright_labels(_read_labels(file), image)
@@ -119,7 +129,7 @@ def _grey(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("L"))
-    except BROKEN as error:
+    except Exception as error:  # noqa: BLE001  numpy and Pillow raise whatever the bytes lead to
         raise SlimeError(f"{file.name} cannot be read as a mask: {error}") from error
 
 
@@ -136,7 +146,7 @@ def _read_labels(file: Path) -> np.ndarray:
                 labels = np.asarray(image)
     except SlimeError:
         raise
-    except BROKEN as error:
+    except Exception as error:  # noqa: BLE001  numpy and Pillow raise whatever the bytes lead to
         raise SlimeError(f"{file.name} cannot be read as a label map: {error}") from error
     if labels.ndim != 2 or labels.size == 0 or labels.dtype.kind not in "biu" or labels.min() < 0 or labels.max() > 255:
         raise SlimeError(f"{file.name} is no label map [H, W] of whole numbers from 0 to 255.")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import parse_qs, quote, unquote, urlparse
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 import numpy as np
 
@@ -22,7 +24,7 @@ from .base import (
     Format,
     decoder,
     dicts,
-    note,
+    draw,
     part_name,
     part_names,
     plain_name,
@@ -81,72 +83,116 @@ class LabelStudio(Format):
         return {"data": {"image": f"/data/local-files/?d={quote(record.name)}"}, "predictions": [prediction]}
 
 
+class _Task(NamedTuple):
+    """Regions of one image of a task."""
+
+    image: str
+    label: str
+    regions: list[dict[str, Any]]
+
+
 def read(tasks: Sequence[Any], path: Path, wanted: Sequence[str]) -> AnnotatedSet:
-    """Read a JSON export of Label Studio: the regions of each task's last annotation that was not cancelled."""
-    skipped, files = list[str](), Files()
-    regions: list[tuple[str, str, list[dict[str, Any]]]] = []
+    """Read a JSON export: the regions of each task's last annotation that has some and was not cancelled."""
+    skipped = list[str]()
+    found: list[_Task] = []
+    with_data = 0
     for index, task in enumerate(tasks):
         label = f"task {task.get('id', index + 1)}" if isinstance(task, dict) else f"task {index + 1}"
         data = task.get("data") if isinstance(task, dict) else None
-        if not isinstance(data, dict):
-            raise SlimeError(f"{path.name} is no JSON export of Label Studio ({label} has no data). Export it as JSON.")
-        name = _image_of(data)
-        shapes = _regions(task, label, skipped)
-        if shapes and not name:
-            skipped.append(f"{label}: no field of its data is an image")
-        elif shapes:
-            regions.append((name, label, shapes))
-    names = part_names([shape["part"] for _, _, shapes in regions for shape in shapes], wanted, path.name)
+        if isinstance(data, dict):
+            with_data += 1
+            found += _images_of(data, label, _regions(task, label, skipped), skipped)
+        else:
+            skipped.append(f"{label}: it has no data")
+    if not with_data:
+        raise SlimeError(f"{path.name} is no JSON export of Label Studio (its tasks have no data). Export it as JSON.")
+    names = part_names([region["part"] for task in found for region in task.regions], wanted, path.name)
     if not names and not wanted:
         said = said_of(skipped) or "Export it as JSON."
         raise SlimeError(f"{path.name} has no brush, polygon, ellipse or rectangle labels. {said}")
+    files, folders = Files(task.image for task in found), (path.parent, path.parent / "images")
 
-    def annotated(name: str, label: str, shapes: list[dict[str, Any]]) -> AnnotatedImage:
-        file = files.image((path.parent, path.parent / "images"), name)
+    def annotated(task: _Task) -> AnnotatedImage | None:
+        regions = [region for region in task.regions if region["part"] in names]
+        if not regions:
+            return None
+        file = files.image(folders, task.image)
+        size = Counter(region["size"] for region in regions).most_common(1)[0][0]
 
         def labels() -> np.ndarray:
-            label_map = np.zeros((shapes[0]["height"], shapes[0]["width"]), np.uint8)
-            for shape in shapes:
-                try:
-                    label_map[_region_mask(shape, *label_map.shape)] = names.index(shape["part"]) + 1
-                except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
-                    note(skipped, f"{label}, region {shape['id']}: {error}")
-            return upright_labels(label_map, file)
+            masks = [(region["part"], partial(_region_mask, region, *size), f"{task.label}, region {region['id']}")
+                     for region in regions]  # fmt: skip
+            return upright_labels(draw(masks, names, size, task.image, skipped), file)
 
-        return AnnotatedImage(name, decoder(file, name), labels)
+        return AnnotatedImage(task.image, decoder(file, task.image), labels)
 
-    chosen = [(name, label, [s for s in shapes if s["part"] in names]) for name, label, shapes in regions]
-    return AnnotatedSet(names, tuple(annotated(*item) for item in chosen if item[2]), skipped)
+    images = [annotated(task) for task in found]
+    return AnnotatedSet(names, tuple(image for image in images if image is not None), skipped)
 
 
-def _image_of(data: Mapping[str, Any]) -> str:
-    """Return the name of a task's image: of the field "image", else of the first that names an image file."""
+def _images_of(
+    data: Mapping[str, Any], label: str, regions: list[dict[str, Any]], skipped: list[str]
+) -> Iterator[_Task]:
+    """Yield the images of a task with their regions: the field "image", else the first that names an image file.
+
+    Where regions belong to several images, fields are told apart by the names of the image tags.
+    """
     texts = {key: _name_of(value) for key, value in data.items() if isinstance(value, str) and value.strip()}
-    images = [name for name in texts.values() if PurePosixPath(name).suffix.lower() in SUFFIXES]
-    return texts["image"] if texts.get("image") else (images[0] if images else next(iter(texts.values()), ""))
+    images = {key: name for key, name in texts.items() if PurePosixPath(name).suffix.lower() in SUFFIXES}
+    tags = dict.fromkeys(region["tag"] for region in regions)
+    if len(tags) > 1 and len(images) > 1:
+        for tag in tags:
+            mine = [region for region in regions if region["tag"] == tag]
+            if tag in images:
+                yield _Task(images[tag], label, mine)
+            else:
+                skipped.append(f"{label}: {len(mine)} regions of the image tag {tag}, which no field is named like")
+        return
+    name = texts.get("image") or next(iter(images.values()), "") or next(iter(texts.values()), "")
+    if regions and not name:
+        skipped.append(f"{label}: no field of its data is an image")
+    elif regions:
+        yield _Task(name, label, regions)
 
 
 def _regions(task: Mapping[str, Any], label: str, skipped: list[str]) -> list[dict[str, Any]]:
-    """Return the labelled regions of a task: kind, part, value, and the image's height and width."""
+    """Return the labelled regions of a task: kind, part, value, tag, and the image's size."""
     answers = dicts(task.get("annotations"))
     finished = [answer for answer in answers if not answer.get("was_cancelled") and answer.get("result")]
-    guesses = dicts(task.get("predictions"))
-    answer = finished[-1] if finished else (guesses[-1] if guesses and not answers else {})
-    results = dicts(answer.get("result"))
+    guesses = dicts(task.get("predictions"))[-1:] if not answers else []
+    for answer in [*reversed(finished), *guesses]:
+        lines = list[str]()
+        regions = _regions_of(dicts(answer.get("result")), label, lines)
+        if regions or lines:
+            skipped.extend(lines)
+            return regions
+    return []
+
+
+def _regions_of(results: list[dict[str, Any]], label: str, skipped: list[str]) -> list[dict[str, Any]]:
     parts = {str(item.get("id")): _part_of(item) for item in results if _part_of(item)}
     regions = []
     for item in results:
-        value = item.get("value")
-        kind = next((kind for kind, key in REGIONS.items() if isinstance(value, dict) and key <= value.keys()), None)
-        part = _part_of(item) or parts.get(str(item.get("id")))
-        if kind is None or part is None:
+        value, where = item.get("value"), f"{label}, region {item.get('id')}"
+        if not isinstance(value, dict) or any(key in value for key in OTHERS):
             continue  # keypoints, choices, texts, relations
+        kind = next((kind for kind, key in REGIONS.items() if key <= value.keys()), None)
+        part = _part_of(item) or parts.get(str(item.get("id")))
         try:
-            sides = {side: side_of(item.get(f"original_{side}")) for side in ("height", "width")}
+            if kind is None and not ("bitmasklabels" in value or "imageDataURL" in value):
+                continue
+            if kind is None:
+                raise ValueError("a bitmask, which is not read; use brush labels")
+            if part is None:
+                raise ValueError("it has no label")
+            if item.get("item_index"):
+                raise ValueError("it is on a further image of a list, which is not read")
+            size = (side_of(item.get("original_height")), side_of(item.get("original_width")))
         except ValueError as error:
-            skipped.append(f"{label}, region {item.get('id')}: {error}")
+            skipped.append(f"{where}: {error}")
             continue
-        regions.append({"kind": kind, "part": part, "value": value, "id": item.get("id"), **sides})
+        tag = str(item.get("to_name") or "image")
+        regions.append({"kind": kind, "part": part, "value": value, "id": item.get("id"), "tag": tag, "size": size})
     return regions
 
 
@@ -219,18 +265,20 @@ def mask_of_brush(code: list[int], height: int, width: int) -> np.ndarray:
     """Decode a Label Studio brush label to a mask bool [H, W]; its own editor writes the same code.
 
     Raises:
-        ValueError: it is of another size, or cut.
+        ValueError: it is of another size, cut, or no bytes.
+        TypeError, OverflowError: likewise.
     """
     if not isinstance(code, list):
         raise ValueError("the brush's code is not a list of bytes")
-    bits, place = int.from_bytes(bytes(code), "big"), len(code) * BYTE
+    flat = np.unpackbits(np.array(code, np.uint8))
+    bits, place = (flat + ord("0")).tobytes().decode(), 0
 
     def read(count: int) -> int:
         nonlocal place
-        if count > place:
+        if place + count > len(bits):
             raise ValueError("the brush's code is cut")
-        place -= count
-        return (bits >> place) & ((1 << count) - 1)
+        place += count
+        return int(bits[place - count : place], 2)
 
     total, word, sizes = read(32), read(5) + 1, [read(4) + 1 for _ in range(4)]
     if total != height * width * 4:
@@ -242,7 +290,11 @@ def mask_of_brush(code: list[int], height: int, width: int) -> np.ndarray:
         if repeated:
             values[done:end] = read(word)
         else:
-            values[done:end] = [read(word) for _ in range(end - done)]
+            end = min(end, total)
+            if word != BYTE or place + (end - done) * word > len(bits):
+                raise ValueError("the brush's code is cut, or not of bytes")
+            values[done:end] = np.packbits(flat[place : place + (end - done) * word])
+            place += (end - done) * word
         done = end
     return values.reshape(height, width, 4)[..., 3] > 0
 
@@ -253,11 +305,9 @@ def _bits(value: int, count: int) -> str:
 
 def _name_of(address: str) -> str:
     """Return the file that a task's address names: local storage, an upload, or a path."""
-    if re.match(r"^[a-zA-Z]:\\", address) or address.startswith("\\\\"):
-        return plain_name(address)
-    try:
-        parsed = urlparse(address)
-    except ValueError:
-        return plain_name(address)
-    local = parse_qs(parsed.query).get("d")
-    return plain_name(local[0] if local else unquote(parsed.path))
+    _, local, name = address.partition("?d=")
+    if local:
+        return plain_name(unquote(name))
+    if re.match(r"(https?|s3|gs|azure-blob)://", address):
+        return plain_name(unquote(re.split(r"[?#]", address, maxsplit=1)[0].split("//", 1)[1].partition("/")[2]))
+    return plain_name(address)

@@ -12,10 +12,22 @@ from PIL import Image
 from ...errors import SlimeError
 from ...examples import IGNORE
 from ..pixels import SUFFIXES, upright_labels
-from .base import AnnotatedImage, AnnotatedSet, Files, FolderReader, decoder, files_of, part_name, part_names, text_of
+from .base import (
+    AnnotatedImage,
+    AnnotatedSet,
+    Files,
+    FolderReader,
+    decoder,
+    files_of,
+    note,
+    part_name,
+    part_names,
+    text_of,
+)
 
 MASKS, IMAGES, COLORS, NUMBERS = "SegmentationClass", "JPEGImages", "labelmap.txt", "_classes.csv"
 VOID = (224, 224, 192)  # the colour of pixels to ignore
+MOST_NOTED = 5  # unknown colours of a mask
 VOC = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person pottedplant sheep "
     "sofa train tvmonitor"
@@ -52,9 +64,12 @@ def read(folder: Path, wanted: Sequence[str]) -> AnnotatedSet:
             image = next((file for end in SUFFIXES if (file := files.find(folder / f"{stem}{end}")) is not None), None)
             if image is not None:
                 pairs.append((image, mask))
+            else:
+                skipped.append(f"{mask.name}: there is no image {stem}")
     parts = part_names(colors, wanted, folder.name)
     numbers = {colors[name]: parts.index(name) + 1 for name in parts}
-    images = [AnnotatedImage(image.name, decoder(image), _labels(mask, image, numbers, set(colors.values())))
+    known = set(colors.values())
+    images = [AnnotatedImage(image.name, decoder(image), _labels(mask, image, numbers, known, skipped))
               for image, mask in pairs]  # fmt: skip
     return AnnotatedSet(parts, tuple(images), skipped)
 
@@ -77,7 +92,10 @@ def _color_list(file: Path) -> dict[str, int | Color]:
 
 def _number_list(file: Path) -> dict[str, int | Color]:
     """Read Roboflow's ``_classes.csv``: "Pixel Value, Class"."""
-    rows = [[cell.strip() for cell in row] for row in csv.reader(text_of(file).splitlines()) if len(row) > 1]
+    try:
+        rows = [[cell.strip() for cell in row] for row in csv.reader(text_of(file).splitlines()) if len(row) > 1]
+    except csv.Error as error:
+        raise SlimeError(f"{file.name} is no table of numbers and names ({error}).") from error
     numbers = {part_name(row[1]): int(row[0]) for row in rows if row[0].isdecimal() and int(row[0]) < IGNORE}
     if not numbers:
         raise SlimeError(f'{file.name} has no lines "number, name".')
@@ -90,7 +108,7 @@ def _voc_colors() -> dict[str, int | Color]:
 
 
 def _labels(
-    file: Path, image: Path, numbers: Mapping[int | Color, int], known: set[int | Color]
+    file: Path, image: Path, numbers: Mapping[int | Color, int], known: set[int | Color], skipped: list[str]
 ) -> Callable[[], np.ndarray]:
     def labels() -> np.ndarray:
         try:
@@ -99,12 +117,18 @@ def _labels(
                 if not colored and mask.mode not in ("P", "L", "1", "I", "I;16"):
                     raise SlimeError(f"{file.name} is in colours, and there is no {COLORS} that says what they mean.")
                 values = np.asarray(mask.convert("RGB") if colored else mask)
-        except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        except SlimeError:
+            raise
+        except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever the bytes lead to
             raise SlimeError(f"{file.name} cannot be read as a mask: {error}") from error
         label_map = np.zeros(values.shape[:2], np.uint8)
         label_map[(values == VOID).all(-1) if colored else values == IGNORE] = IGNORE
         for number, label in numbers.items():
             label_map[(values == number).all(-1) if colored else values == number] = label
+        seen = {tuple(color) for color in np.unique(values.reshape(-1, 3), axis=0).tolist()} if colored else set(
+            np.unique(values).tolist())  # fmt: skip
+        for other in sorted(seen - known - {VOID, IGNORE, (0, 0, 0), 0}, key=str)[:MOST_NOTED]:
+            note(skipped, f"{file.name}: {other} is not in the list of names")
         return upright_labels(label_map, image)
 
     return labels

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from ...errors import SlimeError
+from ..file_names import read_table
 from ..pixels import SUFFIXES, upright_size
 from ..records import Record
 from ..run_log import RunLog, write_whole
@@ -24,14 +26,16 @@ from .base import (
     Format,
     Named,
     decoder,
-    note,
+    draw,
     part_name,
     part_names,
     text_of,
 )
 
+_Shape = tuple[int, np.ndarray, str]  # class, points in [0, 1] [N, 2], and where it stands
 logger = logging.getLogger(__name__)
 LISTS = ("classes.txt", "obj.names")  # of names, one per line
+NO_LABELS = (*LISTS, "names.txt", "notes.txt")
 SUBSETS = ("train", "val", "valid", "test")  # entries of data.yaml
 
 
@@ -76,22 +80,41 @@ def read(path: Path, wanted: Sequence[str]) -> AnnotatedSet:
     """
     folder = path if path.is_dir() else path.parent
     names, roots = _description(path, folder)
-    skipped, found = list[str](), dict[Path, list[tuple[int, np.ndarray, str]]]()
-    files = Files()
+    skipped, found = list[str](), dict[Path, list[_Shape]]()
+    renamed = {name: file for kind, name, file in read_table(folder) if kind == "image"}
+    files, labelled = Files(), set[Path]()
     for image in sorted({file for root in roots for file in root.rglob("*") if file.suffix.lower() in SUFFIXES}):
-        labels = _label_file(image, folder, files)
-        if labels is not None and (shapes := _shapes(labels, len(names), skipped)):
-            found[image] = shapes
+        labels = _label_file(image, folder, files, renamed)
+        if labels is not None:
+            labelled.add(labels)
+            if shapes := _shapes(labels, names, skipped):
+                found[image] = shapes
+    lone = [file for root in roots for file in (root / "labels").rglob("*.txt") if file not in labelled]
+    skipped += [f"{file.name}: there is no image of that name" for file in lone if file.name.lower() not in NO_LABELS]
     used = sorted({number for shapes in found.values() for number, *_ in shapes})
     parts = part_names([part_name(names[number]) for number in used], wanted, folder.name)
-    numbers = {number: parts.index(part) + 1 for number in used if (part := part_name(names[number])) in parts}
-    images = [
-        AnnotatedImage(image.relative_to(folder).as_posix() if image.is_relative_to(folder) else image.name,
-                       decoder(image), _labels(image, shapes, numbers, skipped))
-        for image, shapes in found.items()
-        if any(number in numbers for number, *_ in shapes)
-    ]  # fmt: skip
+    numbers = {number: part_name(names[number]) for number in used if part_name(names[number]) in parts}
+
+    def annotated(image: Path, shapes: list[_Shape]) -> AnnotatedImage:
+        chosen = [shape for shape in shapes if shape[0] in numbers]
+        inner = next((root for root in (folder / "images", folder) if root in image.parents), image.parent)
+        name = image.relative_to(inner).as_posix()
+
+        def labels() -> np.ndarray:
+            height, width = upright_size(image)
+            masks = [
+                (numbers[number], partial(_mask, points, height, width), where) for number, points, where in chosen
+            ]
+            return draw(masks, parts, (height, width), name, skipped)
+
+        return AnnotatedImage(name, decoder(image), labels)
+
+    images = [annotated(*item) for item in found.items() if any(shape[0] in numbers for shape in item[1])]
     return AnnotatedSet(parts, tuple(images), skipped)
+
+
+def _mask(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    return fill_polygons([points * (width, height)], height, width)
 
 
 def _yaml_in(folder: Path) -> Path | None:
@@ -106,8 +129,8 @@ def _description(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
         listed = next(folder / name for name in LISTS if (folder / name).is_file())
         return [line.strip() for line in text_of(listed).splitlines() if line.strip()], [folder]
     try:
-        body = yaml.safe_load(text_of(file))
-    except yaml.YAMLError as error:
+        body = yaml.load(text_of(file), yaml.BaseLoader)  # noqa: S506  texts alone: "no" is a name, not False
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SlimeError(f"{file.name} is not valid YAML ({str(error).splitlines()[0]}).") from error
     names = body.get("names") if isinstance(body, dict) else None
     if isinstance(names, dict) and names and all(str(key).isdecimal() for key in names):
@@ -116,37 +139,49 @@ def _description(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
             names = [next((name for key, name in names.items() if int(str(key)) == i), "") for i in range(last + 1)]
     if not isinstance(names, list) or not names:
         raise SlimeError(f"{file.name} has no list of names. It should say names: [wheel, window].")
-    roots = [folder]
     base = folder / str(body.get("path") or ".")
-    for entry in (body.get(subset) for subset in SUBSETS):
-        for place in entry if isinstance(entry, list) else [entry]:
-            if isinstance(place, str) and not (base / place).resolve().is_relative_to(folder.resolve()):
-                roots += [base / place] if (base / place).is_dir() else []
-    return [str(name) for name in names], roots
+    subsets = [body.get(subset) for subset in SUBSETS]
+    entries = [text for entry in subsets for text in (entry if isinstance(entry, list) else [entry])]
+    outside = [base / text for text in entries if isinstance(text, str) and _is_folder_outside(base / text, folder)]
+    return [str(name) for name in names], [folder, *outside]
 
 
-def _label_file(image: Path, folder: Path, files: Files) -> Path | None:
+def _is_folder_outside(place: Path, folder: Path) -> bool:
+    try:
+        return place.is_dir() and not place.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError):
+        return False
+
+
+def _label_file(image: Path, folder: Path, files: Files, renamed: Mapping[str, str]) -> Path | None:
     """Return the label file of an image: in the folder "labels" for "images", or beside it."""
     parts = image.parts
+    inner = image.relative_to(folder / "images") if (folder / "images") in image.parents else None
+    if inner is not None and inner.as_posix() in renamed:
+        return files.find(folder / "labels" / f"{renamed[inner.as_posix()]}.txt")
     places = [image.parent / "labels" / f"{image.stem}.txt", image.with_suffix(".txt")]
     if image.is_relative_to(folder):
-        inner = image.relative_to(folder)
-        places.insert(0, folder / "labels" / inner.with_suffix(".txt"))
+        places.insert(0, folder / "labels" / image.relative_to(folder).with_suffix(".txt"))
     for index in (i for i, part in enumerate(parts[:-1]) if part.lower() == "images"):
         places.insert(0, Path(*parts[:index], "labels", *parts[index + 1 :]).with_suffix(".txt"))
-    return next((file for file in map(files.find, places) if file is not None and file.name not in LISTS), None)
+    return next((file for file in map(files.find, places) if file is not None and file.name not in NO_LABELS), None)
 
 
-def _shapes(file: Path, classes: int, skipped: list[str]) -> list[tuple[int, np.ndarray, str]]:
-    """Return the polygons of a label file: class, points in [0, 1] [N, 2], and where it stands."""
+def _shapes(file: Path, names: Sequence[str], skipped: list[str]) -> list[_Shape]:
+    """Return the polygons of a label file."""
     shapes = []
-    for number, line in enumerate(text_of(file).splitlines(), start=1):
+    try:
+        text = text_of(file)
+    except (SlimeError, OSError) as error:
+        skipped.append(str(error))
+        return []
+    for number, line in enumerate(text.splitlines(), start=1):
         where, words = f"{file.name}, line {number}", line.split()
         if not words:
             continue
         try:
             numbers = [float(word) for word in words]
-            if not numbers[0].is_integer() or not 0 <= numbers[0] < classes:
+            if not numbers[0].is_integer() or not 0 <= numbers[0] < len(names) or not part_name(names[int(numbers[0])]):
                 raise ValueError(f"there is no class {words[0]} in the list of names")
             if len(numbers) < 7:
                 raise ValueError("it is a box, not an outline" if len(numbers) in (5, 6) else "it is no outline")
@@ -159,23 +194,6 @@ def _shapes(file: Path, classes: int, skipped: list[str]) -> list[tuple[int, np.
             continue
         shapes.append((int(numbers[0]), points, where))
     return shapes
-
-
-def _labels(
-    image: Path, shapes: Sequence[tuple[int, np.ndarray, str]], numbers: dict[int, int], skipped: list[str]
-) -> Callable[[], np.ndarray]:
-    def labels() -> np.ndarray:
-        height, width = upright_size(image)
-        label_map = np.zeros((height, width), np.uint8)
-        for number, points, where in shapes:
-            mask = fill_polygons([points * (width, height)], height, width)
-            if not mask.any():
-                note(skipped, f"{where}: its outline covers no pixel")
-            if number in numbers:
-                label_map[mask] = numbers[number]
-        return label_map
-
-    return labels
 
 
 FOLDER = FolderReader(claims, read)
