@@ -4,10 +4,14 @@ WEB_DIRECTORY = "./web"
 
 
 async def comfy_entrypoint():  # ComfyUI calls this
+    from pathlib import Path
+
     from .nodes.extension import SlimeExtension
     from .nodes.files import copy_sample_images, register_folder
+    from .nodes.installation import check_installation
     from .nodes.routes import register_routes
 
+    check_installation(Path(__file__).resolve().parent)
     register_folder()
     copy_sample_images()
     register_routes()

@@ -1,3 +1,3 @@
 import { defineConfig } from "vitest/config";
 
-export default defineConfig({ test: { environment: "jsdom", include: ["tests/web/**/*.test.js"] } });
+export default defineConfig({ test: { environment: "jsdom", include: ["tests/web/**/*.test.js"], testTimeout: 30_000 } });

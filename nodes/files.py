@@ -104,7 +104,11 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
             ],
             inputs=[
                 Embeddings.Input("embeddings", tooltip="From SLiMe Train."),
-                io.String.Input("filename", default="my_parts", tooltip="File name in models/slime, without folders."),
+                io.String.Input(
+                    "filename",
+                    default="my_parts",
+                    tooltip="File name in models/slime, without folders. The node shows the whole path.",
+                ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Off: a number is added if the file exists."),
             ],
             outputs=[
@@ -178,11 +182,11 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, filename: str | None = None, text: str | None = None) -> str:
-        path = folder_paths.get_full_path(FOLDER, filename) if filename and not text else None
-        if path is None:
-            return f"{filename}/{text}"
-        status = os.stat(path)
-        return f"{filename}/{status.st_mtime_ns}/{status.st_size}"
+        # A name that comes by a link is not known here: then any file may be the one.
+        names = [filename] if filename else folder_paths.get_filename_list(FOLDER)
+        paths = [folder_paths.get_full_path(FOLDER, name) for name in names] if not text else []
+        stamps = [(path, os.stat(path).st_mtime_ns, os.stat(path).st_size) for path in paths if path is not None]
+        return f"{filename}/{text}/{stamps}"
 
     @classmethod
     def execute(cls, filename: str, text: str = "") -> io.NodeOutput:

@@ -32,6 +32,32 @@ from .common import (
 )
 from .example import examples_result, previous_input
 
+
+def _stamp(source: Path) -> str:
+    """Return a text that changes with the files of a data set."""
+    files = sorted(source.rglob("*")) if source.is_dir() else [source]
+    return str([(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists()])
+
+
+class _Sources:
+    """Data sets that were read, and how often one of them was found changed."""
+
+    def __init__(self) -> None:
+        self._stamps: dict[Path, str] = {}
+        self._changes = 0
+
+    def add(self, source: Path) -> None:
+        self._stamps[source] = _stamp(source)
+
+    def changes(self) -> int:
+        for source, stamp in self._stamps.items():
+            if _stamp(source) != stamp:
+                self.add(source)
+                self._changes += 1
+        return self._changes
+
+
+_READ = _Sources()
 CHOICES = ["coco", "label-map", "masks", "label-studio", "coco-polygons", "yolo"]
 
 
@@ -116,19 +142,21 @@ class SLiMeLoadAnnotations(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, path: str | None = None, **_: object) -> object:
+        if path is None:  # it comes by a link and is not known here
+            return _READ.changes()
         try:
-            source = _existing(path or "")
+            return _stamp(_existing(path))
         except SlimeError:  # execute reports it
             return path
-        files = sorted(source.rglob("*")) if source.is_dir() else [source]
-        return str([(str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files])
 
     @classmethod
     def execute(
         cls, path: str, parts: str, max_images: int, previous: Sequence[Example] | None = None
     ) -> io.NodeOutput:
         with named_errors("SLiMe Load Annotations"):
-            annotated = read_annotations(str(_existing(path)), split_names(parts) if parts.strip() else ())
+            source = _existing(path)
+            _READ.add(source)
+            annotated = read_annotations(str(source), split_names(parts) if parts.strip() else ())
             examples = tuple(previous or ())
             for example in read_examples(annotated, max_images):
                 examples = merge_examples(examples, example)

@@ -140,7 +140,7 @@ class SLiMeTrain(io.ComfyNode):
             except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
                 saved = _autosave(progress.last)
                 if saved is not None:
-                    progress.show_text(f"Stopped. The result so far is in models/slime/autosave/{saved.name}")
+                    progress.show_text(f"Stopped. The result so far is in {saved}")
                 raise
 
 

@@ -15,8 +15,9 @@ app.registerExtension({
     const advanced = (node.widgets ?? []).filter((/** @type {any} */ widget) => widget.options?.advanced);
     for (const widget of advanced) {
       widget.advanced = true;
-      // Advanced alone is not drawn, but keeps its place; older versions keep that of hidden ones too.
-      for (const place of [widget, widget.options]) {
+      // Advanced alone is not drawn, but keeps its place; older versions keep that of hidden ones too. Newer ones, whose
+      // widgets have a visibility, take hidden for good.
+      for (const place of widget.visibility ? [] : [widget, widget.options]) {
         Object.defineProperty(place, "hidden", { get: hidden, set: () => {}, enumerable: true, configurable: true });
       }
       widget.computeSize = (/** @type {number} */ width) => (node.showAdvanced ? [width, LiteGraph.NODE_WIDGET_HEIGHT] : [0, -4]);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -150,6 +151,45 @@ def test_requeue_comes_from_the_cache(server, learned) -> None:
     entry = server.wait(server.queue(learned[0]))
     cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
     assert find(learned[0], "SLiMeTrain") in cached
+
+
+def cached_nodes(server, prompt) -> list[str]:
+    entry = server.wait(server.queue(prompt))
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    return next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+
+
+@pytest.mark.parametrize("by_link", [False, True], ids=["widget", "link"])
+def test_files_are_read_again_when_they_have_changed_only(server, learned, shots, by_link) -> None:
+    """A data set in a folder with label maps, and an embeddings file; their names by a widget or by a link."""
+    name = f"set_{by_link}"
+    folder = server.base / "input" / name
+    (folder / "labels").mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(server.base / "input" / shots[0].image, folder / "a.png")
+    with Image.open(folder / "a.png") as image:
+        labels = np.zeros((image.height, image.width), np.uint8)
+    labels[10:40, 10:60] = 1
+    np.save(folder / "labels" / "a.npy", labels)
+    (folder / "names.txt").write_text("wheel\n", encoding="utf-8")
+    saved = server.base / "models" / "slime" / f"{name}.safetensors"
+    shutil.copyfile(server.base / "models" / "slime" / "learned.safetensors", saved)
+    builder = PromptBuilder({})
+
+    def text(value: str) -> object:
+        return [builder.add("PrimitiveString", value=value), 0] if by_link else value
+
+    load = builder.add("SLiMeLoadAnnotations", path=text(name), parts="", max_images=1)
+    shown = builder.add("PreviewImage", images=[load, 1])
+    embeddings = builder.add("SLiMeLoadEmbeddings", filename=text(saved.name))
+    builder.add("PreviewAny", source=[embeddings, 1])
+    assert not {load, embeddings} & set(cached_nodes(server, builder.prompt))
+    assert {load, embeddings, shown} <= set(cached_nodes(server, builder.prompt))
+    labels[50:60] = 1
+    np.save(folder / "labels" / "a.npy", labels)
+    os.utime(folder / "labels" / "a.npy", ns=(1, 1))
+    os.utime(saved, ns=(1, 1))
+    assert not {load, embeddings} & set(cached_nodes(server, builder.prompt))
+    assert {load, embeddings, shown} <= set(cached_nodes(server, builder.prompt))
 
 
 def test_changing_the_mask_widgets_runs_no_segmentation(server, learned, tests_scenes) -> None:
