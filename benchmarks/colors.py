@@ -110,7 +110,10 @@ def main() -> None:
     heads = ["domain", "seed", "shots", "recolored", "auto", "off", "strong"]
     say_table(
         heads,
-        [[f"{row[head]:.2f}" if isinstance(row[head], float) else str(row[head]) for head in heads] for row in rows],
+        [
+            [f"{row[head]:.2f}" if isinstance(row[head], float) else str(row[head] or "name") for head in heads]
+            for row in rows
+        ],
     )
 
 

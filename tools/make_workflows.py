@@ -17,7 +17,7 @@ from testing.server import ComfyServer
 from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, blueprint, definition, to_editor
 
 from .run_workflows import results, thumbnail
-from .samples import FIND, FIND_TOO, TESTED, WHEELS, painted_sample, painting, write_samples
+from .samples import CLIP, FIND, FIND_TOO, TESTED, WHEELS, painted_sample, painting, write_samples
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 FLUX, DINO = "flux1-dev-fp8.safetensors", "dinov2-large.safetensors"
@@ -232,7 +232,7 @@ def paint_and_find() -> Page:
     train = page.train(model, [painter, 0])
     page.note(
         "**Choose a checkpoint and press Run.** Three parts are painted already.\n\nThen drop an image of your own on "
-        "the painter, name the parts, outline and fill them. Keep the result with *Save SLiMe Embeddings*.",
+        "the painter, name the parts, outline and fill them. The other templates load what is saved here as my_parts.",
         200,
     )
     page.column("3  Segment")
@@ -240,6 +240,7 @@ def paint_and_find() -> Page:
     parts = page.segment(model, train, [other, 0])
     page.column("4  Use")
     mask = page.mask(parts, "wheel")
+    page.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="my_parts", overwrite=True)
     page.app = (
         [(model, "ckpt_name"), (painter, "painting"), (other, "image"), (mask, "names")],
         [parts, mask],
@@ -368,7 +369,7 @@ def many_images() -> Page:
     model, embeddings, first, second, parts = find_in_two(page)
     page.note(
         "Any batch will do, also the frames of a video or a folder loaded by another pack. The masks come out in the "
-        "same order. *SLiMe Part List* gives one mask a part instead.\n\nTemplate 2 makes the file my_parts.",
+        "same order. *SLiMe Part List* gives one mask a part instead.\n\nTemplate 1 makes the file my_parts.",
         200,
     )
     page.column("3  Use")
@@ -385,7 +386,7 @@ def label_images() -> Page:
     parts = find_in_two(page)[-1]
     page.note(
         "In place of the two images: *Load Image Dataset from Folder*, or any batch. For more pictures than memory "
-        "holds there is a command line, see the README.\n\nTemplate 2 makes the file my_parts.",
+        "holds there is a command line, see the README.\n\nTemplate 1 makes the file my_parts.",
         200,
     )
     page.column("3  Label")
@@ -402,7 +403,7 @@ def repaint_one_part() -> Page:
     page = Page()
     model, image, parts = find_in_one(
         page,
-        "Template 2 makes the file my_parts; press R so that it appears here.\n\nName the part in *SLiMe Part Mask* "
+        "Template 1 makes the file my_parts; press R so that it appears here.\n\nName the part in *SLiMe Part Mask* "
         "(empty takes all parts), and write in *Repaint part* what it shall become.",
         200,
     )
@@ -437,7 +438,7 @@ def video() -> Page:
     page = Page()
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
-    clip = page.add("LoadVideo", file="video.mp4")
+    clip = page.add("LoadVideo", file=CLIP)
     frames = page.add("GetVideoComponents", video=[clip, 0])
     page.column("2  Segment")
     parts = page.segment(model, embeddings, [frames, 0])
@@ -526,7 +527,7 @@ def prompt_a_part() -> Page:
     page.column("1  Load")
     model, embeddings = page.checkpoint(), page.load()
     page.note(
-        "Template 2 makes the file my_parts; press R so that it appears here.\n\nThe wheels are segmented while the "
+        "Template 1 makes the file my_parts; press R so that it appears here.\n\nThe wheels are segmented while the "
         "image is sampled, and from then on a prompt of their own applies to them.",
         200,
     )
@@ -579,7 +580,7 @@ def sharpen_small_parts() -> Page:
     page = Page()
     model, image, parts = find_in_one(
         page,
-        "Template 2 makes the file my_parts; press R so that it appears here.\n\nEvery wheel is cut out, redrawn at "
+        "Template 1 makes the file my_parts; press R so that it appears here.\n\nEvery wheel is cut out, redrawn at "
         "the size the model was made for, and put back.",
         180,
     )
@@ -606,7 +607,7 @@ def impact_detailer() -> Page:
     model, image, parts = find_in_one(
         page,
         "For users of the Impact Pack: its *Detailer (SEGS)* redraws the parts that SLiMe segments. Without that "
-        "pack use template 14.\n\nTemplate 2 makes the file my_parts; press R so that it appears here.",
+        "pack use template 14.\n\nTemplate 1 makes the file my_parts; press R so that it appears here.",
         180,
     )
     page.column("3  Prompts")

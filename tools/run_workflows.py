@@ -11,7 +11,6 @@ from typing import Any
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
-from testing.clips import clip
 from testing.server import MODEL, ComfyServer
 from testing.tiny.weights import flow_checkpoint
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
@@ -21,7 +20,6 @@ from .samples import PICTURES, painted_sample
 DOMAIN = "car"
 FIRST = "1 Paint parts and find them"
 EMBEDDINGS = "my_parts.safetensors"
-FRAMES = 6
 SIDE = 256  # side of the images that the tiny model samples
 THUMBNAIL = 480
 
@@ -34,8 +32,6 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
         match node["class_type"]:
             case "CheckpointLoaderSimple":
                 inputs["ckpt_name"] = put_flow(server) if "flux" in inputs["ckpt_name"] else MODEL.name
-            case "LoadVideo":
-                inputs["file"] = put_video(server)
             case "SLiMeSaveEmbeddings":
                 inputs["overwrite"] = True
             case "KSampler" | "BasicScheduler":
@@ -53,23 +49,6 @@ def put_flow(server: ComfyServer) -> str:
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(flow_checkpoint(), str(path))
-    return path.name
-
-
-def put_video(server: ComfyServer) -> str:
-    """Write a short clip of a moving scene to the server's input folder."""
-    import av
-
-    path = server.base / "input" / "workflow.mp4"
-    with av.open(str(path), "w") as file:
-        stream = file.add_stream("libx264", rate=8)
-        stream.width = stream.height = 256
-        stream.pix_fmt = "yuv420p"
-        for frame in (clip(DOMAIN, 0, FRAMES)[0] * 255).byte().numpy():
-            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
-                file.mux(packet)
-        for packet in stream.encode():
-            file.mux(packet)
     return path.name
 
 

@@ -1,4 +1,4 @@
-"""The small images of the bundled workflows: example_workflows/pictures, copied to ComfyUI's input folder."""
+"""Images and a clip of the bundled workflows: example_workflows/pictures, copied to ComfyUI's input folder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from slime.parts.draw import overlay
 from slime.parts.palette import default_palette
 from slime.parts.runs import encode_runs
 from testing import scenes, splits
+from testing.clips import clip
 from testing.workflows import FOLDER
 
 PICTURES = FOLDER / "pictures"
@@ -19,6 +20,7 @@ PAINTED = ("wheel", "window", "body")
 TEACH, FIND, FIND_TOO = "slime_teach.jpg", "slime_find.jpg", "slime_find_2.jpg"
 WHEELS = ("slime_wheels_1.webp", "slime_wheels_2.webp", "slime_wheels_3.webp")
 TESTED = "slime_test.webp"
+CLIP, FRAMES = "slime_car.mp4", 12
 SCENES = {TEACH: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, WHEELS[2]: 54, TESTED: 55}
 
 
@@ -29,6 +31,7 @@ def sample(file: str) -> scenes.Scene:
 def write_samples() -> None:
     """Write the images: JPEG as they are, WebP with the wheels as mask, transparent as Load Image reads masks."""
     PICTURES.mkdir(parents=True, exist_ok=True)
+    write_clip()
     for file in SCENES:
         scene = sample(file)
         if file.endswith(".jpg"):
@@ -37,6 +40,21 @@ def write_samples() -> None:
             wheels = scene.labels == 1 + scenes.PARTS[DOMAIN].index("wheel")
             alpha = np.where(wheels, 0, 255).astype(np.uint8)[..., None]
             Image.fromarray(np.concatenate([scene.image, alpha], -1)).save(PICTURES / file, quality=85, exact=True)
+
+
+def write_clip() -> None:
+    """Write a short clip of a moving scene."""
+    import av
+
+    with av.open(str(PICTURES / CLIP), "w") as file:
+        stream = file.add_stream("libx264", rate=8, options={"crf": "26"})
+        stream.width = stream.height = 256
+        stream.pix_fmt = "yuv420p"
+        for frame in (clip(DOMAIN, 0, FRAMES)[0] * 255).byte().numpy():
+            for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
+                file.mux(packet)
+        for packet in stream.encode():
+            file.mux(packet)
 
 
 def _painted_labels() -> np.ndarray:

@@ -1,12 +1,13 @@
 """Find out on the examples whether features hang on colour, and training should use recoloured views.
 
 A fit to a few views as they are is judged on other views of the same examples twice: as they are, and with every part
-recoloured. Where many of the pixels are lost, training uses recoloured views; where nearly all are, colour is what
-tells the parts apart, and views stay as they are. The limits were chosen on validation scenes (``benchmark colors``).
+recoloured. Where parts are lost, training uses recoloured views, unless a part's name says a colour: an example cannot
+tell whether colour is what makes the part. The limit was chosen on validation scenes (``benchmark colors``).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 
 VIEWS = 4  # that are fitted, and as many that are judged
 STEPS = 50
-LOST, COLOR_ALONE = 0.7, 0.25  # IoU left on recoloured views, below which features hang on colour, or parts are colours
+LOST = 0.9  # of the IoU that must be left on recoloured views, or else the features hang on colour
+# Names of colours in eight languages, last Chinese, Japanese, Korean. A false alarm leaves views as they are.
+COLORS = re.compile(
+    r"(?<![a-z])(red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|rot|grün|blau|gelb|schwarz"
+    r"|weiß|rouge|verte?|bleue?|jaune|noire?|blanche?|roj[oa]|verde|azul|amarill[oa]|negr[oa]|blanc[oa])(?![a-z])"
+    r"|[\u7ea2\u7d05\u8d64\u7eff\u7da0\u7dd1\u84dd\u85cd\u9752\u9ec4\u9ec3\u9ed1\u767d\u7d2b]"
+    r"|\ube68\uac15|\ube68\uac04|\ucd08\ub85d|\ud30c\ub780|\ud30c\ub791|\ub178\ub780|\uac80\uc740|\ud770|\ud558\uc580",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -33,34 +42,38 @@ class ColorCheck:
     """Result of the check.
 
     Attributes:
-        recolored: IoU of the parts on recoloured held-out views, relative to that on the same views as they are.
+        recolored: IoU of the parts on recoloured held-out views, relative to that on the same views as they are; None
+            where a part's name says a colour.
     """
 
-    recolored: float
+    recolored: float | None
 
     @property
     def recolor(self) -> bool:
         """Whether to train on recoloured views."""
-        return COLOR_ALONE <= self.recolored < LOST
+        return self.recolored is not None and self.recolored < LOST
 
     def said(self) -> str:
         """Return what was found, for the user."""
+        if self.recolored is None:
+            return "A part's name says a colour: trained on views as they are."
         if self.recolor:
             return "Parts were lost when their colours changed: trained on recoloured views."
-        if self.recolored < COLOR_ALONE:
-            return "Colour alone tells the parts apart: trained on views as they are."
         return "Parts were found in other colours too: trained on views as they are."
 
 
-def check_colors(views: ViewFeatures, examples: int, count: int, l2: float) -> ColorCheck:
+def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count: int, l2: float) -> ColorCheck:
     """Fit and judge on up to four examples, see the module.
 
     Args:
         views: of the examples.
+        names: of the parts.
         examples: how many there are.
         count: how many views will be trained on; the check needs at most a third more.
         l2: weight decay of the fit.
     """
+    if any(COLORS.search(name) for name in names):
+        return ColorCheck(None)
     most = max(1, min(VIEWS, count // 6))
     used = min(examples, most)
     rounds = most // used

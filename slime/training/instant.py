@@ -15,7 +15,7 @@ from ..embeddings import LINEAR, PartEmbeddings
 from ..examples import Example
 from ..images import resize_maps
 from ..settings import SHARED, InstantSettings
-from .colors import check_colors
+from .colors import ColorCheck, check_colors
 from .features import ViewFeatures
 from .fit import fit_vectors
 from .probe import with_probed_layers
@@ -38,11 +38,11 @@ def train_instant(
     template = _template(backbone, examples[0].names, settings)
     count = view_count(examples, settings)
     views = ViewFeatures(backbone, examples, settings, template, on_step, count)
-    check = check_colors(views, len(examples), count, backbone.info.l2) if settings.recolor is None else None
-    if check is not None:
-        template = replace(
-            template, settings={**template.settings, "color_check": asdict(check) | {"found": check.said()}}
-        )
+    check: ColorCheck | None = None
+    if settings.recolor is None:
+        check = check_colors(views, template.names, len(examples), count, backbone.info.l2)
+        found_out = asdict(check) | {"found": check.said()}
+        template = replace(template, settings={**template.settings, "color_check": found_out})
     strength = float(settings.recolor or 0.0) if check is None else float(check.recolor)
     found = views.get([(number, strength) for number in range(count)])
     # Examples of another aspect are resized to the first one's grid: the loss takes single positions only.

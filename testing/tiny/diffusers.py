@@ -12,7 +12,7 @@ from torch import Tensor
 from demo.pack.shapes import CLIP_CONFIG, SLIME_FAMILY, UNET_CONFIG
 from slime.backbones.hf_unet import DiffusersUNet
 from slime.backbones.sd_unet import Family
-from slime.backbones.single_file import schedule
+from slime.backbones.single_file import END, EmptyText, schedule
 
 
 def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
@@ -59,12 +59,13 @@ def convert_unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> Any:
     return unet.eval()
 
 
-def load_tiny(checkpoint: Path, tokenizer_folder: Path) -> DiffusersUNet:
+def load_tiny(checkpoint: Path, tokenizer_folder: Path | None = None) -> DiffusersUNet:
     """Load the tiny checkpoint into the classes of diffusers and transformers.
 
     Args:
         checkpoint: slime_tiny.safetensors.
-        tokenizer_folder: CLIP's tokenizer, for example ComfyUI's comfy/sd1_tokenizer.
+        tokenizer_folder: CLIP's tokenizer, for example ComfyUI's comfy/sd1_tokenizer; without one only the empty text
+            can be encoded.
     """
     from diffusers import AutoencoderTiny
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -87,6 +88,6 @@ def load_tiny(checkpoint: Path, tokenizer_folder: Path) -> DiffusersUNet:
         CLIPTextConfig(**known, num_hidden_layers=CLIP_CONFIG["num_hidden_layers"], eos_token_id=49407)
     )
     text.load_state_dict(part("cond_stage_model.transformer."), strict=False)
-    tokenizer = CLIPTokenizer.from_pretrained(str(tokenizer_folder))
+    tokenizer = EmptyText(END) if tokenizer_folder is None else CLIPTokenizer.from_pretrained(str(tokenizer_folder))
     kind = schedule("v_prediction")
     return DiffusersUNet(unet, vae.eval(), [tokenizer], [text.eval()], kind, Family.of(SLIME_FAMILY))
