@@ -110,7 +110,7 @@ def confidence_input() -> Any:
         "min_confidence",
         default=0.0,
         min=0.0,
-        max=2.0,
+        max=1.0,
         step=0.01,
         optional=True,
         tooltip="Below this confidence, the masks of an image are empty. 1 is the confidence on the examples, 0 = off. "

@@ -148,7 +148,7 @@ class DecodeSettings:
     min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, refine=self.refine in REFINEMENTS, min_confidence=0 <= self.min_confidence <= 2)
+        _check(self, refine=self.refine in REFINEMENTS, min_confidence=0 <= self.min_confidence <= 1)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ NOTHING_TO_DO = {
     "no strength": {"strength": 0.0},
     "no such part": {"names": "wing"},
     "no steps": {"start_percent": 0.5, "end_percent": 0.5},
-    "no parts that are sure": {"min_confidence": 2.0},
+    "no parts that are sure": {"min_confidence": 1.0},
     "a part shrunk to nothing": {"grow": -512},
 }
 
