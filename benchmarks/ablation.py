@@ -27,7 +27,7 @@ from slime import SegmentSettings, segment
 from slime.decode import refine as refinement
 from slime.parts.metrics import boundary_f, evaluate
 from testing import scenes
-from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS, STABLE_DIFFUSION_INFO
+from testing.recipes import PAPER_LAYERS
 from testing.tiny.weights import TESTBED
 
 from .methods import Variant, remember, trained
@@ -87,21 +87,12 @@ PAPER_DIFFERENCES = {
 
 DEFAULT = {
     "default": Variant("instant"),
-    "what Stable Diffusion gets": Variant("instant", AS_STABLE_DIFFUSION, STABLE_DIFFUSION_INFO),
-    "what Stable Diffusion gets, recoloured": Variant(
-        "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0}, STABLE_DIFFUSION_INFO
-    ),
-    "what Stable Diffusion gets, recoloured mildly": Variant(
-        "instant", AS_STABLE_DIFFUSION | {"recolor": 0.3}, STABLE_DIFFUSION_INFO
-    ),
-    "what Stable Diffusion gets, recoloured, 96 views": Variant(
-        "instant", AS_STABLE_DIFFUSION | {"recolor": 1.0, "views": 96}, STABLE_DIFFUSION_INFO
-    ),
+    "recoloured": Variant("instant", {"recolor": 1.0}),
     "no recolouring": Variant("instant", {"recolor": 0.0}),
-    "24 views": Variant("instant", {"views": 24}),
+    "12 views": Variant("instant", {"views": 12}),
     "48 views": Variant("instant", {"views": 48}),
-    "192 views": Variant("instant", {"views": 192}),
-    "one vector per resolution": Variant("instant", info={"grouping": "resolution"}),
+    "96 views": Variant("instant", {"views": 96}),
+    "one vector per layer": Variant("instant", info={"grouping": "layer"}),
     "L2 0.003": Variant("instant", info={"l2": 0.003}),
     "L2 0.1": Variant("instant", info={"l2": 0.1}),
     "class weights ** 0.5": Variant("instant", constants={"training.losses.WEIGHT_EXPONENT": 0.5}),

@@ -28,7 +28,7 @@ from slime.training.cache import clear_caches
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
 from testing.inprocess import load_backbone, load_encoder, load_flow
-from testing.recipes import AS_STABLE_DIFFUSION, PAPER_LAYERS, PAPER_OVERLAP, RECIPES, STABLE_DIFFUSION_INFO
+from testing.recipes import PAPER_LAYERS, PAPER_OVERLAP, RECIPES
 from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
 
@@ -300,12 +300,7 @@ def make_methods(
         "default + best": learned(ours, variant("instant", average_flip=True, noise_samples=2, refine="best")),
         "paper": learned(ours, variant("paper"), paper),
         "paper, softmax over the parts": learned(ours, variant("paper", {"all_tokens": False}), paper),
-        "what Stable Diffusion gets": learned(
-            ours, variant("instant", train=AS_STABLE_DIFFUSION, info=STABLE_DIFFUSION_INFO)
-        ),
-        "what Stable Diffusion gets, recoloured": learned(
-            ours, variant("instant", train=AS_STABLE_DIFFUSION | {"recolor": 1.0}, info=STABLE_DIFFUSION_INFO)
-        ),
+        "default, not recoloured": learned(ours, variant("instant", train={"recolor": 0.0})),
         "paper, recoloured": learned(ours, variant("paper", train={"recolor": 1.0})),
         "untrained": learned(raw, variant("instant")),
         **compared(ours, style),

@@ -22,7 +22,7 @@ from ..slime.errors import SlimeError
 from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
 from ..slime.parts.runs import decode_runs
-from .common import Examples, Parts, as_images, named_errors, pixel_digest, schema, show_text, to_core
+from .common import Examples, Parts, as_images, named_errors, pixel_digest, schema, to_core
 from .initial_masks import INITIAL_MASKS, check_one_image, read_initial_masks
 
 VERSION = 1
@@ -203,10 +203,12 @@ class SLiMePartPainter(io.ComfyNode):
             if painted.labels is None or not painted.labels.any():
                 # The image reaches the painter all the same; later nodes wait.
                 if initial_masks is None:
+                    shown["slime_message"] = [NOTHING]
                     return io.NodeOutput(None, None, None, ui=shown, block_execution=NOTHING)
-                show_text(getattr(cls.hidden, "unique_id", None), PROPOSED)
+                shown["slime_message"] = [PROPOSED]
                 return io.NodeOutput(*[ExecutionBlocker(None)] * 3, ui=shown)
             if digest is not None and painted.of not in (None, digest):
+                shown["slime_message"] = [ANOTHER]
                 return io.NodeOutput(None, None, None, ui=shown, block_execution=ANOTHER)
             labels = _resized(painted.labels, pixels.shape[1], pixels.shape[2])
             example = _example(pixels[0], labels, painted)

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from slime.settings import InstantSettings
-
 from . import scenes
 
 # Layers of the tiny model whose grids are the paper's: cross-attention at 16 and 32, self-attention at 32 (the paper:
 # 64). The paper's blocks, output.3-7, have grids of 8 and 16 here, which are too coarse for any part.
 PAPER_LAYERS = {"read_layers": "output.6-10", "propagate_layers": "output.9-11"}
-# Settings of the preset instant for Stable Diffusion: these layers, and no values of the tiny model's own.
-AS_STABLE_DIFFUSION = PAPER_LAYERS | {name: getattr(InstantSettings(), name) for name in ("recolor", "views")}
-STABLE_DIFFUSION_INFO = {"grouping": "resolution", "l2": 1e-3}
 # Settings of the paper's recipe, by the parts that are trained (official README and src/dataset.py): crop, rotation,
 # and for faces 2 x 2 crops of 400 of 512 pixels.
 PAPER_OVERLAP = 0.72  # overlap of these crops

@@ -111,6 +111,7 @@ app.registerExtension({
           if (image) sent = `${viewUrl({ name: image.filename, subfolder: image.subfolder, type: image.type })}&run=${Date.now()}`;
           refresh();
           if (output) widget.painter.propose(output.slime_digest?.[0] ?? null, output.slime_initial_masks?.[0] ?? null);
+          widget.painter.tell(output?.slime_message?.[0] ?? "");
         });
         chain(node, "onConnectionsChange", () => queueMicrotask(refresh));
         /** @type {any} */

@@ -349,7 +349,7 @@ def test_cancel_in_the_preview_saves_what_was_learned(nodes, monkeypatch, tmp_pa
     monkeypatch.setattr(nodes._Progress, "show_text", lambda self, text: said.append(text))
     with pytest.raises(management.InterruptProcessingException):
         run(nodes)
-    assert said[0].startswith("Encoding") and said[-1].endswith("autosave/auto.safetensors")
+    assert said[0].startswith("Encoding") and said[-1].endswith("auto.safetensors")
     assert load_embeddings(tmp_path / "auto.safetensors").names == ("red", "blue")
 
 

@@ -423,7 +423,7 @@ def test_batches_of_any_size_keep_their_size(server, learned) -> None:
 
 BAD = {
     "empty mask": ({"mask": "black.png"}, '"window" is empty'),
-    "mask of another size": ({"mask": "white_40.png"}, "40x40 but the image is 256x256"),
+    "mask of another size": ({"mask": "white_40.png"}, "60x40 but the image is 256x256"),
     "no names": ({"names": " , "}, "No part names"),
     "duplicate names": ({"names": "a, a"}, "masks for 2 names|more than once"),
     "tiny image": ({"image": "one.png", "mask": "one.png"}, "1x1"),
@@ -433,7 +433,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_bad_examples_leave_the_server_healthy(server, shots, case) -> None:
     put_image(server, "black.png", np.zeros((256, 256, 3), np.uint8))
-    put_image(server, "white_40.png", np.full((40, 40, 3), 255, np.uint8))
+    put_image(server, "white_40.png", np.full((40, 60, 3), 255, np.uint8))
     put_image(server, "one.png", np.full((1, 1, 3), 255, np.uint8))
     changes, message = BAD[case]
     builder, _ = small_train(shots)

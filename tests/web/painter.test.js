@@ -189,8 +189,11 @@ describe("strings", () => {
 describe("Painter", () => {
   let Painter;
   beforeEach(async () => {
-    const drawing = new Proxy({}, { get: (_, name) => (name === "createImageData" ? image : () => {}), set: () => true });
-    const image = (width, height) => ({ data: new Uint8ClampedArray(4 * width * height) });
+    const methods = {
+      createImageData: (width, height) => ({ data: new Uint8ClampedArray(4 * width * height) }),
+      measureText: (text) => ({ width: 7 * text.length }),
+    };
+    const drawing = new Proxy({}, { get: (_, name) => methods[name] ?? (() => {}), set: () => true });
     vi.stubGlobal("ResizeObserver", class { observe() {} });
     HTMLCanvasElement.prototype.getContext = () => drawing;
     ({ Painter } = await import("../../web/painter/painter.js"));

@@ -166,6 +166,12 @@ export class Painter {
     this.replaced();
   }
 
+  /** Say something over the picture until it is painted on. @param {string} text */
+  tell(text) {
+    this.message = text;
+    this.draw();
+  }
+
   /** Let the borders follow the edges of the image. */
   async snap() {
     if (!this.host.snap || !this.painting.map || !this.picture) return;
@@ -225,8 +231,9 @@ export class Painter {
   async load(file) {
     if (!file || !file.type.startsWith("image/")) return;
     try {
+      const painted = this.painting.map?.data.some((label) => label > 0);
       this.painting.image = await this.host.upload(file);
-      this.message = "";
+      this.message = painted ? this.say("other_picture") : "";
       this.loadPicture();
     } catch (error) {
       this.message = `${this.say("upload_failed")}: ${error instanceof Error ? error.message : error}`;
@@ -456,6 +463,7 @@ export class Painter {
   /** @param {{x: number, y: number}} where painting position @param {PointerEvent} event */
   begin(where, event) {
     this.focusing = false;
+    this.message = "";
     const { map } = this.painting;
     if (!this.stroke || !map) return;
     if (this.tool === "lasso" || this.tool === "rectangle") this.outline = [where];
@@ -658,6 +666,27 @@ export class Painter {
         context.stroke();
       }
     }
+    if (this.message) this.drawMessage(context);
+  }
+
+  /** Draw the message in lines at the foot of the canvas. @param {CanvasRenderingContext2D} context */
+  drawMessage(context) {
+    const { width, height } = this.canvas;
+    const size = 13 * (window.devicePixelRatio || 1);
+    context.setTransform(1, 0, 0, 1, 0, 0);
+    context.font = `${size}px sans-serif`;
+    context.textAlign = "left";
+    const lines = [""];
+    for (const word of this.message.split(" ")) {
+      const longer = `${lines[lines.length - 1]} ${word}`.trim();
+      if (context.measureText(longer).width > width - 2 * size) lines.push(word);
+      else lines[lines.length - 1] = longer;
+    }
+    const top = height - (lines.length + 0.6) * size * 1.3;
+    context.fillStyle = "rgba(120, 20, 20, 0.9)";
+    context.fillRect(0, top, width, height - top);
+    context.fillStyle = "#fff";
+    lines.forEach((line, index) => context.fillText(line, size, top + (index + 1.1) * size * 1.3));
   }
 }
 

@@ -29,6 +29,7 @@ export const STRINGS = {
     empty: "Load or drop an image here, or connect one and queue once",
     unreadable: "The painting saved here cannot be read",
     upload_failed: "The image could not be loaded",
+    other_picture: "The parts were painted on the picture before. Undo brings it back, the bin clears them.",
   },
   zh: {
     load: "载入图像",
@@ -56,6 +57,7 @@ export const STRINGS = {
     empty: "在此载入或拖入图像，或连接一张图像并运行一次工作流",
     unreadable: "无法读取此处保存的涂绘内容",
     upload_failed: "无法载入图像",
+    other_picture: "这些部件是在上一张图像上绘制的。撤销可恢复上一张图像，垃圾桶可清除部件。",
   },
   ja: {
     load: "画像を読み込む",
@@ -83,6 +85,7 @@ export const STRINGS = {
     empty: "ここに画像を読み込むかドロップするか、画像を接続して一度実行してください",
     unreadable: "保存されたペイントを読み込めません",
     upload_failed: "画像を読み込めませんでした",
+    other_picture: "部位は前の画像に描かれたものです。元に戻すと前の画像に戻り、ごみ箱で消去できます。",
   },
   ko: {
     load: "이미지 불러오기",
@@ -110,6 +113,7 @@ export const STRINGS = {
     empty: "여기에 이미지를 불러오거나 끌어다 놓으세요. 또는 이미지를 연결하고 한 번 실행하세요",
     unreadable: "여기에 저장된 그림을 읽을 수 없습니다",
     upload_failed: "이미지를 불러오지 못했습니다",
+    other_picture: "부위는 이전 이미지에 칠한 것입니다. 실행 취소하면 이전 이미지로 돌아가고, 휴지통으로 지울 수 있습니다.",
   },
 };
 

@@ -113,6 +113,11 @@ def _id(value: Any) -> str:
 
 
 def read(body: Mapping[str, Any], path: Path, wanted: Sequence[str]) -> AnnotatedSet:
+    """Read the parsed content of a file: the images that have annotations of wanted categories, or of any.
+
+    Raises:
+        SlimeError: a list is missing, or two wanted categories have one name.
+    """
     skipped = list[str]()
     categories = {number: part_name(entry.get("name")) for number, entry in
                   _by_id(_entries(body, "categories", path), "name", "category", skipped).items()}  # fmt: skip
