@@ -35,7 +35,7 @@ SIZES = {
     "CheckpointLoaderSimple": (320, 100, 130),
     "CLIPVisionLoader": (320, 60, 90),
     "LoadImage": (320, 330, 390),
-    "LoadVideo": (320, 110, 330),
+    "LoadVideo": (320, 110, 520),
     "GetVideoComponents": (300, 70, 100),
     "ImageBatch": (300, 50, 80),
     "SLiMePartPainter": (440, 600, 640),

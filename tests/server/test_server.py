@@ -180,7 +180,7 @@ def test_files_are_read_again_when_they_have_changed_only(server, learned, shots
 
     load = builder.add("SLiMeLoadAnnotations", path=text(name), parts="", max_images=1)
     shown = builder.add("PreviewImage", images=[load, 1])
-    embeddings = builder.add("SLiMeLoadEmbeddings", filename=text(saved.name))
+    embeddings = builder.add("SLiMeLoadEmbeddings", filename=saved.name)  # the core takes no link for a list of files
     builder.add("PreviewAny", source=[embeddings, 1])
     assert not {load, embeddings} & set(cached_nodes(server, builder.prompt))
     assert {load, embeddings, shown} <= set(cached_nodes(server, builder.prompt))
