@@ -111,7 +111,12 @@ def main() -> None:
     say_table(
         heads,
         [
-            [f"{row[head]:.2f}" if isinstance(row[head], float) else str(row[head] or "name") for head in heads]
+            [
+                f"{row[head]:.2f}"
+                if isinstance(row[head], float)
+                else ("name" if row[head] is None else str(row[head]))
+                for head in heads
+            ]
             for row in rows
         ],
     )
