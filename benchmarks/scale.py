@@ -27,7 +27,7 @@ from slime import PartEmbeddings, Segmenter, load_embeddings, preset, save_embed
 from slime.backbones import vit
 from slime.backbones.base import Backbone, seeded_noise
 from slime.backbones.hf_vit import TransformersVision
-from slime.data.formats import Coco
+from slime.data.formats.coco import Coco
 from slime.data.run import Engine, segment_images
 from slime.data.run_log import RunLog
 from slime.data.sources import SourceImage, source_images

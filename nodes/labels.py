@@ -13,7 +13,7 @@ from ..slime.data.annotations import read_annotations, read_examples
 from ..slime.data.file_names import TABLE, FileNames, changed_names, leads_outside, plain_stem, read_table, write_table
 from ..slime.data.formats import FORMATS, png
 from ..slime.data.formats.base import said_of
-from ..slime.data.records import record_of
+from ..slime.data.records import Record, record_of
 from ..slime.data.run_log import RunLog, write_whole
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, merge_examples
@@ -170,7 +170,7 @@ def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
     log = RunLog(target, {"names": list(maps.names), "formats": [kind]})
     output = FORMATS[kind](target, maps, "slime")
     unique, known = FileNames([*log.done, *names]), {name: file for kind, name, file in read_table(target)}
-    records, renamed, before = [], list[tuple[str, str, str]](), len(log.done)
+    records, renamed, before = list[Record](), list[tuple[str, str, str]](), len(log.done)
     for index, given in enumerate(names):
         name = known.get(given) or f"{unique(given)}.png"
         if name in log.done or name in [record.name for record in records]:

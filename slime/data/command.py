@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     train_command.add_argument("--shots", type=_count, default=0, help="number of images to train on; 0 for all")
     train_command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
     train_command.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
+    train_command.add_argument("--overwrite", action="store_true", help="replace the output file")
     train_command.add_argument("--preset", choices=("instant", "paper"), default="instant")
     train_command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
 
@@ -177,6 +178,8 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _train(options: argparse.Namespace) -> None:
+    if options.output.exists() and not options.overwrite:
+        raise SlimeError(f"{options.output} exists already. Choose another name, or add --overwrite.")
     annotated = read_annotations(options.examples, options.parts)
     examples = read_examples(annotated, options.shots)
     _tell_skipped(options, annotated)
@@ -193,7 +196,7 @@ def _train(options: argparse.Namespace) -> None:
 
         with torch.inference_mode():
             embeddings = train(backbone, examples, settings, on_step=on_step)
-    save_embeddings(embeddings, options.output)
+    save_embeddings(embeddings, options.output, options.overwrite)
     sys.stdout.write(f"{options.output}: {', '.join(embeddings.names)}, trained on {len(examples)} images\n")
 
 

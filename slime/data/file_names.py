@@ -16,10 +16,11 @@ from .run_log import write_whole
 
 TABLE = "file_names.csv"
 EMPTY: Mapping[str, str] = {}
-RESERVED = {"names", "classes"}  # lists of parts beside the labels
-LONGEST = 100  # characters of a folder or file name: a path on Windows has 260
+RESERVED = {"names", "classes", "notes"}  # lists of parts beside the labels
+LONGEST = 100  # bytes of a folder or file name: a path on Windows has 260 characters
 FORBIDDEN = re.compile(r'[<>:"|?*\\/#%~\x00-\x1f\x7f]')  # by Windows, or with a meaning in addresses
-DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # Windows opens these as devices
+# Windows opens these as devices.
+DEVICE = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d\u00b9\u00b2\u00b3])(\.|$)", re.IGNORECASE)
 
 
 class FileNames:
@@ -105,7 +106,7 @@ def read_table(folder: Path) -> list[tuple[str, str, str]]:
 
 
 def _safe(component: str) -> str:
-    text = FORBIDDEN.sub("_", component).rstrip(". ").strip()
+    text = re.sub(r"[\s.]+$", "", FORBIDDEN.sub("_", component)).strip()
     if DEVICE.match(text) or not text or set(text) == {"."}:
         text = f"_{text}".rstrip(". ")
     return text if len(text.encode(errors="replace")) <= LONGEST else f"{_cut(text)}-{_digest(component)[:8]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,12 @@ def flip_allowed(settings: ViewSettings, names: Sequence[str]) -> bool:
     """Return whether views may be mirrored: by the setting, else unless a part name says left or right."""
     if settings.flip is not None:
         return settings.flip
-    return not any(SIDED.search(re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name)) for name in names)
+    return not any(SIDED.search(words(name)) for name in names)
+
+
+def words(name: str) -> str:
+    """Return the words of a part name: leftEye is left Eye."""
+    return unicodedata.normalize("NFC", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name))
 
 
 class Transform(NamedTuple):

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..batches import check_finite
 from ..decode.linear import part_logits
 from ..images import resize_maps
+from .augment import words
 from .cache import CachedView
 from .fit import fit_vectors
 
@@ -26,13 +27,17 @@ if TYPE_CHECKING:
 
 VIEWS = 4  # that are fitted, and as many that are judged
 STEPS = 50
+FOUND = 0.05  # IoU on views as they are, below which nothing can be told, and views stay as they are
 LOST = 0.9  # of the IoU that must be left on recoloured views, or else the features hang on colour
-# Names of colours in eight languages, last Chinese, Japanese, Korean. A false alarm leaves views as they are.
+# Names of colours in several languages, last Chinese, Japanese, Korean. A false alarm leaves views as they are.
 COLORS = re.compile(
-    r"(?<![a-z])(red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|rot|grün|blau|gelb|schwarz"
-    r"|weiß|rouge|verte?|bleue?|jaune|noire?|blanche?|roj[oa]|verde|azul|amarill[oa]|negr[oa]|blanc[oa])(?![a-z])"
+    r"(?<![a-zäöüß])(red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|gold(en)?|silver|cyan|beige"
+    r"|(rot|grün|blau|gelb|schwarz|weiß|braun|grau|lila|rosa)(e[rsnm]?)?"
+    r"|rouges?|verte?s?|bleue?s?|jaunes?|noire?s?|blanc(he)?s?|roj[oa]s?|verdes?|azul(es)?|amarill[oa]s?|negr[oa]s?"
+    r"|blanc[oa]s?)(?![a-zäöüß])"
     r"|[\u7ea2\u7d05\u8d64\u7eff\u7da0\u7dd1\u84dd\u85cd\u9752\u9ec4\u9ec3\u9ed1\u767d\u7d2b]"
-    r"|\ube68\uac15|\ube68\uac04|\ucd08\ub85d|\ud30c\ub780|\ud30c\ub791|\ub178\ub780|\uac80\uc740|\ud770|\ud558\uc580",
+    r"|\ube68\uac15|\ube68\uac04|\ucd08\ub85d|\ud30c\ub780|\ud30c\ub791|\ub178\ub780|\ub178\ub791|\uac80\uc740|\uac80\uc815"
+    r"|\ud770|\ud558\uc580",
     re.IGNORECASE,
 )
 
@@ -43,10 +48,12 @@ class ColorCheck:
 
     Attributes:
         recolored: IoU of the parts on recoloured held-out views, relative to that on the same views as they are; None
-            where a part's name says a colour.
+            where it was not measured, or the parts were not found on views as they are.
+        named: whether a part's name says a colour.
     """
 
     recolored: float | None
+    named: bool = False
 
     @property
     def recolor(self) -> bool:
@@ -55,11 +62,18 @@ class ColorCheck:
 
     def said(self) -> str:
         """Return what was found, for the user."""
-        if self.recolored is None:
+        if self.named:
             return "A part's name says a colour: trained on views as they are."
+        if self.recolored is None:
+            return "The parts are too small for a check of their colours: trained on views as they are."
         if self.recolor:
             return "Parts were lost when their colours changed: trained on recoloured views."
         return "Parts were found in other colours too: trained on views as they are."
+
+
+def extra_views(count: int) -> int:
+    """Return how many views the check may need beside ``count`` that are trained on."""
+    return 2 * max(1, min(VIEWS, count // 6))
 
 
 def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count: int, l2: float) -> ColorCheck:
@@ -69,11 +83,11 @@ def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count
         views: of the examples.
         names: of the parts.
         examples: how many there are.
-        count: how many views will be trained on; the check needs at most a third more.
+        count: how many views will be trained on; from 6 on the check needs at most a third more.
         l2: weight decay of the fit.
     """
-    if any(COLORS.search(name) for name in names):
-        return ColorCheck(None)
+    if any(COLORS.search(words(name)) for name in names):
+        return ColorCheck(None, named=True)
     most = max(1, min(VIEWS, count // 6))
     used = min(examples, most)
     rounds = most // used
@@ -83,7 +97,8 @@ def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count
     plain, recolored = found[len(fitted) : -len(held)], found[-len(held) :]
     vectors = _fit(found[: len(fitted)], [views.labels(number) for number in fitted], l2)
     labels = [views.labels(number) for number in held]
-    return ColorCheck(_iou(recolored, labels, vectors) / max(_iou(plain, labels, vectors), 1e-6))
+    best = _iou(plain, labels, vectors)
+    return ColorCheck(_iou(recolored, labels, vectors) / best if best > FOUND else None)
 
 
 def _fit(views: Sequence[CachedView], labels: Sequence[Tensor], l2: float) -> dict[str, Tensor]:
@@ -98,8 +113,8 @@ def _fit(views: Sequence[CachedView], labels: Sequence[Tensor], l2: float) -> di
 
 
 def _iou(views: Sequence[CachedView], labels: Sequence[Tensor], vectors: dict[str, Tensor]) -> float:
-    """Return the mean IoU of the parts over all views together, on the features' grid."""
-    both = either = torch.zeros(())
+    """Return the mean IoU of the parts that are there over all views together, on the features' grid."""
+    both = either = there = torch.zeros(())
     for view, truth in zip(views, labels, strict=True):
         found = part_logits(view.features(), vectors)[0].argmax(0).cpu()
         counts, real = truth.sum(0) > 0.5, truth.argmax(0)
@@ -107,4 +122,5 @@ def _iou(views: Sequence[CachedView], labels: Sequence[Tensor], vectors: dict[st
         inside, wanted = (found == classes) & counts, (real == classes) & counts
         both = both + (inside & wanted).sum((1, 2))
         either = either + (inside | wanted).sum((1, 2))
-    return float((both / either.clamp(min=1))[either > 0].mean()) if bool((either > 0).any()) else 0.0
+        there = there + wanted.sum((1, 2))
+    return float((both / either.clamp(min=1))[there > 0].mean()) if bool((there > 0).any()) else 0.0

@@ -15,7 +15,7 @@ from ..embeddings import LINEAR, PartEmbeddings
 from ..examples import Example
 from ..images import resize_maps
 from ..settings import SHARED, InstantSettings
-from .colors import ColorCheck, check_colors
+from .colors import ColorCheck, check_colors, extra_views
 from .features import ViewFeatures
 from .fit import fit_vectors
 from .probe import with_probed_layers
@@ -37,7 +37,8 @@ def train_instant(
     settings = with_probed_layers(backbone, examples, settings, settings.prompt, on_step)
     template = _template(backbone, examples[0].names, settings)
     count = view_count(examples, settings)
-    views = ViewFeatures(backbone, examples, settings, template, on_step, count)
+    further = extra_views(count) if settings.recolor is None else 0
+    views = ViewFeatures(backbone, examples, settings, template, on_step, count + further)
     check: ColorCheck | None = None
     if settings.recolor is None:
         check = check_colors(views, template.names, len(examples), count, backbone.info.l2)

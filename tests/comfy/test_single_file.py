@@ -239,7 +239,7 @@ def test_pickled_checkpoints_of_a_trainer(written, tmp_path) -> None:
     for name in ("pytorch_lightning", "pytorch_lightning.callbacks", "pytorch_lightning.callbacks.model_checkpoint"):
         modules[name] = types.ModuleType(name)
     callback = type("ModelCheckpoint", (), {"__module__": list(modules)[-1]})
-    modules[callback.__module__].ModelCheckpoint = callback
+    vars(modules[callback.__module__])["ModelCheckpoint"] = callback
     with pytest.MonkeyPatch.context() as patch:
         for name, module in modules.items():
             patch.setitem(sys.modules, name, module)

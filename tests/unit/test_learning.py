@@ -33,12 +33,14 @@ from slime.backbones.attention import was_maps
 from slime.backbones.layers import LayerChoice
 from slime.backbones.text import Capture
 from slime.decode.lazy_maps import LazyMaps
+from slime.edit import describe
 from slime.extraction import crop_boxes
 from slime.paper.losses import class_weights, guard_loss
 from slime.paper.train import loss_terms
 from slime.settings import DecodeSettings, ExtractionSettings
 from slime.training import losses
-from slime.training.augment import recolor
+from slime.training.augment import recolor, words
+from slime.training.colors import COLORS
 from slime.training.fit import fit_vectors
 from slime.training.losses import balanced_weights, weighted_cross_entropy
 from testing.toy import LAYERS, ToyUNet, all_vectors, toy_example, toy_score
@@ -295,6 +297,23 @@ def test_short_memory_halves_the_batches_and_says_so_at_one() -> None:
     small.limit = 0
     with pytest.raises(SlimeError, match="Out of GPU memory with a single image"):
         segment(small, images, embeddings)
+
+
+def test_the_check_of_colours_says_what_it_found() -> None:
+    """The toy's features are colours: recoloured views lose its parts; a name that says a colour keeps its views."""
+    plain = toy_example(0)
+    neutral = Example.from_label_map(plain.image, plain.labels, ["wheel", "door"])
+    found = train(ToyUNet(), [neutral], preset("instant", views=24)).settings["color_check"]
+    assert found["recolored"] < 0.9 and "trained on recoloured views" in found["found"]
+    assert plain.names == ("red", "blue")
+    for names in (plain.names, ("redStripe", "door"), ("grüner Streifen", "door"), ("\u7ea2\u8272", "door")):
+        named = Example.from_label_map(plain.image, plain.labels, names)
+        found = train(ToyUNet(), [named], preset("instant", views=6)).settings["color_check"]
+        assert found["named"] and found["recolored"] is None
+    for name in ("bored", "greenhouse", "predator", "wheel"):
+        assert not COLORS.search(words(name))
+    assert "colours: Parts were lost" in describe(train(ToyUNet(), [neutral], preset("instant", views=24)))
+    assert "color_check" not in train(ToyUNet(), [neutral], preset("instant", views=6, recolor=0.0)).settings
 
 
 def test_recoloured_views_keep_their_shapes_and_forget_colours() -> None:
