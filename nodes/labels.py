@@ -10,7 +10,16 @@ import torch
 from comfy_api.latest import io, ui
 
 from ..slime.data.annotations import read_annotations, read_examples
-from ..slime.data.file_names import TABLE, FileNames, changed_names, leads_outside, plain_stem, read_table, write_table
+from ..slime.data.file_names import (
+    TABLE,
+    FileNames,
+    changed_names,
+    leads_outside,
+    plain_stem,
+    read_table,
+    safe_path,
+    write_table,
+)
 from ..slime.data.formats import FORMATS, png
 from ..slime.data.formats.base import said_of
 from ..slime.data.records import Record, record_of
@@ -169,7 +178,8 @@ def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
     maps = parts.maps
     log = RunLog(target, {"names": list(maps.names), "formats": [kind]})
     output = FORMATS[kind](target, maps, "slime")
-    unique, known = FileNames([*log.done, *names]), {name: file for kind, name, file in read_table(target)}
+    unique = FileNames(names, {name: safe_path(name) for name in log.done})
+    known = {name: file for _, name, file in read_table(target)}
     records, renamed, before = list[Record](), list[tuple[str, str, str]](), len(log.done)
     for index, given in enumerate(names):
         name = known.get(given) or f"{unique(given)}.png"
@@ -177,7 +187,10 @@ def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
             continue
         labels = maps.label_map[index].numpy()
         record = record_of(name, labels, maps.pixels.coarse(slice(index, index + 1))[0], float(maps.confidence[index]))
-        write_whole(output.place("images", name, ".png"), png(as_bytes(as_rgb(parts.images[index]))))
+        data, path = png(as_bytes(as_rgb(parts.images[index]))), output.place("images", name, ".png")
+        if path.exists() and path.read_bytes() != data:
+            raise SlimeError(f"{path} exists already and is another image. Choose another folder or file name.")
+        write_whole(path, data)
         output.write(record, labels)
         records.append(record)
         renamed += [("image", given, name)] if name != given else []

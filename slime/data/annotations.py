@@ -68,7 +68,7 @@ def read_examples(annotated: AnnotatedSet, most: int = 0) -> list[Example]:
         except SlimeError as error:
             first = first or error
             annotated.skipped.append(str(error))
-        if len(examples) == most:
+        if most and len(examples) == most:
             break
     if not examples and first is not None:
         raise first

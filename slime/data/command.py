@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -329,6 +330,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         annotated = read_annotations(options.labels, truth.names, required=False)
         names, label_maps = truth.names, {image.name: image.labels for image in annotated.images}
         skipped = annotated.skipped
+        counts_by_name = Counter(image.name for image in annotated.images)
+        skipped += [f"{name} is there {count} times" for name, count in counts_by_name.items() if count > 1]
         without = [image.name for image in truth.images if image.name not in label_maps]
         if len(without) == len(truth.images):
             there, here = annotated.images[0].name, without[0]

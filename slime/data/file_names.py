@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
+from ..errors import SlimeError
 from .pixels import SUFFIXES
 from .run_log import write_whole
 
@@ -101,8 +102,15 @@ def write_table(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
 def read_table(folder: Path) -> list[tuple[str, str, str]]:
     """Return the rows that were written to a folder."""
     file = folder / TABLE
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return [(row[0], row[1], row[2]) for row in csv.reader(io.StringIO(text)) if len(row) == 3][1:]
+    if not file.is_file():
+        return []
+    try:
+        rows = list(csv.reader(io.StringIO(file.read_text(encoding="utf-8-sig"))))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise SlimeError(f"{file} was changed by another program ({error}). Restore it from a copy.") from error
+    if not rows or rows[0] != ["kind", "name", "file"] or any(len(row) != 3 for row in rows if row):
+        raise SlimeError(f"{file} was changed by another program: its first line is not kind,name,file.")
+    return [(row[0], row[1], row[2]) for row in rows[1:] if row]
 
 
 def _safe(component: str) -> str:

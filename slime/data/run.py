@@ -121,7 +121,11 @@ def segment_images(
     names: set[str] = set()
 
     def load(image: SourceImage) -> Loaded:
-        return engine.load(image.name, image.read())
+        try:
+            data = image.read()
+        except (ValueError, TypeError) as error:  # a name that no file has, or a cell that holds no bytes
+            raise SlimeError(f"{image.name} cannot be read ({error}).") from error
+        return engine.load(image.name, data)
 
     def wanted() -> Iterator[SourceImage]:
         for image in source:

@@ -67,7 +67,9 @@ class RunLog:
                 before.get("model")
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise SlimeError(f"{file} is not of SLiMe, or broken. Choose an empty folder.") from error
-            differing = [name for name, value in self.about.items() if before.get(name) != value]
+            differing = [
+                name for name in sorted(before.keys() | self.about) if before.get(name) != self.about.get(name)
+            ]
             if differing:
                 raise SlimeError(
                     f"{self.folder} holds the results of a run with other {', '.join(differing)}. Choose an empty "
@@ -129,8 +131,8 @@ def _append(file: Path, text: str) -> None:
 
 def _lines(file: Path) -> Iterator[str]:
     if file.is_file():
-        with file.open(encoding="utf-8", newline="\n") as log:
-            yield from (line for line in log if line.endswith("\n"))  # another shard may be writing its last one
+        with file.open("rb") as log:  # another shard may be writing its last line
+            yield from (line.decode(errors="replace") for line in log if line.endswith(b"\n"))
 
 
 def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

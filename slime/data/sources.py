@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import logging
 import os
 import tarfile
 import zlib
@@ -17,6 +18,7 @@ from ..errors import SlimeError
 from .formats.base import dicts, text_of
 from .pixels import SUFFIXES
 
+logger = logging.getLogger(__name__)
 ROWS = 64  # of a Parquet table in memory at once
 COLUMN = "image"
 STREAMED = {".tar", ".parquet"}  # gone through as they are read
@@ -45,13 +47,25 @@ def source_images(
     Raises:
         SlimeError: nothing there.
     """
-    images = _all(source, without)
+    images = _unique(_all(source, without))
     return islice(images, shard[0], None if not limit else shard[0] + shard[1] * limit, shard[1])
+
+
+def _unique(images: Iterator[SourceImage]) -> Iterator[SourceImage]:
+    """Leave out images whose name came before, with a warning: each share of a set must see the same ones."""
+    names = set[str]()
+    for image in images:
+        name = image.name.encode(errors="surrogatepass").decode(errors="replace")  # names that are not UTF-8
+        if name in names:
+            logger.warning("SLiMe: %s is listed twice: the first one is taken.", name)
+        else:
+            names.add(name)
+            yield image._replace(name=name)
 
 
 def source_names(source: str, without: Path | None = None) -> Iterator[str]:
     """Yield the names of all images of a source, without reading them."""
-    return (image.name for image in _all(source, without, read=False))
+    return (image.name for image in _unique(_all(source, without, read=False)))
 
 
 def _all(source: str, without: Path | None, read: bool = True) -> Iterator[SourceImage]:
@@ -86,7 +100,8 @@ def _files(files: list[Path], root: Path, source: str, read: bool) -> Iterator[S
     for file in files:
         reader = readers.get(file.suffix.lower())
         if reader is not None:
-            prefix = f"{file.stem}/" if reader is _archive and len(files) > 1 else ""  # shards hold the same names
+            # Archives hold the same names.
+            prefix = f"{_relative(file.with_suffix(''), root)}/" if reader is _archive and len(files) > 1 else ""
             for image in reader(file, read):
                 yield image._replace(name=prefix + image.name)
         else:
@@ -94,8 +109,7 @@ def _files(files: list[Path], root: Path, source: str, read: bool) -> Iterator[S
 
 
 def _relative(file: Path, root: Path) -> str:
-    name = file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
-    return name.encode(errors="surrogateescape").decode(errors="replace")  # names that are not UTF-8
+    return file.relative_to(root).as_posix() if file.is_relative_to(root) else file.name
 
 
 def _list(file: Path, _: bool) -> Iterator[SourceImage]:
@@ -150,9 +164,17 @@ def _archive(file: Path, read: bool) -> Iterator[SourceImage]:
 def _members(file: Path, read: bool) -> Iterator[SourceImage]:
     with tarfile.open(file) as archive:
         for member in archive:
-            opened = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
+            try:
+                opened = archive.extractfile(member) if Path(member.name).suffix.lower() in SUFFIXES else None
+            except KeyError:  # a link to nothing
+                yield SourceImage(member.name, partial(_missing, member.name))
+                continue
             if opened is not None:
                 yield SourceImage(member.name.removeprefix("./"), partial(bytes, opened.read() if read else b""))
+
+
+def _missing(name: str) -> bytes:
+    raise SlimeError(f"{name} is a link to a file that is not in the archive.")
 
 
 def _table(file: Path, read: bool) -> Iterator[SourceImage]:

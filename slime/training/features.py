@@ -54,9 +54,9 @@ class ViewFeatures:
         self._views: dict[ViewId, CachedView] = {}
         self._cache, self._state = cache_of(backbone) or (ViewCache(0), None)
         values = [getattr(settings, name) for name in ("seed", "crop", "rotation", "blur")]
-        spec, state = template.extraction_key(), self._state
+        spec = template.extraction_key()
         self._images = [
-            digest_of(example.image, values, flip_allowed(settings, example.names), spec, state) for example in examples
+            digest_of(example.image, values, flip_allowed(settings, example.names), spec) for example in examples
         ]
         self._labelled: list[str] = []
 
@@ -90,7 +90,14 @@ class ViewFeatures:
             self._labelled = [digest_of(example.labels.to(torch.uint8)) for example in self._examples]
         labels = self._labelled[number % count] if strength else ""
         place = view_place(self._settings, count, number) if number >= count else "as it is"
-        return self._images[number % count], labels, place, view_seed(self._settings, count, number), strength
+        return (
+            self._state,
+            self._images[number % count],
+            labels,
+            place,
+            view_seed(self._settings, count, number),
+            strength,
+        )
 
     def _extract(self, new: Sequence[ViewId]) -> None:
         """Encode all views before any pass: on a small card the VAE and the UNet take turns in memory."""

@@ -53,7 +53,8 @@ def train_instant(
     }
     truth = torch.stack([resize_labels(views.labels(number), found[0].grid) for number in range(count)])
     truth = truth.to(next(iter(features.values())))
-    as_they_are = [view for view in found[: min(len(examples), VIEW_BATCH)] if view.grid == found[0].grid]
+    alike = [i for i, view in enumerate(found[: min(len(examples), VIEW_BATCH)]) if view.grid == found[0].grid]
+    as_they_are = [found[i] for i in alike]
     first_image = views.first_image()
     del views, found
     check_finite(features.values())
@@ -79,7 +80,7 @@ def train_instant(
         vectors={group: vector.cpu() for group, vector in result.vectors.items()},
         losses=tuple(result.losses),
         example_confidence=min(1.0, float(maps[:, 1:].amax((2, 3)).mean())),
-        decoder=LinearDecoder(calibrating_temperature(maps, truth[: len(maps)])),
+        decoder=LinearDecoder(calibrating_temperature(maps, truth[alike])),
     )
     preview = (first_image, maps[0].cpu())
     final = {"loss": result.losses[-1]}

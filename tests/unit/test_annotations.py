@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from slime import SlimeError
-from slime.data.annotations import read_annotations
+from slime.data.annotations import read_annotations, read_examples
 from slime.data.formats import AnnotatedSet
 from slime.data.formats.label_studio import brush_rle, mask_of_brush
 from slime.data.shapes import coco_rle, fill_polygons
@@ -192,6 +192,14 @@ def test_polygons_are_filled_as_pycocotools_does() -> None:
         theirs = mask.decode(mask.merge(mask.frPyObjects([points.ravel().tolist()], HEIGHT, WIDTH))) > 0
         ours = fill_polygons([points], HEIGHT, WIDTH)
         assert (ours & theirs).sum() >= 0.93 * (ours | theirs).sum()
+
+
+def test_a_bad_first_image_does_not_lose_the_others(tmp_path) -> None:
+    body = coco(GOOD, {"segmentation": SQUARE, "image_id": 8}, file="gone.png")
+    body["images"].append({"id": 8, "file_name": "a.png", "width": WIDTH, "height": HEIGHT})
+    annotated = read_annotations(write(tmp_path, body))
+    assert len(read_examples(annotated)) == len(read_examples(annotated, 1)) == 1
+    assert "gone.png cannot be opened" in annotated.skipped[0]
 
 
 # ---------------------------------------------------------------------------------------------------- Label Studio

@@ -71,10 +71,12 @@ def read(folder: Path, wanted: Sequence[str]) -> AnnotatedSet:
             name = file.relative_to(folder / IMAGES if (folder / IMAGES) in file.parents else folder).as_posix()
             found.append(AnnotatedImage(name, decoder(file), labels))
     if find is _label_file:
-        stems = {Path(name).with_suffix("").as_posix() for name in (image.name for image in found)}
-        stems |= {file for kind, _, file in read_table(folder) if kind == "image"}
+        stems = {Path(image.name).with_suffix("").as_posix().lower() for image in found}
+        stems |= {file.lower() for kind, _, file in read_table(folder) if kind == "image"}
         maps = [file for end in ENDINGS for file in sorted((folder / LABELS).rglob(f"*{end}"))]
-        lone = [file for file in maps if file.relative_to(folder / LABELS).with_suffix("").as_posix() not in stems]
+        lone = [
+            file for file in maps if file.relative_to(folder / LABELS).with_suffix("").as_posix().lower() not in stems
+        ]
         skipped += [f"{LABELS}/{file.name}: there is no image of that name" for file in lone]
     return AnnotatedSet(names, tuple(found), skipped)
 

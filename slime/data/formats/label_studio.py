@@ -188,6 +188,10 @@ def _regions_of(results: list[dict[str, Any]], label: str, skipped: list[str]) -
             if item.get("item_index"):
                 raise ValueError("it is on a further image of a list, which is not read")
             size = (side_of(item.get("original_height")), side_of(item.get("original_width")))
+            if any(
+                isinstance(names, list) and len(names) > 1 for key, names in value.items() if key.endswith("labels")
+            ):
+                skipped.append(f"{where}: it has several labels, of which the first is taken")
         except ValueError as error:
             skipped.append(f"{where}: {error}")
             continue
