@@ -24,7 +24,7 @@ from ..slime.backbones.base import BackboneInfo, EndOfPass, ExtractionSpec, Feat
 from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
-from ..slime.settings import LAYER, RESOLUTION, InstantSettings
+from ..slime.settings import LAYER, InstantSettings
 from .comfy_unet import LATENT_CELL, cache_key_of, cell_of
 from .loading import checkpoint_modules, checkpoint_patcher, load_model
 
@@ -52,7 +52,6 @@ class FlowFamily:
         side: pixels of the square whose area it works on.
         cell: pixels per side of a latent pixel, unless the connected VAE says otherwise.
         instant: default settings of the instant trainer.
-        grouping, l2: see :class:`slime.backbones.base.BackboneInfo`.
     """
 
     name: str
@@ -63,8 +62,6 @@ class FlowFamily:
     side: int = 1024
     cell: int = LATENT_CELL
     instant: InstantSettings = field(default_factory=lambda: InstantSettings(views=16))  # a Flux view takes 50 MB
-    grouping: str = RESOLUTION
-    l2: float = 1e-3
 
 
 # Flux: DiTF (NeurIPS 2025) reads single block 9 at sigma .26; Seg4Diff (NeurIPS 2025) uses double blocks 12 and 17.
@@ -152,8 +149,6 @@ class ComfyFlow:
             self._channels,
             family.noise,
             family.instant,
-            family.grouping,
-            family.l2,
         )
 
     @property

@@ -27,7 +27,6 @@ class BackboneInfo:
         timestep: noise level of the features.
         instant: default settings of the instant trainer.
         grouping: how layers form feature groups by default, see :class:`ExtractionSpec`.
-        l2: weight decay of the instant trainer, in whitened coordinates.
     """
 
     id: str
@@ -38,7 +37,6 @@ class BackboneInfo:
     timestep: int = 0
     instant: InstantSettings = field(default_factory=InstantSettings)
     grouping: str = RESOLUTION
-    l2: float = 1e-3
 
 
 @dataclass(frozen=True)

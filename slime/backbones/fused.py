@@ -65,7 +65,6 @@ class FusedBackbone:
             first.timestep,
             first.instant,
             first.grouping,
-            first.l2,
         )
 
     @property

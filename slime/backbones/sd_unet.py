@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..errors import SlimeError
 from ..images import resize_maps
-from ..settings import LAYER, RESOLUTION, SHARED, InstantSettings
+from ..settings import LAYER, SHARED, InstantSettings
 from .attention import cross_scores, score_features
 from .base import BackboneInfo, ExtractionSpec, Features, PartLogits, halved
 from .layers import Layer, LayerChoice, select_layers
@@ -45,7 +45,6 @@ class Family:
         cross, self_: layer patterns; empty for the automatic rule.
         timestep: noise level of the features.
         instant: default settings of the instant trainer.
-        grouping, l2: see :class:`.base.BackboneInfo`.
     """
 
     name: str
@@ -55,8 +54,6 @@ class Family:
     self_: str = ""
     timestep: int = 100
     instant: InstantSettings = field(default_factory=InstantSettings)
-    grouping: str = RESOLUTION
-    l2: float = 1e-3
 
     @classmethod
     def of(cls, fields: Mapping[str, Any]) -> Family:
@@ -125,8 +122,6 @@ class SDUNet:
             channels,
             family.timestep,
             family.instant,
-            family.grouping,
-            family.l2,
         )
 
     @property

@@ -34,6 +34,7 @@ SCALE = {False: 0.18215, True: 0.13025}  # of latents
 SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights, as ComfyUI names them
 UNUSED = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant", "position_ids", "logit_scale")
 ELSEWHERE = "Use a diffusers folder of it, or --comfyui, which loads what ComfyUI loads."
+LIGHTNING = ("pytorch_lightning", "lightning.pytorch")  # packages of a callback that is pickled beside weights
 Family = Literal["sd1", "sd2", "sdxl"]
 
 
@@ -141,9 +142,6 @@ def _unpickled(path: Path) -> Any:
     ]
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True)
-
-
-LIGHTNING = ("pytorch_lightning", "lightning.pytorch")
 
 
 def standard_weights(state: Mapping[str, Tensor], file: str) -> dict[str, Tensor]:

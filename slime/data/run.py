@@ -111,14 +111,13 @@ def segment_images(
     """Segment the images that are not done yet, and write the results.
 
     Args:
-        source: named images.
+        source: images, each with a name of its own.
         outputs: files of every image; :meth:`.formats.Format.finish` is the caller's.
         run_log: of the output folder. An image that fails goes into its errors, and the run goes on; one that could
             not be opened is tried again by the next run.
         workers: threads that load, and as many that write.
         on_done: called with the number of images that are done since the last call, failed ones included.
     """
-    names: set[str] = set()
 
     def load(image: SourceImage) -> Loaded:
         try:
@@ -129,16 +128,12 @@ def segment_images(
 
     def wanted() -> Iterator[SourceImage]:
         for image in source:
-            if image.name in names:
-                logger.warning("SLiMe: %s is listed twice: the first one is taken.", image.name)
-                on_done(1)
-            elif image.name in run_log.done:
+            if image.name in run_log.done:
                 on_done(1)
             elif leads_outside(image.name):
                 fail(image.name, SlimeError("its name leads outside the output folder"))
             else:
                 yield image
-            names.add(image.name)
 
     def fail(name: str, reason: Exception) -> None:
         logger.warning("SLiMe: %s: %s", name, reason)

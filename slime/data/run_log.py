@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -49,9 +50,8 @@ class RunLog:
         self._records, self._errors = (folder / f"{name}{self._suffix}.jsonl" for name in (RECORDS, ERRORS))
         for file in (self._records, self._errors):
             _drop_partial_line(file)
-        self._keep_lasting_lines()
+        self.done = {name for file in (self._records, self._errors) for name in _lasting_names(file)}
         self.close()
-        self.done = {body["name"] for file in (self._records, self._errors) for _, body in _entries(file)}
 
     def _check_manifest(self) -> None:
         files = sorted(self.folder.glob(f"{MANIFEST}*.json"))
@@ -88,17 +88,12 @@ class RunLog:
         if not again:
             self.done.add(name)
 
-    def _keep_lasting_lines(self) -> None:
-        """Remove lines that a crash left unreadable, and errors that may pass."""
-        for file in (self._records, self._errors):
-            lasting = [line for line, body in _entries(file) if AGAIN not in body]
-            if len(lasting) < sum(1 for _ in _lines(file)):
-                write_whole(file, "".join(lasting).encode())
-
     def records(self) -> Iterator[Record]:
         """Yield the records of all shards in the folder."""
         for file in sorted(self.folder.glob(f"{RECORDS}*.jsonl")):
-            yield from (Record.of(line) for line, _ in _entries(file))
+            for line in _lines(file):
+                with suppress(ValueError):  # a line that a crash left unreadable
+                    yield Record.of(line)
 
     def close(self, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
         """Write and return the manifest."""
@@ -135,15 +130,28 @@ def _lines(file: Path) -> Iterator[str]:
             yield from (line.decode(errors="replace") for line in log if line.endswith(b"\n"))
 
 
-def _entries(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield lines with what they say; lines that a crash left unreadable are left out."""
+def _entry(line: str) -> dict[str, Any] | None:
+    """Return what a line says; None for one that a crash left unreadable."""
+    try:
+        body = json.loads(line)
+    except ValueError:
+        return None
+    return body if isinstance(body, dict) and "name" in body else None
+
+
+def _lasting_names(file: Path) -> list[str]:
+    """Return the names in a log. Lines that a crash left unreadable, and errors that may pass, are removed from it."""
+    names, complete = list[str](), True
     for line in _lines(file):
-        try:
-            body = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(body, dict) and "name" in body:
-            yield line, body
+        body = _entry(line)
+        if body is None or AGAIN in body:
+            complete = False
+        else:
+            names.append(body["name"])
+    if not complete:
+        kept = (line for line in _lines(file) if (body := _entry(line)) is not None and AGAIN not in body)
+        write_whole(file, "".join(kept).encode())
+    return names
 
 
 def _drop_partial_line(file: Path) -> None:

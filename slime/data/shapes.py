@@ -44,6 +44,8 @@ def mask_of_coco(code: str, height: int, width: int) -> np.ndarray:
         value = shift = 0
         more = True
         while more:
+            if place == len(code):
+                raise ValueError(f"its run lengths do not fit {height} x {width} pixels: they are cut")
             digit = ord(code[place]) - 48
             value, more = value | (digit & 31) << shift, bool(digit & 32)
             place, shift = place + 1, shift + 5

@@ -47,25 +47,30 @@ def source_images(
     Raises:
         SlimeError: nothing there.
     """
-    images = _unique(_all(source, without))
+    images = _unique(_named(_all(source, without)))
     return islice(images, shard[0], None if not limit else shard[0] + shard[1] * limit, shard[1])
+
+
+def _named(images: Iterator[SourceImage]) -> Iterator[SourceImage]:
+    """Make names text that can be written, where they are not UTF-8."""
+    for image in images:
+        yield image._replace(name=image.name.encode(errors="surrogatepass").decode(errors="replace"))
 
 
 def _unique(images: Iterator[SourceImage]) -> Iterator[SourceImage]:
     """Leave out images whose name came before, with a warning: each share of a set must see the same ones."""
     names = set[str]()
     for image in images:
-        name = image.name.encode(errors="surrogatepass").decode(errors="replace")  # names that are not UTF-8
-        if name in names:
-            logger.warning("SLiMe: %s is listed twice: the first one is taken.", name)
+        if image.name in names:
+            logger.warning("SLiMe: %s is listed twice: the first one is taken.", image.name)
         else:
-            names.add(name)
-            yield image._replace(name=name)
+            names.add(image.name)
+            yield image
 
 
 def source_names(source: str, without: Path | None = None) -> Iterator[str]:
     """Yield the names of all images of a source, without reading them."""
-    return (image.name for image in _unique(_all(source, without, read=False)))
+    return (image.name for image in _named(_all(source, without, read=False)))
 
 
 def _all(source: str, without: Path | None, read: bool = True) -> Iterator[SourceImage]:

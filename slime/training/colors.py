@@ -15,9 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..batches import check_finite
 from ..decode.linear import part_logits
-from ..images import resize_maps
 from .augment import words
 from .cache import CachedView
 from .fit import fit_vectors
@@ -76,7 +74,7 @@ def extra_views(count: int) -> int:
     return 2 * max(1, min(VIEWS, count // 6))
 
 
-def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count: int, l2: float) -> ColorCheck:
+def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count: int) -> ColorCheck:
     """Fit and judge on up to four examples, see the module.
 
     Args:
@@ -84,32 +82,21 @@ def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count
         names: of the parts.
         examples: how many there are.
         count: how many views will be trained on; from 6 on the check needs at most a third more.
-        l2: weight decay of the fit.
     """
     if any(COLORS.search(words(name)) for name in names):
         return ColorCheck(None, named=True)
-    most = max(1, min(VIEWS, count // 6))
+    most = extra_views(count) // 2
     used = min(examples, most)
     rounds = most // used
     fitted = [turn * examples + example for turn in range(rounds) for example in range(used)]
     held = [number + rounds * examples for number in fitted]
     found = views.get([*((number, 0.0) for number in (*fitted, *held)), *((number, 1.0) for number in held)])
     plain, recolored = found[len(fitted) : -len(held)], found[-len(held) :]
-    vectors = _fit(found[: len(fitted)], [views.labels(number) for number in fitted], l2)
+    features, truth = views.stacked([(number, 0.0) for number in fitted])
+    vectors = fit_vectors(features, truth, steps=STEPS).vectors
     labels = [views.labels(number) for number in held]
     best = _iou(plain, labels, vectors)
     return ColorCheck(_iou(recolored, labels, vectors) / best if best > FOUND else None)
-
-
-def _fit(views: Sequence[CachedView], labels: Sequence[Tensor], l2: float) -> dict[str, Tensor]:
-    first = views[0]
-    features = {
-        group: torch.stack([resize_maps(view.groups[group][None], (maps.shape[1], maps.shape[2]))[0] for view in views])
-        for group, maps in first.groups.items()
-    }
-    check_finite(features.values())
-    truth = torch.stack([resize_maps(one[None], first.grid)[0] for one in labels])
-    return fit_vectors(features, truth.to(next(iter(features.values()))), steps=STEPS, l2=l2).vectors
 
 
 def _iou(views: Sequence[CachedView], labels: Sequence[Tensor], vectors: dict[str, Tensor]) -> float:

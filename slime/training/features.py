@@ -11,15 +11,25 @@ from torch import Tensor
 
 from ..backbones.attention import Attention
 from ..backbones.base import Backbone, Features, seeded_noise
-from ..batches import in_batches
+from ..batches import check_finite, in_batches
 from ..embeddings import PartEmbeddings
 from ..examples import Example
-from ..images import resize_image
+from ..images import resize_image, resize_maps
 from ..settings import InstantSettings
 from .augment import flip_allowed
 from .cache import CachedView, ViewCache, cache_of, digest_of
 from .progress import OnStep, StepReport
-from .views import VIEW_BATCH, EncodedView, encode_views, resize_labels, view_labels, view_place, view_seed, view_size
+from .views import (
+    VIEW_BATCH,
+    EncodedView,
+    OnView,
+    encode_all,
+    resize_labels,
+    view_labels,
+    view_place,
+    view_seed,
+    view_size,
+)
 
 ViewId = tuple[int, float]  # number of a view, and the strength of its colour changes
 
@@ -67,6 +77,24 @@ class ViewFeatures:
         self._extract(sorted(new, key=lambda view: view[1]))
         return [self._views[view] for view in wanted]
 
+    def stacked(self, wanted: Sequence[ViewId]) -> tuple[dict[str, Tensor], Tensor]:
+        """Return features [V, D, h, w] by group and soft labels [V, K, H, W] of views, for a fit.
+
+        Views of another aspect are resized to the first one's grid: the loss takes single positions only.
+
+        Raises:
+            SlimeError: values that are not finite.
+        """
+        views = self.get(wanted)
+        first = views[0]
+        features = {
+            group: torch.stack([resize_maps(view.groups[group][None], (m.shape[1], m.shape[2]))[0] for view in views])
+            for group, m in first.groups.items()
+        }
+        check_finite(features.values())
+        truth = torch.stack([resize_labels(self.labels(number), first.grid) for number, _ in wanted])
+        return features, truth.to(next(iter(features.values())))
+
     def labels(self, number: int) -> Tensor:
         """Return the soft labels [K, h, w] of a view on the grid of its features."""
         known = next(view for (other, _), view in self._views.items() if other == number)
@@ -103,13 +131,12 @@ class ViewFeatures:
         """Encode all views before any pass: on a small card the VAE and the UNet take turns in memory."""
         encoded: list[tuple[ViewId, EncodedView]] = []
         plain = len(self._examples)
-        for strength, views in groupby(new, key=lambda view: view[1]):
+        for strength, wanted in groupby(new, key=lambda view: view[1]):
             settings = replace(self._settings, recolor=strength)
-            numbers = [number for number, _ in views]
-            for view in encode_views(self._backbone, self._examples, settings, numbers, plain):
-                encoded.append(((view.number, strength), view))
-                preview = (view.image(), view.labels) if len(encoded) == 1 and not self._views else None
-                self._report("views", len(encoded), preview)
+            numbers = [number for number, _ in wanted]
+            on_view = self._on_view(len(encoded))
+            views = encode_all(self._backbone, self._examples, settings, numbers, on_view, plain)
+            encoded += [((view.number, strength), view) for view in views]
         done = 0
         for features in self._passes([view for _, view in encoded]):
             size = len(next(iter(features.groups.values())))
@@ -122,6 +149,12 @@ class ViewFeatures:
             done += size
             self._report("features", done)
         self._done += len(new)
+
+    def _on_view(self, before: int) -> OnView:
+        def on_view(done: int, _: int, preview: tuple[Tensor, Tensor] | None) -> None:
+            self._report("views", before + done, None if before or self._views else preview)
+
+        return on_view
 
     def _report(self, stage: str, done: int, preview: tuple[Tensor, Tensor] | None = None) -> None:
         step = self._done + done

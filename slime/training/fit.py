@@ -14,6 +14,7 @@ from .losses import balanced_weights, weighted_cross_entropy
 
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
 HISTORY = 20  # of L-BFGS
+L2 = 1e-3  # weight decay of the instant trainer, in whitened coordinates
 
 # number of the evaluation, loss terms, the vectors so far, logits of the first view [K, H, W]
 OnEvaluation = Callable[[int, dict[str, float], Callable[[], dict[str, Tensor]], Tensor], None]
@@ -49,7 +50,7 @@ def fit_vectors(
     labels: Tensor,
     *,
     steps: int,
-    l2: float,
+    l2: float | None = None,
     init: Mapping[str, Tensor] | None = None,
     on_step: OnEvaluation | None = None,
 ) -> FitResult:
@@ -61,12 +62,12 @@ def fit_vectors(
         features: [V, D, h, w] of V views by feature group; D may differ.
         labels: soft labels [V, K, H, W].
         steps: largest number of L-BFGS iterations.
-        l2: weight of the mean squared vector.
+        l2: weight of the mean squared vector; None for ``L2``.
         init: vectors [P, D] by group to continue from.
         on_step: called after every evaluation of the loss.
     """
     with torch.inference_mode(False), torch.enable_grad():  # ComfyUI runs nodes in inference mode
-        problem = _Problem(features, labels, l2, init)
+        problem = _Problem(features, labels, L2 if l2 is None else l2, init)
         optimizer = torch.optim.LBFGS(
             problem.parameters,
             max_iter=steps,

@@ -9,11 +9,9 @@ import torch
 from torch import Tensor
 
 from ..backbones.base import Backbone, choose_layers
-from ..batches import check_finite
 from ..decode.linear import LinearDecoder, calibrating_temperature, decode_features
 from ..embeddings import LINEAR, PartEmbeddings
 from ..examples import Example
-from ..images import resize_maps
 from ..settings import SHARED, InstantSettings
 from .colors import ColorCheck, check_colors, extra_views
 from .features import ViewFeatures
@@ -21,7 +19,7 @@ from .fit import fit_vectors
 from .probe import with_probed_layers
 from .progress import OnStep, StepReport
 from .registry import Trainer
-from .views import VIEW_BATCH, resize_labels, view_count
+from .views import VIEW_BATCH, view_count
 
 
 def train_instant(
@@ -41,23 +39,17 @@ def train_instant(
     views = ViewFeatures(backbone, examples, settings, template, on_step, count + further)
     check: ColorCheck | None = None
     if settings.recolor is None:
-        check = check_colors(views, template.names, len(examples), count, backbone.info.l2)
+        check = check_colors(views, template.names, len(examples), count)
         found_out = asdict(check) | {"found": check.said()}
         template = replace(template, settings={**template.settings, "color_check": found_out})
     strength = float(settings.recolor or 0.0) if check is None else float(check.recolor)
-    found = views.get([(number, strength) for number in range(count)])
-    # Examples of another aspect are resized to the first one's grid: the loss takes single positions only.
-    features = {
-        group: torch.stack([resize_maps(view.groups[group][None], _grid(maps))[0] for view in found])
-        for group, maps in found[0].groups.items()
-    }
-    truth = torch.stack([resize_labels(views.labels(number), found[0].grid) for number in range(count)])
-    truth = truth.to(next(iter(features.values())))
+    wanted = [(number, strength) for number in range(count)]
+    found = views.get(wanted)
+    features, truth = views.stacked(wanted)
     alike = [i for i, view in enumerate(found[: min(len(examples), VIEW_BATCH)]) if view.grid == found[0].grid]
     as_they_are = [found[i] for i in alike]
     first_image = views.first_image()
     del views, found
-    check_finite(features.values())
 
     def report(step: int, losses: dict[str, float], vectors: Callable[[], dict[str, Tensor]], logits: Tensor) -> None:
         preview = (first_image, logits.softmax(0).cpu()) if step % 5 == 1 else None
@@ -68,7 +60,6 @@ def train_instant(
         features,
         truth,
         steps=settings.steps,
-        l2=backbone.info.l2,
         init=None
         if init is None
         else _initial_vectors(init.vectors, {name: m.shape[1] for name, m in features.items()}),
@@ -109,10 +100,6 @@ def _template(backbone: Backbone, names: Sequence[str], settings: InstantSetting
 
 def _with_vectors(template: PartEmbeddings, vectors: Callable[[], dict[str, Tensor]]) -> Callable[[], PartEmbeddings]:
     return lambda: replace(template, vectors={group: vector.cpu() for group, vector in vectors().items()})
-
-
-def _grid(maps: Tensor) -> tuple[int, int]:
-    return maps.shape[-2], maps.shape[-1]
 
 
 def _initial_vectors(vectors: Mapping[str, Tensor], widths: Mapping[str, int]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -428,3 +429,15 @@ def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(exte
         assert changed == dataclasses.replace(same, **{field: False if name == "flip" else value})
     with pytest.raises(SlimeError, match=f"connected settings are for {chosen}"):
         settings.for_preset("other")
+
+
+def test_how_it_was_installed_is_told(extension, caplog) -> None:
+    from slime_extension.nodes.installation import check_installation
+
+    check_installation(Path("/x/SLiMe"), {})
+    assert not caplog.text
+    check_installation(Path("/x/my slime"), {})
+    assert "serves no scripts" in caplog.text and "two copies" not in caplog.text
+    other = type("Other", (), {"RELATIVE_PYTHON_MODULE": "custom_nodes.other"})
+    check_installation(Path("/x/SLiMe"), {"SLiMeTrain": other})
+    assert "two copies of this extension, custom_nodes.other and SLiMe" in caplog.text

@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import tarfile
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,6 +153,21 @@ def test_run_lengths_are_pycocotools(mask: np.ndarray) -> None:
     assert np.array_equal(mask_of_coco(coco_rle(mask), *mask.shape), mask)
     with pytest.raises(ValueError, match="its run lengths do not fit"):
         mask_of_coco(coco_rle(mask), mask.shape[0] + 1, mask.shape[1])
+
+
+def test_cut_run_lengths_are_refused() -> None:
+    """Pycocotools decodes some of them without an error: why our own decoder stays."""
+    from pycocotools import mask as coco
+
+    ring = shapes()[0]
+    decoded = 0
+    for end in range(1, len(coco_rle(ring))):
+        cut = coco_rle(ring)[:-end]
+        with pytest.raises(ValueError, match="its run lengths do not fit"):
+            mask_of_coco(cut, *ring.shape)
+        with suppress(ValueError):
+            decoded += coco.decode({"size": list(ring.shape), "counts": cut}).shape == ring.shape
+    assert decoded
 
 
 def label_studio():
@@ -407,17 +423,17 @@ CLASHING = (
 )
 
 
-def test_each_image_has_a_file_of_its_own(learned, tmp_path, caplog) -> None:
+def test_each_image_has_a_file_of_its_own(learned, tmp_path) -> None:
     """Names that differ in suffix, case or forbidden characters; one that leads out costs itself alone."""
     backbone, embeddings = learned
     data = png((toy_example(0).image.numpy() * 255).astype(np.uint8))
-    names = [*CLASHING, "a.png", "../b.png", "C:/b.png"]
+    names = [*CLASHING, "../b.png", "C:/b.png"]
     source = [SourceImage(name, partial(bytes, data)) for name in names]
     out, file_names = tmp_path / "out", FileNames(names)
     log, engine = RunLog(out, ABOUT), Engine(Segmenter(backbone, embeddings), 1)
     segment_images(engine, source, [FORMATS["label-map"](out, embeddings, "v1", file_names)], log)
     assert {record.name for record in log.records()} == set(CLASHING) and failures(log) == 2
-    assert "a.png is listed twice" in caplog.text and not (tmp_path / "b.png").exists()
+    assert not (tmp_path / "b.png").exists()
     files = [file.relative_to(out / "labels").as_posix() for file in (out / "labels").rglob("*.png")]
     assert len({file.lower() for file in files}) == len(CLASHING) and "shot.0001.png" in files
     write_table(out, changed_names(CLASHING, file_names, ["wheel", "con", "Wheel"]))
@@ -449,7 +465,7 @@ def test_names_of_files_written_before_stay() -> None:
     assert names("x/Names.png") != "x/Names" and FileNames(["a.png/b.jpg"])("a.png/b.jpg") == "a_png/b"
 
 
-def test_sources_that_name_one_file_twice(tmp_path) -> None:
+def test_sources_that_name_one_file_twice(tmp_path, caplog) -> None:
     """Lists of whole paths, of paths that go up, and archives whose members have the same names."""
     data = png(np.zeros((16, 16, 3), np.uint8))
     for name in ("x/a.png", "y/a.png", "photo[1].png"):
@@ -459,6 +475,7 @@ def test_sources_that_name_one_file_twice(tmp_path) -> None:
     (tmp_path / "x" / "list.txt").write_text("\n".join(lines), encoding="utf-8")
     names = [image.name for image in source_images(str(tmp_path / "x" / "list.txt"))]
     assert names[0] == "a.png" and names[1].endswith("y/a.png") and names[2:] == ["n" * 400]
+    assert caplog.text.count("is listed twice") == 2
     assert not any(map(leads_outside, names))
     for shard in ("s0", "s1"):
         with tarfile.open(tmp_path / f"{shard}.tar", "w") as archive:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,15 +64,16 @@ def read(folder: Path, wanted: Sequence[str]) -> AnnotatedSet:
         raise SlimeError(f"{NAMES} has {len(names)} names; label maps of 8 bits hold at most {IGNORE - 1}.")
     find = _mask_files if listed.parent.name == MASKS else _label_file
     found, files, skipped = list[AnnotatedImage](), Files(), list[str]()
+    renamed = {name: file for kind, name, file in read_table(folder) if kind == "image"}
     inner = sorted(file for file in (folder / IMAGES).rglob("*") if file.is_file())
     for file in (*files_of(folder), *inner):
-        labels = find(file, folder, names, files) if file.suffix.lower() in SUFFIXES else None
+        labels = find(file, folder, names, files, renamed) if file.suffix.lower() in SUFFIXES else None
         if labels is not None:
             name = file.relative_to(folder / IMAGES if (folder / IMAGES) in file.parents else folder).as_posix()
             found.append(AnnotatedImage(name, decoder(file), labels))
     if find is _label_file:
         stems = {Path(image.name).with_suffix("").as_posix().lower() for image in found}
-        stems |= {file.lower() for kind, _, file in read_table(folder) if kind == "image"}
+        stems |= {file.lower() for file in renamed.values()}
         maps = [file for end in ENDINGS for file in sorted((folder / LABELS).rglob(f"*{end}"))]
         lone = [
             file for file in maps if file.relative_to(folder / LABELS).with_suffix("").as_posix().lower() not in stems
@@ -85,18 +86,19 @@ def _list_in(folder: Path) -> Path | None:
     return next((file for place in (".", LABELS, MASKS) if (file := folder / place / NAMES).is_file()), None)
 
 
-def _stems(image: Path, folder: Path, kind: str) -> list[Path]:
+def _stems(image: Path, folder: Path, kind: str, renamed: Mapping[str, str]) -> list[Path]:
     """Return where the label map of an image may be, without suffix."""
     inner = image.relative_to(folder / IMAGES) if (folder / IMAGES) in image.parents else image.relative_to(folder)
-    renamed = {name: file for group, name, file in read_table(folder) if group == "image"}
     if inner.as_posix() in renamed:
         return [folder / kind / renamed[inner.as_posix()]]
     return [image.parent / kind / image.stem, folder / kind / inner.with_suffix("")]
 
 
-def _label_file(image: Path, folder: Path, _: Sequence[str], files: Files) -> Callable[[], np.ndarray] | None:
+def _label_file(
+    image: Path, folder: Path, _: Sequence[str], files: Files, renamed: Mapping[str, str]
+) -> Callable[[], np.ndarray] | None:
     """Return a reader of an image's label map; None for a file that is itself a label map, or has none."""
-    stems = _stems(image, folder, LABELS)
+    stems = _stems(image, folder, LABELS, renamed)
     if (folder / IMAGES) not in image.parents:  # there the other files are images too
         stems.append(image.parent / image.stem)
     places = [stem.with_name(f"{stem.name}{end}") for stem in stems for end in ENDINGS]
@@ -104,11 +106,13 @@ def _label_file(image: Path, folder: Path, _: Sequence[str], files: Files) -> Ca
     return None if file is None else lambda: upright_labels(_read_labels(file), image)
 
 
-def _mask_files(image: Path, folder: Path, names: Sequence[str], files: Files) -> Callable[[], np.ndarray] | None:
+def _mask_files(
+    image: Path, folder: Path, names: Sequence[str], files: Files, renamed: Mapping[str, str]
+) -> Callable[[], np.ndarray] | None:
     """Return a reader of the masks of an image's parts; None where there are none."""
     masks = dict[int, Path]()
     for label, part in enumerate(folders_of(names).values(), start=1):
-        stems = _stems(image, folder, f"{MASKS}/{part}")
+        stems = _stems(image, folder, f"{MASKS}/{part}", renamed)
         file = next((file for stem in stems if (file := files.find(stem.with_name(f"{stem.name}.png")))), None)
         if file is not None:
             masks[label] = file
