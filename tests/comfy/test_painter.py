@@ -79,6 +79,7 @@ def test_nothing_painted_shows_the_image_and_blocks_what_follows(painter) -> Non
     for text in ("", painting(np.zeros((4, 4), int))):
         output = painter.SLiMePartPainter.execute(text, torch.rand(1, 32, 32, 3))
         assert "nothing is painted" in output.block_execution
+        assert output.ui["slime_message"] == [output.block_execution], "the painter says it at every run"
         assert output.ui["slime_image"][0]["filename"].endswith(".png")
     with pytest.raises(SlimeError, match="There is no image"):
         painter.SLiMePartPainter.execute("")
