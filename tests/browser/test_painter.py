@@ -219,10 +219,9 @@ def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
     stroke(canvas, element, (0.4, 0.4), (0.6, 0.4), (0.6, 0.6), (0.4, 0.6))
     outlined = painted_labels(canvas, node)
     assert sum(outlined) > 0.01 * len(outlined)
+    runs = painted(canvas, node)["runs"]  # read before the key: snapping may be done by the next call
     canvas.page.keyboard.press("s")
-    canvas.page.wait_for_function(
-        f"([id, runs]) => JSON.parse({PAINTER}(id).value).runs !== runs", arg=[node, painted(canvas, node)["runs"]]
-    )
+    canvas.page.wait_for_function(f"([id, runs]) => JSON.parse({PAINTER}(id).value).runs !== runs", arg=[node, runs])
     snapped = painted_labels(canvas, node)
     assert 0.3 * sum(outlined) < sum(snapped) < 3 * sum(outlined)
     canvas.page.locator(".slime-wand:visible").first.click()
