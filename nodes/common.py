@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..slime.errors import SlimeError
 from ..slime.examples import SEPARATORS
-from ..slime.parts.draw import draw_legend, legend_below, overlay
+from ..slime.parts.draw import legend_below, overlay
 from ..slime.parts.maps import PartMaps
 from ..slime.parts.palette import Color
 
@@ -132,12 +132,16 @@ def parts_result(cls: type[io.ComfyNode], maps: PartMaps, images: Tensor) -> io.
 
 
 def overlay_preview(cls: type[io.ComfyNode], maps: PartMaps, images: Tensor) -> dict[str, Any]:
-    """Draw and save the preview of a batch image by image: it may be large."""
+    """Draw a batch with its legends, and save it for the node's preview."""
+    tinted = overlays(images, maps.label_map, maps.palette)
+    return save_previews(cls, (legend_below(picture, maps.names, maps.palette) for picture in tinted))
+
+
+def save_previews(cls: type[io.ComfyNode], pictures: Iterable[Image.Image]) -> dict[str, Any]:
+    """Save pictures one at a time, and return what shows them in the node."""
     saved: list[Any] = []
-    for index in range(len(images)):
-        chunk = slice(index, index + 1)
-        tinted = with_legend(overlays(images[chunk], maps.label_map[chunk], maps.palette), maps.names, maps.palette)
-        saved += ui.PreviewImage(tinted, cls=cls).as_dict()["images"]
+    for picture in pictures:
+        saved += ui.PreviewImage(to_tensor(picture)[None], cls=cls).as_dict()["images"]
     return {"images": saved, "animated": (False,)}
 
 
@@ -202,24 +206,10 @@ def _ends(rest: str) -> bool:
     return not rest.strip() or bool(SEPARATORS.match(rest.lstrip(BLANKS)))
 
 
-def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: float = 0.55) -> Tensor:
-    """Tint images [B, H, W, 3] by label maps [B, H, W]."""
-    tinted = [
-        overlay(as_bytes(image), label.numpy(), palette, opacity=opacity)
-        for image, label in zip(images, labels, strict=True)
-    ]
-    return torch.from_numpy(np.stack(tinted)).float() / 255
-
-
-def with_legend(images: Tensor, names: Sequence[str], palette: Sequence[Color], inside: bool = False) -> Tensor:
-    """Add a legend to images [B, H, W, 3]: below them, for a preview, or inside a corner, which keeps the size."""
-    pil_images = [to_pil(image) for image in images]
-    if inside:
-        for pil_image in pil_images:
-            draw_legend(pil_image, names, palette)
-    else:
-        pil_images = [legend_below(pil_image, names, palette) for pil_image in pil_images]
-    return torch.from_numpy(np.stack([np.asarray(pil_image) for pil_image in pil_images])).float() / 255
+def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: float = 0.55) -> Iterator[Image.Image]:
+    """Yield the images [B, H, W, 3] tinted by label maps [B, H, W], one at a time: a batch may be large."""
+    for image, label in zip(images, labels, strict=True):
+        yield Image.fromarray(overlay(as_bytes(image), label.numpy(), palette, opacity=opacity))
 
 
 def live_preview(image: Tensor, maps: Tensor, palette: Sequence[Color]) -> Image.Image:
@@ -231,6 +221,11 @@ def live_preview(image: Tensor, maps: Tensor, palette: Sequence[Color]) -> Image
 def to_pil(image: Tensor) -> Image.Image:
     """Convert an image [h, w, 3] in [0, 1]."""
     return Image.fromarray(as_bytes(image))
+
+
+def to_tensor(picture: Image.Image) -> Tensor:
+    """Convert a picture to an image [h, w, 3] in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).float() / 255
 
 
 def pixel_digest(image: Tensor) -> str:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 from torch import Tensor
 from torch.nn import functional
 
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_names, merge_examples
+from ..slime.parts.draw import legend_below
 from ..slime.parts.palette import default_palette
 from .common import (
     ADVANCED,
@@ -22,11 +23,12 @@ from .common import (
     as_masks,
     named_errors,
     overlays,
+    save_previews,
     schema,
     show_text,
     split_names,
     to_core,
-    with_legend,
+    to_tensor,
 )
 
 
@@ -158,9 +160,9 @@ def examples_result(cls: type[io.ComfyNode], examples: tuple[Example, ...]) -> i
     """Return examples with a preview of the newest one."""
     newest = examples[-1]
     palette = default_palette(len(newest.names))
-    preview = overlays(newest.image[None], newest.labels[None], palette)
-    preview_image = ui.PreviewImage(with_legend(preview, newest.names, palette), cls=cls)
-    return io.NodeOutput(examples, to_core(preview), ui=preview_image)
+    picture = next(overlays(newest.image[None], newest.labels[None], palette))
+    preview = save_previews(cls, [legend_below(picture, newest.names, palette)])
+    return io.NodeOutput(examples, to_core(to_tensor(picture)[None]), ui=preview)
 
 
 def _examples(images: Tensor, masks: Tensor, names: Sequence[str]) -> tuple[list[Example], str]:

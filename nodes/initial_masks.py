@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +18,7 @@ from ..slime.parts.palette import Color, default_palette
 from ..slime.parts.runs import encode_runs
 from .common import Parts, PartsSocket, as_masks
 
-LARGEST_SIDE = 1024  # of a painting, as in web/painter/label_map.js
+MOST_PIXELS = 4_000_000  # of a painting, as in web/painter/label_map.js
 # io.BoundingBox where the core has it (0.15.0), of the same name.
 INITIAL_MASKS = (PartsSocket, io.Mask, io.Custom("SEGS"), io.Custom("BOUNDING_BOX"))
 
@@ -33,7 +34,7 @@ class InitialMasks:
     def for_painter(self) -> dict[str, Any]:
         """Return the form that web/painter/painter.js takes."""
         height, width = self.labels.shape
-        scale = min(1.0, LARGEST_SIDE / max(height, width))
+        scale = min(1.0, math.sqrt(MOST_PIXELS / (height * width)))
         size = (max(1, round(width * scale)), max(1, round(height * scale)))
         labels = np.asarray(Image.fromarray(self.labels).resize(size, Image.Resampling.NEAREST))
         parts = [{"name": name, "color": "#" + bytes(c).hex()} for name, c in zip(self.names, self.colors, strict=True)]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import numpy as np
-import torch
-from comfy_api.latest import io, ui
+from collections.abc import Iterator
 
-from ..slime.parts.draw import color_labels
-from .common import RESULTS, Parts, PartsSocket, overlays, schema, to_core, with_legend
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..slime.parts.draw import color_labels, draw_legend, legend_below
+from .common import RESULTS, Parts, PartsSocket, overlays, save_previews, schema, to_core, to_tensor
 
 
 class SLiMeOverlay(io.ComfyNode):
@@ -33,11 +35,17 @@ class SLiMeOverlay(io.ComfyNode):
 
     @classmethod
     def execute(cls, parts: Parts, opacity: float = 0.55, legend: bool = True) -> io.NodeOutput:
-        labels = parts.maps.label_map
-        names, palette = parts.maps.names, parts.maps.palette
-        tinted = shown = overlays(parts.images, labels, palette, opacity)
-        if legend:
-            shown, tinted = with_legend(tinted, names, palette), with_legend(tinted, names, palette, inside=True)
-        colored = np.stack([color_labels(label.numpy(), parts.maps.palette) for label in labels])
-        label_image = torch.from_numpy(colored).float() / 255
-        return io.NodeOutput(to_core(tinted), to_core(label_image), ui=ui.PreviewImage(shown, cls=cls))
+        names, palette, labels = parts.maps.names, parts.maps.palette, parts.maps.label_map
+        tinted, label_maps = (to_core(torch.empty(*labels.shape, 3)) for _ in range(2))
+
+        def draw() -> Iterator[Image.Image]:
+            """Fill both outputs image by image, and yield the pictures of the preview."""
+            for index, picture in enumerate(overlays(parts.images, labels, palette, opacity)):
+                yield legend_below(picture, names, palette) if legend else picture
+                if legend:
+                    draw_legend(picture, names, palette)
+                tinted[index] = to_tensor(picture)
+                label_maps[index] = torch.from_numpy(color_labels(labels[index].numpy(), palette)) / 255
+
+        previews = save_previews(cls, draw())
+        return io.NodeOutput(tinted, label_maps, ui=previews)

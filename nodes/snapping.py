@@ -30,6 +30,16 @@ def snap(labels: np.ndarray, image: np.ndarray, reach: float = REACH) -> np.ndar
         Labels [h, w] uint8.
     """
     far = max(2.0, reach * max(labels.shape))
+    margin = int(2 * far) + 2  # beyond it no pixel has a say
+    (around,) = ndimage.find_objects((labels > 0).view(np.uint8))
+    box = tuple(slice(max(0, side.start - margin), side.stop + margin) for side in around)
+    snapped = labels.copy()
+    snapped[box] = _snap(labels[box], image[box], far)
+    return snapped
+
+
+def _snap(labels: np.ndarray, image: np.ndarray, far: float) -> np.ndarray:
+    """Snap borders by at most ``far`` pixels."""
     outside = ndimage.distance_transform_edt(labels == 0)
     smooth = ndimage.gaussian_filter(image.astype(np.float32), (0.7, 0.7, 0))
     # SciPy's watershed follows steps between neighbours of ONE channel: the colours' main direction around the parts.

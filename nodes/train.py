@@ -10,14 +10,15 @@ from typing import Any
 
 import comfy.model_management
 import comfy.utils
-import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from ..slime.backbones.base import Backbone
 from ..slime.decode.refine import refine_maps
 from ..slime.embedding_files import save_embeddings
 from ..slime.embeddings import PartEmbeddings
 from ..slime.examples import Example
+from ..slime.parts.draw import legend_below
 from ..slime.parts.palette import default_palette
 from ..slime.segment import segment
 from ..slime.settings import TrainSettings
@@ -34,7 +35,7 @@ from .common import (
     show_text,
     to_core,
     to_pil,
-    with_legend,
+    to_tensor,
 )
 from .files import autosave_path
 from .train_settings import SettingsSocket, TrainSettingsValue
@@ -135,8 +136,8 @@ class SLiMeTrain(io.ComfyNode):
             try:
                 embeddings = train(backbone, examples, chosen, init_embeddings=init_embeddings, on_step=progress)
                 preview = _preview(backbone, examples[0], embeddings, progress.last)
-                progress.show(with_legend(preview, embeddings.names, embeddings.palette)[0])
-                return io.NodeOutput(embeddings, {"loss": list(embeddings.losses)}, to_core(preview))
+                progress.show(legend_below(preview, embeddings.names, embeddings.palette))
+                return io.NodeOutput(embeddings, {"loss": list(embeddings.losses)}, to_core(to_tensor(preview)[None]))
             except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
                 saved = _autosave(progress.last)
                 if saved is not None:
@@ -195,9 +196,9 @@ class _Progress:
             self._told = now
         comfy.model_management.throw_exception_if_processing_interrupted()
 
-    def show(self, image: torch.Tensor) -> None:
-        """Show the image [h, w, 3] that stays in the node."""
-        self._bar.update_absolute(BAR, BAR, ("JPEG", to_pil(image), PREVIEW_SIDE))
+    def show(self, picture: Image.Image) -> None:
+        """Show the picture that stays in the node."""
+        self._bar.update_absolute(BAR, BAR, ("JPEG", picture, PREVIEW_SIDE))
 
     def show_text(self, text: str) -> None:
         """Show a line of text in the node."""
@@ -228,7 +229,7 @@ def progress_text(report: StepReport, done: float, elapsed: float) -> str:
     return ", ".join(words) + (f". {report.remark}" if report.remark else "")
 
 
-def _preview(backbone: Backbone, example: Example, embeddings: PartEmbeddings, last: StepReport | None) -> torch.Tensor:
+def _preview(backbone: Backbone, example: Example, embeddings: PartEmbeddings, last: StepReport | None) -> Image.Image:
     """Segment the first example for the preview; an instant training has the maps already, paper needs a pass.
 
     An error here does not cost the training: the example is shown unsegmented.
@@ -243,5 +244,5 @@ def _preview(backbone: Backbone, example: Example, embeddings: PartEmbeddings, l
         raise
     except Exception:
         logger.exception("SLiMe: training succeeded, but the preview failed")
-        return images
-    return overlays(images, labels, embeddings.palette)
+        return to_pil(example.image)
+    return next(overlays(images, labels, embeddings.palette))

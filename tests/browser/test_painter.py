@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
 from demo.run import put_image
 from testing import scenes, splits
 from testing.browser import NEEDED, Canvas, fill_in, show_all, train_briefly
@@ -15,10 +18,10 @@ from tools.run_workflows import FIRST, prepare
 pytestmark = NEEDED
 
 
-def painter_on(canvas: Canvas) -> tuple[int, Any]:
-    """A painter with a scene loaded; its node id and canvas element."""
-    scene = scenes.render("car", splits.TEACH)
-    put_image(canvas.server, "browser_scene.png", scene.image)
+def painter_on(canvas: Canvas, size: tuple[int, int] | None = None) -> tuple[int, Any]:
+    """A painter with a scene loaded, resized to ``size`` (width, height); its node id and canvas element."""
+    scene = Image.fromarray(scenes.render("car", splits.TEACH).image)
+    put_image(canvas.server, "browser_scene.png", np.asarray(scene.resize(size) if size else scene))
     node = canvas.add("SLiMePartPainter")
     element = canvas.page.locator(".slime-canvas:visible").first
     element.wait_for()
@@ -229,6 +232,23 @@ def test_outlines_snap_and_the_wheel_zooms_the_painting(canvas) -> None:
     canvas.page.mouse.click(box["x"] + 0.15 * box["width"], box["y"] + 0.2 * box["height"])
     assert sum(painted_labels(canvas, node)) > sum(snapped)
     canvas.shot("painter_tools")
+
+
+def test_each_picture_is_painted_at_its_own_size_up_to_four_megapixels(canvas) -> None:
+    node, element = painter_on(canvas, (3840, 2160))
+    stroke(canvas, element, (0.4, 0.4), (0.6, 0.5))
+    large = painted(canvas, node)
+    assert 3_990_000 < large["width"] * large["height"] < 4_010_000 and len(large["runs"]) < 10_000
+    small = Image.new("RGB", (64, 64), "gray")
+    put_image(canvas.server, "small.png", np.asarray(small))
+    canvas.page.locator(".slime-painter:visible input[type=file]").first.set_input_files(
+        canvas.server.base / "input" / "small.png"
+    )
+    canvas.page.wait_for_function(f"id => JSON.parse({PAINTER}(id).value).width === 64", arg=node)
+    assert any(painted_labels(canvas, node)) and painted(canvas, node)["height"] == 64
+    canvas.page.keyboard.press("Control+z")
+    canvas.page.wait_for_function(f"id => {PAINTER}(id).painting.map.data.length > 3e6", arg=node)
+    assert painted(canvas, node) == large
 
 
 def test_painting_in_full_screen(canvas) -> None:

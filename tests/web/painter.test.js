@@ -9,10 +9,10 @@ import { View } from "../../web/painter/view.js";
 const count = (map, label) => map.data.filter((value) => value === label).length;
 
 describe("LabelMap", () => {
-  it("keeps an image's aspect and at most 1024 pixels a side", () => {
-    expect(LabelMap.for(3000, 1500)).toMatchObject({ width: 1024, height: 512 });
+  it("has the image's own size up to 4 million pixels, and its aspect beyond", () => {
+    expect(LabelMap.for(2400, 1600)).toMatchObject({ width: 2400, height: 1600 });
+    expect(LabelMap.for(6000, 3000)).toMatchObject({ width: 2828, height: 1414 });
     expect(LabelMap.for(300, 200)).toMatchObject({ width: 300, height: 200 });
-    expect(LabelMap.for(5000, 1)).toMatchObject({ width: 1024, height: 1 });
   });
 
   it("paints round lines of the right area, also over its borders", () => {
@@ -123,12 +123,12 @@ describe("Painting", () => {
     expect(painting.map.width).toBe(1024);
   });
 
-  it("is stretched to an image of another aspect only", () => {
+  it("is stretched to another image", () => {
     const painting = new Painting();
     painting.fitTo(100, 100);
     painting.map.line(50, 50, 50, 50, 20, 1);
     painting.fitTo(200, 200);
-    expect(painting.map.width).toBe(100);
+    expect(count(painting.map, 1)).toBeGreaterThan(3.9 * Math.PI * 400);
     painting.fitTo(200, 100);
     expect(painting.map).toMatchObject({ width: 200, height: 100 });
     expect(painting.map.has(1)).toBe(true);
@@ -203,7 +203,7 @@ describe("Painter", () => {
     const host = { changed: vi.fn(), upload: vi.fn(), url: (image) => `/view/${image.name}` };
     const painter = new Painter(host);
     painter.painting.fitTo(100, 100);
-    painter.picture = new Image();
+    painter.picture = Object.assign(document.createElement("canvas"), { naturalWidth: 100, naturalHeight: 100 });
     painter.canvas.width = painter.canvas.height = 100;
     painter.canvas.getBoundingClientRect = () => ({ left: 0, top: 0, width: 50, height: 50 });
     painter.fit();
@@ -278,7 +278,7 @@ describe("Painter", () => {
 
   it("paints thinner with a light pen, and zooms with two fingers", () => {
     const { painter } = make();
-    painter.radius = 10;
+    painter.radius = 100;
     const dab = (pressure) => {
       painter.painting.map.data.fill(0);
       pointer(painter, "pointerdown", 25, 25, { pointerType: "pen", pressure });
@@ -328,6 +328,32 @@ describe("Painter", () => {
     expect(painter.buttons.take.classList.contains("wanted")).toBe(true);
     painter.buttons.take.click();
     expect(JSON.parse(painter.value).of).toBe("def");
+  });
+
+  it("brings a coarser map and another picture to the picture's size, without a change to be saved", () => {
+    const { painter, host } = make();
+    const image = { name: "car.png", subfolder: "", type: "input" };
+    const saved = new Painting();
+    Object.assign(saved, { image, map: new LabelMap(50, 50) });
+    saved.map.line(25, 25, 25, 25, 10, 1);
+    const text = saved.serialise();
+    /** @type {any[]} */
+    const pictures = [];
+    vi.stubGlobal("Image", class { constructor() { pictures.push(this); } });
+    painter.value = text;
+    const arrives = (width, height) => {
+      Object.assign(pictures.at(-1), { naturalWidth: width, naturalHeight: height });
+      pictures.at(-1).onload();
+    };
+    arrives(200, 200);
+    expect(painter.painting.map).toMatchObject({ width: 200, height: 200 });
+    expect(painter.value).toBe(text);
+    painter.connect("/view/other.png");
+    arrives(64, 64);
+    expect(painter.painting.map).toMatchObject({ width: 64, height: 64 });
+    expect(painter.value).toBe(text);
+    expect(host.changed).toHaveBeenCalledOnce(); // by make()
+    vi.unstubAllGlobals();
   });
 
   it("asks the server to snap, and keeps what was painted meanwhile", async () => {

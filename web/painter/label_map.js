@@ -1,8 +1,8 @@
 // @ts-check
 /** Which part every pixel belongs to: 0 is none, k is part k. No DOM in here. */
 
-/** Largest side of a painting; the label map is stretched to the image, whatever its size. */
-export const LARGEST_SIDE = 1024;
+/** Pixels of the largest label map; a larger image is painted at this size, and the map is stretched to it. */
+export const MOST_PIXELS = 4_000_000;
 
 /** @typedef {{left: number, top: number, right: number, bottom: number}} Rect right and bottom are exclusive */
 
@@ -22,12 +22,12 @@ export class LabelMap {
   }
 
   /**
-   * An empty map with the aspect of an image.
+   * An empty map for an image: of its size, or of its aspect where it has too many pixels.
    * @param {number} width
    * @param {number} height
    */
   static for(width, height) {
-    const scale = Math.min(1, LARGEST_SIDE / Math.max(width, height));
+    const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (width * height)));
     return new LabelMap(Math.max(1, Math.round(width * scale)), Math.max(1, Math.round(height * scale)));
   }
 
@@ -95,11 +95,14 @@ export class LabelMap {
    */
   wand(pixels, x, y, tolerance, label) {
     const from = 4 * (Math.floor(y) * this.width + Math.floor(x));
-    const near = (/** @type {number} */ at, /** @type {number} */ channel) =>
-      Math.abs(pixels[at + channel] - pixels[from + channel]) <= tolerance;
+    const [red, green, blue] = pixels.subarray(from, from + 3);
     const alike = new LabelMap(this.width, this.height);
     for (let i = 0, at = 0; i < alike.data.length; i++, at += 4) {
-      if (near(at, 0) && near(at, 1) && near(at, 2)) alike.data[i] = 1;
+      const near =
+        Math.abs(pixels[at] - red) <= tolerance &&
+        Math.abs(pixels[at + 1] - green) <= tolerance &&
+        Math.abs(pixels[at + 2] - blue) <= tolerance;
+      if (near) alike.data[i] = 1;
     }
     if (!alike.fill(x, y, 2)) return;
     for (let i = 0; i < alike.data.length; i++) if (alike.data[i] === 2) this.data[i] = label;
@@ -169,10 +172,14 @@ export class LabelMap {
     return result;
   }
 
-  /** Runs of equal labels as base64: label, then the run's length in groups of 7 bits, the lowest first. */
-  encode() {
+  /**
+   * Runs of equal labels as base64: label, then the run's length in groups of 7 bits, the lowest first.
+   * @param {number} [most] characters @returns {string | null} null where the text would be longer
+   */
+  encode(most = Infinity) {
     const bytes = [];
     for (let start = 0; start < this.data.length; ) {
+      if (bytes.length > 0.75 * most) return null;
       const label = this.data[start];
       let end = start + 1;
       while (end < this.data.length && this.data[end] === label) end++;

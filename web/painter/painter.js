@@ -33,7 +33,8 @@ export class Painter {
     /** @type {Tool} */
     this.tool = "brush";
     this.label = 1;
-    this.radius = 12;
+    /** Of the brush, in thousandths of the painting's longer side. */
+    this.radius = 20;
     this.opacity = 0.55;
     this.tolerance = 24;
     /** @type {HTMLImageElement | null} */
@@ -155,7 +156,7 @@ export class Painter {
     this.buttons.take.hidden = !found;
     const another = Boolean(digest && this.painting.of && this.painting.of !== digest);
     this.buttons.take.classList.toggle("wanted", another);
-    if (found && !this.painting.map?.data.some((label) => label > 0)) this.take();
+    if (found && this.painting.empty) this.take();
   }
 
   /** Paint what was found. */
@@ -216,7 +217,9 @@ export class Painter {
       this.painting.fitTo(picture.naturalWidth, picture.naturalHeight);
       this.fit();
       this.retint();
-      if (!this.unreadable) this.commit();
+      // Only another image is worth saving: a map that was saved more coarsely is merely brought to size.
+      const another = !this.unreadable && JSON.stringify(image) !== JSON.stringify(JSON.parse(this.value).image);
+      if (another) this.commit();
     };
     picture.onerror = () => {
       if (this.wanted !== url) return;
@@ -231,9 +234,8 @@ export class Painter {
   async load(file) {
     if (!file || !file.type.startsWith("image/")) return;
     try {
-      const painted = this.painting.map?.data.some((label) => label > 0);
       this.painting.image = await this.host.upload(file);
-      this.message = painted ? this.say("other_picture") : "";
+      this.message = this.painting.empty ? "" : this.say("other_picture");
       this.loadPicture();
     } catch (error) {
       this.message = `${this.say("upload_failed")}: ${error instanceof Error ? error.message : error}`;
@@ -541,7 +543,7 @@ export class Painter {
   paint(to, event) {
     if (!this.stroke || !this.painting.map) return;
     const { x, y, label } = this.stroke;
-    const radius = event.pointerType === "pen" && event.pressure > 0 ? this.radius * event.pressure : this.radius;
+    const radius = this.brush * (event.pointerType === "pen" && event.pressure > 0 ? event.pressure : 1);
     const rect = this.painting.map.line(x, y, to.x, to.y, Math.max(0.5, radius), label);
     this.stroke = { label, ...to };
     this.painted = true;
@@ -577,6 +579,12 @@ export class Painter {
     event.stopPropagation();
     action();
     this.draw();
+  }
+
+  /** Radius of the brush in pixels of the painting. */
+  get brush() {
+    const { map } = this.painting;
+    return map ? (this.radius * Math.max(map.width, map.height)) / 1000 : this.radius;
   }
 
   /** @param {number} factor */
@@ -615,10 +623,13 @@ export class Painter {
     }
     const { left, top, right, bottom } = rect ?? { left: 0, top: 0, right: map.width, bottom: map.height };
     if (right <= left || bottom <= top) return this.draw();
-    const colors = [[0, 0, 0, 0], ...parts.map((part) => [...rgb(part.color), 255])];
+    const colors = new Uint32Array(256);
+    const channels = new Uint8Array(colors.buffer);
+    parts.forEach((part, index) => channels.set([...rgb(part.color), 255], 4 * (index + 1)));
     const pixels = context.createImageData(right - left, bottom - top);
+    const tinted = new Uint32Array(pixels.data.buffer);
     for (let y = top, i = 0; y < bottom; y++) {
-      for (let x = left; x < right; x++, i += 4) pixels.data.set(colors[map.data[y * map.width + x]] ?? colors[0], i);
+      for (let x = left; x < right; x++) tinted[i++] = colors[map.data[y * map.width + x]];
     }
     context.putImageData(pixels, left, top);
     this.draw();
@@ -659,7 +670,7 @@ export class Painter {
     if (this.cursor && (this.tool === "brush" || this.tool === "eraser")) {
       const { x, y } = this.view.toPainting(this.cursor.x, this.cursor.y);
       context.lineWidth = 1.5 / this.view.scale;
-      for (const [style, radius] of /** @type {const} */ ([["#000", this.radius], ["#fff", this.radius * 0.96]])) {
+      for (const [style, radius] of /** @type {const} */ ([["#000", this.brush], ["#fff", this.brush * 0.96]])) {
         context.strokeStyle = style;
         context.beginPath();
         context.arc(x, y, radius, 0, 2 * Math.PI);

@@ -85,20 +85,25 @@ export class Painting {
    */
   fitTo(width, height) {
     const wanted = LabelMap.for(width, height);
-    if (!this.map) this.map = wanted;
-    else if (!sameAspect(this.map, wanted)) this.map = this.map.resized(wanted.width, wanted.height);
+    const { map } = this;
+    const fits = map?.width === wanted.width && map.height === wanted.height;
+    if (!fits) this.map = map ? map.resized(wanted.width, wanted.height) : wanted;
+  }
+
+  get empty() {
+    return !this.map?.data.some((label) => label > 0);
   }
 
   /** Text for the workflow; the map is made coarser until it is small enough. */
   serialise() {
     let map = this.map;
-    let runs = map ? map.encode() : "";
-    while (map && runs.length > LARGEST_RUNS && Math.max(map.width, map.height) > 64) {
+    let runs = map?.encode(LARGEST_RUNS) ?? null;
+    while (map && runs === null) {
       map = map.resized(Math.max(1, map.width >> 1), Math.max(1, map.height >> 1));
-      runs = map.encode();
+      runs = map.encode(Math.max(map.width, map.height) > 64 ? LARGEST_RUNS : Infinity);
     }
     const { image, parts } = this;
-    const saved = { version: VERSION, image, parts, width: map?.width ?? 0, height: map?.height ?? 0, runs };
+    const saved = { version: VERSION, image, parts, width: map?.width ?? 0, height: map?.height ?? 0, runs: runs ?? "" };
     return JSON.stringify(this.of ? { ...saved, of: this.of } : saved);
   }
 
@@ -117,11 +122,6 @@ export class Painting {
     painting.map = saved.runs ? LabelMap.decode(saved.runs, saved.width, saved.height) : null;
     return painting;
   }
-}
-
-/** @param {{width: number, height: number}} a @param {{width: number, height: number}} b */
-function sameAspect(a, b) {
-  return Math.abs(a.width / a.height - b.width / b.height) < 0.02;
 }
 
 /** @param {number} index @returns {string} colours far apart, without end */
