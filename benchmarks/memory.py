@@ -6,8 +6,9 @@ A toy UNet extracts features at 512 pixels, as Stable Diffusion does, so that th
 the model. Every case runs in a process of its own. Its figure is the peak resident memory, less what was resident after
 a first image and with all images in memory, less the masks that it returns.
 
-With --prompts, a ComfyUI server on the bundled model runs that many prompts: each segments a new picture, draws it,
-makes a mask and samples. Its figures are the resident memory after every sixth of them.
+With --prompts, a ComfyUI server on the bundled model runs that many prompts: each trains on a new picture, segments it,
+draws it, makes a mask and samples; and a second server runs prompts that only sample. The figures are the resident
+memory after every sixth of them.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]
@@ -80,43 +80,46 @@ def stream(count: int, side: int, parts: int) -> float:
 CASES = {"batch": batch, "stream": stream}
 
 
-def prompts(count: int) -> list[list[str]]:
-    """Run prompts on a server; return a row for every sixth of them: how many, and the MB that are resident then."""
-    rows, rng = [], np.random.default_rng(0)
+def prompts(count: int, slime: bool) -> dict[int, float]:
+    """Run prompts on a server; return the MB that are resident after every sixth of them."""
+    megabytes, rng = {}, np.random.default_rng(0)
     with ComfyServer() as server:
         for index in range(1, count + 1):
-            name = f"{index}.png"
-            Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(server.base / "input" / name)
-            server.run(segmenting_and_sampling(name, seed=index))
+            builder = sampling(seed=index)
+            if slime:
+                name = f"{index}.png"
+                Image.fromarray(rng.integers(0, 256, (256, 256, 3), np.uint8)).save(server.base / "input" / name)
+                add_segmenting(builder, name)
+            server.run(builder.prompt)
             if index == 1 or index % max(1, count // 6) == 0:
-                rows.append([str(index), f"{server.resident_bytes() / 1e6:.0f}"])
-    return rows
+                megabytes[index] = server.resident_bytes() / 1e6
+    return megabytes
 
 
-def segmenting_and_sampling(image_name: str, seed: int) -> dict[str, Any]:
-    """Return a prompt that segments an image in every way that a graph does, and samples."""
+def sampling(seed: int) -> PromptBuilder:
+    """Return a prompt that samples a picture in 4 steps; node 1 loads the model."""
     builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+    text = builder.add("CLIPTextEncode", clip=["1", 1], text="a red car")
+    latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
+    ends = {"positive": [text, 0], "negative": [text, 0], "latent_image": [latent, 0]}
+    values = {"seed": seed, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+    sampled = builder.add("KSampler", model=["1", 0], **ends, **values)
+    builder.add("PreviewImage", images=[builder.add("VAEDecode", samples=[sampled, 0], vae=["1", 2]), 0])
+    return builder
+
+
+def add_segmenting(builder: PromptBuilder, image_name: str) -> None:
+    """Train on an image, segment it, and use the parts."""
     model = {"model": ["1", 0], "vae": ["1", 2]}
     image = builder.add("LoadImage", image=image_name)
-    example = builder.add(
-        "SLiMeExample",
-        image=[image, 0],
-        mask=[builder.add("ImageToMask", image=[image, 0], channel="red"), 0],
-        names="red",
-    )
+    mask = builder.add("ImageToMask", image=[image, 0], channel="red")
+    example = builder.add("SLiMeExample", image=[image, 0], mask=[mask, 0], names="red")
     learned = builder.add("SLiMeTrain", **model, clip=["1", 1], examples=[example, 0], seed=0)
     builder.set_training(learned, "instant", views=2, steps=10)
     parts = builder.add("SLiMeSegment", **model, embeddings=[learned, 0], image=[image, 0], refine="fast", seed=0)
     builder.add("SLiMeOverlay", parts=[parts, 0], legend=True, opacity=0.5)
     finish = {"mode": "argmax", "threshold": 0.5, "grow": 0, "feather": 0, "invert": False}
     builder.add("MaskPreview", mask=[builder.add("SLiMePartMask", parts=[parts, 0], names="red", **finish), 0])
-    text = builder.add("CLIPTextEncode", clip=["1", 1], text="a red car")
-    latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
-    sampler = {"seed": seed, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    ends = {"positive": [text, 0], "negative": [text, 0], "latent_image": [latent, 0]}
-    sampled = builder.add("KSampler", model=["1", 0], **ends, **sampler)
-    builder.add("PreviewImage", images=[builder.add("VAEDecode", samples=[sampled, 0], vae=["1", 2]), 0])
-    return builder.prompt
 
 
 def resident() -> int:
@@ -156,7 +159,9 @@ def main() -> None:
         sys.stdout.write(json.dumps(CASES[options.case](options.images, options.side, options.parts)))
         return
     if options.prompts:
-        say_table(["prompts", "resident, MB"], prompts(options.prompts))
+        ours, core = prompts(options.prompts, slime=True), prompts(options.prompts, slime=False)
+        rows = [[str(index), f"{ours[index]:.0f}", f"{core[index]:.0f}"] for index in ours]
+        say_table(["prompts", "resident with SLiMe, MB", "sampling only"], rows)
         return
     rest = (options.side, options.parts)
     whole = in_own_process("batch", options.images, *rest)

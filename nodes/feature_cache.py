@@ -16,6 +16,7 @@ from ..slime.segment import ExtractedImages, OnBatch, decode, extract, segment
 from ..slime.settings import SegmentSettings
 
 LIMIT = 2**30  # bytes of main memory per model
+MOST_BATCHES = 8  # kept
 MOST_IMAGES = 4  # of a batch; larger ones are segmented without keeping their features
 
 _caches: WeakKeyDictionary[object, OrderedDict[Hashable, ExtractedImages]] = WeakKeyDictionary()
@@ -46,7 +47,7 @@ def segment_cached(
     if extracted is None:
         extracted = extract(backbone, images, embeddings, settings.extraction, on_batch=on_batch)
     cache[entry] = extracted
-    while sum(item.size for item in cache.values()) > LIMIT:
+    while len(cache) > MOST_BATCHES or sum(item.size for item in cache.values()) > LIMIT:
         cache.popitem(last=False)
     return decode(extracted, embeddings, settings, backbone.device)
 

@@ -96,13 +96,23 @@ app.registerExtension({
         });
         const widget = node.addDOMWidget(name, "SLIME_PAINTING", painter.element, {
           hideOnZoom: false,
+          hideInPanel: true, // the element can be in one place only
           getMinHeight: () => 400,
           getValue: () => widget.painter.value,
           setValue: (/** @type {string} */ value) => {
             widget.painter.value = value;
           },
         });
+        // The properties panel would leave its own width here, and the painter would keep it.
+        Object.defineProperty(widget, "width", { get: () => undefined, set: () => {} });
         widget.painter = painter;
+        // A subgraph that takes the painting on its face shows nothing there, and hides the painter in here.
+        const before = node.onConnectInput;
+        node.onConnectInput = function (/** @type {any[]} */ ...given) {
+          if (node.inputs[given[0]]?.name !== name) return before?.apply(this, given);
+          app.extensionManager?.toast?.add({ severity: "info", summary: node.title, detail: painter.say("inside"), life: 8000 });
+          return false;
+        };
         const refresh = () => widget.painter.connect(upstreamUrl(node) ?? (connected(node) ? sent : null));
         /** Address of the image that the last run sent, for sources other than Load Image. @type {string | null} */
         let sent = null;

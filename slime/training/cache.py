@@ -18,6 +18,7 @@ from ..backbones.attention import Attention, tensor_bytes
 from ..backbones.base import Backbone, Cacheable, Features
 
 LIMIT = 2**30  # bytes of main memory per model
+MOST_VIEWS = 256  # those of ten examples
 
 
 class CachedView(NamedTuple):
@@ -49,7 +50,7 @@ class CachedView(NamedTuple):
 
 
 class ViewCache:
-    """The views used last, within ``limit`` bytes."""
+    """The views used last, at most 256, within ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -67,7 +68,7 @@ class ViewCache:
             return
         self._views[key] = view
         self._size += view.size
-        while self._size > self.limit:
+        while self._size > self.limit or len(self._views) > MOST_VIEWS:
             self._size -= self._views.popitem(last=False)[1].size
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from demo.run import put_image
@@ -249,6 +250,69 @@ def test_each_picture_is_painted_at_its_own_size_up_to_four_megapixels(canvas) -
     canvas.page.keyboard.press("Control+z")
     canvas.page.wait_for_function(f"id => {PAINTER}(id).painting.map.data.length > 3e6", arg=node)
     assert painted(canvas, node) == large
+
+
+def test_the_properties_panel_leaves_the_painter_as_it_is(canvas) -> None:
+    toggle = canvas.page.locator('button[aria-label="Toggle properties panel"]:visible')
+    if not toggle.count():
+        pytest.skip("this front end has no properties panel")
+    toggle.first.click()
+    node, element = painter_on(canvas)
+    width = element.bounding_box()["width"]
+    canvas.js("id => app.canvas.selectItems([app.graph.getNodeById(id)])", node)
+    panel = canvas.page.get_by_role("tab", name="Parameters").first
+    panel.wait_for()
+    canvas.page.wait_for_timeout(500)
+    canvas.shot("painter_with_panel")
+    assert element.bounding_box()["width"] == width and not canvas.page.get_by_text("painting", exact=True).count()
+    toggle.first.click()
+    panel.wait_for(state="hidden")
+    assert element.bounding_box()["width"] == width
+
+
+def test_the_painting_cannot_be_an_input_of_a_subgraph(canvas) -> None:
+    """There the front end would show nothing, and inside nothing either."""
+    node, element = painter_on(canvas)
+    stroke(canvas, element, (0.4, 0.4), (0.6, 0.5))
+    before = painted(canvas, node)
+    canvas.js("id => app.canvas.selectItems([app.graph.getNodeById(id)])", node)
+    canvas.js("() => app.extensionManager.command.execute('Comfy.Graph.ConvertToSubgraph')")
+    canvas.page.wait_for_function("() => app.graph.nodes[0]?.subgraph")
+    linked = canvas.js(
+        """() => {
+            const { subgraph } = app.graph.nodes[0];
+            const [node] = subgraph.nodes;
+            const slot = node.inputs.find(input => input.name === "painting");
+            return Boolean(subgraph.addInput("painting", slot.type).connect(slot, node));
+        }"""
+    )
+    assert not linked
+    assert canvas.page.get_by_text("Open the subgraph to paint").count() == 1
+    sent = canvas.js("async () => Object.values((await app.graphToPrompt()).output)[0].inputs.painting")
+    assert json.loads(sent) == before
+
+
+def test_painting_in_app_mode(canvas) -> None:
+    if not canvas.page.locator('button[aria-label="Enter app mode"]').count():
+        pytest.skip("this front end has no app mode")
+    node, element = painter_on(canvas)
+    stroke(canvas, element, (0.4, 0.4), (0.6, 0.5))
+    before = painted(canvas, node)
+    graph = canvas.js("() => app.graph.serialize()")
+    linear = {"linearMode": True, "linearData": {"inputs": [[node, "painting"]], "outputs": [node]}}
+    canvas.load(graph | {"extra": graph.get("extra", {}) | linear})
+    canvas.page.get_by_text("App Mode", exact=True).first.wait_for()
+    canvas.page.keyboard.press("Escape")  # the front end's welcome
+    element = canvas.page.locator(".slime-canvas:visible").first
+    element.wait_for()
+    canvas.page.wait_for_timeout(500)
+    assert min(element.bounding_box()[side] for side in ("width", "height")) > 250
+    stroke(canvas, element, (0.2, 0.7), (0.6, 0.8))
+    canvas.shot("painter_in_app_mode")
+    after = json.loads(canvas.js("async () => Object.values((await app.graphToPrompt()).output)[0].inputs.painting"))
+    assert after["runs"] != before["runs"] and after["parts"] == before["parts"]
+    canvas.load(graph)
+    canvas.page.get_by_text("App Mode", exact=True).first.wait_for(state="hidden")
 
 
 def test_painting_in_full_screen(canvas) -> None:

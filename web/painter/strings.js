@@ -30,6 +30,7 @@ export const STRINGS = {
     unreadable: "The painting saved here cannot be read",
     upload_failed: "The image could not be loaded",
     other_picture: "The parts were painted on the picture before. Undo brings it back, the bin clears them.",
+    inside: "Open the subgraph to paint. ComfyUI cannot show the painter on the outside of a subgraph.",
   },
   zh: {
     load: "载入图像",
@@ -58,6 +59,7 @@ export const STRINGS = {
     unreadable: "无法读取此处保存的涂绘内容",
     upload_failed: "无法载入图像",
     other_picture: "这些部件是在上一张图像上绘制的。撤销可恢复上一张图像，垃圾桶可清除部件。",
+    inside: "请打开子图进行绘制。ComfyUI 无法在子图外部显示绘制器。",
   },
   ja: {
     load: "画像を読み込む",
@@ -86,6 +88,7 @@ export const STRINGS = {
     unreadable: "保存されたペイントを読み込めません",
     upload_failed: "画像を読み込めませんでした",
     other_picture: "部位は前の画像に描かれたものです。元に戻すと前の画像に戻り、ごみ箱で消去できます。",
+    inside: "サブグラフを開いて塗ってください。ComfyUI はペインターをサブグラフの外側に表示できません。",
   },
   ko: {
     load: "이미지 불러오기",
@@ -114,6 +117,7 @@ export const STRINGS = {
     unreadable: "여기에 저장된 그림을 읽을 수 없습니다",
     upload_failed: "이미지를 불러오지 못했습니다",
     other_picture: "부위는 이전 이미지에 칠한 것입니다. 실행 취소하면 이전 이미지로 돌아가고, 휴지통으로 지울 수 있습니다.",
+    inside: "서브그래프를 열어 칠하세요. ComfyUI는 서브그래프 바깥에 페인터를 표시할 수 없습니다.",
   },
 };
 
