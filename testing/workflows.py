@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "example_workflows"
 SUBGRAPHS = ROOT / "subgraphs"
 WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING"}
-VIEW, MARGIN = (1380, 780), (90, 150)  # room that a window of 1500 x 1000 leaves beside ComfyUI's own bars
-SPREAD = 1.2  # Nodes 2.0 draws nodes larger in some versions
+VIEW, MARGIN = (1130, 560), (90, 150)  # room that a window of 1280 x 720 leaves beside ComfyUI's own bars
+READABLE = 0.65  # zoom; below 0.6 the classic canvas draws no text
 NONE: Mapping[str, dict[str, Any]] = {}
 INPUT_NODE, OUTPUT_NODE = -10, -20  # ids that ComfyUI gives to the ends of a subgraph
 ONLY_IN_EDITOR = {"MarkdownNote", "Note", "Reroute", "PrimitiveNode"}
@@ -217,20 +217,21 @@ def to_editor(
             for index, (title, box) in enumerate(groups, start=1)
         ],
         "config": {},
-        "extra": {"ds": _whole_in_view(nodes)},
+        "extra": {"ds": _opening_view(nodes)},
         "version": 0.4,
         **({"definitions": {"subgraphs": [_saved(made) for made in subgraphs.values()]}} if subgraphs else {}),
     }
 
 
-def _whole_in_view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the zoom and offset at which a window of usual size shows all nodes.
+def _opening_view(nodes: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the zoom and offset at which a small window shows all nodes, or where they would be too small to read,
+    the first of them.
 
     Nodes 2.0 misplaces the nodes of a file without them.
     """
     right = max(node["pos"][0] + node["size"][0] for node in nodes)
     bottom = max(node["pos"][1] + node["size"][1] for node in nodes)
-    scale = min(1.0, VIEW[0] / (SPREAD * right), VIEW[1] / (SPREAD * (bottom + 100)))
+    scale = min(1.0, max(READABLE, min(VIEW[0] / right, VIEW[1] / bottom)))
     return {"scale": round(scale, 3), "offset": [round(MARGIN[0] / scale), round(MARGIN[1] / scale)]}
 
 

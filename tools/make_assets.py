@@ -1,4 +1,4 @@
-"""Draw assets/icon.png and assets/banner.jpg: a scene with its true parts, and scenes segmented after ten examples.
+"""Draw assets/icon.png and assets/banner.jpg: the example of template 1, and other images segmented with it.
 
 The command is ``python dev.py assets``.
 """
@@ -11,36 +11,36 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from slime import preset, segment, train
+from slime import Example, preset, segment, train
 from slime.parts.draw import overlay
 from slime.parts.palette import default_palette
-from testing import scenes, splits
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 
+from .samples import FIND, FIND_TOO, PAINTED, TEACH, TESTED, painted_labels, sample
+
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
 ICON, BANNER = 400, (1680, 720)  # the registry asks for at most 400 x 400, and for 21:9
-DOMAIN, FOUND = "car", 3
 DARK, LIGHT = (22, 24, 29), (236, 240, 241)
 
 
 def tinted(image: np.ndarray, labels: np.ndarray, side: int) -> Image.Image:
-    picture = overlay(image, labels, default_palette(len(scenes.PARTS[DOMAIN])), opacity=0.6)
+    picture = overlay(image, labels, default_palette(len(PAINTED)), opacity=0.6)
     return Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
 
 
 def taught(side: int) -> Image.Image:
-    scene = scenes.render(DOMAIN, splits.TEACH + 2)
-    return tinted(scene.image, scene.labels, side)
+    return tinted(sample(TEACH).image, painted_labels(), side)
 
 
 def found(side: int) -> list[Image.Image]:
-    """Return test scenes with the parts that were segmented in them."""
+    """Return the other images of the templates with the parts that were segmented in them."""
     backbone = load_backbone(MODEL)
-    images = np.stack([scenes.render(DOMAIN, splits.TEST + index).image for index in range(FOUND)])
+    images = np.stack([sample(file).image for file in (FIND, FIND_TOO, TESTED)])
     with torch.inference_mode():
-        examples = [splits.example(DOMAIN, splits.TEACH + index) for index in range(10)]
-        embeddings = train(backbone, examples, preset("instant", backbone.info))
+        image, labels = torch.from_numpy(sample(TEACH).image).float() / 255, torch.from_numpy(painted_labels()).long()
+        example = Example.from_label_map(image, labels, PAINTED)
+        embeddings = train(backbone, [example], preset("instant", backbone.info))
         maps = segment(backbone, torch.from_numpy(images).float() / 255, embeddings)[0]
     return [tinted(image, labels.numpy(), side) for image, labels in zip(images, maps.label_map, strict=True)]
 
@@ -62,7 +62,9 @@ def banner() -> Image.Image:
     page = Image.new("RGB", BANNER, DARK)
     draw = ImageDraw.Draw(page)
     draw.text((80, 50), "SLiMe for ComfyUI", font=ImageFont.load_default(84), fill=LIGHT)
-    draw.text((84, 160), "show a part once, find it everywhere", font=ImageFont.load_default(44), fill=(150, 160, 170))
+    draw.text(
+        (84, 160), "Mark parts in one image, find them in others", font=ImageFont.load_default(44), fill=(150, 160, 170)
+    )
     side = 400
     page.paste(rounded(taught(side), 28), (80, 260))
     arrow = np.array([(505, 440), (560, 440), (560, 415), (605, 460), (560, 505), (560, 480), (505, 480)])

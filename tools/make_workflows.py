@@ -17,57 +17,54 @@ from testing.server import ComfyServer
 from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, blueprint, definition, to_editor
 
 from .run_workflows import results, thumbnail
-from .samples import CLIP, FIND, FIND_TOO, TESTED, WHEELS, painted_sample, painting, write_samples
+from .samples import CLIP, FIND, FIND_TOO, TESTED, WHEELS, painting, write_samples
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
-FLUX, DINO = "flux1-dev-fp8.safetensors", "dinov2-large.safetensors"
+FLUX = "flux1-dev-fp8.safetensors"
 # Download address of each file that a workflow names, and the folder of ComfyUI's models that it belongs to.
 HUB = "https://huggingface.co/"
 SD15 = "Comfy-Org/stable-diffusion-v1-5-archive"
 DOWNLOADS = {
     CHECKPOINT: (f"{HUB}{SD15}/resolve/main/{CHECKPOINT}?download=true", "checkpoints"),
     FLUX: (f"{HUB}Comfy-Org/flux1-dev/resolve/main/{FLUX}?download=true", "checkpoints"),
-    DINO: (f"{HUB}facebook/dinov2-large/resolve/main/model.safetensors?download=true", "clip_vision"),
 }
-GAP, TITLE = 50, 40
-# Width, height, and the height that a node needs with its images after a run, in the classic canvas and in Nodes 2.0.
+GAP, TITLE = 30, 40
+WIDTH, PAINTER = 285, 400  # of a node, and of the painter
+# A window of 1280 x 720 shows a template at a zoom at which text is drawn if its nodes take at most this.
+MOST = (1660, 890)
+# Height when a template opens, and the height to keep free for a node with its images after a run.
 SIZES = {
-    "CheckpointLoaderSimple": (320, 100, 130),
-    "CLIPVisionLoader": (320, 60, 90),
-    "LoadImage": (320, 330, 390),
-    "LoadVideo": (320, 110, 520),
-    "GetVideoComponents": (300, 70, 100),
-    "ImageBatch": (300, 50, 80),
-    "SLiMePartPainter": (440, 600, 640),
-    "SLiMeExample": (320, 340, 480),
-    "SLiMeTrain": (340, 430, 540),
-    "SLiMeSaveEmbeddings": (340, 220, 330),
-    "SLiMeLoadEmbeddings": (340, 220, 330),
-    "SLiMeSegment": (340, 510, 660),
-    "SLiMePartMask": (340, 480, 620),
-    "SLiMeSteadyParts": (340, 330, 480),
-    "SLiMeOverlay": (340, 330, 480),
-    "SLiMePickLeastSure": (340, 330, 480),
-    "SLiMeEvaluate": (400, 330, 480),
-    "SLiMeExportLabels": (400, 380, 430),
-    "SLiMePartPrompt": (320, 190, 290),
-    "SLiMePartGuider": (320, 290, 400),
-    "SLiMeGuiderMasks": (320, 330, 440),
-    "SLiMePartDetailer": (340, 830, 1100),
-    "SLiMePartSegs": (320, 130, 200),
-    "DetailerForEach": (340, 640, 900),
-    "CLIPTextEncode": (320, 120, 190),
-    "RandomNoise": (320, 90, 130),
-    "KSamplerSelect": (320, 60, 100),
-    "BasicScheduler": (320, 110, 170),
-    "EmptyLatentImage": (320, 110, 170),
-    "SamplerCustomAdvanced": (280, 110, 160),
-    "VAEDecode": (280, 50, 80),
-    "CreateVideo": (320, 80, 110),
-    "SaveVideo": (340, 330, 420),
-    "SaveImage": (400, 440, 520),
+    "CheckpointLoaderSimple": (100, 130),
+    "LoadImage": (330, 390),
+    "LoadVideo": (110, 520),
+    "GetVideoComponents": (70, 100),
+    "ImageBatch": (50, 80),
+    "SLiMePartPainter": (560, 600),
+    "SLiMeExample": (150, 480),
+    "SLiMeTrain": (210, 530),
+    "SLiMeSaveEmbeddings": (130, 330),
+    "SLiMeLoadEmbeddings": (130, 330),
+    "SLiMeSegment": (280, 660),
+    "SLiMePartMask": (260, 620),
+    "SLiMeSteadyParts": (110, 480),
+    "SLiMeOverlay": (110, 480),
+    "SLiMeEvaluate": (110, 480),
+    "SLiMeExportLabels": (220, 430),
+    "SLiMePartPrompt": (190, 290),
+    "SLiMePartGuider": (290, 400),
+    "SLiMePartDetailer": (610, 1100),
+    "CLIPTextEncode": (120, 190),
+    "RandomNoise": (90, 130),
+    "KSamplerSelect": (60, 100),
+    "BasicScheduler": (110, 170),
+    "EmptyLatentImage": (110, 170),
+    "SamplerCustomAdvanced": (110, 160),
+    "VAEDecode": (50, 80),
+    "CreateVideo": (80, 110),
+    "SaveVideo": (130, 420),
+    "SaveImage": (120, 520),
 }
-SUBGRAPH = (340, 300, 360)
+SUBGRAPH = (300, 360)
 Link = list[Any]
 
 
@@ -79,10 +76,10 @@ class Page:
         self.layout: dict[str, Box] = {}
         self.notes: list[tuple[str, Box]] = []
         self.titles: dict[str, str] = {}
-        self.groups: list[tuple[str, tuple[int, int]]] = []
+        self.groups: list[tuple[str, list[Box]]] = []  # titles, and the boxes in them
         self.subgraphs: dict[str, dict[str, Any]] = {}
         self.app: tuple[list[tuple[str, str]], list[str]] | None = None  # widgets and results of its app mode
-        self._x = self._width = self._y = self.lowest = 0
+        self._x = self._width = self._y = 0
 
     def column(self, title: str = "") -> None:
         """Begin a column for the nodes that are added from now on; with a title it also begins a group."""
@@ -90,35 +87,38 @@ class Page:
             self._x += self._width + GAP
         self._width = self._y = 0
         if title:
-            self.groups.append((title, (self._x, 0)))
+            self.groups.append((title, []))
 
     def _place(self, width: int, height: int, room: int) -> Box:
         box = (self._x, self._y, width, height)
         self._y += room + TITLE + GAP
         self._width = max(self._width, width)
-        self.lowest = max(self.lowest, self._y - GAP)
+        if self.groups:
+            self.groups[-1][1].append((self._x, box[1], width, room))
         return box
 
     def add(self, kind: str, title: str = "", **inputs: Any) -> str:
         """Add a node; widgets that are not named keep the node's defaults."""
         node = str(len(self.prompt) + 1)
         self.prompt[node] = {"class_type": kind, "inputs": inputs}
-        self.layout[node] = self._place(*SIZES.get(kind, SUBGRAPH))
+        self.layout[node] = self._place(PAINTER if kind == "SLiMePartPainter" else WIDTH, *SIZES.get(kind, SUBGRAPH))
         if title:
             self.titles[node] = title
         return node
 
     def note(self, text: str, height: int, width: int = 0) -> None:
-        width = width or self._width or 320
+        width = width or WIDTH
         self.notes.append((text, self._place(width, height, height)))
 
     def boxes(self) -> list[tuple[str, Box]]:
-        """Return the groups with the boxes around their columns."""
-        ends = [x for _, (x, _) in self.groups[1:]] + [self._x + self._width + GAP]
-        return [
-            (title, (x - 15, -90, end - x - GAP + 30, self.lowest + 105))
-            for (title, (x, _)), end in zip(self.groups, ends, strict=True)
-        ]
+        """Return the groups with the boxes around their nodes."""
+        found = []
+        for title, inside in self.groups:
+            left = min(x for x, _, _, _ in inside)
+            right = max(x + width for x, _, width, _ in inside)
+            bottom = max(y + height for _, y, _, height in inside)
+            found.append((title, (left - 12, -90, right - left + 24, bottom + 105)))
+        return found
 
     # ------------------------------------------------------------------------------------- groups that recur
 
@@ -138,8 +138,8 @@ class Page:
             preset="instant",
         )
 
-    def save(self, train: str) -> str:
-        return self.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="my_parts", overwrite=False)
+    def save(self, train: str, filename: str) -> str:
+        return self.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=filename, overwrite=True)
 
     def load(self) -> str:
         return self.add("SLiMeLoadEmbeddings", filename="my_parts.safetensors")
@@ -150,10 +150,9 @@ class Page:
     def mask(self, parts: str, names: str = "", title: str = "", **more: Any) -> str:
         return self.add("SLiMePartMask", title, parts=[parts, 0], names=names, **more)
 
-    def repaint(self, model: str, image: Link, mask: str, text: str, **sampling: Any) -> str:
+    def repaint(self, model: str, image: Link, mask: str, text: str) -> str:
         """Add the subgraph that repaints the inside of a mask."""
-        kind = f"{REPAINT} {len(self.subgraphs) + 1}"  # each has values of its own
-        self.subgraphs[kind] = repaint_part(text, **sampling) | {"key": kind}
+        self.subgraphs[REPAINT] = repaint_part(text) | {"key": REPAINT}
         inputs: dict[str, Any] = {
             "model": [model, 0],
             "clip": [model, 1],
@@ -161,17 +160,14 @@ class Page:
             "image": image,
             "mask": [mask, 0],
         }
-        return self.add(kind, **inputs)
+        return self.add(REPAINT, **inputs)
 
 
 REPAINT = "Repaint part"
 
 
-def repaint_part(text: str = "", **sampling: Any) -> dict[str, Any]:
-    """Describe a subgraph that inpaints inside a mask with the same checkpoint; outside of it no pixel changes.
-
-    ``sampling`` are widgets of KSampler; the defaults suit Stable Diffusion.
-    """
+def repaint_part(text: str = "") -> dict[str, Any]:
+    """Describe a subgraph that inpaints inside a mask with the same checkpoint; outside of it no pixel changes."""
     prompt = {
         "1": {"class_type": "CLIPTextEncode", "inputs": {"text": text}},
         "2": {"class_type": "CLIPTextEncode", "inputs": {"text": ""}},
@@ -189,8 +185,7 @@ def repaint_part(text: str = "", **sampling: Any) -> dict[str, Any]:
                 "sampler_name": "dpmpp_2m",
                 "scheduler": "karras",
                 "denoise": 0.9,
-            }
-            | sampling,
+            },
         },
         "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0]}},
         "7": {
@@ -226,21 +221,22 @@ def repaint_part(text: str = "", **sampling: Any) -> dict[str, Any]:
 def paint_and_find() -> Page:
     page = Page()
     page.column("1  Example")
-    model = page.checkpoint()
+    page.note(
+        "**Choose a checkpoint and press Run:** three parts are painted already. Then drop an image of your own on the "
+        "painter, name the parts, outline and fill them.",
+        100,
+        PAINTER,
+    )
     painter = page.add("SLiMePartPainter", painting=painting())
     page.column("2  Train")
+    model = page.checkpoint()
     train = page.train(model, [painter, 0])
-    page.note(
-        "**Choose a checkpoint and press Run.** Three parts are painted already.\n\nThen drop an image of your own on "
-        "the painter, name the parts, outline and fill them. The other templates load what is saved here as my_parts.",
-        200,
-    )
     page.column("3  Segment")
     other = page.image("Load Image: the image to segment")
     parts = page.segment(model, train, [other, 0])
     page.column("4  Use")
+    page.save(train, "my_parts")
     mask = page.mask(parts, "wheel")
-    page.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="my_parts", overwrite=True)
     page.app = (
         [(model, "ckpt_name"), (painter, "painting"), (other, "image"), (mask, "names")],
         [parts, mask],
@@ -248,131 +244,93 @@ def paint_and_find() -> Page:
     return page
 
 
-def load_image_masks() -> Page:
+def masks_of_several_images() -> Page:
     page = Page()
-    page.column("1  Example")
-    model = page.checkpoint()
-    image = page.image("Load Image: the example, with its mask", WHEELS[0])
-    example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel")
+    page.column("1  Examples")
     page.note(
-        "Load an image, right-click it, **Open in MaskEditor**, paint the part, save, and name it in *SLiMe Example*.",
-        130,
+        "Needs images and their masks: right-click *Load Image*, **Open in MaskEditor**, paint the part and save. "
+        "Every example is another image with the **same part name**; choose images that differ.",
+        110,
     )
-    page.column("2  Train")
-    train = page.train(model, [example, 0])
-    saved = page.save(train)
-    page.note(
-        "The file goes to models/slime and can be shared: it fits every checkpoint of the same family (SD1.x, SD2.x or "
-        "SDXL).",
-        130,
-    )
-    page.column("3  Segment")
-    other = page.image("Load Image: the image to segment")
-    parts = page.segment(model, saved, [other, 0])
-    page.column("4  Use")
-    page.mask(parts, "wheel")
-    return page
-
-
-def several_examples() -> Page:
-    page = Page()
     previous: dict[str, Any] = {}
-    for index, file in enumerate(WHEELS):
-        page.column("1  Examples" if index == 0 else "")
-        if index == 0:
-            model = page.checkpoint()
-        else:
-            page.note(
-                "Every example is another image with the **same part name**. Choose images that differ: other colours, "
-                "poses, sizes."
-                if index == 1
-                else "On the demo's scenes part IoU went from .56 with one example to .67 with ten.",
-                120,
-                320,
-            )
+    for index, file in enumerate(reversed(WHEELS)):
+        if index:
+            page.column()
         image = page.image(f"Load Image: example {index + 1}, with its mask", file)
         example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel", **previous)
         previous = {"previous": [example, 0]}
     page.column("2  Train")
+    model = page.checkpoint()
     train = page.train(model, [example, 0])
-    saved = page.save(train)
     page.column("3  Segment")
     other = page.image("Load Image: the image to segment")
-    page.segment(model, saved, [other, 0])
+    page.segment(model, train, [other, 0])
     return page
 
 
-def correct_and_teach_again() -> Page:
+def correct_and_train_again() -> Page:
     page = Page()
     page.column("1  Example")
-    model = page.checkpoint()
-    painter = page.add("SLiMePartPainter", painting=painting())
-    page.column("2  Train")
-    train = page.train(model, [painter, 0])
     page.note(
-        "Press Run twice. The first run segments the batch, and puts the image with the lowest confidence into the "
-        "second painter, with its masks. **Correct them there**, and run again: now both examples train.",
-        190,
+        "**Press Run twice.** The first run puts the segmented image into the painter; correct its mask there, and run "
+        "again: now both examples train. Of many images *SLiMe Select Lowest Confidence* takes one.",
+        150,
     )
+    image = page.image("Load Image: the example, with its mask", WHEELS[0])
+    example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel")
+    page.column("2  Train")
+    model = page.checkpoint()
+    train = page.train(model, [example, 0])
     page.column("3  Segment")
-    first, second = page.image(), page.image(file=FIND_TOO)
-    page.column()
-    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
-    parts = page.segment(model, train, [batch, 0])
-    picked = page.add("SLiMePickLeastSure", parts=[parts, 0], rank=1)
+    other = page.image("Load Image: the image to correct")
+    parts = page.segment(model, train, [other, 0])
     page.column("4  Correct")
     corrected = page.add(
         "SLiMePartPainter",
-        "SLiMe Part Painter: correct the masks",
+        "SLiMe Part Painter: correct the mask",
         painting="",
-        initial_masks=[picked, 0],
-        previous=[painter, 0],
+        initial_masks=[parts, 0],
+        previous=[example, 0],
     )
-    page.column("5  Train again")
+    page.column("5  Train and segment again")
     again = page.train(model, [corrected, 0])
-    page.column("6  Segment again")
-    page.segment(model, again, [batch, 0])
+    page.segment(model, again, [other, 0])
     return page
 
 
-def find_in_two(page: Page) -> tuple[str, str, str, str, str]:
-    """Add nodes that segment a batch of two images with saved embeddings.
-
-    Returns:
-        The nodes of the model, the embeddings, both images and the parts.
-    """
-    page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    first, second = page.image(), page.image(file=FIND_TOO)
-    page.column("2  Segment")
-    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
-    parts = page.segment(model, embeddings, [batch, 0])
-    return model, embeddings, first, second, parts
+NEEDS = "Needs my_parts: run template 1 first, and press R."
 
 
-def find_in_one(page: Page, text: str, height: int) -> tuple[str, str, str]:
-    """Add nodes that segment an image with saved embeddings, and a note of that height.
+def find_in_one(page: Page, text: str, file: str = FIND) -> tuple[str, str, str]:
+    """Add nodes that segment an image with saved embeddings, and a note.
 
     Returns:
         The nodes of the model, the image and the parts.
     """
     page.column("1  Load")
+    page.note(text, 130)
     model, embeddings = page.checkpoint(), page.load()
-    image = page.image()
-    page.note(text, height)
     page.column("2  Segment")
+    image = page.image(file=file)
     return model, image, page.segment(model, embeddings, [image, 0])
 
 
 def many_images() -> Page:
     page = Page()
-    model, embeddings, first, second, parts = find_in_two(page)
+    page.column("1  Load")
     page.note(
-        "Any batch will do, also the frames of a video or a folder loaded by another pack. The masks come out in the "
-        "same order. *SLiMe Part List* gives one mask a part instead.\n\nTemplate 1 makes the file my_parts.",
-        200,
+        f"{NEEDS} In place of the two images: *Load Image Dataset from Folder* or any batch; thousands of images go "
+        "through the command line.",
+        130,
     )
+    model, embeddings = page.checkpoint(), page.load()
+    page.column()
+    first, second = page.image(), page.image(file=FIND_TOO)
+    page.column("2  Segment")
+    batch = page.add("ImageBatch", image1=[first, 0], image2=[second, 0])
+    parts = page.segment(model, embeddings, [batch, 0])
     page.column("3  Use")
+    page.add("SLiMeExportLabels", parts=[parts, 0], format="coco", folder="labels")
     mask = page.mask(parts, "wheel")
     page.app = (
         [(model, "ckpt_name"), (embeddings, "filename"), (first, "image"), (second, "image"), (mask, "names")],
@@ -381,31 +339,10 @@ def many_images() -> Page:
     return page
 
 
-def label_images() -> Page:
-    page = Page()
-    parts = find_in_two(page)[-1]
-    page.note(
-        "In place of the two images: *Load Image Dataset from Folder*, or any batch. For more pictures than memory "
-        "holds there is a command line, see the README.\n\nTemplate 1 makes the file my_parts.",
-        200,
-    )
-    page.column("3  Label")
-    page.add("SLiMeExportLabels", parts=[parts, 0], format="coco", folder="labels")
-    page.note(
-        "Images and annotations.json appear in output/labels; *format* says for which tool. Run again with others: "
-        "they are added.\n\n*SLiMe Load Annotations* takes a corrected set back as examples.",
-        200,
-    )
-    return page
-
-
-def repaint_one_part() -> Page:
+def repaint_a_part() -> Page:
     page = Page()
     model, image, parts = find_in_one(
-        page,
-        "Template 1 makes the file my_parts; press R so that it appears here.\n\nName the part in *SLiMe Part Mask* "
-        "(empty takes all parts), and write in *Repaint part* what it shall become.",
-        200,
+        page, f"{NEEDS} Name the part in *SLiMe Part Mask*, and write in *Repaint part* what it shall become."
     )
     page.column("3  Repaint")
     mask = page.mask(parts, "wheel", grow=6, minimum_area=64)
@@ -415,108 +352,60 @@ def repaint_one_part() -> Page:
     return page
 
 
-def repaint_two_parts() -> Page:
-    page = Page()
-    model, image, parts = find_in_one(
-        page,
-        "The image is segmented once; each *SLiMe Part Mask* takes one part of the result.\n\nThe file my_parts must "
-        "hold both: template 1, with *Save SLiMe Embeddings* behind *SLiMe Train*.",
-        190,
-    )
-    page.column("3  The first part")
-    first = page.mask(parts, "wheel", "Mask of the first part", grow=4, minimum_area=64)
-    once = page.repaint(model, [image, 0], first, "an orange car with blue wheels")
-    page.column("4  The second part")
-    second = page.mask(parts, "window", "Mask of the second part", grow=4, minimum_area=64)
-    twice = page.repaint(model, [once, 0], second, "an orange car with green windows")
-    page.column("5  Result")
-    page.add("SaveImage", images=[twice, 0], filename_prefix="slime_two_parts")
-    return page
-
-
 def video() -> Page:
     page = Page()
     page.column("1  Load")
+    page.note(f"{NEEDS} *SLiMe Part Mask* behind *SLiMe Smooth Video Parts* gives a mask for each frame.", 130)
     model, embeddings = page.checkpoint(), page.load()
+    page.column()
     clip = page.add("LoadVideo", file=CLIP)
     frames = page.add("GetVideoComponents", video=[clip, 0])
     page.column("2  Segment")
     parts = page.segment(model, embeddings, [frames, 0])
+    page.column("3  Smooth and draw")
     steady = page.add("SLiMeSteadyParts", parts=[parts, 0])
-    page.note(
-        "All frames share the noise, and *SLiMe Smooth Video Parts* averages neighbouring frames where nothing "
-        "moves. *SLiMe Part Mask* behind it gives a mask for each frame.",
-        160,
-    )
-    page.column("3  See")
     overlay = page.add("SLiMeOverlay", parts=[steady, 0])
+    page.column("4  Save")
     made = page.add("CreateVideo", images=[overlay, 0], fps=[frames, 2])
-    page.column()
     page.add("SaveVideo", video=[made, 0], filename_prefix="video/slime")
     return page
 
 
-def check_and_share() -> Page:
+def measure_and_share() -> Page:
     page = Page()
     page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
-    image = page.image("Load Image: a test image, with its true mask", TESTED)
     page.note(
-        "Paint the true mask of a part in an image that was **not** an example; *SLiMe Evaluate* says how well it is "
-        "found.\n\nTo share, send the file in models/slime, or copy the text that *Save SLiMe Embeddings* shows into "
-        "the advanced input *text* of *Load SLiMe Embeddings*: then the workflow needs no file at all.",
-        220,
+        f"{NEEDS} The mask of *Load Image* is the true one, of an image that was **not** an example. To share, send "
+        "the file in models/slime, or the text of *Save SLiMe Embeddings*.",
+        150,
     )
-    page.column("2  Check")
+    model, embeddings = page.checkpoint(), page.load()
+    page.column("2  Measure")
+    image = page.image("Load Image: a test image, with its true mask", TESTED)
     parts = page.segment(model, embeddings, [image, 0])
     page.column()
     page.add("SLiMeEvaluate", parts=[parts, 0], ground_truth=[image, 1], names="wheel")
     page.column("3  Share")
-    page.add("SLiMeSaveEmbeddings", embeddings=[embeddings, 0], filename="my_parts_to_share", overwrite=True)
+    page.save(embeddings, "my_parts_to_share")
     return page
 
 
 def flow_model() -> Page:
     page = Page()
     page.column("1  Example")
-    model = page.checkpoint(FLUX)
+    page.note(
+        "Needs Flux, Chroma, SD3, Qwen-Image, Lumina 2 or Z-Image. For DINOv2 connect *Load CLIP Vision* to "
+        "*clip_vision* of *SLiMe Train* and *SLiMe Segment* instead.",
+        110,
+        PAINTER,
+    )
     painter = page.add("SLiMePartPainter", painting=painting())
     page.column("2  Train")
+    model = page.checkpoint(FLUX)
     train = page.train(model, [painter, 0])
-    page.note(
-        "Flux, Chroma, SD3, Qwen-Image, Lumina 2 and Z-Image work too, with the preset **instant**. Where model, "
-        "text encoder and VAE are files of their own, load them with the usual nodes.\n\nEmbeddings of one "
-        "family do not fit another.",
-        200,
-    )
     page.column("3  Segment")
     image = page.image()
     parts = page.segment(model, train, [image, 0])
-    page.column("4  Repaint")
-    mask = page.mask(parts, "wheel", grow=6, minimum_area=64)
-    page.column()
-    text = "an orange car with blue wheels"
-    result = page.repaint(model, [image, 0], mask, text, cfg=1.0, sampler_name="euler", scheduler="simple")
-    page.add("SaveImage", images=[result, 0], filename_prefix="slime_flow")
-    return page
-
-
-def vision_encoder() -> Page:
-    page = Page()
-    page.column("1  Example")
-    encoder = page.add("CLIPVisionLoader", clip_name=DINO)
-    painter = page.add("SLiMePartPainter", painting=painting())
-    page.column("2  Train")
-    train = page.add("SLiMeTrain", clip_vision=[encoder, 0], examples=[painter, 0], preset="instant")
-    page.note(
-        "A vision encoder needs no diffusion model: DINOv2 (its file goes to models/clip_vision), DINOv3 in newer "
-        "versions, SigLIP or CLIP.\n\nConnect *model*, *vae* and *clip* of a checkpoint as well, here and in *SLiMe "
-        "Segment*, and the features of both are used.",
-        200,
-    )
-    page.column("3  Segment")
-    other = page.image("Load Image: the image to segment")
-    parts = page.add("SLiMeSegment", clip_vision=[encoder, 0], embeddings=[train, 0], image=[other, 0])
     page.column("4  Use")
     page.mask(parts, "wheel")
     return page
@@ -525,12 +414,12 @@ def vision_encoder() -> Page:
 def prompt_a_part() -> Page:
     page = Page()
     page.column("1  Load")
-    model, embeddings = page.checkpoint(), page.load()
     page.note(
-        "Template 1 makes the file my_parts; press R so that it appears here.\n\nThe wheels are segmented while the "
-        "image is sampled, and from then on a prompt of their own applies to them.",
-        200,
+        f"{NEEDS} The wheels are segmented while the image is sampled; from then on a prompt of their own applies to "
+        "them; *SLiMe Guider Masks* shows where.",
+        150,
     )
+    model, embeddings = page.checkpoint(), page.load()
     page.column("2  Prompts")
     whole = page.add(
         "CLIPTextEncode", "Prompt of the whole image", text="a red car with blue windows on grass", clip=[model, 1]
@@ -563,8 +452,6 @@ def prompt_a_part() -> Page:
         latent_image=[latent, 0],
     )
     image = page.add("VAEDecode", samples=[sampled, 0], vae=[model, 2])
-    page.column("5  Result")
-    page.add("SLiMeGuiderMasks", guider=[guider, 0], latent=[sampled, 0])
     page.add("SaveImage", images=[image, 0], filename_prefix="slime_part_prompt")
     return page
 
@@ -572,20 +459,17 @@ def prompt_a_part() -> Page:
 REDRAW: dict[str, Any] = {"seed": 1, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.4}
 
 
-def redraw_prompts(page: Page, model: str) -> list[str]:
-    return [page.add("CLIPTextEncode", text=text, clip=[model, 1]) for text in ("an orange car with white wheels", "")]
-
-
 def sharpen_small_parts() -> Page:
     page = Page()
-    model, image, parts = find_in_one(
+    model, _, parts = find_in_one(
         page,
-        "Template 1 makes the file my_parts; press R so that it appears here.\n\nEvery wheel is cut out, redrawn at "
-        "the size the model was made for, and put back.",
-        180,
+        f"{NEEDS} Every wheel is cut out, redrawn at the size the model was made for, and put back. With the Impact "
+        "Pack: *SLiMe Parts to SEGS* and its *Detailer*.",
     )
     page.column("3  Prompts")
-    positive, negative = redraw_prompts(page, model)
+    positive, negative = (
+        page.add("CLIPTextEncode", text=text, clip=[model, 1]) for text in ("an orange car with white wheels", "")
+    )
     page.column("4  Redraw")
     drawn = page.add(
         "SLiMePartDetailer",
@@ -602,94 +486,18 @@ def sharpen_small_parts() -> Page:
     return page
 
 
-def impact_detailer() -> Page:
-    page = Page()
-    model, image, parts = find_in_one(
-        page,
-        "For users of the Impact Pack: its *Detailer (SEGS)* redraws the parts that SLiMe segments. Without that "
-        "pack use template 14.\n\nTemplate 1 makes the file my_parts; press R so that it appears here.",
-        180,
-    )
-    page.column("3  Prompts")
-    segs = page.add("SLiMePartSegs", parts=[parts, 0], minimum_area=64)
-    positive, negative = redraw_prompts(page, model)
-    page.column("4  Redraw")
-    drawn = page.add(
-        DETAILER,
-        image=[image, 0],
-        segs=[segs, 0],
-        model=[model, 0],
-        clip=[model, 1],
-        vae=[model, 2],
-        positive=[positive, 0],
-        negative=[negative, 0],
-        **REDRAW,
-    )
-    page.column("5  Result")
-    page.add("SaveImage", images=[drawn, 0], filename_prefix="slime_impact_detailer")
-    return page
-
-
-# The Impact Pack's node (7.10), which the server that writes these files does not have. Tested by hand with that pack.
-DETAILER = "DetailerForEach"
-FOREIGN = {
-    DETAILER: {
-        "input": {
-            "required": {
-                "image": ["IMAGE"],
-                "segs": ["SEGS"],
-                "model": ["MODEL"],
-                "clip": ["CLIP"],
-                "vae": ["VAE"],
-                "guide_size": ["FLOAT", {"default": 512}],
-                "guide_size_for": ["BOOLEAN", {"default": True}],
-                "max_size": ["FLOAT", {"default": 1024}],
-                "seed": ["INT", {"default": 0}],
-                "steps": ["INT", {"default": 20}],
-                "cfg": ["FLOAT", {"default": 8.0}],
-                "sampler_name": [["euler"]],
-                "scheduler": [["normal"]],
-                "positive": ["CONDITIONING"],
-                "negative": ["CONDITIONING"],
-                "denoise": ["FLOAT", {"default": 0.5}],
-                "feather": ["INT", {"default": 5}],
-                "noise_mask": ["BOOLEAN", {"default": True}],
-                "force_inpaint": ["BOOLEAN", {"default": True}],
-                "wildcard": ["STRING", {"default": "", "multiline": True}],
-                "cycle": ["INT", {"default": 1}],
-            },
-            "optional": {
-                "detailer_hook": ["DETAILER_HOOK"],
-                "inpaint_model": ["BOOLEAN", {"default": False}],
-                "noise_mask_feather": ["INT", {"default": 20}],
-                "scheduler_func_opt": ["SCHEDULER_FUNC"],
-            },
-        },
-        "output": ["IMAGE"],
-        "output_name": ["IMAGE"],
-        "pack": "comfyui-impact-pack",
-    }
-}
 SEED_OF_A_CAR = 4
-ENCODER = "11 With DINOv2 alone"  # not run here: there are no weights
-IMPACT = "15 Sharpen with the Impact Pack"  # not run here: the pack is not installed
-NOT_RUN = (ENCODER, IMPACT)
 WORKFLOWS: dict[str, Callable[[], Page]] = {
     "1 Paint parts and find them": paint_and_find,
-    "2 Teach with masks from Load Image": load_image_masks,
-    "3 Several examples": several_examples,
-    "4 Correct and teach again": correct_and_teach_again,
-    "5 Many images at once": many_images,
-    "6 Repaint one part": repaint_one_part,
-    "7 Repaint two parts": repaint_two_parts,
+    "2 Train on masks of several images": masks_of_several_images,
+    "3 Correct and train again": correct_and_train_again,
+    "4 Segment and label many images": many_images,
+    "5 Repaint a part": repaint_a_part,
+    "6 Prompt a part while sampling": prompt_a_part,
+    "7 Sharpen small parts": sharpen_small_parts,
     "8 Video": video,
-    "9 Check and share": check_and_share,
-    "10 With Flux or SD3": flow_model,
-    ENCODER: vision_encoder,
-    "12 Label a data set": label_images,
-    "13 Prompt a part while sampling": prompt_a_part,
-    "14 Sharpen small parts": sharpen_small_parts,
-    IMPACT: impact_detailer,
+    "9 Measure accuracy and share": measure_and_share,
+    "10 Flux and other models": flow_model,
 }
 
 
@@ -750,11 +558,8 @@ BLUEPRINTS = {
 def written(page: Page, info: dict[str, Any]) -> dict[str, Any]:
     """Return the page as ComfyUI saves workflows."""
     made = {name: definition(**described, object_info=info) for name, described in page.subgraphs.items()}
-    info = info | FOREIGN
     workflow = to_editor(page.prompt, page.layout, info, page.notes, page.titles, page.boxes(), made)
     for node in workflow["nodes"]:
-        if node["type"] in FOREIGN:
-            node["properties"]["cnr_id"] = FOREIGN[node["type"]]["pack"]
         for file in set(DOWNLOADS) & {value for value in node.get("widgets_values", []) if isinstance(value, str)}:
             url, folder = DOWNLOADS[file]
             node["properties"]["models"] = [{"name": file, "url": url, "directory": folder}]
@@ -782,9 +587,7 @@ def main() -> None:
             text = json.dumps(blueprint(name, **describe(), object_info=info), indent=1)
             (SUBGRAPHS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         if options.pictures:
-            stories = results(server, [name for name in WORKFLOWS if name not in NOT_RUN])
-            stories |= dict.fromkeys(NOT_RUN, [painted_sample()])
-            for name, pictures in stories.items():
+            for name, pictures in results(server, list(WORKFLOWS)).items():
                 thumbnail(pictures).save(FOLDER / f"{name}.jpg", quality=85)
 
 

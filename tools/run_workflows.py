@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps
 from safetensors.torch import save_file
 
+from testing.browser import CHROMIUM, FLAGS, Canvas
 from testing.server import MODEL, ComfyServer
 from testing.tiny.weights import flow_checkpoint
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
@@ -22,6 +22,7 @@ FIRST = "1 Paint parts and find them"
 EMBEDDINGS = "my_parts.safetensors"
 SIDE = 256  # side of the images that the tiny model samples
 THUMBNAIL = 480
+DARK = (24, 24, 28)
 
 
 def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
@@ -63,8 +64,12 @@ def learn_parts(server: ComfyServer, **settings: Any) -> Path:
     return server.base / "models" / "slime" / EMBEDDINGS
 
 
+# Where the tiny model cannot show what an edit does, the nodes that do it are shown instead.
+SHOWN_AS_NODES = {"5 Repaint a part": ["Repaint part"], "6 Prompt a part while sampling": ["PartPrompt", "PartGuider"]}
+
+
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
-    """Run every workflow and return its images, one per node: the examples, the images to segment, the results."""
+    """Run every workflow and return its images: the examples, the images to segment, the results."""
     learn_parts(server)
     found: dict[str, list[Image.Image]] = {}
     for name in names:
@@ -72,27 +77,60 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
         for node in prompt.values():
             if node["class_type"] == "SLiMeSaveEmbeddings":
                 node["inputs"]["filename"] = "for_the_picture"
-        before = [painted_sample(), *without_prompts(server, prompt)] if find_all(prompt, "SLiMePartPrompt") else []
         outputs = server.run(prompt, 1800)
         taught = {tuple(n["inputs"]["image"]) for n in prompt.values() if n["class_type"] == "SLiMeExample"}
-        found[name] = before
+        batch = "ImageBatch" in {node["class_type"] for node in prompt.values()}
+        found[name] = [] if find_all(prompt, "LoadImage") or find_all(prompt, "LoadVideo") else [painted_sample()]
         for node_id, node in prompt.items():
-            shown = pictures(server, outputs.get(node_id, {}))[:1]
+            shown = pictures(server, outputs.get(node_id, {}))[: 2 if batch else 1]
+            if name in SHOWN_AS_NODES and node["class_type"] == "SaveImage" or batch and "Mask" in node["class_type"]:
+                shown = []
             if node["class_type"] == "SLiMePartPainter" and node["inputs"]["painting"]:
                 shown = [painted_sample()]
             if node["class_type"] == "LoadImage" and (node_id, 0) not in taught:
                 shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
             found[name] += shown
+    for name, nodes in node_pictures(server).items():
+        found[name] += nodes
     return found
 
 
-def without_prompts(server: ComfyServer, prompt: Prompt) -> list[Image.Image]:
-    """Return the images that are sampled if no part has a prompt of its own."""
-    plain = copy.deepcopy(prompt)
-    for node in find_all(plain, "SLiMePartPrompt"):
-        plain[node]["inputs"]["strength"] = 0.0
-    outputs = server.run(plain, 1800)
-    return [image for node in find_all(plain, "SaveImage") for image in pictures(server, outputs[node])]
+def node_pictures(server: ComfyServer) -> dict[str, list[Image.Image]]:
+    """Return pictures of the nodes of SHOWN_AS_NODES, as the classic canvas draws them."""
+    from playwright.sync_api import sync_playwright
+
+    server.post("/settings/Comfy.TutorialCompleted", True)
+    server.post("/settings/Comfy.VueNodes.Enabled", False)
+    with sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        canvas = Canvas(browser.new_page(viewport={"width": 1500, "height": 1000}), server, "classic").open()
+        found = {name: [node_picture(canvas, name, kind) for kind in kinds] for name, kinds in SHOWN_AS_NODES.items()}
+        browser.close()
+    return found
+
+
+def node_picture(canvas: Canvas, name: str, kind: str) -> Image.Image:
+    """Return a picture of the first node whose type or title ends with ``kind``."""
+    canvas.load(load_workflow(name))
+    canvas.page.wait_for_timeout(1000)
+    canvas.page.keyboard.press("Escape")  # the offer to download the checkpoint
+    x, y, width, height = canvas.js(
+        """kind => {
+            const node = app.graph.nodes.find(node => node.type.endsWith(kind) || node.title.endsWith(kind));
+            app.canvas.ds.scale = 1.2;
+            app.canvas.ds.offset = [300 - node.pos[0], 200 - node.pos[1]];
+            app.graph.nodes.filter(other => other !== node).forEach(other => (other.pos = [5000, 5000]));
+            app.graph.links.clear?.();
+            app.graph.groups.length = 0;
+            app.canvas.setDirty(true, true);
+            const [left, top] = app.canvas.convertOffsetToCanvas([node.pos[0] - 10, node.pos[1] - 40]);
+            return [left, top, 1.2 * (node.size[0] + 20), 1.2 * (node.size[1] + 50)];
+        }""",
+        kind,
+    )
+    canvas.page.wait_for_timeout(500)
+    data = canvas.page.screenshot(clip={"x": x, "y": y, "width": width, "height": height})
+    return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def find_all(prompt: Prompt, kind: str) -> list[str]:
@@ -117,11 +155,12 @@ def pictures(server: ComfyServer, output: dict[str, Any]) -> list[Image.Image]:
 def thumbnail(story: Sequence[Image.Image]) -> Image.Image:
     """Return the last four images as a square, row by row; of three, the last is as wide as two."""
     shown, half = list(story)[-4:], THUMBNAIL // 2
-    page = Image.new("RGB", (THUMBNAIL, THUMBNAIL), (24, 24, 28))
+    page = Image.new("RGB", (THUMBNAIL, THUMBNAIL), DARK)
     for index, image in enumerate(shown):
         alone = index == len(shown) - 1 and index % 2 == 0
         size = (THUMBNAIL if alone else half - 2, half - 2 if len(shown) > 2 else THUMBNAIL)
-        page.paste(
-            ImageOps.fit(image, size, Image.Resampling.LANCZOS), (index % 2 * (half + 2), index // 2 * (half + 2))
-        )
+        # Pictures are cut to the cell; tables and nodes are shown whole.
+        square = 0.9 < image.width / image.height < 1.1
+        fitted = ImageOps.fit(image, size) if square else ImageOps.pad(image, size, color=DARK)
+        page.paste(fitted, (index % 2 * (half + 2), index // 2 * (half + 2)))
     return page

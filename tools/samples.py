@@ -18,10 +18,10 @@ PICTURES = FOLDER / "pictures"
 SIDE, DOMAIN = 512, "car"
 PAINTED = ("wheel", "window", "body")
 TEACH, FIND, FIND_TOO = "slime_teach.jpg", "slime_find.jpg", "slime_find_2.jpg"
-WHEELS = ("slime_wheels_1.webp", "slime_wheels_2.webp", "slime_wheels_3.webp")
+WHEELS = ("slime_wheels_1.webp", "slime_wheels_2.webp")
 TESTED = "slime_test.webp"
 CLIP, FRAMES = "slime_car.mp4", 12
-SCENES = {TEACH: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, WHEELS[2]: 54, TESTED: 55}
+SCENES = {TEACH: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, TESTED: 55}
 
 
 def sample(file: str) -> scenes.Scene:
@@ -57,7 +57,8 @@ def write_clip() -> None:
             file.mux(packet)
 
 
-def _painted_labels() -> np.ndarray:
+def painted_labels() -> np.ndarray:
+    """Return the label map of the first image, with the parts that are painted."""
     scene = sample(TEACH)
     labels = np.zeros_like(scene.labels)
     for label, name in enumerate(PAINTED, start=1):
@@ -67,13 +68,13 @@ def _painted_labels() -> np.ndarray:
 
 def painted_sample() -> Image.Image:
     """Return the first image as the painter shows it."""
-    tinted = overlay(sample(TEACH).image, _painted_labels(), default_palette(len(PAINTED)), PAINTED)
+    tinted = overlay(sample(TEACH).image, painted_labels(), default_palette(len(PAINTED)), PAINTED)
     return Image.fromarray(tinted)
 
 
 def painting() -> str:
     """Return the text that SLiMe Part Painter saves when the parts of the first image are painted."""
-    labels = _painted_labels()
+    labels = painted_labels()
     colors = default_palette(len(PAINTED))
     saved = {
         "version": 1,

@@ -13,7 +13,7 @@ import pytest
 
 from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all, train_briefly
 from testing.workflows import find, load_workflow
-from tools.make_workflows import BLUEPRINTS, DETAILER, IMPACT, NOT_RUN, WORKFLOWS
+from tools.make_workflows import BLUEPRINTS, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
 
 pytestmark = NEEDED
@@ -98,7 +98,7 @@ def test_names_are_chosen(canvas) -> None:
     assert not any("known names" in node["inputs"] for node in sent.values())
     canvas.shot("names")
     shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
-    canvas.load(load_workflow("6 Repaint one part"))  # names from a file
+    canvas.load(load_workflow("5 Repaint a part"))  # names from a file
     canvas.page.wait_for_timeout(1500)
     assert chips.all_text_contents() == ["wheel", "window", "body", "background"]
     canvas.page.keyboard.press("Escape")
@@ -132,11 +132,11 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     open_template(canvas, name)
     # Newer versions mark nodes whose checkpoint or picture is missing; a node of an unknown type is another thing.
     unknown = "() => app.graph.nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])"
-    assert canvas.js(unknown) == ([DETAILER] if name == IMPACT else [])
+    assert canvas.js(unknown) == []
     show_all(canvas, f"{name}_before")
     assert overlaps(canvas) == []
     # Both canvases open every template; one of them runs it.
-    if name in NOT_RUN or list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
+    if list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
         return
     fill_in(canvas, prepare(canvas.server, name))
     train_briefly(canvas)

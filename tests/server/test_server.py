@@ -26,14 +26,14 @@ from testing.browser import CHROMIUM
 from testing.server import MODEL, ComfyServer, WorkflowFailed
 from testing.toy import all_vectors
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
-from tools.make_workflows import BLUEPRINTS, NOT_RUN, WORKFLOWS, written
+from tools.make_workflows import BLUEPRINTS, MOST, WORKFLOWS, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
 SHOTS, TESTS = 4, 6
 PINNED = "0.3.75"
-WITH_MASKS = "2 Teach with masks from Load Image"
+WITH_MASKS = "2 Train on masks of several images"
 
 
 @pytest.fixture(scope="module")
@@ -285,16 +285,17 @@ async def saw_progress(server, node: str, step: int, with_preview: bool = True) 
 def test_an_interrupted_sampling_with_parts_leaves_all_as_it_was(server, file_to_load) -> None:
     """Also one that ended: the next KSampler's pixels are what they were."""
     before = sample(server)
-    prompt = prepare(server, "13 Prompt a part while sampling", steps=400)
+    prompt = prepare(server, "6 Prompt a part while sampling", steps=400)
     prompt_id, sampler = server.queue(prompt), find(prompt, "SamplerCustomAdvanced")
     assert asyncio.run(asyncio.wait_for(saw_progress(server, sampler, 40, with_preview=False), 120))
     server.interrupt()
     entry = server.wait(prompt_id, 60)
     assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
     assert np.array_equal(sample(server), before)
-    prompt = prepare(server, "13 Prompt a part while sampling", steps=6)
-    outputs = server.run(prompt)
-    masks = pictures(server, outputs[find(prompt, "SLiMeGuiderMasks")])
+    prompt = prepare(server, "6 Prompt a part while sampling", steps=6)
+    builder, guider = PromptBuilder(prompt), find(prompt, "SLiMePartGuider")
+    shown = builder.add("SLiMeGuiderMasks", guider=[guider, 0], latent=[find(prompt, "SamplerCustomAdvanced"), 0])
+    masks = pictures(server, server.run(builder.prompt)[shown])
     assert masks and np.asarray(masks[0]).any()
     assert np.array_equal(sample(server), before)
 
@@ -324,7 +325,7 @@ def test_lora_is_respected(server, shots, learned) -> None:
 
 
 def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scenes) -> None:
-    prompt = to_api(load_workflow("6 Repaint one part"), server.get("/object_info"))
+    prompt = to_api(load_workflow("5 Repaint a part"), server.get("/object_info"))
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = MODEL.name
     prompt[find(prompt, "SLiMeLoadEmbeddings")]["inputs"]["filename"] = "learned.safetensors"
     prompt[find(prompt, "LoadImage")]["inputs"]["image"] = tests_scenes[1][0]
@@ -353,7 +354,7 @@ def file_to_load(server, learned):
 
 
 @pytest.mark.skipif(CHROMIUM is not None, reason="tests/browser/test_templates.py runs them in the page")
-@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name not in (WITH_MASKS, *NOT_RUN)])
+@pytest.mark.parametrize("name", [name for name in WORKFLOWS if name != WITH_MASKS])
 def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     """From its JSON, with the demo's checkpoint, pictures and names in it; it has notes and shows a picture."""
     assert any(node["type"] == "MarkdownNote" for node in load_workflow(name)["nodes"])
@@ -390,6 +391,9 @@ def test_workflow_files_are_what_the_schemas_give(server) -> None:
     for name, make in WORKFLOWS.items():
         assert written(make(), info) == load_workflow(name), name
         assert (FOLDER / f"{name}.jpg").stat().st_size < 60_000
+        nodes = load_workflow(name)["nodes"]
+        assert max(node["pos"][0] + node["size"][0] for node in nodes) <= MOST[0], name
+        assert max(node["pos"][1] + node["size"][1] for node in nodes) <= MOST[1], name
     assert {path.stem for path in FOLDER.glob("*.json")} == set(WORKFLOWS)
     listed = {entry["name"] for entry in server.get("/global_subgraphs").values()}
     assert set(BLUEPRINTS) <= listed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 
+import pytest
 import torch
 
 from slime import preset, train
@@ -58,6 +59,18 @@ def test_a_correction_extracts_nothing_unless_views_are_recoloured() -> None:
     assert learned(known, [corrected], recolor=1.0)[1] == 11
     sided = Example.from_label_map(one.image, one.labels, ("left wheel", "b"))
     assert learned(known, [sided])[1] == 12, "views that may not be mirrored are others"
+
+
+def test_a_run_that_was_stopped_does_not_repeat_its_views() -> None:
+    known, example = Known(), toy_example(0)
+
+    def stop(report) -> None:
+        if report.stage == "features" and report.step >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(known, [example], preset("instant", views=12, steps=5, recolor=0.0), on_step=stop)
+    assert learned(known, [example])[1] <= 8
 
 
 def test_another_state_setting_or_image_is_looked_at_anew() -> None:
