@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,49 +63,52 @@ def run(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("slime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, work, add_arguments, about in (
+        ("train", _train, _add_train, "Train parts on labelled images."),
+        ("segment", _segment, _add_segment, "Segment trained parts in many images."),
+        ("evaluate", _evaluate, _add_evaluate, "Compare with labelled images."),
+        ("info", _info, _add_info, "Describe an embeddings file."),
+    ):
+        command = commands.add_parser(name, help=about, description=about)
+        command.set_defaults(run=work)
+        add_arguments(command)
+    return parser
 
-    def command(name: str, work: Callable[[argparse.Namespace], None], about: str) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=about, description=about)
-        made.set_defaults(run=work)
-        return made
 
-    train_command = command("train", _train, "Train parts on labelled images.")
-    _model(train_command)
-    train_command.add_argument(
-        "--examples", required=True, help="COCO or Label Studio .json, or a folder with names.txt"
-    )
-    train_command.add_argument(
-        "--parts", nargs="+", default=(), help="part names, in order; default: all in the examples"
-    )
-    train_command.add_argument("--shots", type=_count, default=0, help="number of images to train on; 0 for all")
-    train_command.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
-    train_command.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
-    train_command.add_argument("--overwrite", action="store_true", help="replace the output file")
-    train_command.add_argument("--preset", choices=("instant", "paper"), default="instant")
-    train_command.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    parser.add_argument("--examples", required=True, help="COCO or Label Studio .json, or a folder with names.txt")
+    parser.add_argument("--parts", nargs="+", default=(), help="part names, in order; default: all in the examples")
+    parser.add_argument("--shots", type=_count, default=0, help="number of images to train on; 0 for all")
+    parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output file")
+    parser.add_argument("--preset", choices=("instant", "paper"), default="instant")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="settings of the preset")
 
-    segment_command = command("segment", _segment, "Segment trained parts in many images.")
-    _model(segment_command)
-    _segmenting(segment_command)
-    segment_command.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
-    segment_command.add_argument("--output", required=True, help="folder; a stopped run is resumed")
-    segment_command.add_argument(
+
+def _add_segment(parser: argparse.ArgumentParser) -> None:
+    _model(parser)
+    _segmenting(parser)
+    parser.add_argument("input", help="folder, 'pattern', .txt list, COCO .json, .tar or .parquet")
+    parser.add_argument("--output", required=True, help="folder; a stopped run is resumed")
+    parser.add_argument(
         "--format", choices=(*FORMATS, "jsonl"), nargs="+", default=["label-map"], help="with --ray: parquet or jsonl"
     )
-    segment_command.add_argument("--limit", type=_count, default=0, help="largest number of images; 0 for all")
-    segment_command.add_argument(
+    parser.add_argument("--limit", type=_count, default=0, help="largest number of images; 0 for all")
+    parser.add_argument(
         "--shard", type=_shard, default=(0, 1), metavar="I/N", help="the I-th of N equal shares, from 0"
     )
-    segment_command.add_argument(
+    parser.add_argument(
         "--workers", type=_positive, default=max(1, (os.cpu_count() or 2) // 2), help="threads to load, and to write"
     )
-    segment_command.add_argument(
+    parser.add_argument(
         "--ray", nargs="?", const="", metavar="ADDRESS", help="on a Ray cluster, or one on this machine"
     )
-    segment_command.add_argument("--actors", type=_positive, default=1, help="with --ray: number of models")
-    segment_command.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs per model")
-    segment_command.add_argument("--order", choices=("uncertain",), help="write order.txt: the lowest confidence first")
-    segment_command.add_argument(
+    parser.add_argument("--actors", type=_positive, default=1, help="with --ray: number of models")
+    parser.add_argument("--gpus", type=float, default=0, help="with --ray: GPUs per model")
+    parser.add_argument("--order", choices=("uncertain",), help="write order.txt: the lowest confidence first")
+    parser.add_argument(
         "--review",
         type=_count,
         default=0,
@@ -113,19 +116,18 @@ def _parser() -> argparse.ArgumentParser:
         help="write review.html with the N images of the lowest confidence",
     )
 
-    evaluate_command = command("evaluate", _evaluate, "Compare with labelled images.")
-    _model(evaluate_command, required=False)
-    _segmenting(evaluate_command, required=False)
-    evaluate_command.add_argument("ground_truth", help="COCO or Label Studio .json, or a folder with names.txt")
-    evaluate_command.add_argument(
-        "--labels", help="labels to evaluate, in any of these forms, instead of a model and embeddings"
-    )
-    evaluate_command.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
-    evaluate_command.add_argument("--json", type=Path, help="also write the figures to this file")
 
-    info_command = command("info", _info, "Describe an embeddings file.")
-    info_command.add_argument("embeddings", type=Path)
-    return parser
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    _model(parser, required=False)
+    _segmenting(parser, required=False)
+    parser.add_argument("ground_truth", help="COCO or Label Studio .json, or a folder with names.txt")
+    parser.add_argument("--labels", help="labels to evaluate, in any of these forms, instead of a model and embeddings")
+    parser.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+
+
+def _add_info(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("embeddings", type=Path)
 
 
 def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -118,79 +118,91 @@ def segment_images(
         workers: threads that load, and as many that write.
         on_done: called with the number of images that are done since the last call, failed ones included.
     """
-
-    def load(image: SourceImage) -> Loaded:
-        try:
-            data = image.read()
-        except (ValueError, TypeError) as error:  # a name that no file has, or a cell that holds no bytes
-            raise SlimeError(f"{image.name} cannot be read ({error}).") from error
-        return engine.load(image.name, data)
-
-    def wanted() -> Iterator[SourceImage]:
-        for image in source:
-            if image.name in run_log.done:
-                on_done(1)
-            elif leads_outside(image.name):
-                fail(image.name, SlimeError("its name leads outside the output folder"))
-            else:
-                yield image
-
-    def fail(name: str, reason: Exception) -> None:
-        logger.warning("SLiMe: %s: %s", name, reason)
-        run_log.fail(name, str(reason), again=isinstance(reason, OSError))
-        on_done(1)
-
-    def write(finish: Callable[[], SegmentedImage]) -> Record:
-        segmented = finish()
-        for output in outputs:
-            output.write(segmented.record, segmented.labels)
-        return segmented.record
-
     with _threads(workers) as loaders, _threads(workers) as writers:
-        written: deque[list[tuple[str, Future[Record]]]] = deque()
-
-        def settle(keep: int) -> None:
-            """Wait for written batches until at most ``keep`` are left."""
-            while len(written) > keep:
-                records = []
-                for name, future in written.popleft():
-                    try:
-                        records.append(future.result())
-                    except (SlimeError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-                        fail(name, SlimeError(str(error)))
-                run_log.write(records)
-                on_done(len(records))
-
-        def look(batch: list[Loaded]) -> None:
-            try:
-                finishers = engine.segment(batch)
-            except SlimeError as error:
-                if len(batch) > 1:  # one image must not cost the others
-                    for one in batch:
-                        look([one])
-                else:
-                    fail(batch[0].name, error)
-                return
-            pairs = zip(batch, finishers, strict=True)
-            written.append([(one.name, writers.submit(write, finish)) for one, finish in pairs])
-            settle(HELD)
-
-        buckets: dict[tuple[int, ...], list[Loaded]] = {}
-        for name, future in _ahead(loaders, load, wanted(), HELD * workers):
+        run = _Run(engine, outputs, run_log, on_done, writers)
+        buckets: dict[tuple[int, ...], list[Loaded]] = {}  # by working size: images that share a pass
+        for name, future in _ahead(loaders, run.load, run.wanted(source), HELD * workers):
             try:
                 loaded = future.result()
             except (SlimeError, OSError) as error:
-                fail(name, error)
+                run.fail(name, error)
                 continue
             bucket = buckets.setdefault(loaded.size, [])
             bucket.append(loaded)
             if len(bucket) >= engine.batch(loaded.size):
-                look(buckets.pop(loaded.size))
+                run.segment(buckets.pop(loaded.size))
             elif sum(map(len, buckets.values())) >= HELD * engine.batch(loaded.size):
-                look(buckets.pop(max(buckets, key=lambda size: len(buckets[size]))))
+                run.segment(buckets.pop(max(buckets, key=lambda size: len(buckets[size]))))
         for bucket in buckets.values():
-            look(bucket)
-        settle(0)
+            run.segment(bucket)
+        run.settle(0)
+
+
+@dataclass
+class _Run:
+    """The steps of :func:`segment_images`, with the batches that are being written."""
+
+    engine: Engine
+    outputs: Sequence[Format]
+    run_log: RunLog
+    on_done: Callable[[int], None]
+    writers: ThreadPoolExecutor
+    written: deque[list[tuple[str, Future[Record]]]] = field(default_factory=deque)
+
+    def wanted(self, source: Iterable[SourceImage]) -> Iterator[SourceImage]:
+        """Yield the images that are not done and may be written."""
+        for image in source:
+            if image.name in self.run_log.done:
+                self.on_done(1)
+            elif leads_outside(image.name):
+                self.fail(image.name, SlimeError("its name leads outside the output folder"))
+            else:
+                yield image
+
+    def load(self, image: SourceImage) -> Loaded:
+        try:
+            data = image.read()
+        except (ValueError, TypeError) as error:  # a name that no file has, or a cell that holds no bytes
+            raise SlimeError(f"{image.name} cannot be read ({error}).") from error
+        return self.engine.load(image.name, data)
+
+    def segment(self, batch: list[Loaded]) -> None:
+        """Run one pass, or one for each image if that fails, and begin to write the results."""
+        try:
+            finishers = self.engine.segment(batch)
+        except SlimeError as error:
+            if len(batch) > 1:  # one image must not cost the others
+                for image in batch:
+                    self.segment([image])
+            else:
+                self.fail(batch[0].name, error)
+            return
+        pairs = zip(batch, finishers, strict=True)
+        self.written.append([(image.name, self.writers.submit(self.write, finish)) for image, finish in pairs])
+        self.settle(HELD)
+
+    def write(self, finish: Callable[[], SegmentedImage]) -> Record:
+        segmented = finish()
+        for output in self.outputs:
+            output.write(segmented.record, segmented.labels)
+        return segmented.record
+
+    def settle(self, keep: int) -> None:
+        """Wait for written batches until at most ``keep`` are left, and log them."""
+        while len(self.written) > keep:
+            records = []
+            for name, future in self.written.popleft():
+                try:
+                    records.append(future.result())
+                except (SlimeError, FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+                    self.fail(name, SlimeError(str(error)))
+            self.run_log.write(records)
+            self.on_done(len(records))
+
+    def fail(self, name: str, reason: Exception) -> None:
+        logger.warning("SLiMe: %s: %s", name, reason)
+        self.run_log.fail(name, str(reason), again=isinstance(reason, OSError))
+        self.on_done(1)
 
 
 @contextmanager
