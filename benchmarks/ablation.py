@@ -62,10 +62,10 @@ _READ: dict[str, Any] = {"linear": True, "segment": FAST}
 PAPER_TRAINING = {
     "paper, our decoder": Variant("paper", **_READ),
     "lr 0.01": Variant("paper", {"learning_rate": 0.01}, **_READ),
-    "no regulariser": Variant("paper", constants={"paper.train.GUARD_WEIGHT": 0.0}, **_READ),
-    "regulariser 0.05": Variant("paper", constants={"paper.train.GUARD_WEIGHT": 0.05}, **_READ),
+    "no regulariser": Variant("paper", constants={"paper.train.SD_WEIGHT": 0.0}, **_READ),
+    "regulariser 0.05": Variant("paper", constants={"paper.train.SD_WEIGHT": 0.05}, **_READ),
     "regulariser without guidance": Variant(
-        "paper", constants={"paper.train.GUARD_WEIGHT": 1.0, "paper.train.GUIDANCE": 1.0}, **_READ
+        "paper", constants={"paper.train.SD_WEIGHT": 1.0, "paper.train.GUIDANCE": 1.0}, **_READ
     ),
     "no WAS loss": Variant("paper", constants={"paper.train.WAS_WEIGHT": 0.0}, **_READ),
     "no augmentation": Variant("paper", {"crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),

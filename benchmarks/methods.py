@@ -54,7 +54,7 @@ class Variant:
         embeddings: fields of the embeddings.
         linear: decode any embeddings with :class:`slime.decode.linear.LinearDecoder`.
         segment: segmentation settings.
-        constants: values of constants by module and name, such as "paper.train.GUARD_WEIGHT".
+        constants: values of constants by module and name, such as "paper.train.SD_WEIGHT".
         official: changes to the steps of the official decoder, see :func:`.official_steps.label_maps`; None for none.
         bgr: exchange red and blue in images, as the official code gives them to the VAE.
     """
@@ -102,7 +102,7 @@ class Variant:
 
 @contextmanager
 def constants(values: Mapping[str, float]) -> Iterator[None]:
-    """Set constants of ``slime``, such as "paper.train.GUARD_WEIGHT", and restore them."""
+    """Set constants of ``slime``, such as "paper.train.SD_WEIGHT", and restore them."""
     with ExitStack() as stack:
         for path, value in values.items():
             module, _, name = path.rpartition(".")

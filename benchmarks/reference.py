@@ -88,7 +88,7 @@ class Reference:
         losses = {
             "ce": F.cross_entropy(cross[None], labels[None], weight=weights),
             "was": (self.parts + 1) * F.mse_loss(was, one_hot[0]),
-            "guard": 0.005 * F.mse_loss(prediction, noise),
+            "sd": 0.005 * F.mse_loss(prediction, noise),
         }
         found = self.infer(image)
         for part in labels.unique():  # the logged IoU of every class

@@ -186,7 +186,9 @@ def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
         if name in log.done or name in [record.name for record in records]:
             continue
         labels = maps.label_map[index].numpy()
-        record = record_of(name, labels, maps.pixels.coarse(slice(index, index + 1))[0], float(maps.confidence[index]))
+        record = record_of(
+            name, labels, maps.full_size.coarse(slice(index, index + 1))[0], float(maps.confidence[index])
+        )
         data, path = png(as_bytes(as_rgb(parts.images[index]))), output.place("images", name, ".png")
         if path.exists() and path.read_bytes() != data:
             raise SlimeError(f"{path} exists already and is another image. Choose another folder or file name.")

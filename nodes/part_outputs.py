@@ -108,7 +108,7 @@ class SLiMePartBoxes(io.ComfyNode):
     def execute(cls, parts: Parts, separate: bool = True, minimum_area: int = 16) -> io.NodeOutput:
         boxes = []
         for image, regions in enumerate(_regions(parts, separate, minimum_area)):
-            probabilities = parts.maps.pixels(slice(image, image + 1))[0]
+            probabilities = parts.maps.full_size(slice(image, image + 1))[0]
             boxes.append(
                 [
                     {
@@ -156,7 +156,7 @@ class SLiMePartSegs(io.ComfyNode):
         cls, parts: Parts, separate: bool = True, minimum_area: int = 16, crop_factor: float = 2.0
     ) -> io.NodeOutput:
         height, width = parts.images.shape[1:3]
-        segs, probabilities = [], parts.maps.pixels(slice(0, 1))[0]
+        segs, probabilities = [], parts.maps.full_size(slice(0, 1))[0]
         for region in _regions(parts, separate, minimum_area)[0]:
             box = (region.left, region.top, region.left + region.width, region.top + region.height)
             crop = crop_region(box, crop_factor, width, height)

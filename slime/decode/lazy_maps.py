@@ -17,7 +17,7 @@ from .zoom import Closeup, paste_closeups
 
 @dataclass(frozen=True)
 class LazyMaps:
-    """Part maps on their grid, with what it takes to bring them to full size; see :class:`slime.parts.maps.Pixels`.
+    """Part maps on their grid, with what it takes to bring them to full size; see :class:`slime.parts.maps.FullSize`.
 
     Attributes:
         images: [B, H, W, 3], as they were given.

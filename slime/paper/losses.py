@@ -19,7 +19,7 @@ def class_weights(labels: Tensor) -> Tensor:
     return torch.cat([torch.ones_like(counts[:1]), weights])
 
 
-def guard_loss(conditional: Tensor, unconditional: Tensor, noise: Tensor, guidance: float = 100.0) -> Tensor:
+def sd_loss(conditional: Tensor, unconditional: Tensor, noise: Tensor, guidance: float = 100.0) -> Tensor:
     """Return the "SD loss", MSE of the guided prediction and the noise: keeps the tokens from disturbing the UNet.
 
     The official code uses guidance 100 (src/stable_difusion.py), which this reproduces.

@@ -29,9 +29,9 @@ from ..training.progress import OnStep, StepReport, report_encoding
 from ..training.registry import Trainer
 from ..training.views import EncodedView, encode_all, encode_views, view_count
 from .decoder import PaperDecoder, official_maps, token_maps
-from .losses import class_weights, guard_loss
+from .losses import class_weights, sd_loss
 
-WAS_WEIGHT, GUARD_WEIGHT, GUIDANCE = 1.0, 0.005, 100.0  # the paper's alpha and beta, and the guidance in its "SD loss"
+WAS_WEIGHT, SD_WEIGHT, GUIDANCE = 1.0, 0.005, 100.0  # the paper's alpha and beta, and the guidance in its "SD loss"
 NOISE_RANGE = (5, 100)  # timesteps drawn, both included
 EVALUATION_STEPS = 10  # tokens are evaluated every so many steps
 GRADIENT_SCALE = 1024.0  # keeps small gradients of half-precision UNets from vanishing
@@ -47,7 +47,7 @@ _NO_MEMORY = (
 
 @dataclass
 class _PoolEntry:
-    """An encoded view with its noise, its timestep and, for the guard loss, its unconditional prediction."""
+    """An encoded view with its noise, its timestep and, for the SD loss, its unconditional prediction."""
 
     latents: Tensor
     noise: Tensor
@@ -212,7 +212,7 @@ class _Model:
         scores = mean_scores(capture, self._classes, entry.labels)
         losses = loss_terms(scores, capture, entry.labels)
         if predicted is not None and entry.unconditional is not None:
-            losses["guard"] = GUARD_WEIGHT * guard_loss(predicted, entry.unconditional, entry.noise, GUIDANCE)
+            losses["sd"] = SD_WEIGHT * sd_loss(predicted, entry.unconditional, entry.noise, GUIDANCE)
         return scores, losses
 
     def iou(self, entry: _PoolEntry) -> Tensor:

@@ -16,7 +16,7 @@ from .palette import Color
 FULL_SIZE_VALUES = 2**23  # of probabilities computed at once: 32 MB; filters take a multiple of it
 
 
-class Pixels(Protocol):
+class FullSize(Protocol):
     """Probabilities at full size, by slices of the batch."""
 
     @property
@@ -63,26 +63,26 @@ class PartMaps:
     """Result of segmentation.
 
     Attributes:
-        pixels: gives the probabilities; class 0 is the background, class k is ``names[k - 1]``.
+        full_size: gives the probabilities; class 0 is the background, class k is ``names[k - 1]``.
         names: part names.
         palette: one RGB colour per part.
         peaks: float32 [B, P], highest value of every part's map in every image, before refinement.
         example_confidence: mean of the ``peaks`` on the examples, 0 where unknown.
     """
 
-    pixels: Pixels
+    full_size: FullSize
     names: tuple[str, ...]
     palette: tuple[Color, ...]
     peaks: Tensor
     example_confidence: float = 0.0
 
     def __len__(self) -> int:
-        return self.pixels.shape[0]
+        return self.full_size.shape[0]
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
-        return self.pixels.shape[2], self.pixels.shape[3]
+        return self.full_size.shape[2], self.full_size.shape[3]
 
     @property
     def confidence(self) -> Tensor:
@@ -92,22 +92,22 @@ class PartMaps:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the batch with their probabilities [b, K, H, W], within a fixed memory."""
         for chunk in self._slices():
-            yield chunk, self.pixels(chunk)
+            yield chunk, self.full_size(chunk)
 
     def _slices(self) -> Iterator[slice]:
-        count, classes, height, width = self.pixels.shape
+        count, classes, height, width = self.full_size.shape
         size = max(1, FULL_SIZE_VALUES // (classes * height * width))
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     @property
     def probabilities(self) -> Tensor:
         """float32 [B, K, H, W], all at once: for small batches."""
-        return self.pixels(slice(0, len(self)))
+        return self.full_size(slice(0, len(self)))
 
     @cached_property
     def label_map(self) -> Tensor:
         """uint8 [B, H, W]: the most probable class of every pixel."""
         labels = torch.empty(len(self), *self.size, dtype=torch.uint8)
         for chunk in self._slices():
-            labels[chunk] = self.pixels.labels(chunk)
+            labels[chunk] = self.full_size.labels(chunk)
         return labels

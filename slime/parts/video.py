@@ -30,7 +30,7 @@ def smooth_video_parts(maps: PartMaps, frames: Tensor, strength: float = 0.7) ->
     weights, before = strength * stillness(frames), maps.probabilities
     forward = _average(before, weights, range(1, len(frames)), -1)
     backward = _average(before, weights, range(len(frames) - 2, -1, -1), 1)
-    return replace(maps, pixels=DenseMaps(0.5 * (forward + backward)))
+    return replace(maps, full_size=DenseMaps(0.5 * (forward + backward)))
 
 
 def stillness(frames: Tensor) -> Tensor:

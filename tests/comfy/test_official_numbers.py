@@ -13,8 +13,8 @@ from slime.backbones.sd_unet import PAPER_LAYERS
 from slime.backbones.text import Capture, Context, add_noise
 from slime.images import resize_maps
 from slime.paper.decoder import official_maps, token_maps
-from slime.paper.losses import guard_loss
-from slime.paper.train import GUARD_WEIGHT, GUIDANCE, _was_maps, loss_terms, mean_scores, part_prompt
+from slime.paper.losses import sd_loss
+from slime.paper.train import SD_WEIGHT, GUIDANCE, _was_maps, loss_terms, mean_scores, part_prompt
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 from tools.official_numbers import SIDE, STRIDE, TARGET, TEST_TIMESTEP, TIMESTEP
@@ -54,15 +54,15 @@ def test_a_step_of_the_paper_is_the_official_codes(replay) -> None:
         capture, predicted = look(rows, TIMESTEP)
         scores = mean_scores(capture, len(rows) + 1, labels)
         terms = loss_terms(scores, capture, labels)
-        guard = guard_loss(predicted, unconditional.clone(), noise, GUIDANCE)
-        loss = sum(terms.values()) + GUARD_WEIGHT * guard
+        sd = sd_loss(predicted, unconditional.clone(), noise, GUIDANCE)
+        loss = sum(terms.values()) + SD_WEIGHT * sd
         loss.backward()
         was = _was_maps(capture, scores.softmax(1))
     cross, steps = official["cross"].float(), official["losses"]
     assert (scores[0] - cross).abs().max() < 2e-3 * cross.abs().max()
     assert (was[0] - official["was"].float()).abs().max() < 2e-3
     for name, ours, theirs in zip(
-        ("CE", "WAS", "SD", "all"), (terms["ce"], terms["was"], guard, loss), steps, strict=True
+        ("CE", "WAS", "SD", "all"), (terms["ce"], terms["was"], sd, loss), steps, strict=True
     ):
         assert float(ours.detach()) == pytest.approx(float(theirs), rel=2e-3), name
     gradient, wanted = rows.grad.flatten(), official["gradient"].flatten()

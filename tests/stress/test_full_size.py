@@ -82,7 +82,7 @@ def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
         reports = []
         settings = preset("paper", sd15.info, views=1, steps=1, checkpointing=True)
         stepped = train(sd15, [example], settings, on_step=reports.append)
-    assert torch.isfinite(all_vectors(stepped)).all() and set(reports[-1].losses) == {"loss", "ce", "was", "guard"}
+    assert torch.isfinite(all_vectors(stepped)).all() and set(reports[-1].losses) == {"loss", "ce", "was", "sd"}
 
 
 def test_a_checkpoint_file_is_read_without_a_hub(sd15, sd15_file) -> None:

@@ -33,7 +33,7 @@ from slime.backbones.text import Capture, Context, add_noise
 from slime.images import resize_image, soft_labels
 from slime.paper import train as paper_train
 from slime.paper.decoder import official_maps, token_maps
-from slime.paper.losses import guard_loss
+from slime.paper.losses import sd_loss
 from slime.parts.metrics import evaluate
 from testing import scenes
 from testing.inprocess import load_flow
@@ -133,7 +133,7 @@ def test_the_reference_procedure_has_our_losses_and_maps() -> None:
     unconditional = toy.predict_noise(noisy, timestep, toy.encode_prompt(""), None)
     one_hot = torch.nn.functional.one_hot(labels, 3).movedim(-1, 0)[None].float()
     ours = paper_train.loss_terms(paper_train.mean_scores(capture, 3, one_hot), capture, one_hot)
-    ours["guard"] = paper_train.GUARD_WEIGHT * guard_loss(conditional, unconditional, noise)
+    ours["sd"] = paper_train.SD_WEIGHT * sd_loss(conditional, unconditional, noise)
     for name, value in ours.items():
         np.testing.assert_allclose(float(found.losses[name]), float(value.detach()), rtol=1e-3, err_msg=name)
     assert not torch.equal(reference.rows.detach(), rows) and found.labels.shape == (16, 16)

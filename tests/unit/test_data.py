@@ -864,6 +864,6 @@ def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path, m
     for path in ("../secret.json", str(tmp_path / "secret.json"), "none.json"):
         with pytest.raises(SlimeError, match="There is no"):
             load.execute(path, "", 1)
-    held = replace(maps, pixels=DenseMaps(maps.probabilities))
+    held = replace(maps, full_size=DenseMaps(maps.probabilities))
     export.execute(made(held, images), "coco", "held", "a")
     assert (tmp_path / "output" / "held" / "annotations.json").is_file(), "parts that are held at full size"

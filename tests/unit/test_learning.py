@@ -35,7 +35,7 @@ from slime.backbones.text import Capture
 from slime.decode.lazy_maps import LazyMaps
 from slime.edit import describe
 from slime.extraction import crop_boxes
-from slime.paper.losses import class_weights, guard_loss
+from slime.paper.losses import class_weights, sd_loss
 from slime.paper.train import loss_terms
 from slime.settings import DecodeSettings, ExtractionSettings
 from slime.training import losses
@@ -70,11 +70,11 @@ def test_cross_entropy_equals_torch_for_hard_labels() -> None:
     torch.testing.assert_close(weighted_cross_entropy(logits, soft, weights), F.cross_entropy(logits, hard, weights))
 
 
-def test_guard_is_the_papers_reformulation() -> None:
+def test_sd_loss_is_the_papers_reformulation() -> None:
     """0.005 MSE(u + 100 (c - u), eps) = 50 MSE(c, 0.99 u + 0.01 eps)."""
     c, u, eps = torch.randn(3, 1, 4, 8, 8)
     torch.testing.assert_close(
-        0.005 * guard_loss(c, u, eps), 50 * F.mse_loss(c, 0.99 * u + 0.01 * eps), rtol=1e-3, atol=1e-3
+        0.005 * sd_loss(c, u, eps), 50 * F.mse_loss(c, 0.99 * u + 0.01 * eps), rtol=1e-3, atol=1e-3
     )
 
 
@@ -114,7 +114,7 @@ def test_training_through_the_unet_lowers_the_loss_and_finds_the_parts() -> None
     settings = PaperSettings(steps=60, views=6, learning_rate=0.05)
     embeddings = train(toy, [toy_example(0)], settings, on_step=reports.append)
     steps = [r for r in reports if r.stage == "train"]
-    assert embeddings.mode == "context" and len(steps) == 60 and set(steps[0].losses) == {"loss", "ce", "was", "guard"}
+    assert embeddings.mode == "context" and len(steps) == 60 and set(steps[0].losses) == {"loss", "ce", "was", "sd"}
     assert np.mean([r.losses["ce"] for r in steps[-6:]]) < 0.8 * np.mean([r.losses["ce"] for r in steps[:6]])
     assert toy_score(embeddings, toy) > 0.5
     assert sum(r.preview is not None for r in steps) == 7
@@ -248,14 +248,14 @@ def test_part_maps_keep_small_maps_and_make_pixels_when_asked() -> None:
     embeddings = train(toy, [toy_example(0)], preset("instant", views=2))
     images = torch.stack([toy_example(i, 512, 512).image for i in range(4)])
     maps = segment(toy, images, embeddings)[0]
-    assert isinstance(maps.pixels, LazyMaps)
-    held = maps.pixels.maps.numel() + maps.peaks.numel()
-    assert held < 4 * 3 * 512 * 512 / 100 and maps.pixels.images.data_ptr() == images.data_ptr(), (
+    assert isinstance(maps.full_size, LazyMaps)
+    held = maps.full_size.maps.numel() + maps.peaks.numel()
+    assert held < 4 * 3 * 512 * 512 / 100 and maps.full_size.images.data_ptr() == images.data_ptr(), (
         "no copy of the images"
     )
     passes = toy.passes
     torch.testing.assert_close(torch.cat([c for _, c in maps.chunks()]), maps.probabilities)
-    torch.testing.assert_close(maps.pixels(slice(2, 3)), maps.probabilities[2:3])
+    torch.testing.assert_close(maps.full_size(slice(2, 3)), maps.probabilities[2:3])
     assert toy.passes == passes and torch.equal(maps.label_map, maps.probabilities.argmax(1).to(torch.uint8))
 
 
