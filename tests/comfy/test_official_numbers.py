@@ -14,7 +14,7 @@ from slime.backbones.text import Capture, Context, add_noise
 from slime.images import resize_maps
 from slime.paper.decoder import official_maps, token_maps
 from slime.paper.losses import sd_loss
-from slime.paper.train import SD_WEIGHT, GUIDANCE, _was_maps, loss_terms, mean_scores, part_prompt
+from slime.paper.train import GUIDANCE, SD_WEIGHT, _was_maps, loss_terms, mean_scores, part_prompt
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 from tools.official_numbers import SIDE, STRIDE, TARGET, TEST_TIMESTEP, TIMESTEP
