@@ -30,8 +30,8 @@ from testing import scenes
 from testing.recipes import PAPER_LAYERS
 from testing.tiny.weights import TESTBED
 
+from .feature_baselines import bilateral, pamr
 from .methods import Variant, remember, trained
-from .rivals import bilateral, pamr
 from .rows import Row, read_rows, say_row, say_table, write_rows
 from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
 

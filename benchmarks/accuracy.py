@@ -36,8 +36,8 @@ from slime.parts.palette import default_palette
 from testing import scenes
 from testing.tiny.weights import TESTBED
 
+from .feature_baselines import RULES
 from .methods import MODEL_FREE, EncodeOnce, Learn, Variant, assignments, make_methods, remember, trained
-from .rivals import RULES
 from .rows import Row, read_rows, say_table, write_rows
 from .sources import (
     DETAILS,
@@ -89,7 +89,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
     parser.add_argument("--style", choices=[s for s in scenes.STYLES if s != "ink"], default=scenes.NATURAL)
     parser.add_argument("--shots", nargs="+", type=int, default=[1, 5, 10])
-    parser.add_argument("--seeds", type=int, default=5, help="sets of teaching examples")
+    parser.add_argument("--seeds", type=int, default=5, help="sets of examples")
     parser.add_argument("--scenes", type=int, default=60, help="plain test scenes a domain; half as many of other sets")
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")

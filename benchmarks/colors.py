@@ -50,10 +50,10 @@ def striped(seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 def stripes(name: str, shots: int, seed: int, count: int) -> tuple[list[Example], np.ndarray, list[np.ndarray]]:
     """Return examples, test images, and their labels."""
-    taught = [striped(10_000 * (seed + 1) + index) for index in range(shots)]
+    labelled = [striped(10_000 * (seed + 1) + index) for index in range(shots)]
     examples = [
         Example.from_label_map(as_tensor([image])[0], torch.from_numpy(labels).long(), [name])
-        for image, labels in taught
+        for image, labels in labelled
     ]
     tests = [striped(index) for index in range(count)]
     return examples, np.stack([image for image, _ in tests]), [labels for _, labels in tests]

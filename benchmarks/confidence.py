@@ -49,7 +49,7 @@ def area_under_roc(positive: np.ndarray, negative: np.ndarray) -> float:
     return float(above + 0.5 * (positive[:, None] == negative[None]).mean())
 
 
-def look(backbone: Backbone, test: LabelledImages, embeddings: PartEmbeddings) -> PartMaps:
+def segment_at_once(backbone: Backbone, test: LabelledImages, embeddings: PartEmbeddings) -> PartMaps:
     with torch.inference_mode():
         return segment(backbone, as_tensor(test.images), embeddings)[0]
 
@@ -60,9 +60,9 @@ def figures(backbone: Backbone, task: Task, seed: int) -> dict[str, float]:
     here, other = task.tests["plain"], task.tests[OTHER]
     truth, classes = np.stack(here.truths), len(task.names) + 1
     raw = replace(embeddings, decoder=LinearDecoder())
-    found, foreign = look(backbone, here, embeddings), look(backbone, other, embeddings)
+    found, foreign = segment_at_once(backbone, here, embeddings), segment_at_once(backbone, other, embeddings)
     row = {"auc": area_under_roc(found.confidence.numpy(), foreign.confidence.numpy())}
-    for name, maps in (("calibration_error", found), ("uncalibrated_error", look(backbone, here, raw))):
+    for name, maps in (("calibration_error", found), ("uncalibrated_error", segment_at_once(backbone, here, raw))):
         best = maps.probabilities.max(1)
         row[name] = calibration_error(best.values.numpy().ravel(), (best.indices.numpy() == truth).ravel())
     for threshold in (0.0, *THRESHOLDS):

@@ -58,8 +58,8 @@ def main() -> None:
     rows, anew, again = [], [], []
     for domain in options.domains:
         shown = functools.partial(splits.example, domain, style=scenes.NATURAL)
-        first = shown(splits.TEACH)
-        pool = [shown(splits.TEACH + FIRST + index) for index in range(POOL)]
+        first = shown(splits.EXAMPLES)
+        pool = [shown(splits.EXAMPLES + FIRST + index) for index in range(POOL)]
         tested = [shown(splits.TEST + index) for index in range(options.scenes)]
         learned = learn(backbone, [first])
         with torch.inference_mode():
@@ -87,7 +87,7 @@ def main() -> None:
     sys.stdout.write(f"| **mean** | {' | '.join(f'{value:.3f}' for value in np.mean(rows, 0))} |\n")
     if again:
         sys.stdout.write(
-            f"\nTeaching again with one more example: {np.mean(again):.1f} s, all anew {np.mean(anew):.1f} s.\n"
+            f"\nTraining again with one more example: {np.mean(again):.1f} s, all anew {np.mean(anew):.1f} s.\n"
         )
 
 

@@ -65,7 +65,7 @@ def measure(name: str, models: Sequence[Any], repeats: int) -> Row:
     bare = [whole_pass(model) for model in models]
     turns: dict[str, Callable[[], object]] = {
         "encode": lambda: backbone.encode_images(images),
-        "look": lambda: backbone.extract(encoded, plan, noise),
+        "extract": lambda: backbone.extract(encoded, plan, noise),
         "bare": lambda: [run() for run in bare],
     }
     times: dict[str, list[float]] = {turn: [] for turn in turns}
@@ -76,7 +76,7 @@ def measure(name: str, models: Sequence[Any], repeats: int) -> Row:
             times[turn].append(time.perf_counter() - start)
     row: Row = {"model": name}
     row |= {turn: statistics.median(seen[1:]) / IMAGES for turn, seen in times.items()}  # the first warms up
-    for turn in ("look", "bare"):
+    for turn in ("extract", "bare"):
         with LiveBytes() as living:
             turns[turn]()
         row[f"{turn} bytes"] = living.peak / IMAGES
@@ -92,24 +92,24 @@ def main() -> None:
     rows: list[Row] = []
     with torch.inference_mode():
         unet, flow = load_backbone(MODEL), load_flow(FLOW)
-        looks = {"tiny UNet": [unet], "tiny flow transformer": [flow], "both": [unet, flow]}
+        combinations = {"tiny UNet": [unet], "tiny flow transformer": [flow], "both": [unet, flow]}
         if options.full:
             clip_vision = random_dinov2()
             adapter = importlib.import_module(f"{NAME}.nodes.comfy_vision")
-            looks["DINOv2-L"] = [adapter.ComfyVision(clip_vision)]
-            looks["tiny UNet and DINOv2-L"] = [unet, adapter.ComfyVision(clip_vision, unet.info.cell)]
-        for name, models in looks.items():
+            combinations["DINOv2-L"] = [adapter.ComfyVision(clip_vision)]
+            combinations["tiny UNet and DINOv2-L"] = [unet, adapter.ComfyVision(clip_vision, unet.info.cell)]
+        for name, models in combinations.items():
             rows.append(measure(name, models, options.repeats))
             say_row(rows[-1])
             write_rows(options.json, rows)
-    head = ["model", "encode", "look", "bare pass", "look / bare", "held by a look", "by a bare pass"]
+    head = ["model", "encode", "extract", "bare pass", "extract / bare", "memory of extract", "of a bare pass"]
     say_table(head, (_shown(row) for row in rows), "an image")
 
 
 def _shown(row: Row) -> list[str]:
-    times = [f"{1000 * row[name]:.0f} ms" for name in ("encode", "look", "bare")]
-    held = [f"{row[f'{name} bytes'] / 1e6:.0f} MB" for name in ("look", "bare")]
-    return [row["model"], *times, f"{row['look'] / row['bare']:.2f}", *held]
+    times = [f"{1000 * row[name]:.0f} ms" for name in ("encode", "extract", "bare")]
+    held = [f"{row[f'{name} bytes'] / 1e6:.0f} MB" for name in ("extract", "bare")]
+    return [row["model"], *times, f"{row['extract'] / row['bare']:.2f}", *held]
 
 
 if __name__ == "__main__":

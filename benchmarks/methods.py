@@ -32,8 +32,8 @@ from testing.recipes import PAPER_LAYERS, PAPER_OVERLAP, RECIPES
 from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
 
+from .feature_baselines import RULES, Bank, FeatureChoice, best_feature_choices
 from .official_steps import label_maps
-from .rivals import RULES, Bank, Sight, best_sights
 from .sources import as_tensor
 
 EMPTY: Mapping[str, Any] = {}
@@ -218,18 +218,18 @@ def compared(get_backbone: Callable[[], Any], style: str) -> dict[str, Learn]:
     kept: list[tuple[Bank, np.ndarray, dict[str, list[np.ndarray]]]] = []
 
     @functools.cache
-    def sights() -> dict[str, Sight]:
-        return best_sights(get_backbone(), style)
+    def feature_choices() -> dict[str, FeatureChoice]:
+        return best_feature_choices(get_backbone(), style)
 
     def find(bank: Bank, images: np.ndarray) -> dict[str, list[np.ndarray]]:
         if not (kept and kept[0][0] is bank and kept[0][1] is images):
-            wanted = list(sights().items())
+            wanted = list(feature_choices().items())
             kept[:] = [(bank, images, {pair[0]: m for pair, m in bank.find(as_tensor(images), wanted).items()})]
         return kept[0][2]
 
     def learn(rule: str, examples: Sequence[Example], seed: int, _validation: Sequence[Example] = ()) -> Predict:
         if not (banks and banks[0][0] is examples and banks[0][1] == seed):
-            chosen = list(dict.fromkeys(sights().values()))
+            chosen = list(dict.fromkeys(feature_choices().values()))
             banks[:] = [(examples, seed, Bank(get_backbone(), examples, chosen, seed))]
         bank = banks[0][2]
         return lambda images: find(bank, images)[rule]

@@ -29,7 +29,7 @@ from testing.tiny.weights import TESTBED
 from .sources import as_tensor
 
 ALONE = {"car": ("wheel", "light", "window"), "horse": ("tail", "leg"), "face": ("eye", "hair", "mouth")}
-SPLITS = {"validation": (splits.VALIDATION_TEACH, splits.VALIDATION), "test": (splits.TEACH, splits.TEST)}
+SPLITS = {"validation": (splits.VALIDATION_EXAMPLES, splits.VALIDATION), "test": (splits.EXAMPLES, splits.TEST)}
 ENOUGH = 40  # minimum pixels of every part in the example
 
 
@@ -40,7 +40,7 @@ def labels_of(scene: scenes.Scene, parts: tuple[str, ...]) -> np.ndarray:
     return labels
 
 
-def taught(domain: str, parts: tuple[str, ...], first: int) -> Example:
+def labelled(domain: str, parts: tuple[str, ...], first: int) -> Example:
     """Return the first scene that shows all these parts, as an example."""
     for seed in itertools.count(first):
         scene = scenes.render(domain, seed, style=scenes.NATURAL)
@@ -52,8 +52,8 @@ def taught(domain: str, parts: tuple[str, ...], first: int) -> Example:
 
 def measure(backbone: Backbone, domain: str, parts: tuple[str, ...], count: int, split: str) -> tuple[float, float]:
     """Return the part mIoU with the official rule and with ours."""
-    first_taught, first = SPLITS[split]
-    example = taught(domain, parts, first_taught)
+    first_example, first = SPLITS[split]
+    example = labelled(domain, parts, first_example)
     tested = [scenes.render(domain, first + index, style=scenes.NATURAL) for index in range(count)]
     images = torch.stack([as_tensor(scene.image) for scene in tested])
     truth = [labels_of(scene, parts) for scene in tested]
@@ -76,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     backbone = load_backbone(TESTBED)
     rows: list[tuple[float, float]] = []
-    sys.stdout.write("| taught | official rule | ours |\n|---|---|---|\n")
+    sys.stdout.write("| trained on | official rule | ours |\n|---|---|---|\n")
 
     def say(name: str, row: tuple[float, float]) -> None:
         sys.stdout.write(f"| {name} | {row[0]:.3f} | {row[1]:.3f} |\n")

@@ -63,9 +63,9 @@ class Timed:
 
 
 class Painting:
-    """ComfyUI's sampling with the tiny model; ``looking`` is the segmentation time of the last run in seconds."""
+    """ComfyUI's sampling with the tiny model; ``segmenting`` is the segmentation time of the last run in seconds."""
 
-    looking = 0.0
+    segmenting = 0.0
 
     def __init__(self, backbone: Any) -> None:
         import comfy.sample
@@ -146,7 +146,7 @@ def ways(
         guider = nodes["SLiMePartGuider"].execute(model, whole, painting.nothing, prompts, CFG).args[0]
         guider._segmenter = Timed(guider._segmenter)
         pixels = painting.paint(guider, seed)
-        painting.looking = guider._segmenter.seconds
+        painting.segmenting = guider._segmenter.seconds
         return pixels
 
     return {
@@ -161,15 +161,15 @@ def ways(
 def colors(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any], pictures: int, report: Any) -> None:
     """Report the rows of part prompts."""
     for domain, part in PARTS:
-        guide, teacher = files[domain]
+        guide, embeddings = files[domain]
         for seed in range(splits.TEST, splits.TEST + pictures):
             opened, full, color = captions(domain, part, seed)
             plain, mask, base = None, None, 1.0
             for name, paint in ways(painting, nodes, guide, part, opened, full).items():
-                start, painting.looking = time.perf_counter(), 0.0
+                start, painting.segmenting = time.perf_counter(), 0.0
                 pixels = paint(seed)
                 seconds = time.perf_counter() - start
-                found = part_masks(segment(painting.backbone, pixels, teacher)[0], [part])[0].numpy() > 0
+                found = part_masks(segment(painting.backbone, pixels, embeddings)[0], [part])[0].numpy() > 0
                 if plain is None:
                     plain, mask, base = pixels, found, seconds
                 assert mask is not None
@@ -178,13 +178,13 @@ def colors(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any
                 row: Row = {"way": name, "domain": domain, "part": part, "seed": seed, "asked": full}
                 row["colored"] = float(has_color(pixels, color)[found].mean()) if found.any() else None
                 row["changed"] = float(changed[elsewhere].mean())
-                report(row | {"time": seconds / base, "looking": painting.looking / seconds})
+                report(row | {"time": seconds / base, "segmenting": painting.segmenting / seconds})
 
 
 def details(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, Any], pictures: int, report: Any) -> None:
     """Report the rows of the detailer."""
     for domain, part in SMALL:
-        teacher = files[domain][1]
+        embeddings = files[domain][1]
         label = scenes.PARTS[domain].index(part) + 1
         for seed in range(splits.TEST, splits.TEST + pictures):
             scene = scenes.render(domain, seed, style="free")
@@ -195,7 +195,7 @@ def details(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, An
             small = torch.nn.functional.interpolate(sharp.movedim(-1, 1), scale_factor=0.25, mode="area")
             large = torch.nn.functional.interpolate(small, sharp.shape[1:3], mode="bicubic")
             blurred = large.clamp(0, 1).movedim(1, -1)
-            maps = segment(painting.backbone, blurred, teacher)[0]
+            maps = segment(painting.backbone, blurred, embeddings)[0]
             parts = importlib.import_module(f"{NAME}.nodes.common").Parts(maps, blurred)
             asked = painting.prompt(scene.caption)
             model, vae = painting.backbone.model, painting.backbone.vae
@@ -218,7 +218,7 @@ def details(painting: Painting, nodes: Mapping[str, Any], files: Mapping[str, An
                 .args[0]
             )
             for name, pixels in (("blurred", blurred), ("SLiMe Part Detailer", drawn), ("never blurred", sharp)):
-                found = part_masks(segment(painting.backbone, pixels, teacher)[0], [part])[0].numpy() > 0
+                found = part_masks(segment(painting.backbone, pixels, embeddings)[0], [part])[0].numpy() > 0
                 row: Row = {"way": name, "domain": domain, "part": part, "seed": seed}
                 row["iou"] = float((found & truth).sum() / (found | truth).sum())
                 edges = np.abs(np.stack([laplace(channel) for channel in pixels[0].movedim(-1, 0).numpy()]))
@@ -251,8 +251,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, quiet_nodes(Path(folder)) as nodes, torch.inference_mode():
         files = {}
         for domain in scenes.DOMAINS:
-            taught = [splits.example(domain, splits.TEACH + index, style="free") for index in range(11)]
-            files[domain] = [Variant("instant").fit(backbone, some, 0) for some in (taught[:1], taught[1:])]
+            labelled = [splits.example(domain, splits.EXAMPLES + index, style="free") for index in range(11)]
+            files[domain] = [Variant("instant").fit(backbone, some, 0) for some in (labelled[:1], labelled[1:])]
         painting = Painting(backbone)
         colors(painting, nodes, files, options.pictures, report)
         details(painting, nodes, files, options.pictures, report)
@@ -260,7 +260,7 @@ def main() -> None:
         "colored": "share of the part in the colour",
         "changed": "changed elsewhere",
         "time": "time",
-        "looking": "of it looking",
+        "segmenting": "of it segmenting",
     }
     table([row for row in rows if "colored" in row], heads, "a colour for one part")
     heads = {"iou": "IoU with the truth", "sharpness": "sharpness"}

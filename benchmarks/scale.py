@@ -57,7 +57,7 @@ def throughput(count: int, turns: int) -> list[Row]:
     backbone = load_backbone(MODEL)
     with torch.inference_mode():
         settings = preset("instant", backbone.info, views=8)
-        embeddings = train(backbone, [splits.example(DOMAIN, splits.TEACH)], settings)
+        embeddings = train(backbone, [splits.example(DOMAIN, splits.EXAMPLES)], settings)
     rendered = [scenes.render(DOMAIN, splits.TEST + index) for index in range(count)]
     tensors = [torch.from_numpy(scene.image)[None].float() / 255 for scene in rendered]
     plan = embeddings.extraction_spec().to(backbone.device)
@@ -117,7 +117,7 @@ def memory(counts: list[int]) -> list[Row]:
     settings = InstantSettings(views=2, steps=5, read_layers="block.1", propagate_layers="block.1")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         file = Path(folder) / "learned.safetensors"
-        save_embeddings(train(small_encoder(), [splits.example(DOMAIN, splits.TEACH)], settings), file)
+        save_embeddings(train(small_encoder(), [splits.example(DOMAIN, splits.EXAMPLES)], settings), file)
         for count in counts:
             start = time.perf_counter()
             line = [sys.executable, "-m", "benchmarks.scale", "--child", str(count), "--embeddings", str(file)]

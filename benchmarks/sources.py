@@ -61,7 +61,7 @@ def scene_task(
 
     There are ``count`` plain scenes, and half as many of every other set of ``SETS``. Domains are ``SCENE_DOMAINS``.
     """
-    teach = splits.VALIDATION_TEACH if split == "validation" else splits.TEACH
+    teach = splits.VALIDATION_EXAMPLES if split == "validation" else splits.EXAMPLES
     examples = tuple(scene_example(domain, teach + 100 * seed + i, style) for i in range(shots))
     return Task(domain, examples, {name: scene_set(domain, name, count, split, style) for name in sets})
 

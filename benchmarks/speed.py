@@ -75,7 +75,7 @@ class Bench:
         self.repeats, self.report, self.crops = repeats, report, crops
         self.side = backbone.info.side
         self.cells = self.side // backbone.info.cell
-        self.example = splits.example("car", splits.TEACH)
+        self.example = splits.example("car", splits.EXAMPLES)
         self.images = as_tensor(scene_set("car", "plain", 64, "test").images)
 
     def note(self, task: str, preset_name: str, **figures: Any) -> None:
@@ -293,7 +293,7 @@ class Bench:
 
     def examples(self) -> None:
         for count in (1, 5, 10):
-            examples = [splits.example("car", splits.TEACH + i) for i in range(count)]
+            examples = [splits.example("car", splits.EXAMPLES + i) for i in range(count)]
             settings = preset("instant", self.backbone.info, views=20, steps=20)
             ours = self.measure(partial(self.learn, settings, examples), once=True, count=True)
             self.row(f"learn from {count} examples, 20 views", "instant", ours, 20 * self.bare())

@@ -37,8 +37,8 @@ from testing.inprocess import load_backbone
 from testing.recipes import PAPER_LAYERS
 from testing.tiny.weights import TESTBED
 
+from .feature_baselines import Bank, FeatureChoice, best_feature_choices
 from .methods import Variant
-from .rivals import Bank, Sight, best_sights
 from .rows import Row, say_row, say_table, write_rows
 from .sources import as_tensor
 
@@ -105,11 +105,11 @@ def _image(scene: scenes.Scene) -> Tensor:
 
 
 def one_shot(
-    backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int, chosen: dict[str, Sight]
+    backbone: TextConditioned, domain: str, tests: Sequence[scenes.Scene], steps: int, chosen: dict[str, FeatureChoice]
 ) -> Row:
     """Measure the paper's recipe, and baselines that are not trained, with one example."""
     classes, truths = len(scenes.PARTS[domain]) + 1, [scene.labels for scene in tests]
-    example = splits.example(domain, splits.VALIDATION_TEACH, style=scenes.NATURAL)
+    example = splits.example(domain, splits.VALIDATION_EXAMPLES, style=scenes.NATURAL)
     method = Variant("paper", {"steps": steps, "views": steps})
     pixels = np.stack([scene.image for scene in tests])
     learned = method.fit(backbone, [example], 0)
@@ -152,7 +152,7 @@ def main() -> None:
     missed = [f"{name} {value:.3f}, at least {SHARE}" for name, value in shares.items() if value < SHARE]
     if figures["change of queries"] > CHANGE:
         missed.append(f"change of queries {figures['change of queries']:.3f}, at most {CHANGE}")
-    chosen = best_sights(backbone, scenes.NATURAL)
+    chosen = best_feature_choices(backbone, scenes.NATURAL)
     for domain, found in tests.items():
         row: Row = {"domain": domain} | one_shot(backbone, domain, found, options.steps, chosen)
         say_row(row)

@@ -48,7 +48,7 @@ def main() -> None:
         rows.setdefault(name, []).append((flicker(np.stack(list(found)), truth), iou))
 
     for domain in scenes.DOMAINS:
-        examples = [splits.example(domain, splits.TEACH + i, style=scenes.NATURAL) for i in range(options.shots)]
+        examples = [splits.example(domain, splits.EXAMPLES + i, style=scenes.NATURAL) for i in range(options.shots)]
         embeddings = Variant("instant").fit(backbone, examples, 0)
         classes = len(scenes.PARTS[domain]) + 1
         for seed in range(options.clips):

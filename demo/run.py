@@ -206,8 +206,8 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
         truths = [scene.labels for scene in tests]
         rows = [tinted([scene.image for scene in tests]), tinted(truths, names)]
         for shots in SHOTS:
-            examples = [splits.example(domain, splits.TEACH + i, style=scenes.NATURAL) for i in range(shots)]
-            given = [put_example(server, f"{domain}_teach_{i}", example) for i, example in enumerate(examples)]
+            examples = [splits.example(domain, splits.EXAMPLES + i, style=scenes.NATURAL) for i in range(shots)]
+            given = [put_example(server, f"{domain}_example_{i}", example) for i, example in enumerate(examples)]
             recipes = {PUBLISHED: papers_recipe(domain), OURS: {}} if shots == 1 else {OURS: {}}
             results: dict[str, Sequence[np.ndarray]] = {}
             seconds = {}

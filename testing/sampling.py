@@ -21,7 +21,7 @@ STEPS, SIDE = 6, 32
 def trained_demo() -> Any:
     """Return the tiny model with a car's parts trained on one example, some prompts, and another car."""
     backbone = load_backbone(MODEL)
-    example = splits.example("car", splits.TEACH)
+    example = splits.example("car", splits.EXAMPLES)
     embeddings = train(backbone, [example], preset("instant", backbone.info, views=12))
     texts = ("a blue car on sand", "a blue car with yellow wheels on sand", "")
     conds = [backbone.clip.encode_from_tokens_scheduled(backbone.clip.tokenize(text)) for text in texts]

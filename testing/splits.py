@@ -9,9 +9,9 @@ from slime.examples import Example
 from . import scenes
 
 TRAINING = 0  # the tiny model was trained on seeds from here on (see demo/README.md)
-VALIDATION_TEACH = 500_000  # examples to train on, for choosing defaults
+VALIDATION_EXAMPLES = 500_000  # examples to train on, for choosing defaults
 VALIDATION = 600_000  # scenes on which defaults are chosen
-TEACH = 800_000  # examples to train on, for reported figures
+EXAMPLES = 800_000  # examples to train on, for reported figures
 TEST = 1_000_000  # scenes on which figures are reported
 
 

@@ -17,7 +17,7 @@ from slime.parts.palette import default_palette
 from testing.inprocess import load_backbone
 from testing.server import MODEL
 
-from .samples import FIND, FIND_TOO, PAINTED, TEACH, TESTED, painted_labels, sample
+from .samples import EXAMPLE, FIND, FIND_TOO, PAINTED, TESTED, painted_labels, sample
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets"
 ICON, BANNER = 400, (1680, 720)  # the registry asks for at most 400 x 400, and for 21:9
@@ -29,8 +29,8 @@ def tinted(image: np.ndarray, labels: np.ndarray, side: int) -> Image.Image:
     return Image.fromarray(picture).resize((side, side), Image.Resampling.LANCZOS)
 
 
-def taught(side: int) -> Image.Image:
-    return tinted(sample(TEACH).image, painted_labels(), side)
+def labelled(side: int) -> Image.Image:
+    return tinted(sample(EXAMPLE).image, painted_labels(), side)
 
 
 def found(side: int) -> list[Image.Image]:
@@ -38,7 +38,7 @@ def found(side: int) -> list[Image.Image]:
     backbone = load_backbone(MODEL)
     images = np.stack([sample(file).image for file in (FIND, FIND_TOO, TESTED)])
     with torch.inference_mode():
-        image, labels = torch.from_numpy(sample(TEACH).image).float() / 255, torch.from_numpy(painted_labels()).long()
+        image, labels = torch.from_numpy(sample(EXAMPLE).image).float() / 255, torch.from_numpy(painted_labels()).long()
         example = Example.from_label_map(image, labels, PAINTED)
         embeddings = train(backbone, [example], preset("instant", backbone.info))
         maps = segment(backbone, torch.from_numpy(images).float() / 255, embeddings)[0]
@@ -55,7 +55,7 @@ def rounded(picture: Image.Image, radius: int) -> Image.Image:
 
 
 def icon() -> Image.Image:
-    return rounded(taught(ICON), 72)
+    return rounded(labelled(ICON), 72)
 
 
 def banner() -> Image.Image:
@@ -66,7 +66,7 @@ def banner() -> Image.Image:
         (84, 160), "Mark parts in one image, find them in others", font=ImageFont.load_default(44), fill=(150, 160, 170)
     )
     side = 400
-    page.paste(rounded(taught(side), 28), (80, 260))
+    page.paste(rounded(labelled(side), 28), (80, 260))
     arrow = np.array([(505, 440), (560, 440), (560, 415), (605, 460), (560, 505), (560, 480), (505, 480)])
     draw.polygon([tuple(point) for point in arrow.tolist()], fill=LIGHT)
     for index, picture in enumerate(found(320)):

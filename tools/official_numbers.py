@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     slime, stable = import_official(options.official)
     tiny = load_tiny(options.checkpoint, Path(os.environ["COMFYUI_DIR"]) / "comfy" / "sd1_tokenizer")
-    scene = scenes.render("car", splits.VALIDATION_TEACH)
+    scene = scenes.render("car", splits.VALIDATION_EXAMPLES)
     image = torch.from_numpy(scene.image).float()[None] / 255
     large = nn.functional.interpolate(image.movedim(-1, 1), (SIDE, SIDE), mode="bilinear").movedim(1, -1)
     with torch.no_grad():

@@ -78,7 +78,7 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
             if node["class_type"] == "SLiMeSaveEmbeddings":
                 node["inputs"]["filename"] = "for_the_picture"
         outputs = server.run(prompt, 1800)
-        taught = {tuple(n["inputs"]["image"]) for n in prompt.values() if n["class_type"] == "SLiMeExample"}
+        labelled = {tuple(n["inputs"]["image"]) for n in prompt.values() if n["class_type"] == "SLiMeExample"}
         batch = "ImageBatch" in {node["class_type"] for node in prompt.values()}
         found[name] = [] if find_all(prompt, "LoadImage") or find_all(prompt, "LoadVideo") else [painted_sample()]
         for node_id, node in prompt.items():
@@ -87,7 +87,7 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
                 shown = []
             if node["class_type"] == "SLiMePartPainter" and node["inputs"]["painting"]:
                 shown = [painted_sample()]
-            if node["class_type"] == "LoadImage" and (node_id, 0) not in taught:
+            if node["class_type"] == "LoadImage" and (node_id, 0) not in labelled:
                 shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
             found[name] += shown
     for name, nodes in node_pictures(server).items():

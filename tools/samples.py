@@ -17,15 +17,15 @@ from testing.workflows import FOLDER
 PICTURES = FOLDER / "pictures"
 SIDE, DOMAIN = 512, "car"
 PAINTED = ("wheel", "window", "body")
-TEACH, FIND, FIND_TOO = "slime_teach.jpg", "slime_find.jpg", "slime_find_2.jpg"
+EXAMPLE, FIND, FIND_TOO = "slime_example.jpg", "slime_find.jpg", "slime_find_2.jpg"
 WHEELS = ("slime_wheels_1.webp", "slime_wheels_2.webp")
 TESTED = "slime_test.webp"
 CLIP, FRAMES = "slime_car.mp4", 12
-SCENES = {TEACH: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, TESTED: 55}
+SCENES = {EXAMPLE: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, TESTED: 55}
 
 
 def sample(file: str) -> scenes.Scene:
-    return scenes.render(DOMAIN, splits.TEACH + SCENES[file], size=SIDE)
+    return scenes.render(DOMAIN, splits.EXAMPLES + SCENES[file], size=SIDE)
 
 
 def write_samples() -> None:
@@ -59,7 +59,7 @@ def write_clip() -> None:
 
 def painted_labels() -> np.ndarray:
     """Return the label map of the first image, with the parts that are painted."""
-    scene = sample(TEACH)
+    scene = sample(EXAMPLE)
     labels = np.zeros_like(scene.labels)
     for label, name in enumerate(PAINTED, start=1):
         labels[scene.labels == 1 + scenes.PARTS[DOMAIN].index(name)] = label
@@ -68,7 +68,7 @@ def painted_labels() -> np.ndarray:
 
 def painted_sample() -> Image.Image:
     """Return the first image as the painter shows it."""
-    tinted = overlay(sample(TEACH).image, painted_labels(), default_palette(len(PAINTED)), PAINTED)
+    tinted = overlay(sample(EXAMPLE).image, painted_labels(), default_palette(len(PAINTED)), PAINTED)
     return Image.fromarray(tinted)
 
 
@@ -78,7 +78,7 @@ def painting() -> str:
     colors = default_palette(len(PAINTED))
     saved = {
         "version": 1,
-        "image": {"name": TEACH, "subfolder": "", "type": "input"},
+        "image": {"name": EXAMPLE, "subfolder": "", "type": "input"},
         "parts": [{"name": n, "color": "#" + bytes(c).hex()} for n, c in zip(PAINTED, colors, strict=True)],
         "width": SIDE,
         "height": SIDE,

@@ -90,10 +90,10 @@ def node_of(name: str) -> str:
 def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable[[], Any]], Callable[[], Tensor]]:
     """Return a call of every node and preset by name, and one that segments a scene and returns its label map."""
     model, vae, clip = backbone.model, backbone.vae, backbone.clip
-    example = splits.example("car", splits.TEACH)
+    example = splits.example("car", splits.EXAMPLES)
     image = splits.example("car", splits.TEST).image[None]
 
-    def teach(name: str, seed: int = 0, **more: Any) -> Any:
+    def training_of(name: str, seed: int = 0, **more: Any) -> Any:
         kind = {"instant": "SLiMeInstantSettings", "paper": "SLiMePaperSettings"}[name]
         schema = nodes[kind].define_schema()
         settings = {item.id: item.default for item in schema.inputs} | {"steps": 2, "views": 2} | more
@@ -104,14 +104,14 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
         import_module(f"{NAME}.nodes.feature_cache")._caches.clear()
         return nodes["SLiMeSegment"].execute(learned, image, model, vae, **more).args
 
-    learned = teach("instant", views=8, steps=30)[0]
+    learned = training_of("instant", views=8, steps=30)[0]
     parts = find()[0]
     truth = (example.labels == 4).float()[None]
     works: dict[str, Callable[[], Any]] = {
-        "train instant": lambda: teach("instant"),
-        "train instant, auto": lambda: teach("instant", cross_layers="auto"),
-        "train paper": lambda: teach("paper"),
-        "train paper, checkpointing": lambda: teach("paper", checkpointing=True),
+        "train instant": lambda: training_of("instant"),
+        "train instant, auto": lambda: training_of("instant", cross_layers="auto"),
+        "train paper": lambda: training_of("paper"),
+        "train paper, checkpointing": lambda: training_of("paper", checkpointing=True),
         "segment": find,
         "segment, zoom": lambda: find(zoom=1),
         "part mask": lambda: nodes["SLiMePartMask"].execute(parts, "wheel", "soft", grow=3, feather=2),

@@ -55,7 +55,7 @@ class Client:
         self.server = server
         self.info = server.get("/object_info")
         self._lengths = itertools.product(range(1, 60), range(1, 60))
-        self.shot = put_example(server, "standing", splits.example("car", splits.TEACH))
+        self.shot = put_example(server, "standing", splits.example("car", splits.EXAMPLES))
         self.picture = put_image(server, "standing_test.png", scenes.render("car", splits.TEST).image)
 
     def start(self, checkpoint: str = MODEL.name, lora: str = "") -> tuple[PromptBuilder, Link]:
@@ -113,7 +113,7 @@ class Client:
         parts = builder.add("SLiMeSegment", **links, refine="fast", seed=0, **(more or {}))
         return builder, parts
 
-    def teach(
+    def training(
         self, name: str, start: Start | None = None, preset: str = "instant", seed: int = 0, **settings: Any
     ) -> Prompt:
         """Return a prompt that trains on one example and saves the embeddings."""
@@ -133,7 +133,7 @@ class Client:
 
     def learn(self) -> None:
         """Train and save the embeddings that the client segments with."""
-        self.server.run(self.teach(LEARNED, preset="instant", steps=30, views=8))
+        self.server.run(self.training(LEARNED, preset="instant", steps=30, views=8))
 
     def complete(self, prompt: Prompt) -> Prompt:
         """Set every widget that is not named to its default."""
@@ -164,7 +164,7 @@ def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> Non
     seeds = itertools.count(1)
 
     def training(**widgets: Any) -> Callable[[], Prompt]:
-        return lambda: at.teach("interrupted", seed=next(seeds), **widgets)
+        return lambda: at.training("interrupted", seed=next(seeds), **widgets)
 
     def segmenting(batch: int, *nodes: str, **more: int) -> Callable[[], Prompt]:
         def make() -> Prompt:
@@ -323,12 +323,12 @@ def queue(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
         save_file(lora, str(folder / "models" / "loras" / LORA))
         starts: tuple[Start, ...] = ({}, {"checkpoint": OTHER_MODEL}, {"lora": LORA})
 
-        def taught(start: Start) -> Tensor:
-            at.server.run(at.teach("queued", start, **SMALL))
+        def trained(start: Start) -> Tensor:
+            at.server.run(at.training("queued", start, **SMALL))
             return all_vectors(load_embeddings(folder / "models" / "slime" / "queued.safetensors"))
 
         works: list[tuple[Callable[[Start], np.ndarray | Tensor], Start]] = [
-            (work, start) for start in starts for work in (at.sampled, at.segmented, taught)
+            (work, start) for start in starts for work in (at.sampled, at.segmented, trained)
         ]
         first = [np.asarray(work(start)) for work, start in works]
         trials.check("the LoRA changes nothing", not np.array_equal(first[0], first[6]))
@@ -360,7 +360,7 @@ def flags(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
         try:
             with client(folder / flag.split()[0].strip("-"), *flag.split()) as at:
                 before = at.sampled()
-                at.server.run(at.teach("paper", preset="paper", steps=3, views=2))
+                at.server.run(at.training("paper", preset="paper", steps=3, views=2))
                 share = float((at.segmented() == segmented).all(-1).mean())
                 trials.check(f"{flag}: KSampler differs afterwards", torch.equal(at.sampled(), before))
                 if flag in EXACT:

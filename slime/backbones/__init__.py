@@ -1,1 +1,1 @@
-"""What images are looked at with. A new kind of model is one file here that implements :class:`.base.Backbone`."""
+"""Models whose features and attention are read; a new kind is one file that implements :class:`.base.Backbone`."""

@@ -14,7 +14,7 @@ CHUNK = 1 << 24
 
 
 def load_model(path: str, device: str = "", dtype: str = "float32", comfyui: str = "") -> Backbone:
-    """What to look with.
+    """Load a model from a file or folder as a backbone.
 
     Args:
         path: a diffusers folder, a folder of a vision encoder as transformers saves it, or a checkpoint file.

@@ -26,7 +26,7 @@ class SegmentActor:
     Args:
         model: arguments of :func:`slime.backbones.load.load_model`.
         embeddings: what was learned.
-        settings: how to look and read.
+        settings: of the extraction and the decoding.
     """
 
     def __init__(self, model: Sequence[str], embeddings: PartEmbeddings, settings: SegmentSettings) -> None:

@@ -46,7 +46,7 @@ def review_page(
     )
     found = "".join(_figure(record, pixels(record.name), names, palette) for record in records)
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SLiMe: to look over</title>'
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SLiMe: masks to review</title>'
         f"<style>{STYLE}</style></head><body>\n<h1>The {len(records)} least sure images, the least sure first</h1>\n"
         f'<ul class="key">{key}</ul>\n<div class="images">\n{found}</div>\n</body></html>\n'
     )

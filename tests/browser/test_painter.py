@@ -21,7 +21,7 @@ pytestmark = NEEDED
 
 def painter_on(canvas: Canvas, size: tuple[int, int] | None = None) -> tuple[int, Any]:
     """A painter with a scene loaded, resized to ``size`` (width, height); its node id and canvas element."""
-    scene = Image.fromarray(scenes.render("car", splits.TEACH).image)
+    scene = Image.fromarray(scenes.render("car", splits.EXAMPLES).image)
     put_image(canvas.server, "browser_scene.png", np.asarray(scene.resize(size) if size else scene))
     node = canvas.add("SLiMePartPainter")
     element = canvas.page.locator(".slime-canvas:visible").first
@@ -410,5 +410,5 @@ def test_what_was_found_opens_the_second_painter(canvas) -> None:
     assert [part["name"] for part in found["parts"]] == ["wheel"] and found["of"]
     outputs = canvas.run()["outputs"]
     again = canvas.js("() => String(app.graph.findNodesByType('SLiMeSegment')[1].id)")
-    assert outputs[again]["images"]  # taught again, found again
+    assert outputs[again]["images"]  # trained again, segmented again
     show_all(canvas, "corrected")

@@ -314,7 +314,7 @@ def test_evaluate_scores_named_parts(nodes) -> None:
         nodes.SLiMeEvaluate.execute(item, truth, "door")
 
 
-def test_label_maps_teach(nodes) -> None:
+def test_label_maps_train(nodes) -> None:
     image = torch.rand(1, 20, 24, 3)
     colored = torch.zeros(1, 20, 24, 3)
     colored[0, 2:8, 2:8] = torch.tensor([230, 25, 75]) / 255

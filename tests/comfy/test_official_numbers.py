@@ -33,17 +33,17 @@ def replay(extension):
     labels = F.one_hot(official["labels"].long(), parts + 1).movedim(-1, 0)[None].float()
     prompt = backbone.encode_prompt(part_prompt([""] * parts)).tokens
 
-    def look(rows, timestep):
+    def run_unet(rows, timestep):
         capture = Capture(PAPER_LAYERS)
         noisy = add_noise(backbone, official["latents"].float(), official["noise"].float(), timestep)
         context = Context(torch.cat([prompt[:1], rows, prompt[parts + 1 :]]))
         return capture, backbone.predict_noise(noisy, timestep, context, capture)
 
-    return backbone, official, labels, look
+    return backbone, official, labels, run_unet
 
 
 def test_a_step_of_the_paper_is_the_official_codes(replay) -> None:
-    backbone, official, labels, look = replay
+    backbone, official, labels, run_unet = replay
     latents, noise = official["latents"].float(), official["noise"].float()
     empty = backbone.encode_prompt("")
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_a_step_of_the_paper_is_the_official_codes(replay) -> None:
         unconditional = backbone.predict_noise(noisy, TIMESTEP, empty, None)
     with backbone.differentiable(False):
         rows = official["rows"].clone().requires_grad_(True)
-        capture, predicted = look(rows, TIMESTEP)
+        capture, predicted = run_unet(rows, TIMESTEP)
         scores = mean_scores(capture, len(rows) + 1, labels)
         terms = loss_terms(scores, capture, labels)
         sd = sd_loss(predicted, unconditional.clone(), noise, GUIDANCE)
@@ -71,9 +71,9 @@ def test_a_step_of_the_paper_is_the_official_codes(replay) -> None:
 
 
 def test_the_official_decoder_gives_the_official_label_map(replay) -> None:
-    _, official, labels, look = replay
+    _, official, labels, run_unet = replay
     with torch.no_grad():
-        capture, _ = look(official["rows"], TEST_TIMESTEP)
+        capture, _ = run_unet(official["rows"], TEST_TIMESTEP)
         maps = token_maps(list(capture.cross.values()), labels.shape[1], labels.shape[-2:])
         found = resize_maps(official_maps(maps, list(capture.self_.values())), (SIDE, SIDE))[0].argmax(0)
     assert len(official["mask"].unique()) > 1

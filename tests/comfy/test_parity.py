@@ -272,7 +272,7 @@ def test_tiny_model_in_both_hosts(extension, comfy_path) -> None:
     from slime import preset, segment, train
 
     ours, theirs = load_backbone(MODEL), load_tiny(MODEL, Path(comfy_path) / "comfy" / "sd1_tokenizer")
-    example = splits.example("face", splits.TEACH)
+    example = splits.example("face", splits.EXAMPLES)
     image = splits.example("face", splits.TEST).image[None]
     found, learned = [], []
     for denoiser in (ours, theirs):

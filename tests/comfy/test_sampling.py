@@ -60,22 +60,22 @@ def test_looks_come_when_they_are_wanted(tiny, monkeypatch, options, steps) -> N
     from slime_extension.nodes import part_prompts
     from slime_extension.nodes.sampling_segmenter import SamplingSegmenter, current_step
 
-    looked: list[int] = []
+    segmented_at: list[int] = []
     now = [0]
 
     def counted(*args: Any) -> Any:
         now[0] = current_step(*args)[0]
         return current_step(*args)
 
-    def look(*args: Any) -> Any:
-        looked.append(now[0])
+    def segment(*args: Any) -> Any:
+        segmented_at.append(now[0])
         return find(*args)
 
     find = SamplingSegmenter.segment
     monkeypatch.setattr(part_prompts, "current_step", counted)
-    monkeypatch.setattr(SamplingSegmenter, "segment", look)
+    monkeypatch.setattr(SamplingSegmenter, "segment", segment)
     sampled(part_guider(tiny, **options))
-    assert looked == steps
+    assert segmented_at == steps
 
 
 def test_a_part_has_its_prompt_in_place_of_the_pictures_own() -> None:
@@ -150,7 +150,7 @@ def test_separate_calls_and_skipped_steps_find_the_same_parts(tiny, monkeypatch)
     count = len(calls)
     calls.clear()
     sampled(plain_guider(tiny, model))
-    assert count <= 2 * len(calls)  # conditionings of the part alone: looks do not pass through the patch
+    assert count <= 2 * len(calls)  # conditionings of the part alone: segmentation does not pass through the patch
 
 
 @pytest.mark.parametrize("failure", ["interrupt", "memory", "mistake"])
@@ -267,7 +267,7 @@ def test_stable_diffusions_relatives_are_watched(layout) -> None:
 
 @pytest.mark.slow
 def test_a_compiled_model_is_looked_at_as_it_is(tiny) -> None:
-    """ComfyUI's TorchCompileModel compiles for its own passes; looks run beside them."""
+    """ComfyUI's TorchCompileModel compiles for its own passes; segmentation runs beside them."""
     from comfy_api.torch_helpers import set_torch_compile_wrapper
 
     model = tiny.backbone.model.clone()
@@ -319,12 +319,12 @@ def test_a_preview_decoder_stands_in_for_the_vae(tiny, monkeypatch, tmp_path) ->
     backbone = tiny.backbone
     eye = build_backbone(None, backbone.vae, backbone.clip, vision)
     settings = preset("instant", eye.info, views=2, read_layers="block.1", propagate_layers="block.1")
-    looking = {"embeddings": train(eye, [tiny.example], settings), "clip_vision": vision, "update_every": 0}
-    by_vae = part_guider(tiny, vae=backbone.vae, **looking)
+    segmenting = {"embeddings": train(eye, [tiny.example], settings), "clip_vision": vision, "update_every": 0}
+    by_vae = part_guider(tiny, vae=backbone.vae, **segmenting)
     wanted = sampled(by_vae)
     save_file(decoder, str(tmp_path / "taesd_decoder.safetensors"))
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "vae_approx", ([str(tmp_path)], {".safetensors"}))
-    by_preview = part_guider(tiny, **looking)
+    by_preview = part_guider(tiny, **segmenting)
     assert by_preview.used == [] and not any(backbone.vae.patcher is one for one in by_preview._segmenter._beside)
     found = sampled(by_preview)
     assert by_preview.used[0].any() and (by_preview.used[0] - by_vae.used[0]).abs().mean() < 0.01

@@ -43,7 +43,7 @@ def template(server):
 
 @pytest.fixture(scope="module")
 def shots(server) -> list[Shot]:
-    return [put_example(server, f"teach_{i}", splits.example(DOMAIN, splits.TEACH + i)) for i in range(SHOTS)]
+    return [put_example(server, f"example_{i}", splits.example(DOMAIN, splits.EXAMPLES + i)) for i in range(SHOTS)]
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +131,7 @@ def test_nodes_are_there_with_ids_and_names(server) -> None:
 
 def test_bundled_workflow_beats_the_baselines(learned, tests_scenes) -> None:
     truths = [scene.labels for scene in tests_scenes[0]]
-    examples = [splits.example(DOMAIN, splits.TEACH + i) for i in range(SHOTS)]
+    examples = [splits.example(DOMAIN, splits.EXAMPLES + i) for i in range(SHOTS)]
     ours = evaluate(learned[3], truths, len(NAMES) + 1).part_miou
     mean = evaluate([mean_mask(examples)] * TESTS, truths, len(NAMES) + 1).part_miou
     color = evaluate(color_neighbours(examples, [s.image for s in tests_scenes[0]]), truths, len(NAMES) + 1).part_miou
@@ -495,7 +495,7 @@ def test_rgba_images_are_taken(server, shots) -> None:
 def test_half_precision_unet(comfy_path, shots) -> None:
     """--fp16-unet: manual cast, both trainers and segmentation."""
     with ComfyServer(comfy_path, ("--fp16-unet",)) as half:
-        given = [put_example(half, "teach", splits.example(DOMAIN, splits.TEACH))]
+        given = [put_example(half, "teach", splits.example(DOMAIN, splits.EXAMPLES))]
         template = to_api(load_workflow(WITH_MASKS), half.get("/object_info"))
         before = sample(half)
         for preset in ("instant", "paper"):

@@ -72,7 +72,7 @@ def random_sd15_state() -> dict[str, torch.Tensor]:
 def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
     """Stock loading, family and layers recognised, one instant fit, one full-gradient step, one segmentation."""
     assert sd15.info.id == "sd1" and sd15.prediction == "eps" and len(sd15.layers) == 16
-    example = splits.example("car", splits.TEACH)
+    example = splits.example("car", splits.EXAMPLES)
     with torch.inference_mode():
         embeddings = train(sd15, [example], preset("instant", sd15.info, views=1, steps=3))
         assert all_vectors(embeddings).shape == (2, 5, 768) and torch.isfinite(all_vectors(embeddings)).all()
@@ -117,7 +117,7 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
         tokenize=lambda text: text,
         encode_from_tokens=lambda tokens, return_pooled: (torch.randn(1, 77, 2048) * 0.3, torch.randn(1, 32)),
     )
-    example = splits.example("horse", splits.TEACH)
+    example = splits.example("horse", splits.EXAMPLES)
     with torch.inference_mode():
         denoiser = adapter.ComfyUNet(patcher, vae, clip)
         monkeypatch.setattr(denoiser, "info", replace(denoiser.info, side=256))
@@ -135,7 +135,7 @@ def test_dinov2_large_looks(extension) -> None:
     with torch.inference_mode():
         backbone = importlib.import_module("slime_extension.nodes.comfy_vision").ComfyVision(random_dinov2())
         assert backbone.info.id == "dinov2-1024" and len(backbone.layers) == 24 and backbone.info.side == 840
-        example = splits.example("car", splits.TEACH)
+        example = splits.example("car", splits.EXAMPLES)
         settings = preset("instant", backbone.info, views=1, steps=3, propagate_layers="block.11")
         embeddings = train(backbone, [example], settings)
         assert all_vectors(embeddings).shape == (1, 5, 1024) and embeddings.layers.read == ("block.23",)
@@ -176,7 +176,7 @@ def test_sd35_medium_looks(extension, monkeypatch) -> None:
         backbone = importlib.import_module("slime_extension.nodes.comfy_flow").ComfyFlow(model, vae, clip)
         assert backbone.info.id == "sd3-1536x24" and backbone.info.side == 1024 and backbone.info.timestep == 500
         monkeypatch.setattr(backbone, "info", replace(backbone.info, side=256))
-        example = splits.example("horse", splits.TEACH)
+        example = splits.example("horse", splits.EXAMPLES)
         embeddings = train(backbone, [example], preset("instant", backbone.info, views=1, steps=3))
         assert all_vectors(embeddings).shape == (1, 4, 1536) and embeddings.layers.read == ("joint.9",)
         assert segment(backbone, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory) -> tuple[str, Path]:
+def trained(tmp_path_factory) -> tuple[str, Path]:
     """A small random DINOv2 in a folder, and what it learned of horses."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -39,7 +39,7 @@ def taught(tmp_path_factory) -> tuple[str, Path]:
     config = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_ratio": 1}
     Dinov2Model(Dinov2Config(image_size=126, patch_size=14, **config)).save_pretrained(place / "dino")
     settings = InstantSettings(views=8, read_layers="block.1", propagate_layers="block.1")
-    embeddings = train(load_model(str(place / "dino"), "cpu"), [splits.example("horse", splits.TEACH)], settings)
+    embeddings = train(load_model(str(place / "dino"), "cpu"), [splits.example("horse", splits.EXAMPLES)], settings)
     save_embeddings(embeddings, place / "horse.safetensors")
     return str(place / "dino"), place / "horse.safetensors"
 
@@ -54,8 +54,8 @@ def rendered(place: Path, count: int) -> Path:
     return place
 
 
-def arguments(taught: tuple[str, Path], source: Path, out: Path, *more: str) -> list[str]:
-    model, file = taught
+def arguments(trained: tuple[str, Path], source: Path, out: Path, *more: str) -> list[str]:
+    model, file = trained
     common = ["--model", model, "--device", "cpu", "--embeddings", str(file), str(source), "--output", str(out)]
     return [sys.executable, "-m", "slime", "segment", *common, *more]
 
@@ -89,9 +89,9 @@ def annotated(out: Path) -> dict[str, list[tuple[int, str]]]:
     return found
 
 
-def test_a_thousand_pictures_become_the_coco_file_that_segment_says(taught, tmp_path) -> None:
+def test_a_thousand_pictures_become_the_coco_file_that_segment_says(trained, tmp_path) -> None:
     source, out = rendered(tmp_path / "set", 1000), tmp_path / "out"
-    slime(arguments(taught, source, out, "--format", "coco"))
+    slime(arguments(trained, source, out, "--format", "coco"))
     found = read_annotations(str(out / "annotations.json"))
     assert (
         found.names == PARTS
@@ -99,14 +99,14 @@ def test_a_thousand_pictures_become_the_coco_file_that_segment_says(taught, tmp_
     )
     (out / "images").symlink_to(source)
     written = said("evaluate", "--labels", str(out / "annotations.json"), str(source))
-    model, file = taught
+    model, file = trained
     direct = said("evaluate", "--model", model, "--device", "cpu", "--embeddings", str(file), str(source))
     assert written == direct and written["images"] == 1000
 
 
-def test_the_lines_of_the_readme_are_true(taught, tmp_path) -> None:
+def test_the_lines_of_the_readme_are_true(trained, tmp_path) -> None:
     """As written there, with another model and a horse's parts."""
-    rendered(tmp_path / "taught", 2)
+    rendered(tmp_path / "trained", 2)
     rendered(tmp_path / "photos", 3)
     lines = [
         line.strip()
@@ -115,7 +115,7 @@ def test_the_lines_of_the_readme_are_true(taught, tmp_path) -> None:
     ]
     assert [line.split()[1] for line in lines] == ["train", "segment"]
     for line in lines:
-        words = [{"sd15.safetensors": taught[0]}.get(word, word) for word in line.split()[1:]]
+        words = [{"sd15.safetensors": trained[0]}.get(word, word) for word in line.split()[1:]]
         done = subprocess.run(
             [sys.executable, "-m", "slime", *words],
             cwd=tmp_path,
@@ -130,11 +130,11 @@ def test_the_lines_of_the_readme_are_true(taught, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("count", [24, 96, 240])
-def test_kills_at_random_moments_lose_and_double_nothing(taught, tmp_path, count) -> None:
+def test_kills_at_random_moments_lose_and_double_nothing(trained, tmp_path, count) -> None:
     source = rendered(tmp_path / "set", count)
-    slime(arguments(taught, source, tmp_path / "whole", "--format", "coco", "label-map"))
+    slime(arguments(trained, source, tmp_path / "whole", "--format", "coco", "label-map"))
     command, out, killed = (
-        arguments(taught, source, tmp_path / "out", "--format", "coco", "label-map"),
+        arguments(trained, source, tmp_path / "out", "--format", "coco", "label-map"),
         tmp_path / "out",
         0,
     )
@@ -166,12 +166,12 @@ def test_kills_at_random_moments_lose_and_double_nothing(taught, tmp_path, count
 
 
 @pytest.fixture(scope="module")
-def whole(taught, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
+def whole(trained, tmp_path_factory) -> tuple[Path, dict[str, list[str]]]:
     """A set with a broken picture, and what a single process finds in it."""
     place = tmp_path_factory.mktemp("ray")
     source = rendered(place / "set", 96)
     (source / "broken.png").write_bytes((source / "00000.png").read_bytes()[:200])
-    slime(arguments(taught, source, place / "single", "--format", "parquet"))
+    slime(arguments(trained, source, place / "single", "--format", "parquet"))
     found = {name: json.loads(line) for name, line in records(place / "single").items()}
     return source, {name: [part["counts"] for part in one["parts"]] for name, one in found.items()}
 
@@ -195,16 +195,16 @@ def ray():
     subprocess.run([str(Path(sys.executable).parent / "ray"), "stop", "--force"], capture_output=True, check=False)
 
 
-def test_ray_finds_what_a_single_process_does(ray, taught, whole, tmp_path) -> None:
+def test_ray_finds_what_a_single_process_does(ray, trained, whole, tmp_path) -> None:
     source, expected = whole
-    slime(arguments(taught, source, tmp_path / "out", *RAY))
+    slime(arguments(trained, source, tmp_path / "out", *RAY))
     good, errors = found_by_ray(tmp_path / "out")
     assert good == expected and list(errors) == ["broken.png"]
 
 
-def test_an_actor_that_is_killed_costs_nothing(ray, taught, whole, tmp_path) -> None:
+def test_an_actor_that_is_killed_costs_nothing(ray, trained, whole, tmp_path) -> None:
     source, expected = whole
-    process = subprocess.Popen(arguments(taught, source, tmp_path / "out", *RAY), stderr=subprocess.PIPE)
+    process = subprocess.Popen(arguments(trained, source, tmp_path / "out", *RAY), stderr=subprocess.PIPE)
     actors = wait_for(process, finders)
     os.kill(actors[0], signal.SIGKILL)
     assert process.wait(timeout=300) == 0
@@ -212,14 +212,14 @@ def test_an_actor_that_is_killed_costs_nothing(ray, taught, whole, tmp_path) -> 
     assert good == expected
 
 
-def test_a_driver_that_is_killed_is_gone_on_from(ray, taught, whole, tmp_path) -> None:
+def test_a_driver_that_is_killed_is_gone_on_from(ray, trained, whole, tmp_path) -> None:
     source, expected = whole
-    process = subprocess.Popen(arguments(taught, source, tmp_path / "out", *RAY), stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(arguments(trained, source, tmp_path / "out", *RAY), stderr=subprocess.DEVNULL)
     wait_for(process, lambda: list((tmp_path / "out" / ".checkpoint").glob("*.parquet")))
     process.kill()
     process.wait()
     subprocess.run([str(Path(sys.executable).parent / "ray"), "stop", "--force"], capture_output=True, check=False)
-    slime(arguments(taught, source, tmp_path / "out", *RAY))
+    slime(arguments(trained, source, tmp_path / "out", *RAY))
     good, _ = found_by_ray(tmp_path / "out")
     assert good == expected
 

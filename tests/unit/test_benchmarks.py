@@ -13,10 +13,10 @@ from safetensors.torch import load_file
 
 from benchmarks import ablation, confidence, correction, device, extraction_cost, memory, one_part, speed
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
+from benchmarks.feature_baselines import RULES, Bank, FeatureChoice, best_feature_choices
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
-from benchmarks.rivals import RULES, Bank, Sight, best_sights
 from benchmarks.rows import read_rows, write_rows
 from benchmarks.sources import (
     OTHER,
@@ -286,10 +286,10 @@ def test_the_costs_of_a_device_are_measured(comfy_path) -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_rivals_find_what_looks_alike(rule) -> None:
     toy = ToyUNet()
-    sight = best_sights(toy)[rule]
-    found = Bank(toy, [colored_squares(0)], [sight]).find(colored_squares(1).image[None], [(rule, sight)])[rule, sight][
-        0
-    ]
+    choice = best_feature_choices(toy)[rule]
+    found = Bank(toy, [colored_squares(0)], [choice]).find(colored_squares(1).image[None], [(rule, choice)])[
+        rule, choice
+    ][0]
     assert (found == colored_squares(1).labels.numpy()).mean() > 0.9
 
 
@@ -343,16 +343,16 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
     correction.main()
     table = capsys.readouterr().out.splitlines()
     assert table[0] == "| part mIoU | 1 example | 1 least sure | 1 random |" and table[2].startswith("| horse | ")
-    assert all(0 <= float(cell) <= 1 for cell in table[2].split("|")[2:5]) and "Teaching again" in table[-1]
+    assert all(0 <= float(cell) <= 1 for cell in table[2].split("|")[2:5]) and "Training again" in table[-1]
 
 
-def test_a_look_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
+def test_extraction_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["extraction_cost", "--repeats", "1"])
     extraction_cost.main()
     told = capsys.readouterr().out
     rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
     assert [row["model"] for row in rows] == ["tiny UNet", "tiny flow transformer", "both"]
-    assert all(row[name] > 0 for row in rows for name in ("encode", "look", "bare", "look bytes", "bare bytes"))
+    assert all(row[name] > 0 for row in rows for name in ("encode", "extract", "bare", "extract bytes", "bare bytes"))
     assert "| both | " in told
 
 
@@ -364,6 +364,6 @@ def test_the_flow_transformer_is_measured_as_the_unet_is() -> None:
         (found,) = methods[name](task.examples, 0)(task.tests["plain"].images)
         assert found.shape == task.tests["plain"].images.shape[1:3]
     backbone = load_flow(FLOW)
-    chosen = {rule: Sight(("joint.3",), 261) for rule in RULES}
+    chosen = {rule: FeatureChoice(("joint.3",), 261) for rule in RULES}
     bank, images = Bank(backbone, task.examples, list(chosen.values())), as_tensor(task.tests["plain"].images)
     assert all(maps[0].max() > 0 for maps in bank.find(images, list(chosen.items())).values())

@@ -285,7 +285,7 @@ def test_labels_are_those_of_segment_in_every_format(learned, folder, tmp_path) 
 
 
 @pytest.mark.parametrize("kind", ["coco", "coco-polygons"])
-def test_a_coco_file_teaches_again(learned, folder, tmp_path, kind: str) -> None:
+def test_a_coco_file_trains_again(learned, folder, tmp_path, kind: str) -> None:
     """What is written is read back as labelled images; run lengths exactly, polygons nearly."""
     out = tmp_path / "out"
     run(learned, folder, out, kind)
@@ -556,7 +556,7 @@ def model(monkeypatch) -> str:
     return "toy"
 
 
-def teaching(place: Path, indexed: bool = False) -> Path:
+def labelled_folder(place: Path, indexed: bool = False) -> Path:
     place.mkdir()
     for index in range(2):
         example = toy_example(index)
@@ -573,10 +573,14 @@ def teaching(place: Path, indexed: bool = False) -> Path:
 
 
 @pytest.mark.parametrize("indexed", [False, True], ids=["npy", "png"])
-def test_the_command_from_teaching_to_measuring(model, folder, tmp_path, capsys, indexed: bool) -> None:
-    taught, out, file = teaching(tmp_path / "teach", indexed), tmp_path / "out", tmp_path / "learned.safetensors"
+def test_the_command_from_training_to_evaluation(model, folder, tmp_path, capsys, indexed: bool) -> None:
+    labelled, out, file = (
+        labelled_folder(tmp_path / "examples", indexed),
+        tmp_path / "out",
+        tmp_path / "learned.safetensors",
+    )
     common = ["--model", model]
-    learn = ["train", *common, "--examples", str(taught), "--output", str(file), "--set", "views=4"]
+    learn = ["train", *common, "--examples", str(labelled), "--output", str(file), "--set", "views=4"]
     assert command.run(learn) == 0
     find = ["segment", *common, "--embeddings", str(file), str(folder), "--output", str(out)]
     more = ["--format", "coco", "label-map", "--order", "uncertain", "--review", "2"]
@@ -593,7 +597,7 @@ def test_the_command_from_teaching_to_measuring(model, folder, tmp_path, capsys,
     page = (out / "review.html").read_text(encoding="utf-8")
     assert page.count("<figure>") == 2 and all(name in page for name in order[:2]) and "data:image/jpeg" in page
     capsys.readouterr()
-    assert command.run(["evaluate", *common, "--embeddings", str(file), str(taught)]) == 0
+    assert command.run(["evaluate", *common, "--embeddings", str(file), str(labelled)]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["images"] == 2 and 0.3 < figures["part_miou"] <= 1
     assert command.run(["info", str(file)]) == 0 and toy_example(0).names[0] in capsys.readouterr().out
@@ -603,18 +607,18 @@ def test_the_command_from_teaching_to_measuring(model, folder, tmp_path, capsys,
 
 def test_what_coco_says_scores_as_segmenting_does(model, tmp_path, capsys) -> None:
     """IoU of the written COCO file against the truth is that of the model's own label maps."""
-    taught, file = teaching(tmp_path / "teach"), tmp_path / "learned.safetensors"
+    labelled, file = labelled_folder(tmp_path / "examples"), tmp_path / "learned.safetensors"
     toy = ToyUNet()
     save_embeddings(train(toy, [toy_example(0)], InstantSettings(views=4)), file)
     out = tmp_path / "out"
     arguments = ["--model", model, "--embeddings", str(file)]
-    assert command.run(["segment", *arguments, str(taught), "--output", str(out), "--format", "coco"]) == 0
-    for image in taught.glob("*.jpg"):
+    assert command.run(["segment", *arguments, str(labelled), "--output", str(out), "--format", "coco"]) == 0
+    for image in labelled.glob("*.jpg"):
         (out / image.name).write_bytes(image.read_bytes())
     capsys.readouterr()
-    assert command.run(["evaluate", "--labels", str(out / "annotations.json"), str(taught)]) == 0
+    assert command.run(["evaluate", "--labels", str(out / "annotations.json"), str(labelled)]) == 0
     written = json.loads(capsys.readouterr().out)
-    assert command.run(["evaluate", *arguments, str(taught)]) == 0
+    assert command.run(["evaluate", *arguments, str(labelled)]) == 0
     assert written == json.loads(capsys.readouterr().out)
 
 
@@ -699,7 +703,7 @@ def test_what_is_no_model_is_told(tmp_path, kind: str, said: str) -> None:
         load_model(str(place), "cpu")
 
 
-def test_label_studio_exports_teach(tmp_path) -> None:
+def test_label_studio_exports_train(tmp_path) -> None:
     pixels = np.zeros((20, 30, 3), np.uint8)
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "car.png").write_bytes(png(pixels))

@@ -200,7 +200,7 @@ def test_scenes_are_seeded_and_hold_their_parts(domain: str) -> None:
 
 
 def test_splits_do_not_meet_the_training_seeds() -> None:
-    starts = sorted((splits.TRAINING, splits.VALIDATION_TEACH, splits.VALIDATION, splits.TEACH, splits.TEST))
+    starts = sorted((splits.TRAINING, splits.VALIDATION_EXAMPLES, splits.VALIDATION, splits.EXAMPLES, splits.TEST))
     assert starts[0] == splits.TRAINING and all(b - a >= 50_000 for a, b in zip(starts[:-1], starts[1:], strict=True))
 
 

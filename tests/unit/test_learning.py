@@ -417,7 +417,7 @@ def test_paper_starts_from_the_words_of_its_prompt() -> None:
     torch.testing.assert_close(seen[-1].vectors["shared"], words, rtol=1e-2, atol=1e-3)
 
 
-def test_ignored_pixels_teach_nothing_in_any_term() -> None:
+def test_ignored_pixels_train_nothing_in_any_term() -> None:
     """Changing the prediction where nothing is labelled changes no loss term and no IoU."""
     toy = ToyUNet()
     capture = Capture(LayerChoice((LAYERS[0].name, LAYERS[1].name), (LAYERS[2].name,)))

@@ -23,13 +23,13 @@ import locale, sys
 assert locale.getpreferredencoding(False).lower() not in ("utf-8", "utf8"), "this system has no other encoding"
 from pathlib import Path
 from slime import load_embeddings, save_embeddings, to_text
-from tests.unit.test_windows import taught
-path = save_embeddings(taught(), Path(sys.argv[1]) / "teile.safetensors")
-assert load_embeddings(path).names == taught().names and to_text(taught())
+from tests.unit.test_windows import trained
+path = save_embeddings(trained(), Path(sys.argv[1]) / "teile.safetensors")
+assert load_embeddings(path).names == trained().names and to_text(trained())
 """
 
 
-def taught() -> PartEmbeddings:
+def trained() -> PartEmbeddings:
     """Parts with names in several scripts."""
     example = replace(toy_example(0), names=("\u8f66\u8f6e", "T\u00fcr \u2013 links"))
     return train(ToyUNet(), [example], preset("instant", views=2, steps=2))
@@ -79,7 +79,7 @@ def test_a_path_that_is_too_long_says_so(tmp_path, monkeypatch) -> None:
         raise FileNotFoundError(2, "No such file or directory")  # what Windows says beyond 259 characters
 
     deep = tmp_path / ("d" * 120) / ("e" * 120)
-    learned = taught()
+    learned = trained()
     assert load_embeddings(save_embeddings(learned, deep / "a.safetensors")).names == learned.names
     monkeypatch.setattr(tempfile, "mkstemp", refused)
     with pytest.raises(SlimeError, match="could not be written.*259 characters"):

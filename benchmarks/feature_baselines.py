@@ -25,7 +25,7 @@ NEIGHBOURS = 5
 
 
 @dataclass(frozen=True)
-class Sight:
+class FeatureChoice:
     """Source of descriptors: self-attention layers of the decoder, and the timestep of the noise."""
 
     layers: tuple[str, ...]
@@ -36,14 +36,18 @@ DIFT = 261  # the timestep of DIFT's semantic correspondences (Tang et al. 2023)
 TIMESTEPS = (50, 100, DIFT)
 
 
-def sights(backbone: Backbone) -> list[Sight]:
+def feature_choices(backbone: Backbone) -> list[FeatureChoice]:
     """Return all sources: all layers together (of a UNet those of the decoder) and each alone, at every timestep."""
     decoder = tuple(layer.name for layer in backbone.layers if layer.name.startswith("output."))
     names = decoder or tuple(layer.name for layer in backbone.layers)
-    return [Sight(layers, timestep) for timestep in TIMESTEPS for layers in (names, *((name,) for name in names))]
+    return [
+        FeatureChoice(layers, timestep) for timestep in TIMESTEPS for layers in (names, *((name,) for name in names))
+    ]
 
 
-def descriptors(backbone: Backbone, images: Tensor, chosen: Sequence[Sight], seed: int) -> dict[Sight, Tensor]:
+def descriptors(
+    backbone: Backbone, images: Tensor, chosen: Sequence[FeatureChoice], seed: int
+) -> dict[FeatureChoice, Tensor]:
     """Return descriptors of unit length as in DIFT, [B, D, h, w] by source.
 
     They are self-attention queries on the finest grid of their layers. DIFT takes the decoder's activations. The
@@ -54,14 +58,14 @@ def descriptors(backbone: Backbone, images: Tensor, chosen: Sequence[Sight], see
     latents = backbone.encode_images(resize_image(images, size).to(backbone.device))
     noise = seeded_noise(latents.shape, seed, latents.device)
     found = {}
-    for timestep in sorted({sight.timestep for sight in chosen}):
-        mine = [sight for sight in chosen if sight.timestep == timestep]
+    for timestep in sorted({choice.timestep for choice in chosen}):
+        mine = [choice for choice in chosen if choice.timestep == timestep]
         seen = _looked(backbone, latents, timestep, noise, dict.fromkeys(name for one in mine for name in one.layers))
-        for sight in mine:
-            maps = [seen[name] for name in sight.layers]
+        for choice in mine:
+            maps = [seen[name] for name in choice.layers]
             grid = max((one.shape[2], one.shape[3]) for one in maps)
             joined = torch.cat([F.normalize(resize_maps(one, grid), dim=1) for one in maps], 1)
-            found[sight] = F.normalize(joined, dim=1)
+            found[choice] = F.normalize(joined, dim=1)
     return found
 
 
@@ -117,39 +121,43 @@ class Bank:
     """Descriptors of examples and their labels, for every source; one noise is used for all images."""
 
     @torch.inference_mode()
-    def __init__(self, backbone: Backbone, examples: Sequence[Example], chosen: Sequence[Sight], seed: int = 0) -> None:
+    def __init__(
+        self, backbone: Backbone, examples: Sequence[Example], chosen: Sequence[FeatureChoice], seed: int = 0
+    ) -> None:
         self.backbone, self.seed = backbone, seed
         classes = len(examples[0].names) + 1
-        known: dict[Sight, list[tuple[Tensor, Tensor]]] = {sight: [] for sight in chosen}
+        known: dict[FeatureChoice, list[tuple[Tensor, Tensor]]] = {choice: [] for choice in chosen}
         for example in examples:
-            for sight, (maps,) in descriptors(backbone, example.image[None], chosen, seed).items():
+            for choice, (maps,) in descriptors(backbone, example.image[None], chosen, seed).items():
                 labels = soft_labels(example.labels, classes, (maps.shape[1], maps.shape[2])).to(maps.device)
-                known[sight].append((maps.flatten(1).T, labels.flatten(1).T))
-        self._known = {sight: tuple(map(torch.cat, zip(*pairs, strict=True))) for sight, pairs in known.items()}
+                known[choice].append((maps.flatten(1).T, labels.flatten(1).T))
+        self._known = {choice: tuple(map(torch.cat, zip(*pairs, strict=True))) for choice, pairs in known.items()}
 
     @torch.inference_mode()
-    def find(self, images: Tensor, wanted: Sequence[tuple[str, Sight]]) -> dict[tuple[str, Sight], list[np.ndarray]]:
+    def find(
+        self, images: Tensor, wanted: Sequence[tuple[str, FeatureChoice]]
+    ) -> dict[tuple[str, FeatureChoice], list[np.ndarray]]:
         """Segment images [B, H, W, 3] by each rule with its source; return label maps."""
-        found: dict[tuple[str, Sight], list[np.ndarray]] = {one: [] for one in wanted}
+        found: dict[tuple[str, FeatureChoice], list[np.ndarray]] = {one: [] for one in wanted}
         for image in images:
             seen = descriptors(self.backbone, image[None], list(self._known), self.seed)
-            for (rule, sight), mine in found.items():
-                (maps,) = seen[sight]
-                scores = RULES[rule](maps.flatten(1).T, *self._known[sight]).T.unflatten(1, tuple(maps.shape[1:]))
+            for (rule, choice), mine in found.items():
+                (maps,) = seen[choice]
+                scores = RULES[rule](maps.flatten(1).T, *self._known[choice]).T.unflatten(1, tuple(maps.shape[1:]))
                 mine.append(resize_maps(scores[None], (image.shape[0], image.shape[1]))[0].argmax(0).cpu().numpy())
         return found
 
 
-def best_sights(backbone: Backbone, style: str = scenes.WORLD, images: int = 6) -> dict[str, Sight]:
+def best_feature_choices(backbone: Backbone, style: str = scenes.WORLD, images: int = 6) -> dict[str, FeatureChoice]:
     """Choose for every rule the source with the highest part mIoU on validation scenes.
 
     This runs a baseline at its best layer, as its author would choose it. For a large model the source is all layers at
     DIFT's timestep.
     """
-    everything = sights(backbone)
+    everything = feature_choices(backbone)
     if not backbone.info.id.startswith("tiny"):
-        return dict.fromkeys(RULES, next(sight for sight in everything if sight.timestep == DIFT))
-    pairs = [(rule, sight) for rule in RULES for sight in everything]
+        return dict.fromkeys(RULES, next(choice for choice in everything if choice.timestep == DIFT))
+    pairs = [(rule, choice) for rule in RULES for choice in everything]
     scores = dict.fromkeys(pairs, 0.0)
     for domain in scenes.DOMAINS:
         task = scene_task(domain, 1, 0, images, "validation", style=style)
@@ -157,9 +165,11 @@ def best_sights(backbone: Backbone, style: str = scenes.WORLD, images: int = 6) 
         found = Bank(backbone, task.examples, everything).find(as_tensor(test.images), pairs)
         for pair, maps in found.items():
             scores[pair] += evaluate(maps, test.truths, len(task.names) + 1).part_miou / len(scenes.DOMAINS)
-    best = {rule: max(everything, key=lambda sight: scores[rule, sight]) for rule in RULES}  # noqa: B023
-    for rule, sight in best.items():
-        sys.stdout.write(f"{rule}: best of {len(everything)} sights {sight}, {scores[rule, sight]:.3f} on validation\n")
+    best = {rule: max(everything, key=lambda choice: scores[rule, choice]) for rule in RULES}  # noqa: B023
+    for rule, choice in best.items():
+        sys.stdout.write(
+            f"{rule}: best of {len(everything)} feature_choices {choice}, {scores[rule, choice]:.3f} on validation\n"
+        )
     return best
 
 
