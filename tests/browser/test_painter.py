@@ -404,7 +404,7 @@ def test_what_was_found_opens_the_second_painter(canvas) -> None:
     fill_in(canvas, prepare(canvas.server, name))
     train_briefly(canvas)
     assert canvas.run()["status"]["status_str"] == "success"  # what follows the painter waits, without an error
-    node = canvas.js("() => app.graph.nodes.filter(node => node.type === 'SLiMePartPainter')[1].id")
+    node = canvas.js("() => app.graph.findNodesByType('SLiMePartPainter')[0].id")
     canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
     found = painted(canvas, node)
     assert [part["name"] for part in found["parts"]] == ["wheel"] and found["of"]
