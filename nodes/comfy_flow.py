@@ -118,7 +118,10 @@ class ComfyFlow:
         base = self.model.model
         family = family_of(base)
         if family is None or not isinstance(base.model_sampling, comfy.model_sampling.CONST):
-            raise SlimeError(f"{type(base).__name__} is not a flow transformer that SLiMe supports.")
+            raise SlimeError(
+                f"{type(base).__name__} is not a flow model that SLiMe supports: Flux, Flux.2, Chroma, SD3, "
+                "Qwen-Image, Lumina 2, Z-Image."
+            )
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
         if not self._blocks or not hasattr(self._transformer, "patch_size"):

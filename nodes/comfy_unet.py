@@ -91,7 +91,7 @@ class ComfyUNet(SDUNet):
         latents = self.vae.encode(images[..., :3])
         if latents.ndim != 4 or latents.shape[1] != self.channels:
             raise SlimeError(
-                f"This VAE gives latents of shape {list(latents.shape)}, but the model needs {self.channels} channels: "
+                f"This VAE gives latents of {latents.shape[1]} channels, but the model needs {self.channels}: "
                 "connect the VAE of the same checkpoint."
             )
         return self.process_latents(latents)

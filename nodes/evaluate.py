@@ -69,7 +69,7 @@ def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
     unknown = [name for name in names if name not in parts.maps.names]
     if unknown:
         raise SlimeError(
-            f"There is no part {', '.join(unknown)}. The learned parts are: {', '.join(parts.maps.names)}."
+            f"There is no part {', '.join(unknown)}. The trained parts are: {', '.join(parts.maps.names)}."
         )
     labels = parts.maps.label_map.numpy()
     wanted = len(labels) * len(names)

@@ -32,8 +32,8 @@ Painted = io.Custom("SLIME_PAINTING")
 NOTHING = "SLiMe Part Painter: nothing is painted. Choose a part in the node, paint it on the image, and run again."
 PROPOSED = "The masks are in the painter now. Correct them, and run again."
 ANOTHER = (
-    "SLiMe Part Painter: the painting belongs to another image than the connected one. Press the arrow to take the "
-    "initial masks, or paint again, and run."
+    "SLiMe Part Painter: the painting belongs to another image than the connected one. Press the bin and paint "
+    "again, or the arrow to take connected initial masks, and run."
 )
 
 

@@ -209,7 +209,7 @@ def _wanted(parts: Parts, names: list[str]) -> set[int]:
     unknown = [name for name in names if name not in parts.maps.names]
     if unknown:
         raise SlimeError(
-            f"There is no part {', '.join(unknown)}. The learned parts are: {', '.join(parts.maps.names)}."
+            f"There is no part {', '.join(unknown)}. The trained parts are: {', '.join(parts.maps.names)}."
         )
     return {label for label, name in enumerate(parts.maps.names, start=1) if not names or name in names}
 

@@ -103,7 +103,7 @@ class SLiMePartPrompt(io.ComfyNode):
         unknown = [name for name in wanted if name not in embeddings.names]
         if unknown:
             logging.warning(
-                "SLiMe Part Prompt: there is no part %s. The learned parts are: %s.",
+                "SLiMe Part Prompt: there is no part %s. The trained parts are: %s.",
                 ", ".join(unknown),
                 ", ".join(embeddings.names),
             )

@@ -183,8 +183,8 @@ def _model_inputs(empty: str) -> list[Any]:
         io.String.Input(
             "cross_layers",
             default="",
-            tooltip="Layers to read features from, such as output.3-5, output.6.0. Empty: the default layers of the "
-            "model. auto: chosen on the examples, in about the time of an instant training.",
+            tooltip="Layers to read features from, such as output.3-5 or, for Flux, single.9. Empty: the default "
+            "layers of the model. auto: chosen on the examples, in about the time of an instant training.",
         ),
         io.String.Input(
             "self_layers",

@@ -26,7 +26,7 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
     """
     if first.backbone != second.backbone:
         raise SlimeError(
-            f'One was learned on a "{first.backbone}" model, the other on "{second.backbone}": they cannot be merged.'
+            f'One was trained on a "{first.backbone}" model, the other on "{second.backbone}": they cannot be merged.'
         )
     if CONTEXT in (first.mode, second.mode):
         raise SlimeError(
@@ -38,7 +38,7 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
             "One of them is in the compact text form, without text conditioning. Use the .safetensors file of both."
         )
     if first.vectors.keys() != second.vectors.keys() or first.extraction_key() != second.extraction_key():
-        raise SlimeError("They were learned with other settings (text, layers, timestep or size) and cannot be merged.")
+        raise SlimeError("They were trained with other settings (text, layers, timestep or size) and cannot be merged.")
     names = check_names([*first.names, *second.names])
     a, b = len(first.names), len(second.names)
     vectors = {name: torch.cat([vector, second.vectors[name]]) for name, vector in first.vectors.items()}
@@ -69,7 +69,7 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
     for line in filter(None, (line.strip() for line in text.splitlines())):
         name, value = _change(line, embeddings.names)
         if name not in embeddings.names:
-            raise SlimeError(f'There is no part "{name}". The learned parts are: {", ".join(embeddings.names)}.')
+            raise SlimeError(f'There is no part "{name}". The trained parts are: {", ".join(embeddings.names)}.')
         index, color = embeddings.names.index(name), _COLOR.match(value)
         if color:
             colors[index] = tuple(bytes.fromhex(color[1]))  # type: ignore[assignment]

@@ -95,7 +95,7 @@ def load_embeddings(path: str | os.PathLike[str]) -> PartEmbeddings:
     """
     source = Path(path)
     if not source.is_file():
-        raise SlimeError(f'There is no file "{source.name}". Refresh the node list, or check the folder models/slime.')
+        raise SlimeError(f'There is no file "{source.name}" in {source.parent}. Check the name; in ComfyUI press R.')
     if source.stat().st_size > FILE_LIMIT:
         raise SlimeError(f'"{source.name}" is far too large for SLiMe embeddings. Choose another file.')
     try:

@@ -71,10 +71,10 @@ class PartEmbeddings:
             object.__setattr__(self, "palette", default_palette(len(self.names)))
 
     def check_model(self, backbone: Backbone) -> None:
-        """Raise SlimeError if the embeddings were learned on another kind of model, or read layers it lacks."""
+        """Raise SlimeError if the embeddings were trained on another kind of model, or read layers it lacks."""
         if self.backbone != backbone.info.id:
             raise SlimeError(
-                f'These embeddings ({", ".join(self.names)}) were learned on a "{self.backbone}" model, but the '
+                f'These embeddings ({", ".join(self.names)}) were trained on a "{self.backbone}" model, but the '
                 f'connected model is "{backbone.info.id}". {_cure(self.backbone, backbone.info.id)}'
             )
         known = {layer.name for layer in backbone.layers}

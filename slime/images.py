@@ -31,7 +31,9 @@ def check_images(images: Tensor) -> None:
             bad = int((~torch.isfinite(image)).sum())
             raise SlimeError(f"The image contains {bad} NaN or infinite values. Check the node that made it.")
         if low < -SLACK or high > 1 + SLACK:
-            raise SlimeError(f"Image values must lie in [0, 1]; got {low:.2f} to {high:.2f}.")
+            raise SlimeError(
+                f"Image values must lie in [0, 1]; got {low:.2f} to {high:.2f}. Check the node that made it."
+            )
 
 
 def as_rgb(images: Tensor) -> Tensor:

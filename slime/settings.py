@@ -181,4 +181,6 @@ def setting_names(kind: type[Any]) -> list[str]:
 def _check(settings: object, **valid: bool) -> None:
     wrong = [f"{name} = {getattr(settings, name)!r}" for name, holds in valid.items() if not holds]
     if wrong:
-        raise SlimeError(f"Setting out of range: {', '.join(wrong)}.")
+        raise SlimeError(
+            f"Setting out of range: {', '.join(wrong)}. The tooltip or the docstring says what is possible."
+        )

@@ -223,7 +223,7 @@ def paint_and_find() -> Page:
     page.column("1  Example")
     page.note(
         "**Choose a checkpoint and press Run:** three parts are painted already. Then drop an image of your own on the "
-        "painter, name the parts, outline and fill them.",
+        "painter, press the bin, paint and name your parts, and choose one in *SLiMe Part Mask*.",
         100,
         PAINTER,
     )
@@ -248,8 +248,8 @@ def masks_of_several_images() -> Page:
     page = Page()
     page.column("1  Examples")
     page.note(
-        "Needs images and their masks: right-click *Load Image*, **Open in MaskEditor**, paint the part and save. "
-        "Every example is another image with the **same part name**; choose images that differ.",
+        "Needs a checkpoint. For images of your own right-click *Load Image*, **Open in MaskEditor**, paint the part "
+        "and save; every example is another image with the **same part name**.",
         110,
     )
     previous: dict[str, Any] = {}
@@ -272,8 +272,8 @@ def correct_and_train_again() -> Page:
     page = Page()
     page.column("1  Example")
     page.note(
-        "**Press Run twice.** The first run puts the segmented image into the painter; correct its mask there, and run "
-        "again: now both examples train. Of many images *SLiMe Select Lowest Confidence* takes one.",
+        "Needs a checkpoint. Press Run: the segmented image comes into the painter. **Correct its mask there, and "
+        "press Run again:** now both examples train.",
         150,
     )
     image = page.image("Load Image: the example, with its mask", WHEELS[0])
@@ -342,7 +342,7 @@ def many_images() -> Page:
 def repaint_a_part() -> Page:
     page = Page()
     model, image, parts = find_in_one(
-        page, f"{NEEDS} Name the part in *SLiMe Part Mask*, and write in *Repaint part* what it shall become."
+        page, f"{NEEDS} Name the part in *SLiMe Part Mask*, and write in *Repaint part* what to paint instead."
     )
     page.column("3  Repaint")
     mask = page.mask(parts, "wheel", grow=6, minimum_area=64)
@@ -394,8 +394,8 @@ def flow_model() -> Page:
     page = Page()
     page.column("1  Example")
     page.note(
-        "Needs Flux, Chroma, SD3, Qwen-Image, Lumina 2 or Z-Image. For DINOv2 connect *Load CLIP Vision* to "
-        "*clip_vision* of *SLiMe Train* and *SLiMe Segment* instead.",
+        "Needs Flux, Flux.2, Chroma, SD3, Qwen-Image, Lumina 2 or Z-Image. For DINOv2 connect *Load CLIP Vision* to "
+        "*clip_vision* of *SLiMe Train* and *SLiMe Segment*, and disconnect model, vae and clip.",
         110,
         PAINTER,
     )

@@ -44,7 +44,10 @@ class FusedBackbone:
         infos = [backbone.info for backbone in backbones]
         ids = [info.id for info in infos]
         if len(set(ids)) < 2 or len(set(ids)) < len(ids) or len({info.cell for info in infos}) > 1:
-            raise SlimeError(f"These models cannot be combined: {', '.join(ids)}.")
+            raise SlimeError(
+                f"These models cannot be combined: {', '.join(ids)}. Use two different ones whose cells have the same "
+                "size: a diffusion model and a vision encoder."
+            )
         ends = list(accumulate(info.channels for info in infos))
         self._branches = tuple(
             _Branch(backbone, backbone.info.id + BRANCH, slice(end - backbone.info.channels, end))

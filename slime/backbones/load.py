@@ -25,11 +25,7 @@ def load_model(path: str, device: str = "", dtype: str = "float32", comfyui: str
     Raises:
         SlimeError: nothing there, or nothing that is known.
     """
-    place = Path(path)
-    if not place.exists():
-        raise SlimeError(
-            f"There is no model at {path}: give a checkpoint file, a diffusers folder or an encoder's folder."
-        )
+    place = _existing(path)
     device = device or _best_device()
     kind = getattr(torch, dtype)
     if comfyui:
@@ -48,8 +44,8 @@ def load_model(path: str, device: str = "", dtype: str = "float32", comfyui: str
 
 
 def fingerprint(path: str) -> str:
-    """SHA-256 of a file, or of a folder's files and their names."""
-    place, digest = Path(path), hashlib.sha256()
+    """Return the SHA-256 of a file, or of a folder's files and their names; raise SlimeError if it does not exist."""
+    place, digest = _existing(path), hashlib.sha256()
     for file in sorted(one for one in place.rglob("*") if one.is_file()) if place.is_dir() else [place]:
         if file != place:
             digest.update(file.relative_to(place).as_posix().encode() + b"\0")
@@ -57,6 +53,15 @@ def fingerprint(path: str) -> str:
             while chunk := opened.read(CHUNK):
                 digest.update(chunk)
     return digest.hexdigest()
+
+
+def _existing(path: str) -> Path:
+    place = Path(path)
+    if not place.exists():
+        raise SlimeError(
+            f"There is no model at {path}: give a checkpoint file, a diffusers folder or an encoder's folder."
+        )
+    return place
 
 
 def _best_device() -> str:

@@ -72,8 +72,8 @@ class RunLog:
             ]
             if differing:
                 raise SlimeError(
-                    f"{self.folder} holds the results of a run with other {', '.join(differing)}. Choose an empty "
-                    "folder, or repeat that run's settings to continue it."
+                    f"{self.folder} was made with other settings: {_compared(before, self.about, differing)}. Choose "
+                    "another folder, or the same settings to continue."
                 )
 
     def write(self, records: Sequence[Record]) -> None:
@@ -167,3 +167,14 @@ def _drop_partial_line(file: Path) -> None:
                     complete = start + newline + 1
                     break
             log.truncate(complete)
+
+
+def _compared(before: dict[str, Any], now: dict[str, Any], differing: Sequence[str]) -> str:
+    """Return "names were ['wheel'], now ['wheel', 'body']; ..." with long values cut."""
+    texts = [f"{name} {_cut(before.get(name))}, now {_cut(now.get(name))}" for name in differing]
+    return "; ".join(texts)
+
+
+def _cut(value: Any, most: int = 60) -> str:
+    text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+    return text if len(text) <= most else f"{text[:most]}..."

@@ -60,7 +60,7 @@ def part_masks(
     classes, wanted = [BACKGROUND, *maps.names], list(names) or list(maps.names)
     unknown = [name for name in wanted if name not in classes]
     if unknown:
-        raise SlimeError(f"There is no part {', '.join(unknown)}. The learned parts are: {', '.join(maps.names)}.")
+        raise SlimeError(f"There is no part {', '.join(unknown)}. The trained parts are: {', '.join(maps.names)}.")
     indices = [classes.index(name) for name in dict.fromkeys(wanted)]
     result = torch.empty(len(maps), *maps.size)
     for chunk, masks in _selected(maps, indices, mode, threshold):

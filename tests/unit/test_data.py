@@ -379,7 +379,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     for file in (tmp_path / "whole" / "labels").rglob("*.png"):
         assert file.read_bytes() == (out / file.relative_to(tmp_path / "whole")).read_bytes()
     assert failures(again) == 1, "the broken picture is noted once"
-    with pytest.raises(SlimeError, match="run with other embeddings"):
+    with pytest.raises(SlimeError, match="made with other settings: embeddings"):
         RunLog(out, ABOUT | {"embeddings": "other"})
 
 
@@ -602,7 +602,7 @@ def test_the_command_from_training_to_evaluation(model, folder, tmp_path, capsys
     assert figures["images"] == 2 and 0.3 < figures["part_miou"] <= 1
     assert command.run(["info", str(file)]) == 0 and toy_example(0).names[0] in capsys.readouterr().out
     assert command.run([*find, "--format", "yolo"]) == 1
-    assert "run with other formats" in capsys.readouterr().err
+    assert "made with other settings: formats" in capsys.readouterr().err
 
 
 def test_what_coco_says_scores_as_segmenting_does(model, tmp_path, capsys) -> None:
@@ -813,7 +813,7 @@ def test_nodes_export_and_load_labels(nodes, learned, tmp_path, kind: str) -> No
         assert any(torch.equal(example.labels > 0, maps.label_map[0] > 0) for example in examples)
     one = load.execute(file.get(kind, "set"), learned[1].names[0], 1).args[0]
     assert one[0].names == learned[1].names[:1]
-    with pytest.raises(SlimeError, match="SLiMe Export Labels: .*run with other formats"):
+    with pytest.raises(SlimeError, match="SLiMe Export Labels: .*made with other settings: formats"):
         export.execute(made(maps, images), "masks" if kind != "masks" else "coco", "set")
 
 

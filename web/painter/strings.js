@@ -26,10 +26,10 @@ export const STRINGS = {
     rename: "Name of the part",
     recolor: "Colour of the part",
     canvas: "Painting",
-    empty: "Load or drop an image here, or connect one and queue once",
+    empty: "Load or drop an image here, or connect one and press Run once",
     unreadable: "The painting saved here cannot be read",
     upload_failed: "The image could not be loaded",
-    other_picture: "The parts were painted on the picture before. Undo brings it back, the bin clears them.",
+    other_picture: "The parts were painted on the previous image. Undo brings it back, the bin clears them.",
     inside: "Open the subgraph to paint. ComfyUI cannot show the painter on the outside of a subgraph.",
   },
   zh: {
