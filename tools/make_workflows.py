@@ -232,7 +232,7 @@ def paint_and_find() -> Page:
     model = page.checkpoint()
     train = page.train(model, [painter, 0])
     page.column("3  Segment")
-    other = page.image("Load Image: the image to segment")
+    other = page.image("Image to segment")
     parts = page.segment(model, train, [other, 0])
     page.column("4  Use")
     page.save(train, "my_parts")
@@ -256,14 +256,14 @@ def masks_of_several_images() -> Page:
     for index, file in enumerate(reversed(WHEELS)):
         if index:
             page.column()
-        image = page.image(f"Load Image: example {index + 1}, with its mask", file)
+        image = page.image(f"Example {index + 1}, with its mask", file)
         example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel", **previous)
         previous = {"previous": [example, 0]}
     page.column("2  Train")
     model = page.checkpoint()
     train = page.train(model, [example, 0])
     page.column("3  Segment")
-    other = page.image("Load Image: the image to segment")
+    other = page.image("Image to segment")
     page.segment(model, train, [other, 0])
     return page
 
@@ -276,13 +276,13 @@ def correct_and_train_again() -> Page:
         "press Run again:** now both examples train.",
         150,
     )
-    image = page.image("Load Image: the example, with its mask", WHEELS[0])
+    image = page.image("Example, with its mask", WHEELS[0])
     example = page.add("SLiMeExample", image=[image, 0], mask=[image, 1], names="wheel")
     page.column("2  Train")
     model = page.checkpoint()
     train = page.train(model, [example, 0])
     page.column("3  Segment")
-    other = page.image("Load Image: the image to correct")
+    other = page.image("Image to correct")
     parts = page.segment(model, train, [other, 0])
     page.column("4  Correct")
     corrected = page.add(
@@ -381,7 +381,7 @@ def measure_and_share() -> Page:
     )
     model, embeddings = page.checkpoint(), page.load()
     page.column("2  Measure")
-    image = page.image("Load Image: a test image, with its true mask", TESTED)
+    image = page.image("Test image, with its true mask", TESTED)
     parts = page.segment(model, embeddings, [image, 0])
     page.column()
     page.add("SLiMeEvaluate", parts=[parts, 0], ground_truth=[image, 1], names="wheel")
