@@ -46,7 +46,7 @@ async function snap(painting, connected) {
 /** The picture that a Load Image node at the socket shows. @param {any} node */
 function upstreamUrl(node) {
   const slot = node.inputs?.findIndex((/** @type {any} */ input) => input.name === "image") ?? -1;
-  if (slot < 0 || node.inputs[slot].link == null) return null;
+  if (slot < 0 || !node.isInputConnected(slot)) return null;
   const source = node.getInputNode?.(slot);
   const file = source?.widgets?.find((/** @type {any} */ widget) => widget.name === "image")?.value;
   if (typeof file !== "string" || !source.comfyClass?.startsWith("LoadImage")) return null;
@@ -148,7 +148,9 @@ app.registerExtension({
 
 /** @param {any} node */
 function connected(node) {
-  return node.inputs?.some((/** @type {any} */ input) => ["image", "initial_masks"].includes(input.name) && input.link != null) ?? false;
+  const wanted = (/** @type {any} */ input, /** @type {number} */ slot) =>
+    ["image", "initial_masks"].includes(input.name) && node.isInputConnected(slot);
+  return node.inputs?.some(wanted) ?? false;
 }
 
 /** Call something after a node's own handler. @param {any} node @param {string} name @param {(...given: any[]) => void} then */

@@ -15,7 +15,7 @@ from .losses import balanced_weights, weighted_cross_entropy
 SHRINKAGE = 1e-2  # of the whitening, relative to the mean variance
 HISTORY = 20  # of L-BFGS
 # Weight decay of the instant trainer, in whitened coordinates. With .001 the problem is far from solved when the steps
-# end, and rounding errors decide about .02 of part mIoU; with .1 two machines agree to .002.
+# end, and rounding errors choose among many half-solved fits (benchmarks/convergence.py).
 L2 = 0.1
 
 # number of the evaluation, loss terms, the vectors so far, logits of the first view [K, H, W]
