@@ -78,8 +78,8 @@ def build_prompt(
     builder = PromptBuilder(template)
     prompt = builder.prompt
     prompt[find(prompt, "CheckpointLoaderSimple")]["inputs"]["ckpt_name"] = checkpoint
-    prompt[find(prompt, "SLiMeSaveEmbeddings")]["inputs"].update(filename=name, overwrite=True)
     train = find(prompt, "SLiMeTrain")
+    builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=name, overwrite=True)
     prompt[train]["inputs"]["seed"] = seed
     builder.set_training(train, preset, **train_settings)
     segment = find(prompt, "SLiMeSegment")
