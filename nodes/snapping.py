@@ -51,12 +51,16 @@ def _snap(labels: np.ndarray, image: np.ndarray, far: float) -> np.ndarray:
     free = int(labels.max()) + 1
     markers = np.zeros(labels.shape, np.int16)
     markers[outside > far] = free
-    for label in np.unique(labels[labels > 0]):
-        components, count = ndimage.label(labels == label)
-        depth = ndimage.distance_transform_edt(labels == label)
+    for label, place in enumerate(ndimage.find_objects(labels), start=1):
+        if place is None:
+            continue
+        around = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in place)
+        inside = labels[around] == label
+        components, count = ndimage.label(inside)
+        depth = ndimage.distance_transform_edt(inside)
         deepest = ndimage.maximum(depth, components, range(1, count + 1))
-        inside = np.minimum(far, 0.6 * np.concatenate([[0], np.atleast_1d(deepest)]))[components]
-        markers[(components > 0) & (depth >= inside)] = label
+        kept = np.minimum(far, 0.6 * np.concatenate([[0], np.atleast_1d(deepest)]))[components]
+        markers[around][inside & (depth >= kept)] = label
     snapped = ndimage.watershed_ift(height, markers)
     return np.where(snapped == free, 0, snapped).astype(np.uint8)
 

@@ -109,7 +109,11 @@ app.registerExtension({
         // A subgraph that takes the painting on its face shows nothing there, and hides the painter in here.
         const before = node.onConnectInput;
         node.onConnectInput = function (/** @type {any[]} */ ...given) {
-          if (node.inputs[given[0]]?.name !== name) return before?.apply(this, given);
+          const [slot, , input, end, output] = given;
+          if (node.inputs[slot]?.name !== name || output !== -1) return before?.apply(this, given); // -1: of a subgraph
+          queueMicrotask(() => {
+            if (end?.subgraph?.inputs.includes(input) && !input.linkIds.length) end.subgraph.removeInput(input);
+          });
           app.extensionManager?.toast?.add({ severity: "info", summary: node.title, detail: painter.say("inside"), life: 8000 });
           return false;
         };

@@ -67,12 +67,9 @@ class RunLog:
                 before.get("model")
             except (ValueError, TypeError, KeyError, AttributeError) as error:
                 raise SlimeError(f"{file} is not of SLiMe, or broken. Choose an empty folder.") from error
-            differing = [
-                name for name in sorted(before.keys() | self.about) if before.get(name) != self.about.get(name)
-            ]
-            if differing:
+            if any(before.get(name) != self.about.get(name) for name in before.keys() | self.about):
                 raise SlimeError(
-                    f"{self.folder} was made with other settings: {_compared(before, self.about, differing)}. Choose "
+                    f"{self.folder} was made with other settings: {_compared(before, self.about)}. Choose "
                     "another folder, or the same settings to continue."
                 )
 
@@ -169,12 +166,21 @@ def _drop_partial_line(file: Path) -> None:
             log.truncate(complete)
 
 
-def _compared(before: dict[str, Any], now: dict[str, Any], differing: Sequence[str]) -> str:
-    """Return "names were ['wheel'], now ['wheel', 'body']; ..." with long values cut."""
-    texts = [f"{name} {_cut(before.get(name))}, now {_cut(now.get(name))}" for name in differing]
-    return "; ".join(texts)
+def _compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Return what differs, such as "settings.dtype float32, now bfloat16"."""
+    first, second = dict(_flat(before)), dict(_flat(now))
+    differing = [name for name in sorted(first.keys() | second.keys()) if first.get(name) != second.get(name)]
+    return "; ".join(f"{name} {_end(first.get(name))}, now {_end(second.get(name))}" for name in differing)
 
 
-def _cut(value: Any, most: int = 60) -> str:
+def _flat(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        yield from (
+            ((f"{name}.{key}", inner) for key, inner in value.items()) if isinstance(value, dict) else [(name, value)]
+        )
+
+
+def _end(value: Any, most: int = 60) -> str:
+    """Return a value as text, or the end of a long one: paths differ there."""
     text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= most else f"...{text[-most:]}"

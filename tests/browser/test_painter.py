@@ -262,7 +262,8 @@ def test_the_properties_panel_leaves_the_painter_as_it_is(canvas) -> None:
     canvas.js("id => app.canvas.selectItems([app.graph.getNodeById(id)])", node)
     panel = canvas.page.get_by_role("tab", name="Parameters").first
     panel.wait_for()
-    canvas.page.wait_for_timeout(500)
+    canvas.page.get_by_text("SLiMe Part Painter").last.wait_for()  # the panel is about this node
+    canvas.page.wait_for_timeout(1000)
     canvas.shot("painter_with_panel")
     assert element.bounding_box()["width"] == width and not canvas.page.get_by_text("painting", exact=True).count()
     toggle.first.click()
@@ -283,11 +284,13 @@ def test_the_painting_cannot_be_an_input_of_a_subgraph(canvas) -> None:
             const { subgraph } = app.graph.nodes[0];
             const [node] = subgraph.nodes;
             const slot = node.inputs.find(input => input.name === "painting");
-            return Boolean(subgraph.addInput("painting", slot.type).connect(slot, node));
+            subgraph.inputNode.emptySlot.connect(slot, node);
+            return slot.link != null;
         }"""
     )
     assert not linked
-    assert canvas.page.get_by_text("Open the subgraph to paint").first.is_visible()
+    canvas.page.get_by_text("Open the subgraph to paint").first.wait_for()
+    assert canvas.js("() => app.graph.nodes[0].subgraph.inputs.length") == 0
     sent = canvas.js("async () => Object.values((await app.graphToPrompt()).output)[0].inputs.painting")
     assert json.loads(sent) == before
 
@@ -305,7 +308,11 @@ def test_painting_in_app_mode(canvas) -> None:
     canvas.page.keyboard.press("Escape")  # the front end's welcome
     element = canvas.page.locator(".slime-canvas:visible").first
     element.wait_for()
-    canvas.page.wait_for_timeout(500)
+    canvas.page.wait_for_function(f"() => {PAINTER}({node}).picture")
+    box: dict[str, float] = {}
+    while element.bounding_box() != box:  # the column slides in
+        box = element.bounding_box()
+        canvas.page.wait_for_timeout(300)
     assert min(element.bounding_box()[side] for side in ("width", "height")) > 250
     stroke(canvas, element, (0.2, 0.7), (0.6, 0.8))
     canvas.shot("painter_in_app_mode")

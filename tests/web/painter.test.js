@@ -1,4 +1,4 @@
-import { beforeEach, describe, expect, it, vi } from "vitest";
+import { afterEach, beforeEach, describe, expect, it, vi } from "vitest";
 
 import { History } from "../../web/painter/history.js";
 import { LabelMap } from "../../web/painter/label_map.js";
@@ -87,6 +87,7 @@ describe("Painting", () => {
     painting.fitTo(64, 48);
     expect(painting.addPart("wheel")).toBe(2);
     painting.map.line(10, 10, 20, 20, 4, 2);
+    painting.keepMap();
     painting.image = { name: "car.png", subfolder: "slime", type: "input" };
     const again = Painting.parse(painting.serialise());
     expect(again).toEqual(painting);
@@ -127,11 +128,15 @@ describe("Painting", () => {
     const painting = new Painting();
     painting.fitTo(100, 100);
     painting.map.line(50, 50, 50, 50, 20, 1);
+    painting.keepMap();
     painting.fitTo(200, 200);
     expect(count(painting.map, 1)).toBeGreaterThan(3.9 * Math.PI * 400);
     painting.fitTo(200, 100);
     expect(painting.map).toMatchObject({ width: 200, height: 100 });
     expect(painting.map.has(1)).toBe(true);
+    painting.fitTo(2, 2);
+    painting.fitTo(100, 100);
+    expect(count(painting.map, 1)).toBeGreaterThan(0.9 * Math.PI * 400); // small pictures in between cost nothing
   });
 });
 
@@ -198,6 +203,8 @@ describe("Painter", () => {
     HTMLCanvasElement.prototype.getContext = () => drawing;
     ({ Painter } = await import("../../web/painter/painter.js"));
   });
+
+  afterEach(() => vi.unstubAllGlobals());
 
   const make = () => {
     const host = { changed: vi.fn(), upload: vi.fn(), url: (image) => `/view/${image.name}` };
@@ -349,11 +356,33 @@ describe("Painter", () => {
     expect(painter.painting.map).toMatchObject({ width: 200, height: 200 });
     expect(painter.value).toBe(text);
     painter.connect("/view/other.png");
-    arrives(64, 64);
-    expect(painter.painting.map).toMatchObject({ width: 64, height: 64 });
-    expect(painter.value).toBe(text);
-    expect(host.changed).toHaveBeenCalledOnce(); // by make()
-    vi.unstubAllGlobals();
+    arrives(4, 4);
+    expect(painter.painting.map).toMatchObject({ width: 4, height: 4 });
+    painter.painting.renamePart(1, "wheel");
+    painter.commit();
+    painter.connect(null);
+    arrives(200, 200);
+    pointer(painter, "pointerdown", 1, 1);
+    pointer(painter, "pointerup", 1, 1);
+    const kept = Painting.parse(painter.value).map;
+    expect(kept).toMatchObject({ width: 200, height: 200 });
+    expect(count(kept, 1)).toBeGreaterThan(0.95 * 16 * count(saved.map, 1));
+    expect(host.changed).toHaveBeenCalledTimes(3); // make(), the name, the stroke
+  });
+
+  it("takes what was found at the size of the picture that is on its way", () => {
+    const { painter } = make();
+    /** @type {any[]} */
+    const pictures = [];
+    vi.stubGlobal("Image", class { constructor() { pictures.push(this); } });
+    painter.connect("/view/large.png");
+    const found = new LabelMap(1000, 1000);
+    found.line(500, 500, 500, 500, 3, 1);
+    painter.propose("abc", { parts: [{ name: "bolt", color: "#ff0000" }], width: 1000, height: 1000, runs: found.encode() });
+    Object.assign(pictures.at(-1), { naturalWidth: 1000, naturalHeight: 1000 });
+    pictures.at(-1).onload();
+    expect(JSON.parse(painter.value).runs).toBe(found.encode());
+    expect(painter.painting.map.encode()).toBe(found.encode());
   });
 
   it("asks the server to snap, and keeps what was painted meanwhile", async () => {

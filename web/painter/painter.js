@@ -62,6 +62,8 @@ export class Painter {
     this.stroke = null;
     /** @type {string | null} address of the picture that is shown or on its way */
     this.wanted = null;
+    /** @type {string | null} address of the picture that is shown */
+    this.shown = null;
     this.tint = document.createElement("canvas");
     this.element = element("div", "slime-painter widget-expands"); // Nodes 2.0 lets it grow with the node
     this.canvas = element("canvas", "slime-canvas");
@@ -129,8 +131,7 @@ export class Painter {
     this.showParts();
     if (JSON.stringify(this.painting.image) !== before) this.loadPicture();
     else {
-      // The step before the image came had nothing to paint on.
-      if (this.picture) this.painting.fitTo(this.picture.naturalWidth, this.picture.naturalHeight);
+      this.fitMap(); // the step before the image came had nothing to paint on
       this.retint();
     }
     this.host.changed(state);
@@ -181,7 +182,7 @@ export class Painter {
     try {
       const { runs, width, height } = await this.host.snap(before, this.connected);
       if (this.value !== before) return; // painted on meanwhile
-      this.painting.map = LabelMap.decode(runs, width, height);
+      this.painting.replaceMap(LabelMap.decode(runs, width, height));
       this.replaced();
     } catch (error) {
       this.message = error instanceof Error ? error.message : String(error);
@@ -194,11 +195,17 @@ export class Painter {
   /** The whole painting is another one. */
   replaced() {
     this.label = Math.min(this.label, this.painting.parts.length) || 1;
-    if (this.picture) this.painting.fitTo(this.picture.naturalWidth, this.picture.naturalHeight);
+    this.fitMap();
     this.buttons.take.classList.remove("wanted");
     this.showParts();
     this.retint();
     this.commit();
+  }
+
+  /** Bring the map to the size of the picture, unless another one is on its way. */
+  fitMap() {
+    if (!this.picture || this.shown !== this.wanted) return;
+    this.painting.fitTo(this.picture.naturalWidth, this.picture.naturalHeight);
   }
 
   loadPicture() {
@@ -214,12 +221,15 @@ export class Painter {
     picture.onload = () => {
       if (this.wanted !== url) return;
       this.picture = picture;
-      this.painting.fitTo(picture.naturalWidth, picture.naturalHeight);
+      this.shown = url;
+      this.fitMap();
       this.fit();
+      // Only another image is worth saving: a map that was saved at another size is merely shown at this one.
+      if (!this.unreadable && JSON.stringify(image) !== JSON.stringify(JSON.parse(this.value).image)) {
+        this.painting.keepMap();
+        this.commit();
+      }
       this.retint();
-      // Only another image is worth saving: a map that was saved more coarsely is merely brought to size.
-      const another = !this.unreadable && JSON.stringify(image) !== JSON.stringify(JSON.parse(this.value).image);
-      if (another) this.commit();
     };
     picture.onerror = () => {
       if (this.wanted !== url) return;
@@ -376,6 +386,7 @@ export class Painter {
 
   clear() {
     this.painting.map?.data.fill(0);
+    this.painting.keepMap();
     this.painting.of = null;
     this.retint();
     this.commit();
@@ -476,7 +487,7 @@ export class Painter {
       map.wand(this.pixels(), where.x, where.y, this.tolerance, this.stroke.label);
       this.painted = true;
       this.retint();
-    } else this.paint(where, event);
+    } else this.retint(this.paint(where, event));
   }
 
   /** The picture's RGBA at the size of the label map. */
@@ -500,10 +511,13 @@ export class Painter {
       if (this.stroke) {
         if (this.focusing && distance(before, at) > 0) this.begin(this.view.toPainting(before.x, before.y), event);
         const events = event.getCoalescedEvents?.() ?? [];
+        /** @type {import("./label_map.js").Rect | undefined} */
+        let changed;
         for (const one of events.length ? events : [event]) {
           const { x, y } = this.position(one);
-          this.follow(this.view.toPainting(x, y), one);
+          changed = united(changed, this.follow(this.view.toPainting(x, y), one));
         }
+        if (changed) this.retint(changed);
       } else if (others.length) {
         const other = others[0][1];
         const grown = distance(at, other) / (distance(before, other) || 1);
@@ -516,10 +530,11 @@ export class Painter {
     this.draw();
   }
 
-  /** @param {{x: number, y: number}} to painting position @param {PointerEvent} event */
+  /** @param {{x: number, y: number}} to painting position @param {PointerEvent} event @returns what was painted on */
   follow(to, event) {
     if (this.outline) this.outline = this.tool === "lasso" ? [...this.outline, to] : rectangle(this.outline[0], to);
-    else if (this.tool === "brush" || this.tool === "eraser") this.paint(to, event);
+    else if (this.tool === "brush" || this.tool === "eraser") return this.paint(to, event);
+    return undefined;
   }
 
   /** @param {PointerEvent} event */
@@ -533,6 +548,7 @@ export class Painter {
     this.stroke = this.outline = null;
     this.focusing = false;
     if (this.painted) {
+      this.painting.keepMap();
       this.painting.of = this.connected && this.digest;
       this.commit();
     }
@@ -541,13 +557,13 @@ export class Painter {
 
   /** A pen's pressure makes the line thinner. @param {{x: number, y: number}} to painting position @param {PointerEvent} event */
   paint(to, event) {
-    if (!this.stroke || !this.painting.map) return;
+    if (!this.stroke || !this.painting.map) return undefined;
     const { x, y, label } = this.stroke;
     const radius = this.brush * (event.pointerType === "pen" && event.pressure > 0 ? event.pressure : 1);
     const rect = this.painting.map.line(x, y, to.x, to.y, Math.max(0.5, radius), label);
     this.stroke = { label, ...to };
     this.painted = true;
-    this.retint(rect);
+    return rect;
   }
 
   /** @param {KeyboardEvent} event */
@@ -699,6 +715,20 @@ export class Painter {
     context.fillStyle = "#fff";
     lines.forEach((line, index) => context.fillText(line, size, top + (index + 1.1) * size * 1.3));
   }
+}
+
+/**
+ * The smallest rectangle that holds both.
+ * @param {import("./label_map.js").Rect | undefined} a @param {import("./label_map.js").Rect | undefined} b
+ */
+function united(a, b) {
+  if (!a || !b) return a ?? b;
+  return {
+    left: Math.min(a.left, b.left),
+    top: Math.min(a.top, b.top),
+    right: Math.max(a.right, b.right),
+    bottom: Math.max(a.bottom, b.bottom),
+  };
 }
 
 /** The corners of a rectangle. @param {{x: number, y: number}} a @param {{x: number, y: number}} b */

@@ -24,8 +24,10 @@ export class Painting {
     this.image = null;
     /** @type {Part[]} */
     this.parts = [{ name: "part", color: COLORS[0] }];
-    /** @type {LabelMap | null} */
+    /** The map that is shown and painted on, of the picture's size. @type {LabelMap | null} */
     this.map = null;
+    /** The map as it was painted last, of that picture's size; null before. @type {LabelMap | null} */
+    this.source = null;
     /** Digest of the connected image it was painted on. @type {string | null} */
     this.of = null;
   }
@@ -43,7 +45,17 @@ export class Painting {
   /** @param {number} label */
   removePart(label) {
     this.parts.splice(label - 1, 1);
-    this.map?.remove(label);
+    for (const map of new Set([this.map, this.source])) map?.remove(label);
+  }
+
+  /** @param {LabelMap} map another map, at its own size */
+  replaceMap(map) {
+    this.map = this.source = map;
+  }
+
+  /** The map that is shown was painted on. */
+  keepMap() {
+    this.source = this.map;
   }
 
   /**
@@ -76,18 +88,18 @@ export class Painting {
     const found = new Set(parts.map((part) => part.name));
     const others = this.parts.filter(({ name }) => !found.has(name) && name !== "part");
     this.parts = [...parts, ...others].slice(0, MOST_PARTS).map((part) => ({ ...part }));
-    this.map = LabelMap.decode(runs, width, height);
+    this.replaceMap(LabelMap.decode(runs, width, height));
   }
 
   /**
-   * Paint on an image of this size; what was painted is stretched to it.
+   * Paint on an image of this size; what was painted last is stretched to it, however many images came between.
    * @param {number} width @param {number} height
    */
   fitTo(width, height) {
     const wanted = LabelMap.for(width, height);
-    const { map } = this;
+    const map = this.source ?? this.map;
     const fits = map?.width === wanted.width && map.height === wanted.height;
-    if (!fits) this.map = map ? map.resized(wanted.width, wanted.height) : wanted;
+    this.map = fits ? map : (map?.resized(wanted.width, wanted.height) ?? wanted);
   }
 
   get empty() {
@@ -96,7 +108,7 @@ export class Painting {
 
   /** Text for the workflow; the map is made coarser until it is small enough. */
   serialise() {
-    let map = this.map;
+    let map = this.source ?? this.map;
     let runs = map?.encode(LARGEST_RUNS) ?? null;
     while (map && runs === null) {
       map = map.resized(Math.max(1, map.width >> 1), Math.max(1, map.height >> 1));
@@ -119,7 +131,7 @@ export class Painting {
     painting.image = saved.image ?? null;
     painting.of = saved.of ?? null;
     painting.parts = saved.parts.map((/** @type {Part} */ part) => ({ name: String(part.name), color: part.color }));
-    painting.map = saved.runs ? LabelMap.decode(saved.runs, saved.width, saved.height) : null;
+    if (saved.runs) painting.replaceMap(LabelMap.decode(saved.runs, saved.width, saved.height));
     return painting;
   }
 }
