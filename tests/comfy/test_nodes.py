@@ -105,7 +105,7 @@ def test_feather_holes_and_specks(nodes) -> None:
 
 
 def test_unknown_part_names_what_there_is(nodes) -> None:
-    with pytest.raises(ValueError, match="Part Mask: There is no part tail. The learned parts are: wheel, window"):
+    with pytest.raises(ValueError, match="Part Mask: There is no part tail. The trained parts are: wheel, window"):
         mask_of(nodes, names="tail")
 
 

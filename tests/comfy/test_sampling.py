@@ -338,7 +338,7 @@ def test_what_cannot_be_watched_says_so(tiny) -> None:
     compiled.add_object_patch("diffusion_model", torch.nn.Identity())
     with pytest.raises(SlimeError, match="SLiMe Part Guider: Another node replaced this model"):
         part_guider(tiny, compiled)
-    with pytest.raises(SlimeError, match="SLiMe Part Guider: These embeddings .* were learned on"):
+    with pytest.raises(SlimeError, match="SLiMe Part Guider: These embeddings .* were trained on"):
         part_guider(tiny, load_flow(FLOW).model)
     with pytest.raises(SlimeError, match="The guider is a CFGGuider, which has no masks"):
         SLiMeGuiderMasks.execute(plain_guider(tiny), {"samples": torch.zeros(1, 4, 8, 8)})
