@@ -12,13 +12,15 @@ from ..slime.backbones.base import Backbone
 from ..slime.backbones.fused import FusedBackbone
 from ..slime.errors import SlimeError
 from .comfy_flow import ComfyFlow
+from .comfy_sam3 import ComfySam3, is_sam3
 from .comfy_unet import ComfyUNet
 from .comfy_vision import ComfyVision
 from .common import as_images
 
 # Adapters of MODEL, tried in turn: the first that accepts the model takes it, the last one says what is supported. A
 # new kind of model is one file with such a class, and its name here.
-ADAPTERS: list[Any] = [ComfyFlow, ComfyUNet]
+ADAPTERS: list[Any] = [ComfySam3, ComfyFlow, ComfyUNet]
+WITHOUT_LATENTS = (ComfySam3,)
 
 
 def build_backbone(model: Any, vae: Any, clip: Any, clip_vision: Any) -> Backbone:
@@ -30,17 +32,22 @@ def build_backbone(model: Any, vae: Any, clip: Any, clip_vision: Any) -> Backbon
     if model is None and clip_vision is None:
         raise SlimeError("No model is connected: connect a model and its VAE, or a clip_vision, or all of them.")
     if model is None:
-        return ComfyVision(clip_vision)
+        return _encoder(clip_vision)
     adapter = next((one for one in ADAPTERS if one.accepts(model)), ADAPTERS[-1])
     backbone: Backbone = adapter(model, vae, clip)
     if clip_vision is None:
         return backbone
-    return FusedBackbone(backbone, ComfyVision(clip_vision, backbone.info.cell))
+    return FusedBackbone(backbone, _encoder(clip_vision, backbone.info.cell))
+
+
+def _encoder(clip_vision: Any, cell: int = 0) -> Backbone:
+    """Return the backbone of what is connected to the socket of a vision encoder: CLIP_VISION, or a SAM3 MODEL."""
+    return ComfySam3(clip_vision, cell=cell) if is_sam3(clip_vision) else ComfyVision(clip_vision, cell)
 
 
 def takes_latents(backbone: Backbone) -> bool:
     """Return whether the backbone is a diffusion model alone, whose encoded images are ComfyUI's latents."""
-    return isinstance(backbone, tuple(ADAPTERS))
+    return isinstance(backbone, tuple(ADAPTERS)) and not isinstance(backbone, WITHOUT_LATENTS)
 
 
 def resolve_inputs(
@@ -94,11 +101,12 @@ def model_inputs(tooltip: str) -> list[Any]:
 
 
 def clip_vision_input() -> Any:
-    return io.ClipVision.Input(
+    return io.MultiType.Input(
         "clip_vision",
+        types=[io.ClipVision, io.Model],
         optional=True,
-        tooltip="A vision encoder, best DINOv2 or DINOv3: used together with the model, or alone where no model is "
-        "connected.",
+        tooltip="A vision encoder, best DINOv2 or DINOv3, or a SAM3 MODEL: used together with the model, or alone "
+        "where no model is connected.",
     )
 
 

@@ -15,9 +15,12 @@ from .part_detailer import SLiMePartDetailer
 from .part_mask import SLiMePartMask
 from .part_outputs import SLiMePartBoxes, SLiMePartList, SLiMePartSegs
 from .part_prompts import SLiMeGuiderMasks, SLiMePartGuider, SLiMePartPrompt
+from .sam3_concept import SLiMeLearnSam3Concept, SLiMeSam3Prompt
+from .sam3_refine import SLiMeSam3Refine
 from .segment import SLiMeSegment
 from .select_image import SLiMePickLeastSure
 from .smooth_video import SLiMeSteadyParts
+from .tracks import SLiMeTrackSeeds, SLiMeTracksToParts
 from .train import SLiMeTrain
 from .train_settings import SLiMeInstantSettings, SLiMePaperSettings
 
@@ -47,6 +50,11 @@ NODES: list[type[io.ComfyNode]] = [
     SLiMeEmbeddingsMerge,
     SLiMeExportLabels,
     SLiMeLoadAnnotations,
+    SLiMeLearnSam3Concept,
+    SLiMeSam3Prompt,
+    SLiMeSam3Refine,
+    SLiMeTrackSeeds,
+    SLiMeTracksToParts,
 ]
 
 

@@ -76,7 +76,7 @@ class SamplingSegmenter:
                 "A vision encoder needs pixels: connect the VAE of the checkpoint"
                 + (f", or put {name}.safetensors into ComfyUI's models/vae_approx." if name else ".")
             )
-        self._beside = [clip_vision.patcher] if self._needs_pixels else []
+        self._beside = [getattr(clip_vision, "patcher", clip_vision)] if self._needs_pixels else []
         self._beside += [vae.patcher] if self._needs_pixels and self._preview is None else []
 
     def model_to_sample(self) -> Any:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,11 @@ STAGES = {
 PROBE_SHARE = 0.5  # estimated share of the layer probe in the whole time
 # Estimated share of each stage in the rest of the time, in order; the last stage takes what is left. On the demo model
 # on a CPU it is .6 and .1 with both; a step of paper through Stable Diffusion takes far longer than a view.
-STAGE_SHARES = {"instant": {"views": 0.5, "features": 0.2}, "paper": {"views": 0.08, "features": 0.08}}
+STAGE_SHARES = {
+    "instant": {"views": 0.5, "features": 0.2},
+    "paper": {"views": 0.08, "features": 0.08},
+    "concept": {"views": 0.1},
+}
 
 
 class SLiMeTrain(io.ComfyNode):
@@ -132,17 +137,12 @@ class SLiMeTrain(io.ComfyNode):
         with named_errors("SLiMe Train"):
             backbone = build_backbone(model, vae, clip, clip_vision)
             chosen = _settings(preset, backbone, seed, settings)
-            progress = _Progress(cls.hidden.unique_id, preset)
-            try:
+            progress = TrainingProgress(cls.hidden.unique_id, preset)
+            with autosave_on_error(progress):
                 embeddings = train(backbone, examples, chosen, init_embeddings=init_embeddings, on_step=progress)
                 preview = _preview(backbone, examples[0], embeddings, progress.last)
                 progress.show(legend_below(preview, embeddings.names, embeddings.palette))
                 return io.NodeOutput(embeddings, {"loss": list(embeddings.losses)}, to_core(to_tensor(preview)[None]))
-            except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
-                saved = _autosave(progress.last)
-                if saved is not None:
-                    progress.show_text(f"Stopped. The result so far is in {saved}")
-                raise
 
 
 def _settings(preset: str, backbone: Backbone, seed: int, settings: TrainSettingsValue | None) -> TrainSettings:
@@ -165,7 +165,7 @@ def _autosave(report: StepReport | None) -> Path | None:
     return path
 
 
-class _Progress:
+class TrainingProgress:
     """Progress bar over the whole training, live preview, a line of text in the node, and the check for cancel."""
 
     def __init__(self, node_id: str | None, preset: str) -> None:
@@ -203,6 +203,18 @@ class _Progress:
     def show_text(self, text: str) -> None:
         """Show a line of text in the node."""
         show_text(self._node_id, text)
+
+
+@contextmanager
+def autosave_on_error(progress: TrainingProgress) -> Iterator[None]:
+    """Save the best embeddings so far on error and on cancel, and say where."""
+    try:
+        yield
+    except BaseException:  # ComfyUI's interrupt is a BaseException in newer cores
+        saved = _autosave(progress.last)
+        if saved is not None:
+            progress.show_text(f"Stopped. The result so far is in {saved}")
+        raise
 
 
 def done_share(report: StepReport, preset: str, probed: bool = False) -> float:

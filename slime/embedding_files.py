@@ -28,7 +28,7 @@ from torch import Tensor
 from .backbones.base import halved
 from .backbones.layers import LayerChoice
 from .decoders import DECODERS, Decoder
-from .embeddings import CONTEXT, LINEAR, PartEmbeddings
+from .embeddings import CONCEPT, CONTEXT, LINEAR, PartEmbeddings
 from .errors import SlimeError
 from .examples import MAX_PARTS
 from .settings import GROUPINGS, SHARED
@@ -116,6 +116,8 @@ def to_text(embeddings: PartEmbeddings) -> str:
     Raises:
         SlimeError: it would be too long.
     """
+    if embeddings.mode == CONCEPT:
+        raise SlimeError("SAM3 concepts have no text form. Share the file instead.")
     vectors = embeddings.vectors
     if embeddings.mode == CONTEXT and embeddings.condition is not None:
         vectors = {name: vector - embeddings.condition["context"][0].float() for name, vector in vectors.items()}
@@ -226,7 +228,7 @@ _FIELDS = {
     "names": _Field(list, _list_of(_text, MAX_PARTS)),
     "prompt": _Field(str, _text),
     "backbone": _Field(str, _text),
-    "mode": _Field(str, _one_of(LINEAR, CONTEXT)),
+    "mode": _Field(str, _one_of(LINEAR, CONTEXT, CONCEPT)),
     "grouping": _Field(str, _one_of(*GROUPINGS)),
     "layers": _Field(LayerChoice._asdict, _read_layers),
     "timestep": _Field(int, _whole(0, 100_000)),

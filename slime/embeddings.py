@@ -19,7 +19,7 @@ from .examples import check_names
 from .parts.palette import Color, default_palette
 from .settings import RESOLUTION, SHARED
 
-LINEAR, CONTEXT = "linear", "context"
+LINEAR, CONTEXT, CONCEPT = "linear", "context", "concept"
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ class PartEmbeddings:
         layers: layers that are read.
         timestep, side: noise level and image size of the features.
         mode: "linear" (the backbone runs on its own condition, the vectors only score its features) or "context" (the
-            vectors replace tokens 1.. of the text context, as in the paper).
+            vectors replace tokens 1.. of the text context, as in the paper) or "concept" (text tokens for SAM3, see
+            :mod:`slime.concepts.train`).
         grouping: how layers form feature groups, "resolution" or "layer".
         decoder: how part maps are decoded.
         palette: one RGB colour per part.
@@ -72,6 +73,11 @@ class PartEmbeddings:
 
     def check_model(self, backbone: Backbone) -> None:
         """Raise SlimeError if the embeddings were trained on another kind of model, or read layers it lacks."""
+        if self.mode == CONCEPT:
+            raise SlimeError(
+                f"These embeddings ({', '.join(self.names)}) are SAM3 concepts. Connect them to SLiMe SAM3 Prompt, and "
+                "its conditioning to SAM3 Detect."
+            )
         if self.backbone != backbone.info.id:
             raise SlimeError(
                 f'These embeddings ({", ".join(self.names)}) were trained on a "{self.backbone}" model, but the '

@@ -38,13 +38,8 @@ class ViewSettings:
     official_views: ClassVar[bool] = False  # drawn as the official code draws them
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            views=1 <= self.views <= 10_000,
-            crop=0.1 <= self.crop <= 1,
-            rotation=0 <= self.rotation <= 180,
-            blur=0 <= self.blur <= 1,
-            recolor=self.recolor is None or 0 <= self.recolor <= 1,
+        check_settings(
+            self, views=(1, 10_000), crop=(0.1, 1), rotation=(0, 180), blur=(0, 1), recolor=(0, 1)
         )
 
 
@@ -65,7 +60,7 @@ class TrainSettings(ViewSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, steps=1 <= self.steps <= 100_000)
+        check_settings(self, steps=(1, 100_000))
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ class InstantSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, timestep=self.timestep is None or self.timestep >= 0)
+        check_settings(self, timestep=(0, 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -109,7 +104,7 @@ class PaperSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(self, learning_rate=0 < self.learning_rate <= 10)
+        check_settings(self, learning_rate=(1e-6, 10))
 
 
 @dataclass(frozen=True)
@@ -131,7 +126,7 @@ class ExtractionSettings:
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        _check(self, crops=self.crops >= 1, noise_samples=self.noise_samples >= 1, batch_size=self.batch_size >= 0)
+        check_settings(self, crops=(1, 64), noise_samples=(1, 10_000), batch_size=(0, 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -148,7 +143,9 @@ class DecodeSettings:
     min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(self, refine=self.refine in REFINEMENTS, min_confidence=0 <= self.min_confidence <= 1)
+        check_settings(self, min_confidence=(0, 1))
+        if self.refine not in REFINEMENTS:
+            raise SlimeError(f'refine is "{self.refine}"; choose one of {", ".join(REFINEMENTS)}.')
 
 
 @dataclass(frozen=True)
@@ -165,7 +162,7 @@ class SegmentSettings(DecodeSettings, ExtractionSettings):
     def __post_init__(self) -> None:
         ExtractionSettings.__post_init__(self)
         DecodeSettings.__post_init__(self)
-        _check(self, zoom=self.zoom >= 0)
+        check_settings(self, zoom=(0, 1000))
 
     @property
     def extraction(self) -> ExtractionSettings:
@@ -178,9 +175,9 @@ def setting_names(kind: type[Any]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
-def _check(settings: object, **valid: bool) -> None:
-    wrong = [f"{name} = {getattr(settings, name)!r}" for name, holds in valid.items() if not holds]
-    if wrong:
-        raise SlimeError(
-            f"Setting out of range: {', '.join(wrong)}. The tooltip or the docstring says what is possible."
-        )
+def check_settings(settings: object, **ranges: tuple[float, float]) -> None:
+    """Raise SlimeError unless every named setting is None or within its range, ends included."""
+    for name, (low, high) in ranges.items():
+        value = getattr(settings, name)
+        if value is not None and not low <= value <= high:
+            raise SlimeError(f"{name} is {value}; it must be from {low:g} to {high:g}.")

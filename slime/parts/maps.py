@@ -9,6 +9,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..images import most_probable
 from .palette import Color
@@ -39,7 +40,7 @@ class FullSize(Protocol):
 
 @dataclass(frozen=True)
 class DenseMaps:
-    """Probabilities in memory, float32 [B, K, H, W]."""
+    """Probabilities in memory, [B, K, H, W] of any floating type."""
 
     probabilities: Tensor
 
@@ -49,13 +50,35 @@ class DenseMaps:
         return b, k, h, w
 
     def __call__(self, chunk: slice) -> Tensor:
-        return self.probabilities[chunk]
+        return self.probabilities[chunk].float()
 
     def labels(self, chunk: slice) -> Tensor:
         return most_probable(self.probabilities[chunk])
 
     def coarse(self, chunk: slice) -> Tensor:
-        return self.probabilities[chunk]
+        return self(chunk)
+
+
+@dataclass(frozen=True)
+class CertainMaps:
+    """Maps that only know the class of every pixel: uint8 ``label_map`` [B, H, W] of ``classes`` classes."""
+
+    label_map: Tensor
+    classes: int
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        b, h, w = self.label_map.shape
+        return b, self.classes, h, w
+
+    def __call__(self, chunk: slice) -> Tensor:
+        return one_hot(self.label_map[chunk].long(), self.classes).movedim(-1, 1).float()
+
+    def labels(self, chunk: slice) -> Tensor:
+        return self.label_map[chunk]
+
+    def coarse(self, chunk: slice) -> Tensor:
+        return self(chunk)
 
 
 @dataclass(frozen=True)

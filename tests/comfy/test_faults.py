@@ -346,7 +346,7 @@ def test_cancel_in_the_preview_saves_what_was_learned(nodes, monkeypatch, tmp_pa
     said: list[str] = []
     monkeypatch.setattr(nodes, "refine_maps", cancelled)
     monkeypatch.setattr(nodes, "autosave_path", lambda names: tmp_path / "auto.safetensors")
-    monkeypatch.setattr(nodes._Progress, "show_text", lambda self, text: said.append(text))
+    monkeypatch.setattr(nodes.TrainingProgress, "show_text", lambda self, text: said.append(text))
     with pytest.raises(management.InterruptProcessingException):
         run(nodes)
     assert said[0].startswith("Encoding") and said[-1].endswith("auto.safetensors")
@@ -354,7 +354,7 @@ def test_cancel_in_the_preview_saves_what_was_learned(nodes, monkeypatch, tmp_pa
 
 
 def test_a_preview_that_cannot_be_shown_saves_what_was_learned(nodes, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(nodes._Progress, "show", broken)
+    monkeypatch.setattr(nodes.TrainingProgress, "show", broken)
     monkeypatch.setattr(nodes, "autosave_path", lambda names: tmp_path / "auto.safetensors")
     with pytest.raises(RuntimeError, match="no picture"):
         run(nodes)

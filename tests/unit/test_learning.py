@@ -215,7 +215,7 @@ def test_mismatches_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(SlimeError, match=message):
             segment(toy, bad, embeddings)
-    with pytest.raises(SlimeError, match="steps = 0"):
+    with pytest.raises(SlimeError, match="steps is 0; it must be from 1 to 100000"):
         preset("instant", steps=0)
     with pytest.raises(SlimeError, match="Unknown preset"):
         preset("fast")

@@ -1,0 +1,105 @@
+"""SLiMe Track Seeds and SLiMe Tracks to Parts: follow the parts of a video with ComfyUI's SAM3 Video Track."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..slime.errors import SlimeError
+from ..slime.parts.tracks import track_seeds, tracked_maps
+from .common import SAM3, Parts, PartsSocket, named_errors, parts_outputs, parts_result, schema, to_core
+
+TrackData = io.Custom("SAM3_TRACK_DATA")
+
+
+class SLiMeTrackSeeds(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeTrackSeeds",
+            category=SAM3,
+            is_experimental=True,
+            display_name="SLiMe Track Seeds",
+            description="Selects the frame of a video in which the parts are found best, as the start of SAM3 Video "
+            "Track: once forwards from there, once backwards.",
+            search_aliases=["sam3", "video track", "initial mask", "seed masks", "propagate"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment, of the frames of a video as one batch."),
+                io.Int.Input(
+                    "frame",
+                    default=-1,
+                    min=-1,
+                    max=1_000_000,
+                    tooltip="Frame to start from; -1 = the one that shows the most parts with the highest confidence.",
+                ),
+            ],
+            outputs=[
+                io.Mask.Output(display_name="initial_mask", tooltip="One mask per part, in the order of the names."),
+                io.Image.Output(display_name="forwards", tooltip="The frames from the start to the end."),
+                io.Image.Output(display_name="backwards", tooltip="The frames from the start back to the first."),
+                io.Int.Output(display_name="frame", tooltip="The frame of the start, from 0."),
+                io.String.Output(display_name="names", tooltip="The part names, separated by commas."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, parts: Parts, frame: int = -1) -> io.NodeOutput:
+        with named_errors("SLiMe Track Seeds"):
+            seeds = track_seeds(parts.maps, None if frame < 0 else frame)
+        forwards, backwards = parts.images[seeds.frame :], parts.images[: seeds.frame + 1].flip(0)
+        names = ", ".join(parts.maps.names)
+        return io.NodeOutput(to_core(seeds.masks), to_core(forwards), to_core(backwards), seeds.frame, names)
+
+
+class SLiMeTracksToParts(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeTracksToParts",
+            category=SAM3,
+            is_experimental=True,
+            is_output_node=True,
+            display_name="SLiMe Tracks to Parts",
+            description="Puts the tracks of SAM3 Video Track back together as the parts of every frame.",
+            search_aliases=["sam3", "track to mask", "video parts"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="The parts that SLiMe Track Seeds got."),
+                TrackData.Input("forwards", tooltip="From SAM3 Video Track over the frames forwards."),
+                TrackData.Input(
+                    "backwards", optional=True, tooltip="From SAM3 Video Track over the frames backwards."
+                ),
+            ],
+            outputs=parts_outputs(),
+        )
+
+    @classmethod
+    def execute(cls, parts: Parts, forwards: Any, backwards: Any = None) -> io.NodeOutput:
+        size, count = parts.maps.size, len(parts.images)
+        with named_errors("SLiMe Tracks to Parts"):
+            tracks = [_masks_of(forwards, size)]
+            if backwards is not None:
+                tracks.insert(0, _masks_of(backwards, size).flip(0)[:-1])  # the start is in both
+            frames = sum(map(len, tracks))
+            if frames != count:
+                raise SlimeError(
+                    f"The tracks have {frames} frames together, the video {count}. Connect one SAM3 Video Track for "
+                    "each output of SLiMe Track Seeds, forwards and backwards."
+                )
+            maps = tracked_maps(torch.cat(tracks), parts.maps.names, parts.maps.palette)
+        return parts_result(cls, maps, parts.images)
+
+
+def _masks_of(track: dict[str, Any], size: tuple[int, int]) -> Tensor:
+    """Return masks bool [B, P, H, W] of SAM3_TRACK_DATA, whose masks are packed eight pixels to a byte."""
+    packed = track.get("packed_masks")
+    if packed is None:
+        raise SlimeError("Nothing was tracked. Connect initial_mask of SLiMe Track Seeds to SAM3 Video Track.")
+    bits = 2 ** torch.arange(8, dtype=torch.uint8)
+    frames = []
+    for frame in packed.cpu():  # one at a time: a long video at full size fills the memory
+        masks = (frame[..., None] & bits).bool().flatten(-2).float()
+        frames.append(torch.nn.functional.interpolate(masks[None], size, mode="bilinear")[0] > 0.5)
+    return torch.stack(frames)

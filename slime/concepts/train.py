@@ -1,0 +1,294 @@
+"""Learn a concept per part: tokens that a frozen detector takes as if they were the encoding of a text.
+
+As in M2C (arXiv 2606.26711) the detector's own losses are minimised over the tokens alone. Unlike there the views are
+augmented crops of one or a few examples, and there are several concepts, each learned by itself.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ..backbones.layers import LayerChoice
+from ..embeddings import CONCEPT, PartEmbeddings
+from ..errors import SlimeError
+from ..examples import Example
+from ..images import resize_image, soft_labels
+from ..settings import ViewSettings, check_settings
+from ..training.augment import augmented_image, augmented_labels
+from ..training.progress import OnStep, StepReport
+from .detection import Detections, Target, detection_losses, instances
+
+TOKENS = 8  # of a concept; a text of SAM3 has up to 32, a word takes three with its start and end
+MASK_SIDE = 288  # cells of the grid on which masks are compared, unless the detector's own is smaller
+REPORT_STEPS = 5
+TOKEN, MOST = "token.{}", "max_detections"  # names of the vectors of the concepts, and of their limits
+
+
+@dataclass(frozen=True)
+class ConceptSettings(ViewSettings):
+    """Settings of the training of concepts.
+
+    Attributes:
+        steps: optimiser steps; each shows all parts one view.
+        learning_rate: of Adam, of tokens whose entries are about 1.
+    """
+
+    steps: int = 200
+    learning_rate: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self, steps=(1, 100_000), learning_rate=(1e-5, 1.0))
+
+
+class ConceptDetector(Protocol):
+    """A frozen detector that is prompted by text tokens."""
+
+    @property
+    def id(self) -> str:
+        """The kind of model, stored in embeddings."""
+        ...
+
+    @property
+    def side(self) -> int:
+        """Side of the square to which images are resized, in pixels."""
+        ...
+
+    @property
+    def mask_side(self) -> int:
+        """Side of its masks, in cells."""
+        ...
+
+    @property
+    def token_width(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def encode(self, image: Tensor) -> Tensor:
+        """Return what the image encoder makes of an image [1, side, side, 3], before the first use of a text."""
+        ...
+
+    def detect(self, encoded: Tensor, tokens: Tensor) -> Detections:
+        """Detect one concept of tokens [T, D] in one encoded image."""
+        ...
+
+    def differentiable(self) -> AbstractContextManager[None]:
+        """Let gradients reach the tokens of :meth:`detect`, and no weight; :meth:`encode` is not called within."""
+        ...
+
+
+class _View(NamedTuple):
+    encoded: Tensor
+    targets: tuple[Target | None, ...]  # one per part; None where it is not known whether the part is there
+    image: Tensor
+
+
+def train_concepts(
+    detector: ConceptDetector,
+    examples: Sequence[Example],
+    settings: ConceptSettings,
+    words: Sequence[Tensor] | None = None,
+    init: PartEmbeddings | None = None,
+    on_step: OnStep = lambda report: None,
+) -> PartEmbeddings:
+    """Learn one concept per part of the examples.
+
+    Args:
+        detector: a frozen detector.
+        examples: labelled images with the same part names.
+        settings: of the views and of the optimiser.
+        words: encoding [n, D] of each part's name, to start from; else tokens start from seeded noise.
+        init: concepts of the same parts to continue from.
+        on_step: progress callback; an exception from it ends the training.
+
+    Raises:
+        SlimeError: no examples, differing names, parts that no view shows, or a loss that is not finite.
+    """
+    names = _names(examples)
+    side = min(MASK_SIDE, detector.mask_side)
+    views = _encode_views(detector, [e.with_ignored_pixels() for e in examples], settings, side, on_step)
+    _check_visible(names, views)
+    start = _start(detector, names, settings.seed, words, init).to(detector.device)
+    most = torch.tensor([[_most_instances(views, part)] for part in range(len(names))], dtype=torch.float32)
+    history: list[float] = []
+    with detector.differentiable():
+        tokens = [start[part].clone().requires_grad_(True) for part in range(len(names))]  # [T, D] each
+        optimizer = torch.optim.Adam(tokens, lr=settings.learning_rate, betas=(0.9, 0.95))
+
+        def embeddings() -> PartEmbeddings:
+            learned = torch.stack([concept.detach().float().cpu() for concept in tokens], 1)  # [T, P, D]
+            return PartEmbeddings(
+                names=names,
+                vectors={TOKEN.format(index): token.contiguous() for index, token in enumerate(learned)} | {MOST: most},
+                condition={},
+                prompt="",
+                backbone=detector.id,
+                layers=LayerChoice((), ()),
+                timestep=0,
+                side=detector.side,
+                mode=CONCEPT,
+                settings={"preset": CONCEPT} | asdict(settings),
+                losses=tuple(history),
+            )
+
+        rng = random.Random(settings.seed)  # noqa: S311
+        order: list[int] = []
+        for step in range(1, settings.steps + 1):
+            order = order or rng.sample(range(len(views)), len(views))
+            view = views[order.pop()]
+            for group in optimizer.param_groups:
+                group["lr"] = settings.learning_rate * _decay(step, settings.steps)
+            optimizer.zero_grad()
+            terms: list[Tensor] = []
+            maps: list[Tensor] = []
+            for concept, target in zip(tokens, view.targets, strict=True):
+                if target is None:
+                    continue
+                detections = detector.detect(view.encoded, concept)
+                loss = torch.stack(list(detection_losses(detections, target).values())).sum()
+                loss.backward()
+                terms.append(loss.detach())
+                maps.append(concept_map(detections))
+            optimizer.step()
+            history.append(float(torch.stack(terms).mean()) if terms else 0.0)
+            if not math.isfinite(history[-1]):
+                history.pop()
+                raise SlimeError(
+                    "The loss became NaN or infinite: gradients overflow in this precision. Start ComfyUI with "
+                    "--bf16-unet or --force-fp32."
+                )
+            shown = None
+            if (step % REPORT_STEPS == 1 or step == settings.steps) and len(maps) == len(names):
+                shown = (view.image, _with_background(torch.stack(maps)))
+            on_step(StepReport("train", step, settings.steps, {"loss": history[-1]}, embeddings, shown))
+        return embeddings()
+
+
+def _decay(step: int, steps: int) -> float:
+    """Return the cosine decay of the learning rate, to a twentieth."""
+    return 0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2
+
+
+def concept_tokens(embeddings: PartEmbeddings) -> Tensor:
+    """Return the tokens [P, T, D] of learned concepts.
+
+    Raises:
+        SlimeError: embeddings of another trainer.
+    """
+    if embeddings.mode != CONCEPT:
+        raise SlimeError(
+            "These embeddings were learned by SLiMe Train, and are for SLiMe Segment. Learn a concept with SLiMe Learn "
+            "SAM3 Concept."
+        )
+    return torch.stack([vector for name, vector in embeddings.vectors.items() if name != MOST], 1)
+
+
+def concept_limits(embeddings: PartEmbeddings) -> list[int]:
+    """Return for each part the largest number of its instances in one view: what a detector may return at most."""
+    return [max(1, int(limit)) for limit in embeddings.vectors[MOST].flatten().tolist()]
+
+
+@torch.no_grad()
+def concept_map(detections: Detections, threshold: float = 0.5) -> Tensor:
+    """Return the map [h, w] of one prompt: the highest probability of the instances whose score is high enough.
+
+    Where there is none, the map of the surest query counts by its score.
+    """
+    scores, masks = detections.scores[0].sigmoid().float(), detections.masks[0].sigmoid().float()
+    kept = scores > threshold
+    if not bool(kept.any()):
+        best = int(scores.argmax())
+        return (masks[best] * scores[best]).cpu()
+    return masks[kept].amax(0).cpu()
+
+
+def _with_background(maps: Tensor) -> Tensor:
+    """Return part maps [P + 1, h, w] with the background before maps [P, h, w]."""
+    return torch.cat([1 - maps.amax(0, keepdim=True), maps])
+
+
+def _names(examples: Sequence[Example]) -> tuple[str, ...]:
+    if not examples:
+        raise SlimeError("There is no example: connect at least one SLiMe Example.")
+    names = {example.names for example in examples}
+    if len(names) > 1:
+        raise SlimeError(f"All examples must name the same parts; got {' / '.join(map(', '.join, sorted(names)))}.")
+    return examples[0].names
+
+
+def _encode_views(
+    detector: ConceptDetector, examples: Sequence[Example], settings: ConceptSettings, grid: int, on_step: OnStep
+) -> list[_View]:
+    """Encode the views, the first of every example unaugmented; nothing of the encoder depends on the concepts."""
+    count = max(settings.views, len(examples))
+    size, views = (detector.side, detector.side), []
+    for index in range(count):
+        example = examples[index % len(examples)]
+        seed = f"{settings.seed}/{index}"
+        if index < len(examples):
+            image = resize_image(example.image[None], size)[0]
+            labels = soft_labels(example.labels, len(example.names) + 1, (grid, grid))
+        else:
+            image = augmented_image(example, settings, random.Random(seed), size)  # noqa: S311
+            labels = augmented_labels(example, settings, random.Random(seed), (grid, grid))  # noqa: S311
+        valid = labels.sum(0) > 0.5
+        label_map = torch.where(valid, labels.argmax(0), 0)
+        targets = tuple(_target(label_map, part, valid) for part in range(1, len(example.names) + 1))
+        small = torch.nn.functional.interpolate(image.movedim(-1, 0)[None], (grid, grid), mode="area")[0]
+        views.append(_View(detector.encode(image[None]), targets, small.movedim(0, -1)))
+        preview = (views[0].image, labels) if not index else None
+        on_step(StepReport("views", index + 1, count, {}, lambda: None, preview))
+    return views
+
+
+def _target(label_map: Tensor, part: int, valid: Tensor) -> Target | None:
+    """Return a part's instances; None where the part may be among pixels that do not count."""
+    target = instances(label_map, part, valid)
+    return target if len(target.boxes) or bool(valid.all()) else None
+
+
+def _check_visible(names: Sequence[str], views: Sequence[_View]) -> None:
+    hidden = [
+        name
+        for part, name in enumerate(names)
+        if not any((target := view.targets[part]) is not None and len(target.boxes) for view in views)
+    ]
+    if hidden:
+        raise SlimeError(
+            f"{', '.join(hidden)}: smaller than a cell of the model's masks, so there is nothing to learn from. Crop "
+            "the example around its parts."
+        )
+
+
+def _most_instances(views: Sequence[_View], part: int) -> int:
+    return max(len(target.boxes) for view in views if (target := view.targets[part]) is not None)
+
+
+def _start(
+    detector: ConceptDetector,
+    names: tuple[str, ...],
+    seed: int,
+    words: Sequence[Tensor] | None,
+    init: PartEmbeddings | None,
+) -> Tensor:
+    """Return the tokens [P, TOKENS, D] to start from."""
+    if init is not None:
+        if init.names != names or init.backbone != detector.id:
+            raise SlimeError(
+                f"The embeddings to continue from have the parts {', '.join(init.names)} of a {init.backbone} model, "
+                f"the examples {', '.join(names)} for {detector.id}. Use the same, or connect no init_embeddings."
+            )
+        return concept_tokens(init)
+    if words is not None:  # of a short name the last token is repeated, of a long one the first are taken
+        return torch.stack([word[[min(index, len(word) - 1) for index in range(TOKENS)]].float() for word in words])
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(len(names), TOKENS, detector.token_width, generator=generator)

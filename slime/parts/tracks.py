@@ -1,0 +1,63 @@
+"""Start tracks of the parts of a video, and put finished tracks back together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SlimeError
+from .maps import CertainMaps, PartMaps
+from .palette import Color
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """Where the tracks of a video start.
+
+    Attributes:
+        frame: index of the frame.
+        masks: float32 [P, H, W], one mask per part, in the order of the names; all zero where the part is not there.
+    """
+
+    frame: int
+    masks: Tensor
+
+
+def track_seeds(maps: PartMaps, frame: int | None = None) -> Seeds:
+    """Return the masks of a frame; by default of the one that shows the most parts, and of those the surest.
+
+    Raises:
+        SlimeError: a frame that there is not, or one without any part.
+    """
+    count, labels = len(maps.names), maps.label_map
+    if frame is None:
+        shown = torch.stack([(labels == part).flatten(1).any(1) for part in range(1, count + 1)]).sum(0)
+        best = (shown == shown.max()).nonzero().flatten()
+        frame = int(best[maps.confidence[best].argmax()])
+    if not 0 <= frame < len(labels):
+        raise SlimeError(f"frame is {frame}; the video has the frames 0 to {len(labels) - 1}.")
+    masks = torch.stack([(labels[frame] == part).float() for part in range(1, count + 1)])
+    if not bool(masks.any()):
+        raise SlimeError(
+            f"No part is found in frame {frame}. Choose a frame that shows the object, or lower min_confidence."
+        )
+    return Seeds(frame, masks)
+
+
+def tracked_maps(tracks: Tensor, names: Sequence[str], palette: Sequence[Color]) -> PartMaps:
+    """Return the parts of masks bool [B, P, H, W] of tracks; where they overlap, the smaller part of a frame wins."""
+    frames, count, height, width = tracks.shape
+    if count != len(names):
+        raise SlimeError(
+            f"The tracks have {count} objects, but there are {len(names)} parts: {', '.join(names)}. Connect the "
+            "masks of SLiMe Track Seeds as initial_mask, and no conditioning."
+        )
+    labels = torch.zeros(frames, height, width, dtype=torch.uint8)
+    for frame, masks in enumerate(tracks):
+        for part in masks.flatten(1).sum(1).argsort(descending=True).tolist():
+            labels[frame][masks[part]] = part + 1
+    peaks = tracks.flatten(2).any(2).float()
+    return PartMaps(CertainMaps(labels, count + 1), tuple(names), tuple(palette), peaks)
