@@ -14,7 +14,7 @@ from testing import splits
 from testing.inprocess import NAME, load_backbone
 from testing.server import MODEL
 
-STEPS, SIDE = 6, 32
+STEPS, SIDE = 6, 16
 
 
 @torch.inference_mode()

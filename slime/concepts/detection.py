@@ -17,6 +17,7 @@ from ..parts.regions import part_regions
 # Weights of the losses, and of the same terms in the matching of queries to regions, as in DETR and Mask2Former.
 WEIGHTS: Mapping[str, float] = {"score": 2.0, "box": 5.0, "giou": 2.0, "mask": 5.0, "dice": 5.0, "presence": 1.0}
 SMALLEST_REGION = 4  # cells of the mask grid; smaller connected regions are left out unless there is nothing else
+LARGE = 1e6  # stands for the cost of what is no number
 MOST_REGIONS = 16  # of one part in one image, the largest
 
 
@@ -77,7 +78,7 @@ def detection_losses(detections: Detections, target: Target) -> dict[str, Tensor
     count = len(target.boxes)
     with torch.no_grad():
         cost = sum(WEIGHTS[name] * term for name, term in _pairwise(boxes, scores, masks, target).items())
-    rows, columns = linear_sum_assignment(cost.cpu().numpy()) if count else ([], [])
+    rows, columns = linear_sum_assignment(cost.nan_to_num(LARGE).cpu().numpy()) if count else ([], [])
     truth = torch.zeros_like(scores)
     truth[rows] = 1.0
     losses = {

@@ -189,7 +189,8 @@ def concept_tokens(embeddings: PartEmbeddings) -> Tensor:
             "These embeddings were learned by SLiMe Train, and are for SLiMe Segment. Learn a concept with SLiMe Learn "
             "SAM3 Concept."
         )
-    return torch.stack([vector for name, vector in embeddings.vectors.items() if name != MOST], 1)
+    count = sum(name != MOST for name in embeddings.vectors)  # a file does not keep their order
+    return torch.stack([embeddings.vectors[TOKEN.format(index)] for index in range(count)], 1)
 
 
 def concept_limits(embeddings: PartEmbeddings) -> list[int]:

@@ -33,18 +33,24 @@ NAMES = tuple(name for parts in scenes.PARTS.values() for name in parts)
 BATCH, PROMPTS, RENDERED = 4, 2, 3000  # images a step, prompts an image, scenes
 
 
-def build(seed: int = 0, patch: int = PATCH) -> Any:
-    """Return a SAM3 model with random weights; patch 14 has the grid for which ComfyUI's tracker is made."""
+def build(seed: int = 0) -> Any:
+    """Return a SAM3 model with random weights."""
+    return _build(seed, "SAM3", MODEL_WIDTH, patch_size=PATCH, depth=4, global_att_blocks=(1, 3), pretrain_img_size=SIDE)
+
+
+def build_tracker(seed: int = 0) -> Any:
+    """Return a SAM3.1 model with random weights and the grid and width for which ComfyUI's tracker is made."""
+    return _build(seed, "SAM31", 256, depth=1, global_att_blocks=(0,))
+
+
+def _build(seed: int, kind: str, width: int, **trunk: Any) -> Any:
     import_comfyui()
     import comfy.ops
     from comfy.ldm.sam3.detector import GeometryEncoder, SAM3Model, Transformer
 
     torch.manual_seed(seed)
-    narrow = {"embed_dim": WIDTH, "d_model": MODEL_WIDTH, "num_queries": 8, "operations": comfy.ops.manual_cast}
-    trunk = {"patch_size": patch, "depth": 4, "mlp_ratio": 2.0, "window_size": 8, "global_att_blocks": (1, 3)}
-    trunk["pretrain_img_size"] = SIDE
-    model = SAM3Model(image_model="SAM3", **narrow, **trunk)
-    sizes = {"d_model": MODEL_WIDTH, "operations": comfy.ops.manual_cast}
+    sizes = {"d_model": width, "operations": comfy.ops.manual_cast}
+    model = SAM3Model(image_model=kind, embed_dim=WIDTH, num_queries=8, mlp_ratio=2.0, window_size=8, **sizes, **trunk)
     model.detector.transformer = Transformer(dim_ff=256, enc_layers=2, dec_layers=2, num_queries=8, **sizes)
     model.detector.geometry_encoder = GeometryEncoder(num_layers=1, **sizes)
     initialise(model)
