@@ -68,7 +68,7 @@ PAPER_TRAINING = {
         "paper", constants={"paper.train.SD_WEIGHT": 1.0, "paper.train.GUIDANCE": 1.0}, **_READ
     ),
     "no WAS loss": Variant("paper", constants={"paper.train.WAS_WEIGHT": 0.0}, **_READ),
-    "no augmentation": Variant("paper", {"crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),
+    "no augmentation": Variant("paper", {"smallest_crop": 1.0, "rotation": 0.0, "blur": 0.0, "flip": False}, **_READ),
     "recoloured views": Variant("paper", {"recolor": 1.0}, **_READ),
     "20 views": Variant("paper", {"views": 20}, **_READ),
     "40 views": Variant("paper", {"views": 40}, **_READ),
@@ -98,8 +98,8 @@ DEFAULT = {
     "L2 0.3": Variant("instant", constants={"training.fit.L2": 0.3}),
     "class weights ** 0.5": Variant("instant", constants={"training.losses.WEIGHT_EXPONENT": 0.5}),
     "no class weights": Variant("instant", constants={"training.losses.WEIGHT_EXPONENT": 0.0}),
-    "crops from 0.4": Variant("instant", {"crop": 0.4}),
-    "no crops": Variant("instant", {"crop": 1.0}),
+    "crops from 0.4": Variant("instant", {"smallest_crop": 0.4}),
+    "no crops": Variant("instant", {"smallest_crop": 1.0}),
     "no flips": Variant("instant", {"flip": False}),
     "no rotation": Variant("instant", {"rotation": 0.0}),
     "no blur": Variant("instant", {"blur": 0.0}),
@@ -122,8 +122,8 @@ SEGMENTATION = {
     "4 noise samples": Variant("instant", segment={"noise_samples": 4}),
     "flip averaging": Variant("instant", segment={"average_flip": True}),
     "flip averaging, 2 noise samples": Variant("instant", segment={"average_flip": True, "noise_samples": 2}),
-    "2 x 2 crops": Variant("instant", segment={"crops": 2}),
-    "zoom": Variant("instant", segment={"zoom": 1}),
+    "2 x 2 crops": Variant("instant", segment={"tiles": 2}),
+    "zoom": Variant("instant", segment={"closeups": 1}),
     "no filter": Variant("instant", segment=OFF),
 }
 

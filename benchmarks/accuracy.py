@@ -94,7 +94,7 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="training settings, for ablations")
     parser.add_argument("--constants", nargs="+", default=[], help="such as decode.linear.PROPAGATED_SHARE=0")
-    parser.add_argument("--segment", nargs="+", default=[], metavar="NAME=VALUE", help="refine, crops, flip, zoom ...")
+    parser.add_argument("--segment", nargs="+", default=[], metavar="NAME=VALUE", help="refine, tiles ...")
     parser.add_argument(
         "--quick", action="store_true", help="cars and horses, one seed, 1 shot, 20 plain scenes: about 5 minutes"
     )

@@ -45,7 +45,7 @@ from .sources import as_tensor
 SHARE, CHANGE, BACKGROUND = 0.5, 0.4, 0.7
 TIMESTEPS = (100, 400, 800)
 WORDS = 6  # repetitions of "part", as for five parts
-ONE_VIEW = {"views": 1, "flip": False, "crop": 1.0, "rotation": 0.0, "blur": 0.0, "recolor": 0.0}
+ONE_VIEW = {"views": 1, "flip": False, "smallest_crop": 1.0, "rotation": 0.0, "blur": 0.0, "recolor": 0.0}
 
 
 @torch.inference_mode()

@@ -140,15 +140,15 @@ class ComfySam3:
     ) -> Iterator[None]:
         """Record output tokens [B, h, w, D] and the attention of blocks; end the pass after the last of them."""
         wanted = [name for name in (layer.name for layer in self.layers) if name in {*layers.read, *layers.propagate}]
-        handles = []
+        handles: list[Any] = []
 
         def record_attention(name: str, module: Any, output: Tensor) -> None:
             batch, count, _ = output.shape
             query, key, _ = output.reshape(batch, count, 3, module.num_heads, -1).permute(2, 0, 3, 1, 4)
             query, key = apply_rope(query, key, self._trunk.freqs_cis.to(query))
             side = math.isqrt(count)
-            flat = (t.transpose(1, 2).flatten(2) for t in (query, key))
-            attention[name] = Attention(*flat, module.num_heads, side, side)
+            query, key = (t.transpose(1, 2).flatten(2) for t in (query, key))
+            attention[name] = Attention(query, key, module.num_heads, side, side)
 
         def record_tokens(name: str, output: Tensor) -> None:
             tokens[name] = output

@@ -35,7 +35,7 @@ def segment_cached(
     Zoom, crops, latents and large batches are not cached.
     """
     key = backbone.cache_key() if isinstance(backbone, Cacheable) else None
-    plain = settings.crops == 1 and not settings.zoom and latents is None and len(images) <= MOST_IMAGES
+    plain = settings.tiles == 1 and not settings.closeups and latents is None and len(images) <= MOST_IMAGES
     if key is None or not plain:
         return segment(backbone, images, embeddings, settings, on_batch=on_batch, latents=latents)[0]
     owner, state = key

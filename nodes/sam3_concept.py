@@ -18,7 +18,7 @@ from .comfy_sam3 import ComfySam3
 from .common import SAM3, Embeddings, Examples, advanced, named_errors, schema
 from .train import TrainingProgress, autosave_on_error
 
-_NO_MEMORY = "Out of GPU memory while training through SAM3's detector. Close other programs, or use a smaller GPU load."
+_NO_MEMORY = "Out of GPU memory while training through SAM3's detector. Close other programs."
 
 
 class SLiMeLearnSam3Concept(io.ComfyNode):
@@ -77,7 +77,9 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Embeddings.Output(display_name="embeddings", tooltip="For Save SLiMe Embeddings and SLiMe SAM3 Prompt."),
+                Embeddings.Output(
+                    display_name="embeddings", tooltip="For SLiMe SAM3 Prompt and Save SLiMe Embeddings."
+                ),
                 io.Conditioning.Output(
                     display_name="conditioning", tooltip="All parts, for SAM3 Detect or SAM3 Video Track."
                 ),
@@ -132,7 +134,9 @@ class SLiMeSam3Prompt(io.ComfyNode):
                     tooltip="Most instances of each part in an image; 0 = as many as the examples show.",
                 ),
             ],
-            outputs=[io.Conditioning.Output(display_name="conditioning", tooltip="For SAM3 Detect or SAM3 Video Track.")],
+            outputs=[
+                io.Conditioning.Output(display_name="conditioning", tooltip="For SAM3 Detect or SAM3 Video Track.")
+            ],
         )
 
     @classmethod
@@ -173,8 +177,8 @@ def _encode_name(clip: Any, name: str, detector: ComfySam3) -> Tensor:
     tokens, extra = encoded[0]
     if tokens.shape[-1] != detector.token_width:
         raise SlimeError(
-            f"The connected CLIP gives {tokens.shape[-1]} channels, SAM3 takes {detector.token_width}. Connect the CLIP "
-            "of the SAM3 checkpoint, or none."
+            f"The connected CLIP gives {tokens.shape[-1]} channels, SAM3 takes {detector.token_width}. Connect the "
+            "CLIP of the SAM3 checkpoint, or none."
         )
     mask = extra.get("attention_mask")
     return tokens[0].float().cpu() if mask is None else tokens[0][mask[0].bool().to(tokens.device)].float().cpu()

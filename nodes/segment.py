@@ -59,7 +59,7 @@ class SLiMeSegment(io.ComfyNode):
                 clip_input(),
                 advanced(
                     io.Int.Input(
-                        "crops",
+                        "tiles",
                         default=1,
                         min=1,
                         max=4,
@@ -80,7 +80,7 @@ class SLiMeSegment(io.ComfyNode):
                     )
                 ),
                 io.Int.Input(
-                    "zoom",
+                    "closeups",
                     default=0,
                     min=0,
                     max=4,
@@ -112,8 +112,8 @@ class SLiMeSegment(io.ComfyNode):
         with named_errors("SLiMe Segment"):
             backbone = build_backbone(model, vae, clip, clip_vision)
             images, latents = resolve_inputs(image, latent, backbone)
-            if image is None and (settings.zoom or settings.crops > 1):
-                raise SlimeError("zoom and crops need pixels: connect the image as well, or switch them off.")
+            if image is None and (settings.closeups or settings.tiles > 1):
+                raise SlimeError("closeups and tiles need pixels: connect the image as well, or switch them off.")
             bar = comfy.utils.ProgressBar(1)
 
             def on_batch(done: int, total: int) -> None:

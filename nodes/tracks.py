@@ -68,9 +68,7 @@ class SLiMeTracksToParts(io.ComfyNode):
             inputs=[
                 PartsSocket.Input("parts", tooltip="The parts that SLiMe Track Seeds got."),
                 TrackData.Input("forwards", tooltip="From SAM3 Video Track over the frames forwards."),
-                TrackData.Input(
-                    "backwards", optional=True, tooltip="From SAM3 Video Track over the frames backwards."
-                ),
+                TrackData.Input("backwards", optional=True, tooltip="From SAM3 Video Track over the frames backwards."),
             ],
             outputs=parts_outputs(),
         )

@@ -149,8 +149,8 @@ def _view_inputs(usual: TrainSettings) -> list[Any]:
             else "Number of augmented views of the examples; used again if there are fewer than steps.",
         ),
         io.Float.Input(
-            "crop",
-            default=usual.crop,
+            "smallest_crop",
+            default=usual.smallest_crop,
             min=0.1,
             max=1.0,
             step=0.05,

@@ -88,7 +88,7 @@ def encode_crops(
     batch = settings.batch_size or backbone.fitting_batch((height // info.cell, width // info.cell))
     encoded: dict[Crop, Tensor] = {}
     for crop in crops:
-        if latents is None or settings.crops > 1:
+        if latents is None or settings.tiles > 1:
             encoded[crop] = _encode(backbone, images, crop, batch, lambda count: on_encoded(count / len(crops)))
         else:
             encoded[crop] = _fit_latents(latents, crop, info.cell, backbone.device)
@@ -166,7 +166,7 @@ def _place(maps: Tensor, crop: Crop, size: tuple[int, int]) -> Tensor:
 
 def all_crops(height: int, width: int, settings: ExtractionSettings, side: int, multiple: int) -> list[Crop]:
     """Return every crop of an image of this size."""
-    boxes = crop_boxes(height, width, settings.crops, CROP_OVERLAP)
+    boxes = crop_boxes(height, width, settings.tiles, CROP_OVERLAP)
     mirrored = (False, True) if settings.average_flip else (False,)
     return [Crop(box, working_size(box[2], box[3], side, multiple), flipped) for box in boxes for flipped in mirrored]
 

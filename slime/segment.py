@@ -11,8 +11,7 @@ from torch import Tensor
 
 from .backbones.base import Backbone
 from .batches import check_finite, in_batches
-from .decode.lazy_maps import LazyMaps
-from .decode.zoom import (
+from .decode.closeups import (
     Closeup,
     candidate_windows,
     choose_closeups,
@@ -20,6 +19,7 @@ from .decode.zoom import (
     needs_closeups,
     window_images,
 )
+from .decode.lazy_maps import LazyMaps
 from .embeddings import LINEAR, PartEmbeddings
 from .errors import SlimeError
 from .extraction import Crop, EncodedImages, encode_crops, merge_passes
@@ -93,7 +93,7 @@ def segment(
         all_maps = _maps_of(backbone, images, items, settings, latents, progress)
         for index, item, maps in zip(indices, items, all_maps, strict=True):
             closeups: list[list[Closeup]] = []
-            if settings.zoom and item.mode == LINEAR:
+            if settings.closeups and item.mode == LINEAR:
                 closeups = _closeups_of(backbone, images, maps, item, settings, progress)
             results[index] = _part_maps(images, maps, item, settings, backbone.device, closeups)
     return [results[index] for index in range(len(several))]
@@ -261,13 +261,13 @@ def _closeups_of(
     closeups: list[list[Closeup]] = []
     wanted = needs_closeups(maps[:, 1:].amax((2, 3)), item.example_confidence)
     for image, coarse, needed in zip(images, maps, wanted.tolist(), strict=True):
-        windows = candidate_windows(coarse, (image.shape[0], image.shape[1]), settings.zoom) if needed else []
+        windows = candidate_windows(coarse, (image.shape[0], image.shape[1]), settings.closeups) if needed else []
         if windows:
             progress.extend(2 * len(windows))
             (window_maps,) = _maps_of(
                 backbone, window_images(as_rgb(image), windows), [item], settings, progress=progress
             )
-            closeups.append(choose_closeups(windows, window_maps, coarse, settings.zoom))
+            closeups.append(choose_closeups(windows, window_maps, coarse, settings.closeups))
         else:
             closeups.append([])
     return closeups

@@ -21,7 +21,7 @@ class ViewSettings:
         views: number of views, divided evenly among the examples; at least one each.
         seed: seed of augmentation and noise.
         flip: mirror half of the views; None disables it when a part name says left or right.
-        crop: smallest side of a random crop relative to the image's; 1 disables crops.
+        smallest_crop: smallest side of a random crop relative to the image's; 1 disables crops.
         rotation: largest rotation in degrees.
         blur: probability of a Gaussian blur.
         recolor: strength of independent colour changes of every part, 0..1.
@@ -30,7 +30,7 @@ class ViewSettings:
     views: int = 24
     seed: int = 0
     flip: bool | None = None
-    crop: float = 0.7
+    smallest_crop: float = 0.7
     rotation: float = 15.0
     blur: float = 0.25
     recolor: float | None = 0.0
@@ -38,9 +38,7 @@ class ViewSettings:
     official_views: ClassVar[bool] = False  # drawn as the official code draws them
 
     def __post_init__(self) -> None:
-        check_settings(
-            self, views=(1, 10_000), crop=(0.1, 1), rotation=(0, 180), blur=(0, 1), recolor=(0, 1)
-        )
+        check_settings(self, views=(1, 10_000), smallest_crop=(0.1, 1), rotation=(0, 180), blur=(0, 1), recolor=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -84,8 +82,8 @@ class InstantSettings(TrainSettings):
 class PaperSettings(TrainSettings):
     """Settings of the paper's trainer: token embeddings in the text context, Adam through the whole UNet.
 
-    Views are those of :func:`slime.paper.views.official_view`. The paper's figures have ``crop`` .6 for cars and
-    faces and .8 for horses, and ``rotation`` 10 for faces (official README and src/dataset.py).
+    Views are those of :func:`slime.paper.views.official_view`. The paper's figures have ``smallest_crop`` .6 for cars
+    and faces and .8 for horses, and ``rotation`` 10 for faces (official README and src/dataset.py).
 
     Attributes:
         learning_rate: of Adam.
@@ -93,7 +91,7 @@ class PaperSettings(TrainSettings):
     """
 
     views: int = 200
-    crop: float = 0.6
+    smallest_crop: float = 0.6
     rotation: float = 30.0
     blur: float = 0.5
     steps: int = 200
@@ -113,20 +111,20 @@ class ExtractionSettings:
 
     Attributes:
         seed: seed of the noise; the same seed gives the same masks.
-        crops: 1 for the whole image, n for n x n overlapping crops (the paper uses 2 for faces).
+        tiles: 1 for the whole image, n for n x n overlapping crops (the paper uses 2 for faces).
         average_flip: also extract features of the mirrored image, and average the maps (twice the time).
         noise_samples: number of noise samples averaged; each costs one more pass.
         batch_size: images per pass; 0 chooses by the free memory.
     """
 
     seed: int = 0
-    crops: int = 1
+    tiles: int = 1
     average_flip: bool = False
     noise_samples: int = 1
     batch_size: int = 0
 
     def __post_init__(self) -> None:
-        check_settings(self, crops=(1, 64), noise_samples=(1, 10_000), batch_size=(0, 1_000_000))
+        check_settings(self, tiles=(1, 64), noise_samples=(1, 10_000), batch_size=(0, 1_000_000))
 
 
 @dataclass(frozen=True)
@@ -153,16 +151,16 @@ class SegmentSettings(DecodeSettings, ExtractionSettings):
     """Settings of extraction and decoding together.
 
     Attributes:
-        zoom: number of objects to segment again in close-up crops, 0 for none: for objects smaller in the image than
-            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.zoom`).
+        closeups: number of objects to segment again in close-ups, 0 for none: for objects smaller in the image than
+            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.closeups`).
     """
 
-    zoom: int = 0
+    closeups: int = 0
 
     def __post_init__(self) -> None:
         ExtractionSettings.__post_init__(self)
         DecodeSettings.__post_init__(self)
-        check_settings(self, zoom=(0, 1000))
+        check_settings(self, closeups=(0, 100))
 
     @property
     def extraction(self) -> ExtractionSettings:

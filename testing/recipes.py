@@ -13,8 +13,8 @@ PAPER_LAYERS = {"read_layers": "output.6-10", "propagate_layers": "output.9-11"}
 # and for faces 2 x 2 crops of 400 of 512 pixels.
 PAPER_OVERLAP = 0.72  # overlap of these crops
 BY_DOMAIN: dict[str, dict[str, dict[str, Any]]] = {
-    "car": {"train": {"crop": 0.6}, "segment": {}},
-    "horse": {"train": {"crop": 0.8}, "segment": {}},
-    "face": {"train": {"crop": 0.6, "rotation": 10.0}, "segment": {"crops": 2}},
+    "car": {"train": {"smallest_crop": 0.6}, "segment": {}},
+    "horse": {"train": {"smallest_crop": 0.8}, "segment": {}},
+    "face": {"train": {"smallest_crop": 0.6, "rotation": 10.0}, "segment": {"tiles": 2}},
 }
 RECIPES = {parts[domain]: recipe for domain, recipe in BY_DOMAIN.items() for parts in (scenes.PARTS, scenes.FINE)}

@@ -113,7 +113,7 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
         "train paper": lambda: training_of("paper"),
         "train paper, checkpointing": lambda: training_of("paper", checkpointing=True),
         "segment": find,
-        "segment, zoom": lambda: find(zoom=1),
+        "segment, zoom": lambda: find(closeups=1),
         "part mask": lambda: nodes["SLiMePartMask"].execute(parts, "wheel", "soft", grow=3, feather=2),
         "part list": lambda: nodes["SLiMePartList"].execute(parts),
         "part boxes": lambda: nodes["SLiMePartBoxes"].execute(parts),

@@ -183,7 +183,7 @@ def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> Non
         "train paper": training(preset="paper", steps=8, views=4),
         "train paper, checkpointing": training(preset="paper", steps=4, views=2, checkpointing=True),
         "segment": segmenting(3),
-        "segment, zoom and crops": segmenting(1, zoom=1, crops=2),
+        "segment, zoom and crops": segmenting(1, closeups=1, tiles=2),
         "smooth": segmenting(6, "SLiMeSteadyParts"),
         "masks, lists, boxes, segs, overlay, evaluate": segmenting(2, *outputs),
     }

@@ -77,7 +77,8 @@ def detection_losses(detections: Detections, target: Target) -> dict[str, Tensor
     target = Target(*(tensor.to(boxes.device).clone() for tensor in target))  # autograd refuses inference tensors
     count = len(target.boxes)
     with torch.no_grad():
-        cost = sum(WEIGHTS[name] * term for name, term in _pairwise(boxes, scores, masks, target).items())
+        terms = _pairwise(boxes, scores, masks, target)
+        cost = torch.stack([WEIGHTS[name] * term for name, term in terms.items()]).sum(0)
     rows, columns = linear_sum_assignment(cost.nan_to_num(LARGE).cpu().numpy()) if count else ([], [])
     truth = torch.zeros_like(scores)
     truth[rows] = 1.0

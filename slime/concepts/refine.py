@@ -121,9 +121,7 @@ def _refine_region(
 
 
 def _crop(region: Region, size: torch.Size) -> tuple[slice, slice]:
-    vertical, horizontal = (
-        max(LEAST_PADDING, round(PADDING * length)) for length in (region.height, region.width)
-    )
+    vertical, horizontal = (max(LEAST_PADDING, round(PADDING * length)) for length in (region.height, region.width))
     return (
         slice(max(0, region.top - vertical), min(size[0], region.top + region.height + vertical)),
         slice(max(0, region.left - horizontal), min(size[1], region.left + region.width + horizontal)),

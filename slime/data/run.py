@@ -58,13 +58,13 @@ class Engine:
     """A segmenter for images of any size: those of one working size share a pass.
 
     Args:
-        segmenter: with settings that look at whole images; zoom and crops are refused.
+        segmenter: with settings that look at whole images; closeups and tiles are refused.
         batch: images of one pass; 0 asks the backbone.
     """
 
     def __init__(self, segmenter: Segmenter, batch: int = 0) -> None:
-        if segmenter.settings.zoom or segmenter.settings.crops > 1:
-            raise SlimeError("Zoom and crops are not for large sets: segment such images with slime.segment.")
+        if segmenter.settings.closeups or segmenter.settings.tiles > 1:
+            raise SlimeError("closeups and tiles are not for large sets: segment such images with slime.segment.")
         self.segmenter, self._batch = segmenter, batch
 
     def load(self, name: str, data: bytes) -> Loaded:

@@ -1,1 +1,1 @@
-"""From features to part maps: decoders, edge refinement, and zoom on small objects."""
+"""From features to part maps: decoders, edge refinement, and close-ups of small objects."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from ..batches import in_batches
+from .closeups import Closeup, paste_closeups
 from .linear import apply_temperature
 from .refine import refine_maps, refined_labels
-from .zoom import Closeup, paste_closeups
 
 
 @dataclass(frozen=True)

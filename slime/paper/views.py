@@ -37,7 +37,7 @@ def official_view(
     classes = len(example.names) + 1
     wanted = LEAST_SHARE * (example.labels.numpy() == turn % classes).sum()
     for _ in range(MOST_CROPS):
-        image, labels = crop(example, rng.uniform(settings.crop, 1.0), rng)
+        image, labels = crop(example, rng.uniform(settings.smallest_crop, 1.0), rng)
         if not wanted or (labels.numpy() == turn % classes).sum() > wanted:
             break
     if settings.recolor:  # the official code has no such thing

@@ -53,7 +53,7 @@ class Transform(NamedTuple):
 def draw_transform(example: Example, settings: ViewSettings, rng: random.Random) -> Transform:
     """Draw a random view. It depends on the size of the image and the names of the parts, not on their labels."""
     height, width = example.labels.shape
-    share = math.exp(rng.uniform(math.log(settings.crop), 0.0))
+    share = math.exp(rng.uniform(math.log(settings.smallest_crop), 0.0))
     rows, columns = window(height, share, rng), window(width, share, rng)
     mirrored = flip_allowed(settings, example.names) and rng.random() < 0.5
     angle = math.radians(rng.uniform(-settings.rotation, settings.rotation))

@@ -63,7 +63,7 @@ class ViewFeatures:
         self._on_step, self._expected, self._done = on_step, expected, 0
         self._views: dict[ViewId, CachedView] = {}
         self._cache, self._state = cache_of(backbone) or (ViewCache(0), None)
-        values = [getattr(settings, name) for name in ("seed", "crop", "rotation", "blur")]
+        values = [getattr(settings, name) for name in ("seed", "smallest_crop", "rotation", "blur")]
         spec = template.extraction_key()
         self._images = [
             digest_of(example.image, values, flip_allowed(settings, example.names), spec) for example in examples

@@ -35,7 +35,8 @@ BATCH, PROMPTS, RENDERED = 4, 2, 3000  # images a step, prompts an image, scenes
 
 def build(seed: int = 0) -> Any:
     """Return a SAM3 model with random weights."""
-    return _build(seed, "SAM3", MODEL_WIDTH, patch_size=PATCH, depth=4, global_att_blocks=(1, 3), pretrain_img_size=SIDE)
+    trunk = {"patch_size": PATCH, "depth": 4, "global_att_blocks": (1, 3), "pretrain_img_size": SIDE}
+    return _build(seed, "SAM3", MODEL_WIDTH, **trunk)
 
 
 def build_tracker(seed: int = 0) -> Any:
@@ -172,11 +173,9 @@ def train(minutes: float) -> None:
             for levels in features_of(model, torch.stack([pixels for _, pixels, _ in images]))
         ]
         result = detect(model, features, torch.stack([texts[name] for name in names]))
-        losses = [
-            sum(detection_losses(Detections(*(tensor[i : i + 1] for tensor in result)), target).values())
-            for i, target in enumerate(targets)
-        ]
-        loss = torch.stack(losses).mean()
+        alone = [Detections(*(tensor[i : i + 1] for tensor in result)) for i in range(len(targets))]
+        terms = [detection_losses(one, target) for one, target in zip(alone, targets, strict=True)]
+        loss = torch.stack([term for losses in terms for term in losses.values()]).sum() / len(targets)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)

@@ -220,7 +220,7 @@ def test_expert_settings_are_tucked_away_and_still_sent(canvas) -> None:
         canvas.js("id => app.graph.getNodeById(id).toggleAdvanced()", node)
         assert canvas.js(SEEN, node)[0] > low + 60
     sent = canvas.js("async () => (await app.graphToPrompt()).output")
-    assert {"crops", "noise_samples"} <= set(sent[str(node)]["inputs"])
+    assert {"tiles", "noise_samples"} <= set(sent[str(node)]["inputs"])
 
 
 def test_train_is_short_and_settings_nodes_have_the_rest(canvas) -> None:

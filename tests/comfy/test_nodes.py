@@ -419,7 +419,7 @@ def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(exte
     for name, value in {
         "views": 5,
         "steps": 9,
-        "crop": 0.9,
+        "smallest_crop": 0.9,
         "rotation": 0.0,
         "flip": "off",
         "cross_layers": "auto",

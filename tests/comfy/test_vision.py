@@ -131,7 +131,7 @@ def test_an_encoder_alone_learns_parts(tmp_path) -> None:
     maps = segment(backbone, images, saved)[0].label_map
     assert torch.equal(maps, segment(backbone, images, learned)[0].label_map)
     assert torch.equal(maps, decode(extract(backbone, images, saved), saved).label_map)
-    segment(backbone, images, saved, SegmentSettings(zoom=1))
+    segment(backbone, images, saved, SegmentSettings(closeups=1))
     with pytest.raises(SlimeError, match="text of a Stable Diffusion"):
         train(backbone, [toy_example(0)], preset("paper", steps=1))
 
@@ -184,7 +184,7 @@ def test_latents_spare_the_encoding() -> None:
     mirrored = SegmentSettings(average_flip=True, noise_samples=2)
     both = [segment(toy, images, learned, mirrored, latents=given)[0].label_map for given in (latents, None)]
     assert (both[0] == both[1]).float().mean() > 0.97
-    segment(toy, images, learned, SegmentSettings(zoom=1), latents=latents)
+    segment(toy, images, learned, SegmentSettings(closeups=1), latents=latents)
     for wrong in (latents[:1], latents[:, :2], latents[..., :4], latents[0]):
         with pytest.raises(SlimeError, match="latent|Latents"):
             segment(toy, images, learned, latents=wrong)
@@ -267,8 +267,8 @@ def test_nodes_with_both_and_with_latents(nodes, monkeypatch) -> None:
         assert mask.shape == image.shape[:3] and mask.any()
         guessed, small = nodes.Segment.execute(alone, latent=latent, **loaded).args
         assert small.shape == (1, 256, 256) == guessed.images.shape[:3] and small.any()
-        with pytest.raises(SlimeError, match="zoom and crops need pixels"):
-            nodes.Segment.execute(alone, latent=latent, zoom=1, **loaded)
+        with pytest.raises(SlimeError, match="closeups and tiles need pixels"):
+            nodes.Segment.execute(alone, latent=latent, closeups=1, **loaded)
         with pytest.raises(SlimeError, match="does not belong to this model"):
             nodes.Segment.execute(alone, latent={"samples": torch.zeros(1, 16, 8, 8)}, **loaded)
 

@@ -414,7 +414,7 @@ def test_batches_of_any_size_keep_their_size(server, learned) -> None:
         image=[batch, 0],
         refine="best",
         seed=0,
-        crops=2,
+        tiles=2,
         average_flip=True,
         batch_size=2,
     )
@@ -499,7 +499,7 @@ def test_half_precision_unet(comfy_path, shots) -> None:
         template = to_api(load_workflow(WITH_MASKS), half.get("/object_info"))
         before = sample(half)
         for preset in ("instant", "paper"):
-            settings = {"steps": 10, "views": 16}
+            settings = {"steps": 4, "views": 4}
             prompt, nodes = build_prompt(
                 template, MODEL.name, given, [given[0].image], preset, preset=preset, train_settings=settings
             )

@@ -48,7 +48,7 @@ def test_a_backbone_nobody_knows_does_it_all(tmp_path) -> None:
     assert torch.equal(segment(backbone, images, loaded)[0].label_map, expected.label_map)
     features = extract(backbone, images, loaded)
     torch.testing.assert_close(decode(features, embeddings).probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
-    assert segment(backbone, images, loaded, SegmentSettings(zoom=1))[0].probabilities.shape == (5, 3, 128, 128)
+    assert segment(backbone, images, loaded, SegmentSettings(closeups=1))[0].probabilities.shape == (5, 3, 128, 128)
     auto = replace(backbone.info.instant, read_layers="auto", propagate_layers="auto")
     probed = train(backbone, [example], auto)
     assert "color.0" in probed.layers.read and toy_score(probed, backbone) > 0.8

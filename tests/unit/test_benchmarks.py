@@ -198,7 +198,7 @@ def test_the_official_steps_are_the_official_decoder() -> None:
     toy, task = ToyUNet(), toy_task()
     variant = Variant("paper", {"views": 2, "steps": 4})
     embeddings, images = variant.fit(toy, task.examples, 0), task.tests["plain"].images
-    for segment in ({}, {"crops": 2}):  # the second is how the paper segments faces
+    for segment in ({}, {"tiles": 2}):  # the second is how the paper segments faces
         whole = replace(variant, segment=segment)
         steps = replace(whole, official={}).find(toy, embeddings, images, 0)
         assert np.array_equal(steps, whole.find(toy, embeddings, images, 0))
@@ -294,8 +294,8 @@ def test_rivals_find_what_looks_alike(rule) -> None:
 
 
 def test_the_papers_recipe_is_that_of_its_domain_and_is_learned_once() -> None:
-    assert Variant("paper").recipe(scenes.PARTS["face"], "segment") == {"crops": 2}
-    assert Variant("paper").recipe(scenes.PARTS["horse"], "train") == {"crop": 0.8}
+    assert Variant("paper").recipe(scenes.PARTS["face"], "segment") == {"tiles": 2}
+    assert Variant("paper").recipe(scenes.PARTS["horse"], "train") == {"smallest_crop": 0.8}
     assert not Variant("instant").recipe(scenes.PARTS["horse"], "train")
     toy, task = ToyUNet(), toy_task()
     fit = fitted(lambda: toy, Variant("paper", {"views": 1, "steps": 1}))

@@ -61,14 +61,15 @@ def test_concepts_are_learned_for_each_part_alone() -> None:
         losses.append(report.losses.get("loss"))
         previews.append(report.preview)
 
-    learned = train_concepts(toy, [colored_example()], ConceptSettings(views=4, steps=120, learning_rate=0.1), on_step=on_step)
+    settings = ConceptSettings(views=4, steps=120, learning_rate=0.1)
+    learned = train_concepts(toy, [colored_example()], settings, on_step=on_step)
     assert learned.names == ("red", "blue") and learned.losses[-1] < 0.3 * learned.losses[0]
     assert toy.encoded == 4 and any(preview is not None and preview[1].shape == (3, GRID, GRID) for preview in previews)
     encoded = toy.encode(colored_example().image[None])
     maps = torch.stack([concept_map(toy.detect(encoded, tokens)) for tokens in concept_tokens(learned)])
     truth = torch.stack([torch.from_numpy((colored_example().labels == k).numpy()[1::2, 1::2]) for k in (1, 2)])
     assert ((maps > 0.5) & truth).sum() / ((maps > 0.5) | truth).sum() > 0.8
-    again = train_concepts(ToyDetector(), [colored_example()], ConceptSettings(views=4, steps=120, learning_rate=0.1))
+    again = train_concepts(ToyDetector(), [colored_example()], settings)
     assert again.losses == learned.losses
 
 
@@ -111,7 +112,7 @@ def test_bad_examples_of_concepts() -> None:
     labels[100, 100] = 1
     speck = Example.from_label_map(torch.rand(640, 640, 3), labels, ["speck"])
     with pytest.raises(SlimeError, match="speck: smaller than a cell"):
-        train_concepts(ToyDetector(), [speck], ConceptSettings(views=1, crop=1.0))
+        train_concepts(ToyDetector(), [speck], ConceptSettings(views=1, smallest_crop=1.0))
     with pytest.raises(SlimeError, match="learning_rate is 5; it must be from 1e-05 to 1"):
         ConceptSettings(learning_rate=5)
 
@@ -151,7 +152,8 @@ def one_part(side: int = 64) -> tuple[PartMaps, torch.Tensor, torch.Tensor]:
     probabilities = torch.stack([torch.where(inside, 0.2, 0.9), torch.where(inside, 0.8, 0.1)])[None]
     whole = torch.zeros(side, side, dtype=torch.bool)
     whole[8:56, 8:56] = True
-    return PartMaps(DenseMaps(probabilities), ("part",), default_palette(1), torch.ones(1, 1)), torch.rand(1, side, side, 3), whole
+    maps = PartMaps(DenseMaps(probabilities), ("part",), default_palette(1), torch.ones(1, 1))
+    return maps, torch.rand(1, side, side, 3), whole
 
 
 def test_a_better_border_is_taken_and_the_whole_object_is_not() -> None:

@@ -542,7 +542,7 @@ def test_what_others_left_is_not_written_over(tmp_path, make, words) -> None:
 
 def test_zoom_is_not_for_large_sets(learned) -> None:
     with pytest.raises(SlimeError, match="not for large sets"):
-        Engine(Segmenter(learned[0], learned[1], SegmentSettings(zoom=1)))
+        Engine(Segmenter(learned[0], learned[1], SegmentSettings(closeups=1)))
 
 
 # ------------------------------------------------------------------------------------------------------------- command

@@ -24,8 +24,8 @@ TRAINERS = {
 }
 READERS = (
     SegmentSettings(),
-    SegmentSettings(zoom=1, refine="best", average_flip=True, noise_samples=2),
-    SegmentSettings(crops=2, min_confidence=0.5),
+    SegmentSettings(closeups=1, refine="best", average_flip=True, noise_samples=2),
+    SegmentSettings(tiles=2, min_confidence=0.5),
 )
 
 

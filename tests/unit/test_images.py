@@ -234,7 +234,7 @@ def test_views_of_the_official_code() -> None:
     labels = torch.zeros(64, 64, dtype=torch.int64)
     labels[8:30, 4:28], labels[30:60, 36:60] = 1, 2
     example = Example.from_label_map(torch.ones(64, 64, 3), labels, ["red", "blue"])
-    settings = PaperSettings(crop=0.3, blur=0.0)
+    settings = PaperSettings(smallest_crop=0.3, blur=0.0)
     turned = 0
     for turn in range(30):
         rng = random.Random(turn)
@@ -244,7 +244,7 @@ def test_views_of_the_official_code() -> None:
         turned += bool(black.any())
         assert found[1:, black].sum() < 0.05 * found[1:].sum()  # images and labels are turned on grids of their own
     assert 8 <= turned <= 22
-    still = replace(settings, rotation=0.0, crop=1.0, flip=False)
+    still = replace(settings, rotation=0.0, smallest_crop=1.0, flip=False)
     image, found = official_view(example, still, random.Random(0), (64, 64), (64, 64), 0)
     assert torch.equal(found.argmax(0), example.labels) and torch.allclose(image, example.image)
     colored, _ = official_view(example, replace(still, recolor=1.0), random.Random(0), (64, 64), (64, 64), 0)

@@ -164,7 +164,7 @@ def test_any_size_comes_back_at_its_size(height: int, width: int) -> None:
 def test_crops_and_flip_find_the_parts_too() -> None:
     toy = ToyUNet()
     embeddings = train(toy, [toy_example(0)], preset("instant", views=6))
-    assert toy_score(embeddings, toy, crops=2, average_flip=True) > 0.85
+    assert toy_score(embeddings, toy, tiles=2, average_flip=True) > 0.85
 
 
 def test_crop_boxes_cover_the_image_as_in_the_paper() -> None:

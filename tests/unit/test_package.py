@@ -58,7 +58,7 @@ def requirements(name: str) -> list[str]:
 def test_dependencies_are_the_same_in_both_lists() -> None:
     project = project_file()["project"]
     # ComfyUI brings torch, in the build for the user's card; a node pack that names it may replace that build.
-    assert sorted(project["dependencies"]) == sorted([*requirements("requirements.txt"), "torch"])
+    assert sorted(project["dependencies"]) == sorted([*requirements("requirements.txt"), "torch", "torchvision"])
     assert "comfyui" not in project["name"].lower()
 
 

@@ -12,10 +12,8 @@ import torch
 from slime import SegmentSettings, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones.base import Features
 from slime.backbones.text import Capture
-from slime.decode import zoom
-from slime.decode.linear import apply_temperature, calibrating_temperature, part_logits
-from slime.decode.refine import refine_maps
-from slime.decode.zoom import (
+from slime.decode import closeups
+from slime.decode.closeups import (
     Window,
     candidate_windows,
     choose_closeups,
@@ -25,6 +23,8 @@ from slime.decode.zoom import (
     window_confidence,
     window_images,
 )
+from slime.decode.linear import apply_temperature, calibrating_temperature, part_logits
+from slime.decode.refine import refine_maps
 from slime.errors import SlimeError
 from slime.examples import IGNORE, Example, merge_examples
 from slime.paper.decoder import official_maps
@@ -84,11 +84,11 @@ def test_zoom_never_fails_where_nothing_is_found() -> None:
 
 
 def test_zoom_of_several_objects_in_the_whole_pipeline(monkeypatch) -> None:
-    monkeypatch.setattr(zoom, "CONFIDENT", 2.0)
+    monkeypatch.setattr(closeups, "CONFIDENT", 2.0)
     toy = ToyUNet()
     embeddings = train(toy, [toy_example(0)], preset("instant", views=4))
     images = torch.stack([toy_example(5).image, toy_example(6).image])
-    plain, zoomed = (segment(toy, images, embeddings, SegmentSettings(zoom=n))[0] for n in (0, 2))
+    plain, zoomed = (segment(toy, images, embeddings, SegmentSettings(closeups=n))[0] for n in (0, 2))
     assert zoomed.probabilities.shape == plain.probabilities.shape
     assert torch.allclose(zoomed.probabilities.sum(1), torch.ones(2, *images.shape[1:3]), atol=1e-4)
     assert torch.equal(zoomed.label_map, zoomed.probabilities.argmax(1).byte())
@@ -99,11 +99,11 @@ def test_only_images_of_low_confidence_get_closeups(monkeypatch) -> None:
     embeddings = train(toy, [toy_example(0)], preset("instant", views=4))
     images = torch.stack([toy_example(0).image, torch.full_like(toy_example(0).image, 0.5)])
     sure, unsure = segment(toy, images, embeddings)[0].confidence.tolist()
-    monkeypatch.setattr(zoom, "CONFIDENT", (sure + unsure) / 2)
+    monkeypatch.setattr(closeups, "CONFIDENT", (sure + unsure) / 2)
     passes = []
     for image in images:
         before = toy.passes
-        segment(toy, image[None], embeddings, SegmentSettings(zoom=1, batch_size=1))
+        segment(toy, image[None], embeddings, SegmentSettings(closeups=1, batch_size=1))
         passes.append(toy.passes - before)
     assert passes[0] == 1 < passes[1]
 
@@ -184,7 +184,7 @@ def test_images_without_the_object_can_be_left_empty(tmp_path) -> None:
     decided = segment(toy, images, embeddings, SegmentSettings(min_confidence=between))[0]
     assert torch.equal(decided.label_map[0], found.label_map[0]) and not decided.label_map[1].any()
     assert torch.allclose(decided.probabilities.sum(1), torch.ones(2, *images.shape[1:3]), atol=1e-4)
-    zoomed = segment(toy, images, embeddings, SegmentSettings(zoom=1))[0]
+    zoomed = segment(toy, images, embeddings, SegmentSettings(closeups=1))[0]
     assert zoomed.peaks.shape == (2, 2)
 
 
@@ -248,7 +248,7 @@ def test_official_maps_are_background_where_no_class_counts(monkeypatch) -> None
     embeddings = train(toy, [toy_example(0)], preset("paper", steps=2, views=1))
     monkeypatch.setattr("slime.paper.decoder.official_maps", partial(official_maps, gate=2.0))
     for crops in (1, 2):
-        found = segment(toy, toy_example(1).image[None], embeddings, SegmentSettings(crops=crops))[0]
+        found = segment(toy, toy_example(1).image[None], embeddings, SegmentSettings(tiles=crops))[0]
         assert not found.label_map.any() and torch.allclose(found.probabilities[:, 0], torch.ones(1, 128, 128))
 
 
