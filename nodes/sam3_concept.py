@@ -75,6 +75,13 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                         tooltip="Augmented crops of the examples, at least one each.",
                     )
                 ),
+                io.Boolean.Input(
+                    "instances",
+                    default=True,
+                    optional=True,
+                    tooltip="Connected regions of a part are instances of their own, as SAM3 finds them; off: all of a "
+                    "part is one mask.",
+                ),
             ],
             outputs=[
                 Embeddings.Output(

@@ -2,7 +2,7 @@
 
     python dev.py workflows [--pictures]
 
-With ``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result becomes the
+The templates for SAM3 are written from a ComfyUI that has it (COMFYUI_DIR), the others from one that has not. With ``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result becomes the
 thumbnail beside it.
 """
 
@@ -21,12 +21,14 @@ from .samples import CLIP, FIND, FIND_TOO, TESTED, WHEELS, painting, write_sampl
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 FLUX = "flux1-dev-fp8.safetensors"
+SAM3 = "sam3.1_multiplex_fp16.safetensors"
 # Download address of each file that a workflow names, and the folder of ComfyUI's models that it belongs to.
 HUB = "https://huggingface.co/"
 SD15 = "Comfy-Org/stable-diffusion-v1-5-archive"
 DOWNLOADS = {
     CHECKPOINT: (f"{HUB}{SD15}/resolve/main/{CHECKPOINT}?download=true", "checkpoints"),
     FLUX: (f"{HUB}Comfy-Org/flux1-dev/resolve/main/{FLUX}?download=true", "checkpoints"),
+    SAM3: (f"{HUB}Comfy-Org/sam3.1/resolve/main/checkpoints/{SAM3}?download=true", "checkpoints"),
 }
 GAP, TITLE = 30, 40
 WIDTH, PAINTER = 285, 400  # of a node, and of the painter
@@ -47,6 +49,14 @@ SIZES = {
     "SLiMeSegment": (280, 660),
     "SLiMePartMask": (260, 620),
     "SLiMeSteadyParts": (110, 480),
+    "SLiMeLearnSam3Concept": (230, 430),
+    "SLiMeSam3Prompt": (110, 150),
+    "SLiMeSam3Refine": (180, 560),
+    "SLiMeTrackSeeds": (150, 190),
+    "SLiMeTracksToParts": (90, 440),
+    "SAM3_Detect": (220, 290),
+    "SAM3_VideoTrack": (210, 260),
+    "MaskPreview": (90, 330),
     "SLiMeOverlay": (110, 480),
     "SLiMeEvaluate": (110, 480),
     "SLiMeExportLabels": (220, 430),
@@ -501,6 +511,86 @@ WORKFLOWS: dict[str, Callable[[], Page]] = {
 }
 
 
+def learn_a_concept() -> Page:
+    page = Page()
+    page.column("1  Example")
+    page.note(
+        "Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 finds what a text names; here it learns what you painted, and "
+        "*SLiMe SAM3 Prompt* stands in for the text. Experimental.",
+        100,
+        PAINTER,
+    )
+    painter = page.add("SLiMePartPainter", painting=painting())
+    page.column("2  Learn")
+    sam3 = page.checkpoint(SAM3)
+    learned = page.add("SLiMeLearnSam3Concept", model=[sam3, 0], examples=[painter, 0], clip=[sam3, 1])
+    page.column("3  Detect")
+    prompt = page.add("SLiMeSam3Prompt", embeddings=[learned, 0], name="wheel")
+    other = page.image("Image to search")
+    found = page.add("SAM3_Detect", model=[sam3, 0], image=[other, 0], conditioning=[prompt, 0])
+    page.column("4  Use")
+    page.add("MaskPreview", mask=[found, 0])
+    page.save(learned, "my_concepts")
+    return page
+
+
+def refine_with_sam3() -> Page:
+    page = Page()
+    _, _, parts = find_in_one(
+        page,
+        f"{NEEDS} Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 sharpens the border of every region; what grows to the "
+        "whole object is refused. Experimental.",
+    )
+    page.column("3  Refine")
+    sam3 = page.checkpoint(SAM3)
+    refined = page.add("SLiMeSam3Refine", parts=[parts, 0], model=[sam3, 0])
+    page.column("4  Use")
+    page.mask(refined, "wheel")
+    return page
+
+
+def follow_with_sam3() -> Page:
+    page = Page()
+    page.column("1  Load")
+    page.note(
+        f"{NEEDS} Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 follows the parts from the frame that shows them best, "
+        "forwards and backwards. Experimental.",
+        150,
+    )
+    model, embeddings = page.checkpoint(), page.load()
+    page.column("2  Segment")
+    clip = page.add("LoadVideo", file=CLIP)
+    frames = page.add("GetVideoComponents", video=[clip, 0])
+    page.column()
+    parts = page.segment(model, embeddings, [frames, 0])
+    seeds = page.add("SLiMeTrackSeeds", parts=[parts, 0])
+    page.column("3  Follow")
+    sam3 = page.checkpoint(SAM3)
+    tracks = [
+        page.add(
+            "SAM3_VideoTrack", title, images=[seeds, output], model=[sam3, 0], initial_mask=[seeds, 0], max_objects=0
+        )
+        for title, output in (("SAM3 Video Track forwards", 1), ("SAM3 Video Track backwards", 2))
+    ]
+    page.column("4  Use")
+    named = page.add("SLiMeTracksToParts", parts=[parts, 0], forwards=[tracks[0], 0], backwards=[tracks[1], 0])
+    page.add("SLiMeOverlay", parts=[named, 0])
+    return page
+
+
+# Written and tested on a ComfyUI with SAM3 alone.
+SAM3_WORKFLOWS: dict[str, Callable[[], Page]] = {
+    "11 Learn a SAM3 concept": learn_a_concept,
+    "12 Refine parts with SAM3": refine_with_sam3,
+    "13 Follow parts with SAM3": follow_with_sam3,
+}
+
+
+def workflows_for(info: dict[str, Any]) -> dict[str, Callable[[], Page]]:
+    """Return the workflows whose files a ComfyUI with these nodes writes: SAM3's, or all others."""
+    return SAM3_WORKFLOWS if "SAM3_Detect" in info else WORKFLOWS
+
+
 def learn_blueprint() -> dict[str, Any]:
     page = Page()
     page.column()
@@ -580,14 +670,15 @@ def main() -> None:
         write_samples()  # the server copies them to its input folder when it starts
     with ComfyServer() as server:
         info = server.get("/object_info")
-        for name, make in WORKFLOWS.items():
+        made = workflows_for(info)
+        for name, make in made.items():
             text = json.dumps(written(make(), info), indent=1)
             (FOLDER / f"{name}.json").write_text(text + "\n", encoding="utf-8")
-        for name, describe in BLUEPRINTS.items():
+        for name, describe in BLUEPRINTS.items() if made is WORKFLOWS else ():
             text = json.dumps(blueprint(name, **describe(), object_info=info), indent=1)
             (SUBGRAPHS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
         if options.pictures:
-            for name, pictures in results(server, list(WORKFLOWS)).items():
+            for name, pictures in results(server, list(made)).items():
                 thumbnail(pictures).save(FOLDER / f"{name}.jpg", quality=85)
 
 

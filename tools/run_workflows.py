@@ -28,8 +28,15 @@ DARK = (24, 24, 28)
 def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
     """Return a bundled workflow with the tiny model's checkpoint, a clip, and sampling for a few steps."""
     prompt = to_api(load_workflow(name), server.get("/object_info"))
+    learns = bool(find_all(prompt, "SLiMeLearnSam3Concept"))
     for node in prompt.values():
         inputs = node["inputs"]
+        if "sam3" in str(inputs.get("ckpt_name")):
+            node["class_type"], node["inputs"] = "LoadTinySam3", {"tracker": not learns}
+            continue
+        if node["class_type"] == "SLiMeLearnSam3Concept":
+            del inputs["clip"]  # the tiny SAM3 has none
+            inputs["instances"] = False
         match node["class_type"]:
             case "CheckpointLoaderSimple":
                 inputs["ckpt_name"] = put_flow(server) if "flux" in inputs["ckpt_name"] else MODEL.name

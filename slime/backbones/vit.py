@@ -8,7 +8,7 @@ for other encoders nothing is published, and the probe chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,6 +27,9 @@ from .layers import Layer, LayerChoice
 TOKENS = 60  # per side
 MOST_TOKENS = 2  # per side, relative to the learned positions of CLIP and SigLIP
 READ_LAST = ("dinov2", "dinov3")  # kinds whose last block is known to work
+# DINOv3's features hold the position of a patch, which misleads comparison. What they say of an image of zeros is all
+# position: the strongest directions of that are removed, 500 of 1024 (INSID3). Attention keeps them.
+POSITIONAL_SHARE = {"dinov3": 500 / 1024}
 BYTES = 64  # of activations per token and channel: float32, four times as wide within the MLP, and its neighbours
 GROUP = "tokens"  # of the features of all layers together
 
@@ -75,6 +78,7 @@ class VisionTransformer:
         name = f"{kind}-{self.width}" + (f"-{side}" if fixed else "")
         cell = cell or self.patch
         self.info = BackboneInfo(name, self.tokens_per_side * self.patch, cell, cell, 3 * cell**2)
+        self._positional: dict[tuple[tuple[str, ...], tuple[int, int]], Mapping[str, Tensor]] = {}
 
     def run(self, pixels: Tensor) -> None:
         """Run the model over normalised pixels [B, 3, H, W], sides multiples of the patch."""
@@ -103,11 +107,22 @@ class VisionTransformer:
         size = working_size(pixels.shape[2], pixels.shape[3], self.tokens_per_side * self.patch, self.patch)
         if pixels.shape[2:] != size:
             pixels = F.interpolate(pixels, size, mode="bicubic", align_corners=False).clamp(0, 1)
-        grid = (size[0] // self.patch, size[1] // self.patch)
-        recorder = _Recorder(spec.layers, grid)
+        recorder = self._recorded((pixels - self._mean.to(pixels)) / self._std.to(pixels), spec.layers)
+        grid = recorder.grid
+        groups = self._read(recorder)
+        if self.kind in POSITIONAL_SHARE and groups:
+            basis = self._positional_basis(spec.layers.read, size)
+            groups = {name: maps - _projected(maps, basis[name]) for name, maps in groups.items()}
+        if spec.grouping != LAYER and groups:
+            groups = {GROUP: torch.stack(list(groups.values())).mean(0)}
+        return Features(groups, tuple(recorder.attention[name] for name in spec.layers.propagate), grid)
+
+    def _recorded(self, pixels: Tensor, layers: LayerChoice) -> _Recorder:
+        """Run the model over normalised pixels, and return what was recorded of the layers."""
+        recorder = _Recorder(layers, (pixels.shape[2] // self.patch, pixels.shape[3] // self.patch))
         with self._recording(recorder):
             try:
-                self.run((pixels - self._mean.to(pixels)) / self._std.to(pixels))
+                self.run(pixels)
             except EndOfPass:
                 pass
         if not recorder.complete:
@@ -115,13 +130,28 @@ class VisionTransformer:
                 "This vision encoder is compiled or patched, so its attention cannot be read. Load it with the node "
                 "Load CLIP Vision and connect it directly."
             )
-        groups = {}
-        for name in spec.layers.read:
-            tokens = self._norm(recorder.tokens[name]).float()
-            groups[name] = tokens[:, -grid[0] * grid[1] :].transpose(1, 2).unflatten(2, grid)
-        if spec.grouping != LAYER and groups:
-            groups = {GROUP: torch.stack(list(groups.values())).mean(0)}
-        return Features(groups, tuple(recorder.attention[name] for name in spec.layers.propagate), grid)
+        return recorder
+
+    def _read(self, recorder: _Recorder) -> dict[str, Tensor]:
+        """Return the patch tokens [B, D, h, w] of every layer that is read, after the model's last norm."""
+        height, width = recorder.grid
+        tokens = {name: self._norm(recorder.tokens[name]).float() for name in recorder.layers.read}
+        return {
+            name: all_tokens[:, -height * width :].transpose(1, 2).unflatten(2, recorder.grid)
+            for name, all_tokens in tokens.items()
+        }
+
+    def _positional_basis(self, read: tuple[str, ...], size: tuple[int, int]) -> Mapping[str, Tensor]:
+        """Return orthonormal directions [D, m] of every layer that hold positions, at images of this size."""
+        if (read, size) not in self._positional:
+            zeros = torch.zeros(1, 3, *size, device=self.device)
+            maps = self._read(self._recorded(zeros, LayerChoice(read, ())))
+            count = round(POSITIONAL_SHARE[self.kind] * self.width)
+            self._positional[read, size] = {
+                name: torch.linalg.svd(tokens[0].flatten(1).T.cpu(), full_matrices=False).Vh[:count].T.to(tokens)
+                for name, tokens in maps.items()
+            }
+        return self._positional[read, size]
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         if self.device.type == "cpu":
@@ -141,6 +171,11 @@ class VisionTransformer:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _projected(maps: Tensor, basis: Tensor) -> Tensor:
+    """Project features [B, D, h, w] onto directions [D, m]."""
+    return torch.einsum("de,be...->bd...", basis, torch.einsum("de,bd...->be...", basis, maps))
 
 
 class _Projections(NamedTuple):

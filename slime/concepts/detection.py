@@ -51,10 +51,10 @@ class Target(NamedTuple):
     valid: Tensor
 
 
-def instances(labels: Tensor, part: int, valid: Tensor) -> Target:
-    """Return the connected regions of a part in a label map [h, w]."""
+def instances(labels: Tensor, part: int, valid: Tensor, split: bool = True) -> Target:
+    """Return the connected regions of a part in a label map [h, w], or the whole part as one."""
     array = (labels == part).numpy().astype(np.uint8)
-    found = list(part_regions(array, 1, split=True, minimum_area=SMALLEST_REGION))
+    found = list(part_regions(array, 1, split, minimum_area=SMALLEST_REGION))
     found = found or list(part_regions(array, 1, split=False))
     height, width = array.shape
     boxes, masks = torch.zeros(0, 4), torch.zeros(0, height, width, dtype=torch.bool)
@@ -83,7 +83,7 @@ def detection_losses(detections: Detections, target: Target) -> dict[str, Tensor
     truth = torch.zeros_like(scores)
     truth[rows] = 1.0
     losses = {
-        "score": sigmoid_focal_loss(scores, truth, reduction="sum") / max(count, 1),
+        "score": sigmoid_focal_loss(scores, truth, alpha=0.5, reduction="sum") / max(count, 1),
         "presence": F.binary_cross_entropy_with_logits(detections.presence[0].float(), truth.new_tensor([count > 0])),
     }
     if count:

@@ -39,10 +39,12 @@ class ConceptSettings(ViewSettings):
     Attributes:
         steps: optimiser steps; each shows all parts one view.
         learning_rate: of Adam, of tokens whose entries are about 1.
+        instances: connected regions of a part are instances of the concept; else a part is one.
     """
 
     steps: int = 200
     learning_rate: float = 0.02
+    instances: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -243,7 +245,9 @@ def _encode_views(
             labels = augmented_labels(example, settings, random.Random(seed), (grid, grid))  # noqa: S311
         valid = labels.sum(0) > 0.5
         label_map = torch.where(valid, labels.argmax(0), 0)
-        targets = tuple(_target(label_map, part, valid) for part in range(1, len(example.names) + 1))
+        targets = tuple(
+            _target(label_map, part, valid, settings.instances) for part in range(1, len(example.names) + 1)
+        )
         small = torch.nn.functional.interpolate(image.movedim(-1, 0)[None], (grid, grid), mode="area")[0]
         views.append(_View(detector.encode(image[None]), targets, small.movedim(0, -1)))
         preview = (views[0].image, labels) if not index else None
@@ -251,9 +255,9 @@ def _encode_views(
     return views
 
 
-def _target(label_map: Tensor, part: int, valid: Tensor) -> Target | None:
+def _target(label_map: Tensor, part: int, valid: Tensor, split: bool) -> Target | None:
     """Return a part's instances; None where the part may be among pixels that do not count."""
-    target = instances(label_map, part, valid)
+    target = instances(label_map, part, valid, split)
     return target if len(target.boxes) or bool(valid.all()) else None
 
 

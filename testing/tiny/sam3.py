@@ -2,8 +2,9 @@
 
     python -m testing.tiny.sam3 [--minutes 30]
 
-A table of tokens, one entry per part name, stands in for the text encoder, and is trained with the detector. Needs a
-ComfyUI with SAM3 (COMFYUI_DIR). Its tracker is left untrained.
+A table of tokens, one entry per part name, stands in for the text encoder, and is trained with the detector. All of a
+part is one instance. Goes on from the file where there is one. Needs a ComfyUI with SAM3 (COMFYUI_DIR). Its tracker is
+left untrained.
 """
 
 from __future__ import annotations
@@ -147,9 +148,11 @@ def use_plain_attention() -> None:
 
 def train(minutes: float) -> None:
     """Train for a while; each step shows BATCH scenes with PROMPTS of their parts, now and then foreign ones."""
-    model, rng, shown = build(), random.Random(0), Scenes()  # noqa: S311
+    rng, shown = random.Random(0), Scenes()  # noqa: S311
+    model, table = load() if FILE.is_file() else (build(), {name: torch.randn(TOKENS, WIDTH) for name in NAMES})
+    model.train()
     use_plain_attention()
-    texts = nn.ParameterDict({name: torch.randn(TOKENS, WIDTH) for name in NAMES})
+    texts = nn.ParameterDict(table)
     unused = ("geometry_encoder.points", "geometry_encoder.boxes", "sam2_convs", "semantic_seg_head", "img_pre_norm")
     weights = [p for name, p in model.detector.named_parameters() if not any(word in name for word in unused)]
     optimizer = torch.optim.AdamW([*weights, *texts.values()], lr=1.0, weight_decay=1e-4)
@@ -163,7 +166,7 @@ def train(minutes: float) -> None:
         batch = [image for image in images for _ in range(PROMPTS)]
         names = [rng.choice(NAMES if rng.random() < 0.15 else scenes.PARTS[domain]) for domain, _, _ in batch]
         targets = [
-            instances(labels, scenes.PARTS[domain].index(name) + 1, everywhere)
+            instances(labels, scenes.PARTS[domain].index(name) + 1, everywhere, split=False)
             if name in scenes.PARTS[domain]
             else Target(torch.zeros(0, 4), torch.zeros(0, MASKS, MASKS, dtype=torch.bool), everywhere)
             for (domain, _, labels), name in zip(batch, names, strict=True)

@@ -26,13 +26,13 @@ from testing.browser import CHROMIUM
 from testing.server import MODEL, ComfyServer, WorkflowFailed
 from testing.toy import all_vectors
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
-from tools.make_workflows import BLUEPRINTS, MOST, WORKFLOWS, written
+from tools.make_workflows import BLUEPRINTS, MOST, SAM3_WORKFLOWS, WORKFLOWS, workflows_for, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
 SHOTS, TESTS = 4, 6
-PINNED = "0.3.75"
+PINNED, WITH_SAM3 = "0.3.75", "0.33.0"  # the ComfyUIs that write the templates
 WITH_MASKS = "2 Train on masks of several images"
 
 
@@ -370,6 +370,19 @@ def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     assert shown and all(np.asarray(picture).std() > 1 for picture in shown)
 
 
+@pytest.mark.parametrize("name", SAM3_WORKFLOWS)
+def test_the_templates_for_sam3_run(server, file_to_load, name) -> None:
+    """With a tiny SAM3 in place of the checkpoint."""
+    if "SAM3_Detect" not in server.get("/object_info"):
+        pytest.skip("this ComfyUI has no SAM3")
+    prompt = prepare(server, name)
+    for node in prompt.values():
+        if node["class_type"] == "SLiMeLearnSam3Concept":
+            node["inputs"]["steps"] = 3
+    outputs = server.run(prompt, 900)
+    assert [picture for output in outputs.values() for picture in pictures(server, output)]
+
+
 def test_app_modes_name_what_is_there(server) -> None:
     info, apps = server.get("/object_info"), 0
     for name in WORKFLOWS:
@@ -386,15 +399,17 @@ def test_app_modes_name_what_is_there(server) -> None:
 def test_workflow_files_are_what_the_schemas_give(server) -> None:
     """python dev.py workflows would change nothing; the files are made with the pinned ComfyUI's core nodes."""
     info = server.get("/object_info")
-    if server.get("/system_stats")["system"]["comfyui_version"] != PINNED:
+    if server.get("/system_stats")["system"]["comfyui_version"] not in (PINNED, WITH_SAM3):
         pytest.skip("another version's core nodes have other widgets")
-    for name, make in WORKFLOWS.items():
+    for name, make in workflows_for(info).items():
         assert written(make(), info) == load_workflow(name), name
         assert (FOLDER / f"{name}.jpg").stat().st_size < 60_000
         nodes = load_workflow(name)["nodes"]
         assert max(node["pos"][0] + node["size"][0] for node in nodes) <= MOST[0], name
         assert max(node["pos"][1] + node["size"][1] for node in nodes) <= MOST[1], name
-    assert {path.stem for path in FOLDER.glob("*.json")} == set(WORKFLOWS)
+    assert {path.stem for path in FOLDER.glob("*.json")} == {*WORKFLOWS, *SAM3_WORKFLOWS}
+    if "SAM3_Detect" in info:
+        return
     listed = {entry["name"] for entry in server.get("/global_subgraphs").values()}
     assert set(BLUEPRINTS) <= listed
     for name, describe in BLUEPRINTS.items():
