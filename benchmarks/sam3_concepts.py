@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ class Bench:
         return [self.detector.encode(image[None]) for image in images]
 
     @torch.no_grad()
-    def mask(self, encoded: Tensor, tokens: Tensor, most: int, size: tuple[int, int]) -> np.ndarray:
+    def mask(self, encoded: Tensor, tokens: Tensor, most: int, size: tuple[int, ...]) -> np.ndarray:
         """Return the union bool [H, W] of the best detections."""
         found = self.detector.detect(encoded, tokens)
         scores = found.scores[0].sigmoid()
@@ -121,24 +121,22 @@ def measure(bench: Bench, domain: str, shots: int, seed: int) -> list[Row]:
     tokens["nearest other word" if known else "nearest word"] = [bench.words[word] for word in nearest]
     rows: list[Row] = []
 
-    def add(method: str, score: Callable[[int], float]) -> None:
-        for part, name in enumerate(names, start=1):
-            row = {"domain": domain, "shots": shots, "seed": seed, "method": method, "part": name, "iou": score(part)}
+    def add(method: str, scores: Sequence[float]) -> None:
+        for name, score in zip(names, scores, strict=True):
+            row = {"domain": domain, "shots": shots, "seed": seed, "method": method, "part": name, "iou": score}
             rows.append(row)
             say_row(row)
 
     for method, found in tokens.items():
-        add(method, lambda part, found=found: bench.iou(domain, part, found[part - 1], most[part - 1]))
+        scores = [bench.iou(domain, part, one, most[part - 1]) for part, one in enumerate(found, start=1)]
+        add(method, scores)
     embeddings = train(bench.detector, examples, preset("instant", bench.detector.info, seed=seed))
     images = torch.from_numpy(bench.scenes(domain).images).float() / 255
     labels = segment(bench.detector, images, embeddings)[0].label_map.numpy()
     truths = bench.scenes(domain).truths
-    add(
-        "instant",
-        lambda part: overlap(
-            [(label == part, truth == part) for label, truth in zip(labels, truths, strict=True) if (truth == part).any()]
-        ),
-    )
+    pairs = list(zip(labels, truths, strict=True))
+    parts = range(1, len(names) + 1)
+    add("instant", [overlap([(a == part, b == part) for a, b in pairs if (b == part).any()]) for part in parts])
     return rows
 
 

@@ -25,7 +25,7 @@ from ..slime.parts.palette import Color
 
 CATEGORY = "SLiMe"
 RESULTS, FILES, ADVANCED = f"{CATEGORY}/results", f"{CATEGORY}/files", f"{CATEGORY}/advanced"
-SAMPLING, SAM3 = f"{CATEGORY}/sampling", f"{CATEGORY}/sam3"
+SAMPLING, SAM3, MESH = f"{CATEGORY}/sampling", f"{CATEGORY}/sam3", f"{CATEGORY}/mesh"
 Examples = io.Custom("SLIME_EXAMPLES")
 Embeddings = io.Custom("SLIME_EMBEDDINGS")
 PartsSocket = io.Custom("SLIME_PARTS")

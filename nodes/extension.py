@@ -9,6 +9,7 @@ from .example import SLiMeExample, SLiMeExampleFromLabelMap
 from .files import SLiMeLoadEmbeddings, SLiMeSaveEmbeddings
 from .labels import SLiMeExportLabels, SLiMeLoadAnnotations
 from .merge import SLiMeEmbeddingsMerge
+from .mesh import SLiMeMeshViews, SLiMePartsToMesh, meshes_have_colors
 from .overlay import SLiMeOverlay
 from .painter import SLiMePartPainter
 from .part_detailer import SLiMePartDetailer
@@ -55,9 +56,12 @@ NODES: list[type[io.ComfyNode]] = [
     SLiMeSam3Refine,
     SLiMeTrackSeeds,
     SLiMeTracksToParts,
+    SLiMeMeshViews,
+    SLiMePartsToMesh,
 ]
+FOR_MESHES = (SLiMeMeshViews, SLiMePartsToMesh)
 
 
 class SlimeExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return NODES
+        return [node for node in NODES if node not in FOR_MESHES or meshes_have_colors()]

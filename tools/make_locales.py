@@ -9,7 +9,6 @@ translated again.
 
 from __future__ import annotations
 
-import asyncio
 import importlib
 import json
 import sys
@@ -21,12 +20,13 @@ from testing.inprocess import NAME, ROOT, import_comfyui, load_extension
 FOLDER, TRANSLATIONS, HELP = ROOT / "locales", ROOT / "tools" / "translations", ROOT / "web" / "docs"
 LANGUAGES = ("zh", "ja", "ko")
 MENU = {
-    "nodeCategories": {name: name for name in ("SLiMe", "results", "files", "advanced", "sampling")},
+    "nodeCategories": {name: name for name in ("SLiMe", "results", "files", "advanced", "sampling", "sam3", "mesh")},
     "dataTypes": {
         "SLIME_EXAMPLES": "SLiMe examples",
         "SLIME_EMBEDDINGS": "SLiMe embeddings",
         "SLIME_TRAIN_SETTINGS": "SLiMe settings",
         "SLIME_PARTS": "SLiMe parts",
+        "SLIME_MESH_VIEWS": "SLiMe mesh views",
         "SLIME_PAINTING": "SLiMe painting",
         "SLIME_PART_PROMPTS": "SLiMe part prompts",
     },
@@ -38,7 +38,7 @@ def node_schemas() -> dict[str, Any]:
     import_comfyui()
     load_extension()
     importlib.import_module(f"{NAME}.nodes.files").register_folder()
-    nodes = asyncio.run(importlib.import_module(f"{NAME}.nodes.extension").SlimeExtension().get_node_list())
+    nodes = importlib.import_module(f"{NAME}.nodes.extension").NODES
     return {schema.node_id: schema for schema in (node.define_schema() for node in nodes)}
 
 

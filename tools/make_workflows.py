@@ -2,7 +2,8 @@
 
     python dev.py workflows [--pictures]
 
-The templates for SAM3 are written from a ComfyUI that has it (COMFYUI_DIR), the others from one that has not. With ``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result becomes the
+The templates for SAM3 are written from a ComfyUI that has it (COMFYUI_DIR), the others from one that has not. With
+``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result becomes the
 thumbnail beside it.
 """
 

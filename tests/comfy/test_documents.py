@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import asyncio
 import json
 import re
 import subprocess
@@ -26,8 +25,7 @@ def schemas(extension):
     from slime_extension.nodes.files import register_folder
 
     register_folder()
-    nodes = asyncio.run(module.SlimeExtension().get_node_list())
-    return {node.define_schema().node_id: node.define_schema() for node in nodes}
+    return {node.define_schema().node_id: node.define_schema() for node in module.NODES}
 
 
 def test_every_node_has_a_help_page_and_no_page_is_stale(schemas) -> None:

@@ -370,7 +370,9 @@ def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     assert shown and all(np.asarray(picture).std() > 1 for picture in shown)
 
 
-@pytest.mark.parametrize("name", SAM3_WORKFLOWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "Follow" in name else name for name in SAM3_WORKFLOWS]
+)
 def test_the_templates_for_sam3_run(server, file_to_load, name) -> None:
     """With a tiny SAM3 in place of the checkpoint."""
     if "SAM3_Detect" not in server.get("/object_info"):

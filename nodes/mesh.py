@@ -1,0 +1,195 @@
+"""SLiMe Mesh Views and SLiMe Parts to Mesh: learn parts on one view of a 3D mesh, and colour the mesh by them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy_api.latest import Types, io
+from torch import Tensor
+
+from ..slime.errors import SlimeError
+from ..slime.mesh.parts import VoteSettings, face_probabilities, label_texture
+from ..slime.mesh.surface import Surface
+from ..slime.mesh.views import Camera, MeshViews, cameras_around, render_views
+from ..slime.parts.palette import Color
+from .common import MESH, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
+
+MeshViewsSocket = io.Custom("SLIME_MESH_VIEWS")
+GREY: Color = (150, 150, 150)  # of the faces that belong to no part
+GAMMA = 2.2  # ComfyUI keeps vertex colours linear
+TEXTURE_SIDE = 1024
+
+
+def meshes_have_colors() -> bool:
+    """Return whether this ComfyUI's MESH holds vertex colours (0.33 does)."""
+    return "vertex_colors" in inspect.signature(Types.MESH.__init__).parameters
+
+
+class SLiMeMeshViews(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            node_id="SLiMeMeshViews",
+            category=MESH,
+            display_name="SLiMe Mesh Views",
+            description="Renders a mesh from cameras around it. Paint parts on the first view, segment all, and SLiMe "
+            "Parts to Mesh brings the parts back to the mesh.",
+            search_aliases=["3d", "multi view", "render mesh", "mesh segmentation", "turntable"],
+            inputs=[
+                io.Mesh.Input("mesh", tooltip="A mesh, with its texture or vertex colours if it has any."),
+                io.Int.Input("views", default=12, min=1, max=64, tooltip="Number of cameras around the mesh."),
+                io.Int.Input("size", default=512, min=64, max=2048, step=8, tooltip="Side of the images in pixels."),
+                io.Float.Input(
+                    "azimuth",
+                    default=30.0,
+                    min=-360.0,
+                    max=360.0,
+                    step=5.0,
+                    tooltip="Degrees around the mesh of the first camera: choose a side that shows all parts.",
+                ),
+                io.Float.Input(
+                    "elevation",
+                    default=15.0,
+                    min=-80.0,
+                    max=80.0,
+                    step=5.0,
+                    tooltip="Degrees of the first camera above the horizon. Others look from above and below it.",
+                ),
+                advanced(
+                    io.Int.Input(
+                        "index", default=0, min=0, max=10_000, optional=True, tooltip="Which mesh of a batch, from 0."
+                    )
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="All views, for SLiMe Segment."),
+                io.Image.Output(display_name="first_view", tooltip="The first view, for SLiMe Part Painter."),
+                MeshViewsSocket.Output(display_name="mesh_views", tooltip="For SLiMe Parts to Mesh."),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, mesh: Any, views: int, size: int, azimuth: float = 30.0, elevation: float = 15.0, index: int = 0
+    ) -> io.NodeOutput:
+        bar = comfy.utils.ProgressBar(views)
+
+        def on_view(done: int, total: int) -> None:
+            bar.update_absolute(done, total)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        with named_errors("SLiMe Mesh Views"):
+            surface = surface_of(mesh, index)
+            rendered = render_views(surface, cameras_around(views, Camera(azimuth, elevation)), size, on_view)
+        images = to_core(rendered.images)
+        return io.NodeOutput(images, images[:1], rendered)
+
+
+class SLiMePartsToMesh(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        usual = VoteSettings()
+        return schema(
+            node_id="SLiMePartsToMesh",
+            category=MESH,
+            display_name="SLiMe Parts to Mesh",
+            description="Finds the parts of a mesh from the parts of its views: every pixel votes on the face that it "
+            "shows, and the votes are smoothed along the surface.",
+            search_aliases=["3d", "mesh segmentation", "color mesh", "split mesh", "parts to 3d"],
+            inputs=[
+                PartsSocket.Input("parts", tooltip="From SLiMe Segment, of all images of SLiMe Mesh Views."),
+                MeshViewsSocket.Input("mesh_views", tooltip="From SLiMe Mesh Views."),
+                io.Int.Input(
+                    "smoothing",
+                    default=usual.smoothing,
+                    min=0,
+                    max=100,
+                    tooltip="Steps of averaging along the surface; more for finer meshes, 0 = off.",
+                ),
+                io.Float.Input(
+                    "crease",
+                    default=usual.crease,
+                    min=1.0,
+                    max=180.0,
+                    step=1.0,
+                    tooltip="Degrees: an edge at which the surface bends more keeps its parts apart.",
+                ),
+            ],
+            outputs=[
+                io.Mesh.Output(display_name="mesh", tooltip="The mesh, every part in its colour, for Save GLB."),
+                io.Mesh.Output(
+                    display_name="part_meshes",
+                    is_output_list=True,
+                    tooltip="One mesh per part in the order of the names, without those of which nothing is found.",
+                ),
+                io.Image.Output(
+                    display_name="label_texture",
+                    tooltip="The parts' colours on the mesh's texture; black where it has no UVs.",
+                ),
+                io.String.Output(display_name="names", tooltip="Names of the part_meshes, separated by commas."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, parts: Parts, mesh_views: MeshViews, smoothing: int = 3, crease: float = 30.0) -> io.NodeOutput:
+        with named_errors("SLiMe Parts to Mesh"):
+            surface, maps = mesh_views.surface, parts.maps
+            probabilities = face_probabilities(mesh_views, maps, VoteSettings(smoothing=smoothing, crease=crease))
+            labels = probabilities.argmax(1)
+            palette = torch.tensor([GREY, *maps.palette]).float() / 255
+            if surface.uvs is not None:
+                on_texture = label_texture(surface, labels, TEXTURE_SIDE)
+                texture = torch.where(on_texture[..., None] > 0, palette[on_texture.long()], 0.0)
+            else:
+                texture = torch.zeros(64, 64, 3)
+        found = [part for part in range(1, len(maps.names) + 1) if bool((labels == part).any())]
+        if not found:
+            raise SlimeError("SLiMe Parts to Mesh: no part is found on the mesh. Look at the preview of SLiMe Segment.")
+        areas = surface.areas / surface.areas.sum()
+        share = {maps.names[part - 1]: float(areas[labels == part].sum()) for part in found}
+        show_text(cls.hidden.unique_id, ", ".join(f"{name} {100 * area:.1f} %" for name, area in share.items()))
+        whole = colored_mesh(surface, palette[labels])
+        pieces = [colored_mesh(surface, palette[labels], labels == part) for part in found]
+        return io.NodeOutput(whole, pieces, to_core(texture[None]), ", ".join(share))
+
+
+def surface_of(mesh: Any, index: int) -> Surface:
+    """Return one mesh of a MESH.
+
+    Raises:
+        SlimeError: an index that there is not, or a mesh that :meth:`Surface.of` refuses.
+    """
+    count = len(mesh.vertices)
+    if not 0 <= index < count:
+        raise SlimeError(f"index is {index}, but the MESH holds {count} meshes: 0 to {count - 1}.")
+    counts = getattr(mesh, "vertex_counts", None), getattr(mesh, "face_counts", None)
+    vertex_count, face_count = (None if given is None else int(given[index]) for given in counts)
+    vertices, faces = mesh.vertices[index][:vertex_count], mesh.faces[index][:face_count]
+
+    def of_vertices(name: str) -> Tensor | None:
+        values = getattr(mesh, name, None)
+        return None if values is None else values[index][:vertex_count]
+
+    colors, texture = of_vertices("vertex_colors"), getattr(mesh, "texture", None)
+    if colors is not None and len(faces) and int(faces.max()) < len(colors):
+        colors = colors[..., :3].clamp(0, 1)[faces.long()] ** (1 / GAMMA)
+    else:
+        colors = None
+    texture = None if texture is None else texture[min(index, len(texture) - 1)]
+    return Surface.of(vertices, faces, colors, of_vertices("uvs"), texture)
+
+
+def colored_mesh(surface: Surface, colors: Tensor, kept: Tensor | None = None) -> Any:
+    """Return a MESH of all faces, or of those that are kept, in flat colours [M, 3]; no face shares a vertex."""
+    faces = surface.faces if kept is None else surface.faces[kept]
+    colors = colors if kept is None else colors[kept]
+    corners = surface.vertices[faces.flatten()]
+    linear = colors.repeat_interleave(3, 0) ** GAMMA
+    uvs = None if surface.uvs is None else surface.uvs[faces.flatten()][None]
+    indices = torch.arange(len(corners)).view(1, -1, 3)
+    return Types.MESH(corners[None], indices, uvs=uvs, vertex_colors=linear[None])

@@ -1,0 +1,117 @@
+"""The parts of a mesh's faces from the part maps of its views, by votes of the pixels that show them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import SlimeError
+from ..parts.maps import PartMaps
+from ..settings import check_settings
+from .surface import Surface
+from .views import MeshViews, rasterise
+
+LEAST_FACING = 0.1  # cosine; pixels of faces that are seen from their edge do not vote
+SPREAD_STEPS = 4096  # at most: how far faces that nobody saw are from one that was seen
+
+
+@dataclass(frozen=True)
+class VoteSettings:
+    """How pixels vote on the parts of faces.
+
+    Attributes:
+        weighted: a vote counts by the confidence of its pixel and by how squarely the face is seen; else all alike.
+        smoothing: steps of averaging along the surface.
+        crease: degrees; neighbours whose normals differ by more count little.
+    """
+
+    weighted: bool = True
+    smoothing: int = 3
+    crease: float = 30.0
+
+    def __post_init__(self) -> None:
+        check_settings(self, smoothing=(0, 1000), crease=(1, 180))
+
+
+def face_probabilities(views: MeshViews, maps: PartMaps, settings: VoteSettings) -> Tensor:
+    """Return the probabilities float32 [M, K] of the background and the parts for every face.
+
+    The background of a view counts only where it lies on the mesh: there it means no part.
+
+    Raises:
+        SlimeError: maps of other images than the views.
+    """
+    if len(maps) != len(views.cameras) or maps.size != tuple(views.faces.shape[1:]):
+        raise SlimeError(
+            f"The parts are of {len(maps)} images of {maps.size[1]}x{maps.size[0]}, the views are "
+            f"{len(views.cameras)} of {views.faces.shape[2]}x{views.faces.shape[1]}. Segment the images of SLiMe Mesh "
+            "Views as they are."
+        )
+    classes = maps.full_size.shape[1]
+    votes, weight_sum = torch.zeros(len(views.surface), classes), torch.zeros(len(views.surface))
+    for chunk, probabilities in maps.chunks():
+        for faces, facing, shown in zip(views.faces[chunk], views.facing[chunk], probabilities, strict=True):
+            hit = (faces >= 0) & (facing > LEAST_FACING)
+            face, values = faces[hit].long(), shown[:, hit].T  # [n, K]
+            weight = facing[hit].float() * values.amax(1) if settings.weighted else torch.ones(len(face))
+            votes.index_add_(0, face, values * weight[:, None])
+            weight_sum.index_add_(0, face, weight)
+    known = weight_sum > 0
+    if not bool(known.any()):
+        raise SlimeError("No face of the mesh is seen in any view.")
+    votes[known] /= weight_sum[known, None]
+    filled = _spread(views.surface, votes, known)
+    return _smooth(views.surface, filled, weight_sum, settings)
+
+
+def _spread(surface: Surface, values: Tensor, known: Tensor) -> Tensor:
+    """Give faces that nobody saw the mean of their neighbours' values, step by step over the surface."""
+    values, known = values.clone(), known.clone()
+    first, second = surface.neighbours
+    for _ in range(SPREAD_STEPS):
+        total, count = torch.zeros_like(values), torch.zeros(len(values))
+        for source, target in ((first, second), (second, first)):
+            useful = known[source] & ~known[target]
+            total.index_add_(0, target[useful], values[source[useful]])
+            count.index_add_(0, target[useful], torch.ones(int(useful.sum())))
+        reached = count > 0
+        if not bool(reached.any()):
+            break
+        values[reached], known[reached] = total[reached] / count[reached, None], True
+    if not bool(known.all()):  # pieces of which nothing was seen: the nearest face that was
+        centres = surface.corners.mean(1)
+        lost, there = (~known).nonzero().flatten(), known.nonzero().flatten()
+        there = there[:: max(1, len(there) // 20_000)]
+        for piece in lost.split(4096):
+            values[piece] = values[there[torch.cdist(centres[piece], centres[there]).argmin(1)]]
+    return values
+
+
+def _smooth(surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettings) -> Tensor:
+    """Average along the surface; less across creases, and less for faces that many pixels voted on."""
+    first, second = surface.neighbours
+    angle = torch.acos((surface.normals[first] * surface.normals[second]).sum(1).abs().clamp(max=1.0))
+    weight = torch.exp(-((angle / torch.deg2rad(torch.tensor(settings.crease))) ** 2))
+    inertia = 1 + seen / seen[seen > 0].median()
+    for _ in range(settings.smoothing):
+        total, count = values * inertia[:, None], inertia.clone()
+        for source, target in ((first, second), (second, first)):
+            total.index_add_(0, target, values[source] * weight[:, None])
+            count.index_add_(0, target, weight)
+        values = total / count[:, None]
+    return values
+
+
+def label_texture(surface: Surface, labels: Tensor, side: int = 1024) -> Tensor:
+    """Return the labels uint8 [side, side] of faces int64 [M] on the mesh's texture, 0 where no face lies.
+
+    Raises:
+        SlimeError: a mesh without texture coordinates.
+    """
+    if surface.uvs is None:
+        raise SlimeError("The mesh has no texture coordinates (UVs), so there is no texture to label. Unwrap it first.")
+    corners = surface.uvs[surface.faces] * side
+    faces, _, _ = rasterise(corners, torch.ones(len(surface), 3), (side, side))
+    return torch.where(faces >= 0, labels[faces.long().clamp(min=0)], 0).to(torch.uint8)
