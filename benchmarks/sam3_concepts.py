@@ -156,6 +156,7 @@ def summarise(rows: Sequence[Row]) -> None:
             say_table(["method", *(f"{count} examples" for count in shots)], lines, title)
 
 
+@torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=20)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -12,16 +13,18 @@ from comfy_api.latest import Types, io
 from torch import Tensor
 
 from ..slime.errors import SlimeError
+from ..slime.examples import BACKGROUND, IGNORE, Example
 from ..slime.mesh.parts import VoteSettings, face_probabilities, label_texture
 from ..slime.mesh.surface import Surface
 from ..slime.mesh.views import Camera, MeshViews, cameras_around, render_views
 from ..slime.parts.palette import Color
-from .common import MESH, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
+from .common import MESH, Examples, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
 
 MeshViewsSocket = io.Custom("SLIME_MESH_VIEWS")
 GREY: Color = (150, 150, 150)  # of the faces that belong to no part
 GAMMA = 2.2  # ComfyUI keeps vertex colours linear
 TEXTURE_SIDE = 1024
+SAME = 1.5 / 255  # largest difference of pixels that were saved as bytes in between
 
 
 def meshes_have_colors() -> bool:
@@ -103,6 +106,11 @@ class SLiMePartsToMesh(io.ComfyNode):
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment, of all images of SLiMe Mesh Views."),
                 MeshViewsSocket.Input("mesh_views", tooltip="From SLiMe Mesh Views."),
+                Examples.Input(
+                    "examples",
+                    optional=True,
+                    tooltip="The example that was painted on one of the views: there the mesh gets what was painted.",
+                ),
                 io.Int.Input(
                     "smoothing",
                     default=usual.smoothing,
@@ -136,10 +144,19 @@ class SLiMePartsToMesh(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts: Parts, mesh_views: MeshViews, smoothing: int = 3, crease: float = 30.0) -> io.NodeOutput:
+    def execute(
+        cls,
+        parts: Parts,
+        mesh_views: MeshViews,
+        smoothing: int = 3,
+        crease: float = 30.0,
+        examples: Sequence[Example] = (),
+    ) -> io.NodeOutput:
         with named_errors("SLiMe Parts to Mesh"):
             surface, maps = mesh_views.surface, parts.maps
-            probabilities = face_probabilities(mesh_views, maps, VoteSettings(smoothing=smoothing, crease=crease))
+            settings = VoteSettings(smoothing=smoothing, crease=crease)
+            painted = painted_views(mesh_views, examples, maps.names)
+            probabilities = face_probabilities(mesh_views, maps, settings, painted)
             labels = probabilities.argmax(1)
             palette = torch.tensor([GREY, *maps.palette]).float() / 255
             if surface.uvs is not None:
@@ -182,6 +199,19 @@ def surface_of(mesh: Any, index: int) -> Surface:
         colors = None
     texture = None if texture is None else texture[min(index, len(texture) - 1)]
     return Surface.of(vertices, faces, colors, of_vertices("uvs"), texture)
+
+
+def painted_views(views: MeshViews, examples: Sequence[Example], names: Sequence[str]) -> dict[int, Tensor]:
+    """Return the label maps of the views that are examples, by their number, with the labels of ``names``."""
+    found = {}
+    for example in examples:
+        table = torch.full((IGNORE + 1,), IGNORE)
+        for label, name in enumerate((BACKGROUND, *example.names)):
+            table[label] = 0 if label == 0 else names.index(name) + 1 if name in names else IGNORE
+        for number, image in enumerate(views.images):
+            if example.image.shape == image.shape and bool((example.image - image).abs().max() < SAME):
+                found[number] = table[example.with_ignored_pixels().labels.long()]
+    return found
 
 
 def colored_mesh(surface: Surface, colors: Tensor, kept: Tensor | None = None) -> Any:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from ..errors import SlimeError
+from ..examples import IGNORE
 from ..parts.maps import PartMaps
 from ..settings import check_settings
 from .surface import Surface
 from .views import MeshViews, rasterise
 
+PAINTED_WEIGHT = 10.0  # of a pixel that was painted, against one that was found
 LEAST_FACING = 0.1  # cosine; pixels of faces that are seen from their edge do not vote
+CONFIDENCE_POWER = 2.0
 SPREAD_STEPS = 4096  # at most: how far faces that nobody saw are from one that was seen
 
 
@@ -22,7 +27,8 @@ class VoteSettings:
     """How pixels vote on the parts of faces.
 
     Attributes:
-        weighted: a vote counts by the confidence of its pixel and by how squarely the face is seen; else all alike.
+        weighted: a vote counts by the confidence of its view and of its pixel, and by how squarely the face is seen;
+            else all alike.
         smoothing: steps of averaging along the surface.
         crease: degrees; neighbours whose normals differ by more count little.
     """
@@ -35,10 +41,18 @@ class VoteSettings:
         check_settings(self, smoothing=(0, 1000), crease=(1, 180))
 
 
-def face_probabilities(views: MeshViews, maps: PartMaps, settings: VoteSettings) -> Tensor:
+def face_probabilities(
+    views: MeshViews, maps: PartMaps, settings: VoteSettings, painted: Mapping[int, Tensor] | None = None
+) -> Tensor:
     """Return the probabilities float32 [M, K] of the background and the parts for every face.
 
     The background of a view counts only where it lies on the mesh: there it means no part.
+
+    Args:
+        views: of the mesh.
+        maps: of the images of the views.
+        settings: of the votes.
+        painted: label maps [S, S] of views that were painted, by their number, instead of what was found in them.
 
     Raises:
         SlimeError: maps of other images than the views.
@@ -51,11 +65,20 @@ def face_probabilities(views: MeshViews, maps: PartMaps, settings: VoteSettings)
         )
     classes = maps.full_size.shape[1]
     votes, weight_sum = torch.zeros(len(views.surface), classes), torch.zeros(len(views.surface))
+    sure = maps.confidence.clamp(0, 1) ** CONFIDENCE_POWER
+    number = 0
     for chunk, probabilities in maps.chunks():
-        for faces, facing, shown in zip(views.faces[chunk], views.facing[chunk], probabilities, strict=True):
+        for faces, facing, found in zip(views.faces[chunk], views.facing[chunk], probabilities, strict=True):
+            labels = (painted or {}).get(number)
+            shown = found if labels is None else _painted_over(found, labels)
             hit = (faces >= 0) & (facing > LEAST_FACING)
             face, values = faces[hit].long(), shown[:, hit].T  # [n, K]
-            weight = facing[hit].float() * values.amax(1) if settings.weighted else torch.ones(len(face))
+            weight = torch.ones(len(face))
+            if settings.weighted:
+                weight = facing[hit].float() * values.amax(1) ** CONFIDENCE_POWER * sure[number]
+            if labels is not None:
+                weight = PAINTED_WEIGHT * facing[hit].float()
+            number += 1
             votes.index_add_(0, face, values * weight[:, None])
             weight_sum.index_add_(0, face, weight)
     known = weight_sum > 0
@@ -64,6 +87,12 @@ def face_probabilities(views: MeshViews, maps: PartMaps, settings: VoteSettings)
     votes[known] /= weight_sum[known, None]
     filled = _spread(views.surface, votes, known)
     return _smooth(views.surface, filled, weight_sum, settings)
+
+
+def _painted_over(found: Tensor, labels: Tensor) -> Tensor:
+    """Return probabilities [K, H, W] that are certain of a label map [H, W], and as found where pixels are ignored."""
+    certain = one_hot(torch.where(labels == IGNORE, 0, labels).long(), len(found)).movedim(-1, 0).float()
+    return torch.where(labels == IGNORE, found, certain)
 
 
 def _spread(surface: Surface, values: Tensor, known: Tensor) -> Tensor:
