@@ -19,6 +19,7 @@ from .part_prompts import SLiMeGuiderMasks, SLiMePartGuider, SLiMePartPrompt
 from .sam3_concept import SLiMeLearnSam3Concept, SLiMeSam3Prompt
 from .sam3_refine import SLiMeSam3Refine
 from .segment import SLiMeSegment
+from .segment_video import SLiMeSegmentVideo, SLiMeVideoMasks
 from .select_image import SLiMePickLeastSure
 from .smooth_video import SLiMeSteadyParts
 from .tracks import SLiMeTrackSeeds, SLiMeTracksToParts
@@ -36,6 +37,8 @@ NODES: list[type[io.ComfyNode]] = [
     SLiMeSegment,
     SLiMePickLeastSure,
     SLiMeSteadyParts,
+    SLiMeSegmentVideo,
+    SLiMeVideoMasks,
     SLiMePartMask,
     SLiMeOverlay,
     SLiMePartList,
