@@ -27,7 +27,7 @@ def frame_of(number: int, height: int = 48, width: int = 64) -> np.ndarray:
     return image
 
 
-def write(path: Path, codec: str = "libx264", pixels: str = "yuv420p", times: Any = None, size: Any = (48, 64)) -> Path:
+def write(path: Path, codec: str = "libx264", pixels: str = "yuv420p", times: Any = None, size: tuple[int, int] = (48, 64)) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, pixels
@@ -205,7 +205,7 @@ def test_a_video_through_the_node(tiny, tmp_path, monkeypatch, in_inference_mode
     node = segment_video.SLiMeSegmentVideo
     monkeypatch.setattr(node, "hidden", type("Hidden", (), {"unique_id": None}), raising=False)
     calls: list[int] = []
-    real = segment_video.segment
+    real = segment_video.segment  # type: ignore[attr-defined]
 
     def counted(backbone: Any, frames: torch.Tensor, *rest: Any) -> Any:
         calls.append(len(frames))
