@@ -14,17 +14,26 @@ frames and overlay, with a threshold in place of a model: the peak of main memor
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import importlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from slime import SegmentSettings, segment
+from slime.parts.maps import DenseMaps, PartMaps
 from slime.parts.metrics import evaluate
+from slime.parts.palette import default_palette
 from slime.parts.video import smooth_video_parts
+from slime.parts.video_stream import LabelFrames, StreamSmoother, segment_stream
 from testing import scenes, splits
-from testing.clips import clip
+from testing.clips import clip, moving_clip
+from testing.inprocess import NAME, import_comfyui, load_extension
 from testing.tiny.weights import TESTBED
 
 from .methods import Variant, trained
@@ -44,11 +53,15 @@ def main() -> None:
     parser.add_argument("--frames", type=int, default=12)
     parser.add_argument("--shots", type=int, default=10)
     parser.add_argument("--strengths", type=float, nargs="+", default=[0.5, 0.7, 0.9])
+    parser.add_argument("--stream", type=int, default=0, help="frames of a video that goes through in constant memory")
     options = parser.parse_args()
+    if options.stream:
+        measure_stream(options.stream)
+        return
     backbone = trained(options.checkpoint)
-    rows: dict[str, list[tuple[float, float]]] = {}
+    rows: dict[tuple[str, str], list[tuple[float, float]]] = {}
 
-    def note(name: str, found: Sequence[np.ndarray], truth: np.ndarray, classes: int) -> None:
+    def note(name: tuple[str, str], found: Sequence[np.ndarray], truth: np.ndarray, classes: int) -> None:
         iou = evaluate(list(found), list(truth), classes).part_miou
         rows.setdefault(name, []).append((flicker(np.stack(list(found)), truth), iou))
 
@@ -56,22 +69,77 @@ def main() -> None:
         examples = [splits.example(domain, splits.EXAMPLES + i, style=scenes.NATURAL) for i in range(options.shots)]
         embeddings = Variant("instant").fit(backbone, examples, 0)
         classes = len(scenes.PARTS[domain]) + 1
-        for seed in range(options.clips):
-            frames, truth = clip(domain, seed, options.frames, style=scenes.NATURAL)
+        for seed, (kind, make) in product(range(options.clips), (("camera", clip), ("object", moving_clip))):
+            frames, truth = make(domain, seed, options.frames, style=scenes.NATURAL)
             with torch.inference_mode():
                 alone = [
                     segment(backbone, frame[None], embeddings, SegmentSettings(seed=i))[0].label_map[0].numpy()
                     for i, frame in enumerate(frames)
                 ]
                 together = segment(backbone, frames, embeddings)[0]
-            note("each frame with noise of its own", alone, truth, classes)
-            note("one noise for all frames", list(together.label_map.numpy()), truth, classes)
+            note((kind, "each frame with noise of its own"), alone, truth, classes)
+            note((kind, "one noise for all frames"), list(together.label_map.numpy()), truth, classes)
             for strength in options.strengths:
-                steadied = smooth_video_parts(together, frames, strength)
-                note(f"one noise, steadied by {strength}", list(steadied.label_map.numpy()), truth, classes)
-    means = [(name, *np.mean(values, 0)) for name, values in rows.items()]
-    head = ["method", "flicker, % of still pixels", "part mIoU"]
-    say_table(head, ([name, f"{100 * shaky:.2f}", f"{iou:.3f}"] for name, shaky, iou in means))
+                smooth = smooth_video_parts(together, frames, strength)
+                note((kind, f"smoothed by {strength}"), list(smooth.label_map.numpy()), truth, classes)
+                smoother = StreamSmoother(strength)
+                pairs = zip(together.probabilities, frames, strict=True)
+                streamed = [smoother(maps, frame).argmax(0).byte().numpy() for maps, frame in pairs]
+                note((kind, f"in a stream by {strength}"), streamed, truth, classes)
+    head = ["moves", "method", "flicker, % of still pixels", "part mIoU"]
+    means = [(*name, *np.mean(values, 0)) for name, values in sorted(rows.items(), key=lambda item: item[0][0])]
+    say_table(head, ([kind, name, f"{100 * shaky:.2f}", f"{iou:.3f}"] for kind, name, shaky, iou in means))
+
+
+def measure_stream(count: int) -> None:
+    """Print the peak of main memory above the start, for a video of ``count`` frames of 1920 x 1080 pixels."""
+    import_comfyui()
+    load_extension()
+    import av
+    from comfy_api.latest import InputImpl
+
+    reader_of = importlib.import_module(f"{NAME}.nodes.segment_video").VideoReader
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "long.mp4"
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("libx264", rate=30, options={"preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = 1920, 1080, "yuv420p"
+            for number in range(count):
+                image = np.full((1080, 1920, 3), 40, np.uint8)
+                image[300:700, (7 * number) % 1500 :][:, :400] = 220
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            container.mux(stream.encode())
+        reader = reader_of(InputImpl.VideoFromFile(str(path)))
+        labels = LabelFrames.create(Path(folder) / "labels", ["bright"], default_palette(1))
+
+        def found(frames: torch.Tensor) -> PartMaps:
+            inside = (frames[..., 0] > 0.5).float()
+            maps = DenseMaps(torch.stack([1 - inside, inside], 1))
+            return PartMaps(maps, labels.names, labels.palette, torch.ones(len(frames), 1))
+
+        def tensors(first: int) -> Iterator[torch.Tensor]:
+            return (torch.from_numpy(image).float() / 255 for image, _ in reader.frames(first))
+
+        before, peaks, start = resident(), [0.0], time.monotonic()
+
+        def watch(done: int) -> None:
+            peaks.append(resident())
+
+        done = segment_stream(tensors, found, labels, 0.7, watch)
+        middle = time.monotonic()
+        reader.write_overlay(Path(folder) / "overlay.mp4", labels)
+        peaks.append(resident())
+        rates = done / (middle - start), done / (time.monotonic() - middle)
+        early = max(peaks[: count // 10 + 1])
+        say_table(
+            ["frames", "memory after a tenth, MB", "peak, MB", "label frames a second", "overlay frames a second"],
+            [[str(done), f"{early - before:.0f}", f"{max(peaks) - before:.0f}", *(f"{rate:.1f}" for rate in rates)]],
+        )
+
+
+def resident() -> float:
+    """Return the main memory of this process in MB."""
+    return int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
 if __name__ == "__main__":

@@ -207,8 +207,8 @@ class ComfySam3:
         frame = self._squashed(image[None, ..., :3].movedim(-1, 1).float())
         mask = logits[None, None].to(frame)
         with checkpoint_modules(self.patcher):
-            for _ in range(iterations):
-                mask = F.interpolate(mask, (self.side, self.side), mode="bilinear", align_corners=False)
+            for _ in range(iterations):  # at the size of the decoder's prompts, or it is resized once more
+                mask = F.interpolate(mask, (self.mask_side,) * 2, mode="bilinear", align_corners=False)
                 mask = self.patcher.model.diffusion_model.forward_segment(frame, mask_inputs=mask)
         resized = F.interpolate(mask.float(), logits.shape, mode="bilinear", align_corners=False)
         return resized[0, 0].cpu()

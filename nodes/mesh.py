@@ -128,7 +128,7 @@ class SLiMePartsToMesh(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Mesh.Output(display_name="mesh", tooltip="The mesh, every part in its colour, for Save GLB."),
+                io.Mesh.Output(display_name="mesh", tooltip="The mesh, every part in its colour, for Save 3D Model."),
                 io.Mesh.Output(
                     display_name="part_meshes",
                     is_output_list=True,
@@ -156,7 +156,8 @@ class SLiMePartsToMesh(io.ComfyNode):
             surface, maps = mesh_views.surface, parts.maps
             settings = VoteSettings(smoothing=smoothing, crease=crease)
             painted = painted_views(mesh_views, examples, maps.names)
-            probabilities = face_probabilities(mesh_views, maps, settings, painted)
+            on_step = comfy.model_management.throw_exception_if_processing_interrupted
+            probabilities = face_probabilities(mesh_views, maps, settings, painted, on_step)
             labels = probabilities.argmax(1)
             palette = torch.tensor([GREY, *maps.palette]).float() / 255
             if surface.uvs is not None:
@@ -211,6 +212,7 @@ def painted_views(views: MeshViews, examples: Sequence[Example], names: Sequence
         for number, image in enumerate(views.images):
             if example.image.shape == image.shape and bool((example.image - image).abs().max() < SAME):
                 found[number] = table[example.with_ignored_pixels().labels.long()]
+                break  # symmetric meshes look alike from several sides
     return found
 
 

@@ -70,9 +70,9 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                         "views",
                         default=usual.views,
                         min=1,
-                        max=1000,
+                        max=200,
                         optional=True,
-                        tooltip="Augmented crops of the examples, at least one each.",
+                        tooltip="Augmented crops of the examples, at least one each; 10 to 20 MB of memory each.",
                     )
                 ),
                 io.Boolean.Input(

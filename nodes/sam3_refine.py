@@ -14,6 +14,8 @@ from ..slime.errors import SlimeError
 from .comfy_sam3 import ComfySam3
 from .common import SAM3, Parts, PartsSocket, named_errors, parts_outputs, parts_result, schema, show_text
 
+BAR = 1000
+
 
 class SLiMeSam3Refine(io.ComfyNode):
     @classmethod
@@ -57,10 +59,10 @@ class SLiMeSam3Refine(io.ComfyNode):
 
     @classmethod
     def execute(cls, parts: Parts, model: Any, iterations: int = 2, min_iou: float = 0.5, growth: float = 0.15) -> Any:
-        bar = comfy.utils.ProgressBar(len(parts.images))
+        bar = comfy.utils.ProgressBar(BAR)
 
-        def on_image(done: int, total: int) -> None:
-            bar.update_absolute(done, total)
+        def on_region(done: float) -> None:
+            bar.update_absolute(round(BAR * done), BAR)
             comfy.model_management.throw_exception_if_processing_interrupted()
 
         with named_errors("SLiMe Refine with SAM3"):
@@ -71,7 +73,7 @@ class SLiMeSam3Refine(io.ComfyNode):
                     parts.images,
                     lambda image, logits: sam3.decode_mask(image, logits, iterations),
                     RefineSettings(min_iou, growth),
-                    on_image,
+                    on_region,
                 )
             except OUT_OF_MEMORY as error:
                 raise SlimeError("Out of GPU memory in SAM3's mask decoder. Close other programs.") from error

@@ -77,27 +77,28 @@ class SLiMeTracksToParts(io.ComfyNode):
     def execute(cls, parts: Parts, forwards: Any, backwards: Any = None) -> io.NodeOutput:
         size, count = parts.maps.size, len(parts.images)
         with named_errors("SLiMe Tracks to Parts"):
-            tracks = [_masks_of(forwards, size)]
-            if backwards is not None:
-                tracks.insert(0, _masks_of(backwards, size).flip(0)[:-1])  # the start is in both
-            frames = sum(map(len, tracks))
+            before = None if backwards is None else _packed(backwards).flip(0)[:-1]  # the start is in both
+            packed = [_packed(forwards)] if before is None else [before, _packed(forwards)]
+            frames = sum(map(len, packed))
             if frames != count:
                 raise SlimeError(
                     f"The tracks have {frames} frames together, the video {count}. Connect one SAM3 Video Track for "
                     "each output of SLiMe Track Seeds, forwards and backwards."
                 )
-            maps = tracked_maps(torch.cat(tracks), parts.maps.names, parts.maps.palette)
+            masks = (_unpacked(frame, size) for track in packed for frame in track)
+            maps = tracked_maps(masks, parts.maps.names, parts.maps.palette)
         return parts_result(cls, maps, parts.images)
 
 
-def _masks_of(track: dict[str, Any], size: tuple[int, int]) -> Tensor:
-    """Return masks bool [B, P, H, W] of SAM3_TRACK_DATA, whose masks are packed eight pixels to a byte."""
-    packed = track.get("packed_masks")
+def _packed(track: dict[str, Any]) -> Tensor:
+    """Return the masks uint8 [B, P, h, w / 8] of SAM3_TRACK_DATA, eight pixels to a byte."""
+    packed: Tensor | None = track.get("packed_masks")
     if packed is None:
         raise SlimeError("Nothing was tracked. Connect initial_mask of SLiMe Track Seeds to SAM3 Video Track.")
-    bits = 2 ** torch.arange(8, dtype=torch.uint8)
-    frames = []
-    for frame in packed.cpu():  # one at a time: a long video at full size fills the memory
-        masks = (frame[..., None] & bits).bool().flatten(-2).float()
-        frames.append(torch.nn.functional.interpolate(masks[None], size, mode="bilinear")[0] > 0.5)
-    return torch.stack(frames)
+    return packed.cpu()
+
+
+def _unpacked(frame: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return the masks bool [P, H, W] of a frame [P, h, w / 8]."""
+    masks = (frame[..., None] & (2 ** torch.arange(8)).to(torch.uint8)).bool().flatten(-2).float()
+    return torch.nn.functional.interpolate(masks[None], size, mode="bilinear")[0] > 0.5

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from ..batches import CPU_BATCH, batch_for
+from ..batches import CPU_BATCH, batch_for, check_finite
 from ..errors import SlimeError
 from ..images import working_size
 from ..settings import LAYER
@@ -146,6 +146,7 @@ class VisionTransformer:
         if (read, size) not in self._positional:
             zeros = torch.zeros(1, 3, *size, device=self.device)
             maps = self._read(self._recorded(zeros, LayerChoice(read, ())))
+            check_finite(maps.values())
             count = round(POSITIONAL_SHARE[self.kind] * self.width)
             self._positional[read, size] = {
                 name: torch.linalg.svd(tokens[0].flatten(1).T.cpu(), full_matrices=False).Vh[:count].T.to(tokens)

@@ -56,7 +56,7 @@ def refine_parts(
     images: Tensor,
     decode_mask: DecodeMask,
     settings: RefineSettings,
-    on_image: Callable[[int, int], None] = lambda done, total: None,
+    on_region: Callable[[float], None] = lambda done: None,
 ) -> Refined:
     """Refine every connected region of every part; parts compete for pixels as before.
 
@@ -65,25 +65,27 @@ def refine_parts(
         images: [B, H, W, 3] in [0, 1].
         decode_mask: the decoder.
         settings: the guards.
-        on_image: called after every image with the number done and the total; an exception from it ends the work.
+        on_region: called after every region with the share that is done; an exception from it ends the work.
     """
-    results, refined, refused = [], 0, 0
+    results = torch.empty(maps.full_size.shape, dtype=torch.float16)
+    refined = refused = 0
     for index, image in enumerate(images):
         probabilities = maps.full_size(slice(index, index + 1))[0]
         labels = maps.full_size.labels(slice(index, index + 1))[0]
         result = probabilities.clone()
         touched = torch.zeros(labels.shape, dtype=torch.bool)
-        for region in part_regions(labels.numpy(), len(maps.names), split=True, minimum_area=SMALLEST_REGION):
+        regions = list(part_regions(labels.numpy(), len(maps.names), split=True, minimum_area=SMALLEST_REGION))
+        for number, region in enumerate(regions, start=1):
             if _refine_region(image, probabilities, region, decode_mask, settings, result, touched):
                 refined += 1
             else:
                 refused += 1
+            on_region((index + number / len(regions)) / len(images))
         # What a part has lost goes to the background, unless another part claims it.
         background = 1 - result[1:].amax(0)
         result[0] = torch.where(touched, background, result[0])
-        results.append((result / result.sum(0, keepdim=True).clamp(min=1e-6)).half())
-        on_image(index + 1, len(images))
-    return Refined(replace(maps, full_size=DenseMaps(torch.stack(results))), refined, refused)
+        results[index] = result / result.sum(0, keepdim=True).clamp(min=1e-6)
+    return Refined(replace(maps, full_size=DenseMaps(results)), refined, refused)
 
 
 def _refine_region(

@@ -20,7 +20,7 @@ from ..backbones.layers import LayerChoice
 from ..embeddings import CONCEPT, PartEmbeddings
 from ..errors import SlimeError
 from ..examples import Example
-from ..images import resize_image, soft_labels
+from ..images import resize_image, soft_labels, working_size
 from ..settings import ViewSettings, check_settings
 from ..training.augment import augmented_image, augmented_labels
 from ..training.progress import OnStep, StepReport
@@ -117,10 +117,11 @@ def train_concepts(
     """
     names = _names(examples)
     side = min(MASK_SIDE, detector.mask_side)
-    views = _encode_views(detector, [e.with_ignored_pixels() for e in examples], settings, side, on_step)
+    views = _encode_views(detector, examples, settings, side, on_step)
     _check_visible(names, views)
     start = _start(detector, names, settings.seed, words, init).to(detector.device)
-    most = torch.tensor([[_most_instances(views, part)] for part in range(len(names))], dtype=torch.float32)
+    plain = views[: len(examples)]
+    most = torch.tensor([[_most_instances(plain, part)] for part in range(len(names))], dtype=torch.float32)
     history: list[float] = []
     with detector.differentiable():
         tokens = [start[part].clone().requires_grad_(True) for part in range(len(names))]  # [T, D] each
@@ -130,7 +131,7 @@ def train_concepts(
             learned = torch.stack([concept.detach().float().cpu() for concept in tokens], 1)  # [T, P, D]
             return PartEmbeddings(
                 names=names,
-                vectors={TOKEN.format(index): token.contiguous() for index, token in enumerate(learned)} | {MOST: most},
+                vectors={TOKEN.format(n): token.contiguous() for n, token in enumerate(learned)} | {MOST: most},
                 condition={},
                 prompt="",
                 backbone=detector.id,
@@ -156,18 +157,19 @@ def train_concepts(
                 if target is None:
                     continue
                 detections = detector.detect(view.encoded, concept)
-                loss = torch.stack(list(detection_losses(detections, target).values())).sum()
-                loss.backward()
-                terms.append(loss.detach())
+                term = torch.stack(list(detection_losses(detections, target).values())).sum()
+                term.backward()
+                terms.append(term.detach())
                 maps.append(concept_map(detections))
-            optimizer.step()
-            history.append(float(torch.stack(terms).mean()) if terms else 0.0)
-            if not math.isfinite(history[-1]):
-                history.pop()
-                raise SlimeError(
-                    "The loss became NaN or infinite: gradients overflow in this precision. Start ComfyUI with "
-                    "--bf16-unet or --force-fp32."
+            loss = float(torch.stack(terms).mean()) if terms else 0.0
+            gradients = [concept.grad for concept in tokens if concept.grad is not None]
+            if not math.isfinite(loss) or not all(bool(gradient.isfinite().all()) for gradient in gradients):
+                raise SlimeError(  # before the step: the tokens so far are sound, and are saved
+                    "The loss or its gradients became NaN or infinite: they overflow in this precision. Start ComfyUI "
+                    "with --bf16-unet or --force-fp32."
                 )
+            optimizer.step()
+            history.append(loss)
             shown = None
             if (step % REPORT_STEPS == 1 or step == settings.steps) and len(maps) == len(names):
                 shown = (view.image, _with_background(torch.stack(maps)))
@@ -233,21 +235,20 @@ def _encode_views(
 ) -> list[_View]:
     """Encode the views, the first of every example unaugmented; nothing of the encoder depends on the concepts."""
     count = max(settings.views, len(examples))
-    size, views = (detector.side, detector.side), []
+    square, views = (detector.side, detector.side), []
     for index in range(count):
         example = examples[index % len(examples)]
         seed = f"{settings.seed}/{index}"
         if index < len(examples):
-            image = resize_image(example.image[None], size)[0]
+            image = example.image
             labels = soft_labels(example.labels, len(example.names) + 1, (grid, grid))
         else:
+            # Rotated at its own aspect, as the labels are, and only then squashed to the detector's square.
+            size = working_size(example.labels.shape[0], example.labels.shape[1], detector.side, 1)
             image = augmented_image(example, settings, random.Random(seed), size)  # noqa: S311
             labels = augmented_labels(example, settings, random.Random(seed), (grid, grid))  # noqa: S311
-        valid = labels.sum(0) > 0.5
-        label_map = torch.where(valid, labels.argmax(0), 0)
-        targets = tuple(
-            _target(label_map, part, valid, settings.instances) for part in range(1, len(example.names) + 1)
-        )
+        image = resize_image(image[None], square)[0]
+        targets = tuple(_target(example, labels, part, settings.instances) for part in range(1, len(labels)))
         small = torch.nn.functional.interpolate(image.movedim(-1, 0)[None], (grid, grid), mode="area")[0]
         views.append(_View(detector.encode(image[None]), targets, small.movedim(0, -1)))
         preview = (views[0].image, labels) if not index else None
@@ -255,10 +256,19 @@ def _encode_views(
     return views
 
 
-def _target(label_map: Tensor, part: int, valid: Tensor, split: bool) -> Target | None:
-    """Return a part's instances; None where the part may be among pixels that do not count."""
+def _target(example: Example, labels: Tensor, part: int, split: bool) -> Target | None:
+    """Return a part's instances in a view with soft labels [K, h, w]; None where it is not known where the part is.
+
+    Where an example labels a part, its other pixels are not that part, even if further parts were not labelled.
+    """
+    valid = labels.sum(0) > 0.5
+    label_map = torch.where(valid, labels.argmax(0), 0)
+    if example.unlabelled == "ignore":
+        valid = valid & (label_map > 0)
     target = instances(label_map, part, valid, split)
-    return target if len(target.boxes) or bool(valid.all()) else None
+    labelled = example.labelled is None or example.names[part - 1] in example.labelled
+    known = len(target.boxes) > 0 or (labelled and example.unlabelled != "ignore")
+    return target if known else None
 
 
 def _check_visible(names: Sequence[str], views: Sequence[_View]) -> None:
@@ -272,10 +282,21 @@ def _check_visible(names: Sequence[str], views: Sequence[_View]) -> None:
             f"{', '.join(hidden)}: smaller than a cell of the model's masks, so there is nothing to learn from. Crop "
             "the example around its parts."
         )
+    alone = [name for part, name in enumerate(names) if not any(_has_negatives(view.targets[part]) for view in views)]
+    if alone:
+        raise SlimeError(
+            f"{', '.join(alone)}: no pixel is known not to be this part, because unlabelled pixels are ignored. Set "
+            'unlabelled of the example to "background".'
+        )
+
+
+def _has_negatives(target: Target | None) -> bool:
+    return target is not None and bool((target.valid & ~target.masks.any(0)).any())
 
 
 def _most_instances(views: Sequence[_View], part: int) -> int:
-    return max(len(target.boxes) for view in views if (target := view.targets[part]) is not None)
+    """Return the largest number of instances of a part; augmented views show some twice, mirrored at the border."""
+    return max([1, *(len(target.boxes) for view in views if (target := view.targets[part]) is not None)])
 
 
 def _start(

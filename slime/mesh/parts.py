@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from scipy.spatial import cKDTree
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -17,9 +19,9 @@ from .surface import Surface
 from .views import MeshViews, rasterise
 
 PAINTED_WEIGHT = 10.0  # of a pixel that was painted, against one that was found
+OnStep = Callable[[], None]
 LEAST_FACING = 0.1  # cosine; pixels of faces that are seen from their edge do not vote
-CONFIDENCE_POWER = 2.0
-SPREAD_STEPS = 4096  # at most: how far faces that nobody saw are from one that was seen
+CONFIDENCE_POWER, LEAST_CONFIDENCE = 2.0, 0.05
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,11 @@ class VoteSettings:
 
 
 def face_probabilities(
-    views: MeshViews, maps: PartMaps, settings: VoteSettings, painted: Mapping[int, Tensor] | None = None
+    views: MeshViews,
+    maps: PartMaps,
+    settings: VoteSettings,
+    painted: Mapping[int, Tensor] | None = None,
+    on_step: OnStep = lambda: None,
 ) -> Tensor:
     """Return the probabilities float32 [M, K] of the background and the parts for every face.
 
@@ -53,6 +59,7 @@ def face_probabilities(
         maps: of the images of the views.
         settings: of the votes.
         painted: label maps [S, S] of views that were painted, by their number, instead of what was found in them.
+        on_step: called again and again; an exception from it ends the work.
 
     Raises:
         SlimeError: maps of other images than the views.
@@ -65,7 +72,7 @@ def face_probabilities(
         )
     classes = maps.full_size.shape[1]
     votes, weight_sum = torch.zeros(len(views.surface), classes), torch.zeros(len(views.surface))
-    sure = maps.confidence.clamp(0, 1) ** CONFIDENCE_POWER
+    sure = maps.confidence.clamp(LEAST_CONFIDENCE, 1) ** CONFIDENCE_POWER
     number = 0
     for chunk, probabilities in maps.chunks():
         for faces, facing, found in zip(views.faces[chunk], views.facing[chunk], probabilities, strict=True):
@@ -79,14 +86,15 @@ def face_probabilities(
             if labels is not None:
                 weight = PAINTED_WEIGHT * facing[hit].float()
             number += 1
+            on_step()
             votes.index_add_(0, face, values * weight[:, None])
             weight_sum.index_add_(0, face, weight)
     known = weight_sum > 0
     if not bool(known.any()):
         raise SlimeError("No face of the mesh is seen in any view.")
     votes[known] /= weight_sum[known, None]
-    filled = _spread(views.surface, votes, known)
-    return _smooth(views.surface, filled, weight_sum, settings)
+    filled = _spread(views.surface, votes, known, on_step)
+    return _smooth(views.surface, filled, weight_sum, settings, on_step)
 
 
 def _painted_over(found: Tensor, labels: Tensor) -> Tensor:
@@ -95,33 +103,34 @@ def _painted_over(found: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == IGNORE, found, certain)
 
 
-def _spread(surface: Surface, values: Tensor, known: Tensor) -> Tensor:
+def _spread(surface: Surface, values: Tensor, known: Tensor, on_step: OnStep) -> Tensor:
     """Give faces that nobody saw the mean of their neighbours' values, step by step over the surface."""
     values, known = values.clone(), known.clone()
-    first, second = surface.neighbours
-    for _ in range(SPREAD_STEPS):
-        total, count = torch.zeros_like(values), torch.zeros(len(values))
-        for source, target in ((first, second), (second, first)):
-            useful = known[source] & ~known[target]
-            total.index_add_(0, target[useful], values[source[useful]])
-            count.index_add_(0, target[useful], torch.ones(int(useful.sum())))
-        reached = count > 0
-        if not bool(reached.any()):
+    first, second, _ = surface.neighbours
+    source, target = torch.cat([first, second]), torch.cat([second, first])
+    while True:
+        open_ = ~known[target]
+        source, target = source[open_], target[open_]
+        useful = known[source]
+        reached, where = target[useful].unique(return_inverse=True)
+        if not len(reached):
             break
-        values[reached], known[reached] = total[reached] / count[reached, None], True
+        total = torch.zeros(len(reached), values.shape[1]).index_add_(0, where, values[source[useful]])
+        values[reached], known[reached] = total / where.bincount()[:, None], True
+        on_step()
     if not bool(known.all()):  # pieces of which nothing was seen: the nearest face that was
-        centres = surface.corners.mean(1)
+        centres = np.asarray(surface.corners.mean(1))
         lost, there = (~known).nonzero().flatten(), known.nonzero().flatten()
-        there = there[:: max(1, len(there) // 20_000)]
-        for piece in lost.split(4096):
-            values[piece] = values[there[torch.cdist(centres[piece], centres[there]).argmin(1)]]
+        nearest = np.atleast_1d(cKDTree(centres[there.numpy()]).query(centres[lost.numpy()])[1])
+        values[lost] = values[there[torch.from_numpy(nearest)]]
     return values
 
 
-def _smooth(surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettings) -> Tensor:
+def _smooth(surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettings, on_step: OnStep) -> Tensor:
     """Average along the surface; less across creases, and less for faces that many pixels voted on."""
-    first, second = surface.neighbours
-    angle = torch.acos((surface.normals[first] * surface.normals[second]).sum(1).abs().clamp(max=1.0))
+    first, second, consistent = surface.neighbours
+    cosine = (surface.normals[first] * surface.normals[second]).sum(1)
+    angle = torch.acos(torch.where(consistent, cosine, -cosine).clamp(-1.0, 1.0))
     weight = torch.exp(-((angle / torch.deg2rad(torch.tensor(settings.crease))) ** 2))
     inertia = 1 + seen / seen[seen > 0].median()
     for _ in range(settings.smoothing):
@@ -130,6 +139,7 @@ def _smooth(surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettin
             total.index_add_(0, target, values[source] * weight[:, None])
             count.index_add_(0, target, weight)
         values = total / count[:, None]
+        on_step()
     return values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,15 @@ from torch import Tensor
 from ..errors import SlimeError
 
 MOST_FACES = 4_000_000
+PLACES = 2**19  # per radius of the mesh; corners in one of these places are one vertex
+
+
+class Neighbours(NamedTuple):
+    """Pairs of faces int64 [E], and bool [E] whether both have the same side out."""
+
+    first: Tensor
+    second: Tensor
+    consistent: Tensor
 
 
 @dataclass(frozen=True)
@@ -54,15 +64,16 @@ class Surface:
             raise SlimeError("The mesh has no faces. Is it a point cloud? Make a surface of it first.")
         if len(faces) > MOST_FACES:
             raise SlimeError(f"The mesh has {len(faces)} faces; at most {MOST_FACES} are possible. Decimate it first.")
-        if not bool(vertices.isfinite().all()):
-            raise SlimeError("The mesh has NaN or infinite vertices. Repair it first.")
         low, high = int(faces.min()), int(faces.max())
         if low < 0 or high >= len(vertices):
             raise SlimeError(f"The mesh's faces name the vertices {low} to {high}, but there are {len(vertices)}.")
-        if not bool((vertices.amax(0) - vertices.amin(0)).any()):
+        used = vertices[faces.unique()]  # others may be anywhere
+        if not bool(used.isfinite().all()):
+            raise SlimeError("The mesh has NaN or infinite vertices. Repair it first.")
+        if not bool((used.amax(0) - used.amin(0)).any()):
             raise SlimeError("All vertices of the mesh are in one place.")
         grey = torch.full((len(faces), 3, 3), 0.7)
-        colors = grey if colors is None else colors.detach().cpu().float().clamp(0, 1)
+        colors = grey if colors is None else colors.detach().cpu().float().nan_to_num().clamp(0, 1)
         uvs, texture = (None if given is None else given.detach().cpu().float() for given in (uvs, texture))
         return cls(vertices, faces, colors, uvs, texture if uvs is not None else None)
 
@@ -72,9 +83,10 @@ class Surface:
     @cached_property
     def corners(self) -> Tensor:
         """float32 [M, 3, 3], the corners of every face, centred and scaled so that all lie within the unit sphere."""
-        centre = (self.vertices.amax(0) + self.vertices.amin(0)) / 2
-        radius = (self.vertices - centre).norm(dim=1).max()
-        return ((self.vertices - centre) / radius)[self.faces]
+        corners = self.vertices[self.faces].double()
+        low, high = corners.amin((0, 1)), corners.amax((0, 1))
+        centred = (corners - (low + high) / 2) / (high - low).max()  # first to about 1: squares may overflow
+        return (centred / centred.norm(dim=2).max()).float()
 
     @cached_property
     def normals(self) -> Tensor:
@@ -89,18 +101,18 @@ class Surface:
         return torch.linalg.cross(second - first, third - first).norm(dim=1) / 2
 
     @cached_property
-    def neighbours(self) -> Tensor:
-        """int64 [2, E], pairs of faces that share an edge; corners in one place count as one vertex.
+    def neighbours(self) -> Neighbours:
+        """Pairs of faces that share an edge; corners in one place count as one vertex.
 
         Where more than two faces meet at an edge, each is paired with the next.
         """
-        _, merged = torch.unique((self.corners.flatten(0, 1) * 1e5).round().long(), dim=0, return_inverse=True)
-        triangles = merged.view(-1, 3)
-        edges = torch.cat([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]).sort(1).values
-        owners = torch.arange(len(self)).repeat(3)
-        proper = edges[:, 0] != edges[:, 1]
-        keys, owners = edges[proper, 0] * (int(merged.max()) + 1) + edges[proper, 1], owners[proper]
-        order = keys.argsort()
-        keys, owners = keys[order], owners[order]
+        places = ((self.corners.flatten(0, 1) + 1) * PLACES).round().long()
+        packed = (places[:, 0] << 42) | (places[:, 1] << 21) | places[:, 2]
+        triangles = torch.unique(packed, return_inverse=True)[1].view(-1, 3)
+        starts, ends = triangles.T.flatten(), triangles.roll(-1, 1).T.flatten()
+        owners, forwards = torch.arange(len(self)).repeat(3), starts < ends
+        keys = torch.where(forwards, starts << 32 | ends, ends << 32 | starts)
+        keys, order = keys[starts != ends].sort()
+        owners, forwards = owners[starts != ends][order], forwards[starts != ends][order]
         shared = (keys[1:] == keys[:-1]).nonzero().flatten()
-        return torch.stack([owners[shared], owners[shared + 1]])
+        return Neighbours(owners[shared], owners[shared + 1], forwards[shared] != forwards[shared + 1])

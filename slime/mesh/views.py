@@ -16,6 +16,7 @@ CANDIDATES = 2**22  # pairs of a face and a pixel in its box that are tested at 
 DISTANCE, FIELD = 3.0, 40.0  # of the camera from the centre in radii of the mesh, and its field of view in degrees
 AMBIENT, BACKGROUND = 0.45, 1.0
 NOTHING = -1
+MOST_ELEVATION = 85.0  # beyond the pole the image is upside down
 
 
 class Camera(NamedTuple):
@@ -27,7 +28,7 @@ class Camera(NamedTuple):
 
 def cameras_around(count: int, first: Camera) -> list[Camera]:
     """Return cameras all around; the first is the given one, the others alternate between three elevations."""
-    elevations = (first.elevation, first.elevation + 25.0, first.elevation - 20.0)
+    elevations = [min(max(first.elevation + more, -MOST_ELEVATION), MOST_ELEVATION) for more in (0.0, 25.0, -20.0)]
     return [Camera(first.azimuth + 360.0 * index / count, elevations[index % 3]) for index in range(count)]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,17 +47,26 @@ def track_seeds(maps: PartMaps, frame: int | None = None) -> Seeds:
     return Seeds(frame, masks)
 
 
-def tracked_maps(tracks: Tensor, names: Sequence[str], palette: Sequence[Color]) -> PartMaps:
-    """Return the parts of masks bool [B, P, H, W] of tracks; where they overlap, the smaller part of a frame wins."""
-    frames, count, height, width = tracks.shape
-    if count != len(names):
-        raise SlimeError(
-            f"The tracks have {count} objects, but there are {len(names)} parts: {', '.join(names)}. Connect the "
-            "masks of SLiMe Track Seeds as initial_mask, and no conditioning."
-        )
-    labels = torch.zeros(frames, height, width, dtype=torch.uint8)
-    for frame, masks in enumerate(tracks):
-        for part in masks.flatten(1).sum(1).argsort(descending=True).tolist():
-            labels[frame][masks[part]] = part + 1
-    peaks = tracks.flatten(2).any(2).float()
-    return PartMaps(CertainMaps(labels, count + 1), tuple(names), tuple(palette), peaks)
+def tracked_maps(tracks: Iterable[Tensor], names: Sequence[str], palette: Sequence[Color]) -> PartMaps:
+    """Return the parts of the masks bool [P, H, W] of frames, which are taken one at a time.
+
+    Where masks overlap, the smaller part of the frame wins.
+
+    Raises:
+        SlimeError: another number of masks than of names.
+    """
+    frames, shown = [], []
+    for masks in tracks:
+        if len(masks) != len(names):
+            raise SlimeError(
+                f"The tracks have {len(masks)} objects, but there are {len(names)} parts: {', '.join(names)}. Connect "
+                "the masks of SLiMe Track Seeds as initial_mask, and no conditioning."
+            )
+        labels = torch.zeros(masks.shape[1:], dtype=torch.uint8)
+        areas = masks.flatten(1).sum(1)
+        for part in areas.argsort(descending=True).tolist():
+            labels[masks[part]] = part + 1
+        frames.append(labels)
+        shown.append((areas > 0).float())
+    maps = CertainMaps(torch.stack(frames), len(names) + 1)
+    return PartMaps(maps, tuple(names), tuple(palette), torch.stack(shown))

@@ -27,7 +27,9 @@ def frame_of(number: int, height: int = 48, width: int = 64) -> np.ndarray:
     return image
 
 
-def write(path: Path, codec: str = "libx264", pixels: str = "yuv420p", times: Any = None, size: tuple[int, int] = (48, 64)) -> Path:
+def write(
+    path: Path, codec: str = "libx264", pixels: str = "yuv420p", times: Any = None, size: tuple[int, int] = (48, 64)
+) -> Path:
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width, stream.pix_fmt = *size, pixels

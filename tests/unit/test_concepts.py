@@ -14,6 +14,7 @@ from slime.concepts.refine import RefineSettings, refine_parts
 from slime.concepts.train import ConceptSettings, concept_limits, concept_map, concept_tokens, train_concepts
 from slime.edit import change_parts, merge_embeddings
 from slime.embedding_files import to_text
+from slime.examples import merge_examples
 from slime.parts.maps import CertainMaps, DenseMaps, PartMaps
 from slime.parts.palette import default_palette
 from slime.parts.tracks import track_seeds, tracked_maps
@@ -124,6 +125,50 @@ def test_bad_examples_of_concepts() -> None:
         train_concepts(Broken(), [colored_example()], ConceptSettings(views=1, steps=2))
 
 
+def test_views_of_any_aspect_lie_under_their_labels() -> None:
+    """The image is the part's mask: what a view shows and what its labels say are the same."""
+    from slime.concepts.train import _encode_views
+
+    labels = torch.zeros(100, 300, dtype=torch.int64)
+    labels[30:80, 60:90], labels[20:60, 180:260] = 1, 1
+    example = Example.from_label_map((labels > 0).float()[..., None].expand(-1, -1, 3), labels, ["part"])
+    settings = ConceptSettings(views=12, blur=0.0, instances=False)
+    for view in _encode_views(ToyDetector(), [example], settings, GRID, lambda report: None):
+        shown, (target,) = view.image[..., 0] > 0.5, view.targets
+        truth = target.masks[0] if len(target.masks) else torch.zeros_like(shown)
+        assert (shown & truth).sum() / (shown | truth).sum().clamp(min=1) > 0.8
+
+
+def test_parts_of_several_examples_are_learned_from_the_one_that_labels_them() -> None:
+    whole = colored_example()
+    red = Example.from_label_map(whole.image, torch.where(whole.labels == 1, 1, 0), ["red"])
+    other = Example.from_label_map(whole.image * 0.9, torch.where(whole.labels == 2, 1, 0), ["blue"])
+    examples = merge_examples(merge_examples((), red), other)
+    toy, settings = ToyDetector(), ConceptSettings(views=4, steps=150, learning_rate=0.1)
+    learned = train_concepts(toy, examples, settings)
+    encoded = toy.encode(whole.image[None])
+    for part, tokens in enumerate(concept_tokens(learned), start=1):
+        found, truth = concept_map(toy.detect(encoded, tokens)) > 0.5, (whole.labels == part)[1::2, 1::2]
+        assert (found & truth).sum() / (found | truth).sum() > 0.7
+    with pytest.raises(SlimeError, match="no pixel is known not to be"):
+        train_concepts(toy, [replace(red, unlabelled="ignore")], settings)
+
+
+def test_a_gradient_that_is_no_number_loses_nothing() -> None:
+    class Overflowing(ToyDetector):
+        def detect(self, encoded, tokens):
+            found = super().detect(encoded, tokens)
+            self.encoded += 1
+            if self.encoded > 4:
+                tokens.register_hook(lambda gradient: gradient * torch.nan)
+            return found
+
+    last = []
+    with pytest.raises(SlimeError, match="gradients became NaN"):
+        train_concepts(Overflowing(), [colored_example()], ConceptSettings(views=1, steps=9), on_step=last.append)
+    assert concept_tokens(last[-1].embeddings()).isfinite().all()
+
+
 def test_losses_are_least_at_the_truth() -> None:
     labels = torch.zeros(16, 16, dtype=torch.int64)
     labels[2:6, 2:6], labels[9:15, 8:15] = 1, 1
@@ -206,7 +251,7 @@ def test_tracks_start_where_most_parts_are_and_come_back_by_name() -> None:
     with pytest.raises(SlimeError, match="frames 0 to 3"):
         track_seeds(maps, 4)
 
-    tracks = torch.stack([torch.stack([labels == 1, labels == 2], 1)])[0]
+    tracks = torch.stack([labels == 1, labels == 2], 1)
     tracks[2, 0] = True  # all of the frame: the smaller part wins
     found = tracked_maps(tracks, maps.names, maps.palette)
     assert torch.equal(found.label_map[3], labels[3]) and (found.label_map[2, 5] == 2).all()
