@@ -45,28 +45,7 @@ class SLiMePartDetailer(io.ComfyNode):
                 io.String.Input(
                     "names", default="", tooltip="Names of the parts to redraw, separated by commas. Empty = all parts."
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
-                    control_after_generate=True,
-                    tooltip="Seed of the first region; each further region uses the next number.",
-                ),
-                io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps per region."),
-                io.Float.Input(
-                    "cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance scale."
-                ),
-                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
-                io.Float.Input(
-                    "denoise",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="How much changes: 0.3 sharpens, 1 replaces everything, 0 = off.",
-                ),
+                *_sampling_inputs(),
                 io.Int.Input(
                     "size",
                     default=512,
@@ -251,3 +230,29 @@ def _resized(pixels: Tensor, size: tuple[int, int]) -> Tensor:
         return pixels
     moved = pixels.movedim(-1, 0)[None]
     return torch.nn.functional.interpolate(moved, size, mode="bicubic", antialias=True)[0].clamp(0, 1).movedim(0, -1)
+
+
+def _sampling_inputs() -> list[Any]:
+    """Return the widgets that KSampler has too."""
+    return [
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=0xFFFFFFFFFFFFFFFF,
+            control_after_generate=True,
+            tooltip="Seed of the first region; each further region uses the next number.",
+        ),
+        io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps per region."),
+        io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance scale."),
+        io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS, tooltip="As in KSampler."),
+        io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As in KSampler."),
+        io.Float.Input(
+            "denoise",
+            default=0.5,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            tooltip="How much changes: 0.3 sharpens, 1 replaces everything, 0 = off.",
+        ),
+    ]

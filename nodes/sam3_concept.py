@@ -54,34 +54,7 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                 Embeddings.Input(
                     "init_embeddings", optional=True, tooltip="Concepts of the same parts to continue training from."
                 ),
-                advanced(
-                    io.Float.Input(
-                        "learning_rate",
-                        default=usual.learning_rate,
-                        min=0.0001,
-                        max=1.0,
-                        step=0.0001,
-                        optional=True,
-                        tooltip="Learning rate of Adam. A smaller one needs more steps.",
-                    )
-                ),
-                advanced(
-                    io.Int.Input(
-                        "views",
-                        default=usual.views,
-                        min=1,
-                        max=200,
-                        optional=True,
-                        tooltip="Augmented crops of the examples, at least one each; 10 to 20 MB of memory each.",
-                    )
-                ),
-                io.Boolean.Input(
-                    "instances",
-                    default=True,
-                    optional=True,
-                    tooltip="Connected regions of a part are instances of their own, as SAM3 finds them; off: all of a "
-                    "part is one mask.",
-                ),
+                *_advanced_inputs(usual),
             ],
             outputs=[
                 Embeddings.Output(
@@ -189,3 +162,37 @@ def _encode_name(clip: Any, name: str, detector: ComfySam3) -> Tensor:
         )
     mask = extra.get("attention_mask")
     return tokens[0].float().cpu() if mask is None else tokens[0][mask[0].bool().to(tokens.device)].float().cpu()
+
+
+def _advanced_inputs(usual: ConceptSettings) -> list[Any]:
+    """Return the widgets that few need."""
+    return [
+        advanced(
+            io.Float.Input(
+                "learning_rate",
+                default=usual.learning_rate,
+                min=0.0001,
+                max=1.0,
+                step=0.0001,
+                optional=True,
+                tooltip="Learning rate of Adam. A smaller one needs more steps.",
+            )
+        ),
+        advanced(
+            io.Int.Input(
+                "views",
+                default=usual.views,
+                min=1,
+                max=200,
+                optional=True,
+                tooltip="Augmented crops of the examples, at least one each; 10 to 20 MB of memory each.",
+            )
+        ),
+        io.Boolean.Input(
+            "instances",
+            default=True,
+            optional=True,
+            tooltip="Connected regions of a part are instances of their own, as SAM3 finds them; off: all of a "
+            "part is one mask.",
+        ),
+    ]

@@ -72,7 +72,13 @@ def learn_parts(server: ComfyServer, **settings: Any) -> Path:
 
 
 # Where the tiny model cannot show what an edit does, the nodes that do it are shown instead.
-SHOWN_AS_NODES = {"5 Repaint a part": ["Repaint part"], "6 Prompt a part while sampling": ["PartPrompt", "PartGuider"]}
+SHOWN_AS_NODES = {
+    "5 Repaint a part": ["Repaint part"],
+    "6 Prompt a part while sampling": ["PartPrompt", "PartGuider"],
+    "12 Refine parts with SAM3": ["Sam3Refine"],
+    "13 Follow parts with SAM3": ["TrackSeeds", "TracksToParts"],
+}
+NOT_RUN = ("12 Refine parts with SAM3", "13 Follow parts with SAM3")  # the tiny SAM3's mask decoder is untrained
 
 
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
@@ -80,6 +86,9 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
     learn_parts(server)
     found: dict[str, list[Image.Image]] = {}
     for name in names:
+        if name in NOT_RUN:
+            found[name] = [painted_sample()]
+            continue
         prompt = prepare(server, name, steps=20)
         for node in prompt.values():
             if node["class_type"] == "SLiMeSaveEmbeddings":
@@ -97,13 +106,13 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
             if node["class_type"] == "LoadImage" and (node_id, 0) not in labelled:
                 shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
             found[name] += shown
-    for name, nodes in node_pictures(server).items():
+    for name, nodes in node_pictures(server, [name for name in names if name in SHOWN_AS_NODES]).items():
         found[name] += nodes
     return found
 
 
-def node_pictures(server: ComfyServer) -> dict[str, list[Image.Image]]:
-    """Return pictures of the nodes of SHOWN_AS_NODES, as the classic canvas draws them."""
+def node_pictures(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
+    """Return pictures of workflows' nodes of SHOWN_AS_NODES, as the classic canvas draws them."""
     from playwright.sync_api import sync_playwright
 
     server.post("/settings/Comfy.TutorialCompleted", True)
@@ -111,7 +120,7 @@ def node_pictures(server: ComfyServer) -> dict[str, list[Image.Image]]:
     with sync_playwright() as started:
         browser = started.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         canvas = Canvas(browser.new_page(viewport={"width": 1500, "height": 1000}), server, "classic").open()
-        found = {name: [node_picture(canvas, name, kind) for kind in kinds] for name, kinds in SHOWN_AS_NODES.items()}
+        found = {name: [node_picture(canvas, name, kind) for kind in SHOWN_AS_NODES[name]] for name in names}
         browser.close()
     return found
 

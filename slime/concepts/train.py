@@ -10,7 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -122,6 +122,7 @@ def train_concepts(
     start = _start(detector, names, settings.seed, words, init).to(detector.device)
     plain = views[: len(examples)]
     most = torch.tensor([[_most_instances(plain, part)] for part in range(len(names))], dtype=torch.float32)
+    template = _template(detector, names, settings, most)
     history: list[float] = []
     with detector.differentiable():
         tokens = [start[part].clone().requires_grad_(True) for part in range(len(names))]  # [T, D] each
@@ -129,19 +130,8 @@ def train_concepts(
 
         def embeddings() -> PartEmbeddings:
             learned = torch.stack([concept.detach().float().cpu() for concept in tokens], 1)  # [T, P, D]
-            return PartEmbeddings(
-                names=names,
-                vectors={TOKEN.format(n): token.contiguous() for n, token in enumerate(learned)} | {MOST: most},
-                condition={},
-                prompt="",
-                backbone=detector.id,
-                layers=LayerChoice((), ()),
-                timestep=0,
-                side=detector.side,
-                mode=CONCEPT,
-                settings={"preset": CONCEPT} | asdict(settings),
-                losses=tuple(history),
-            )
+            vectors = {TOKEN.format(number): token.contiguous() for number, token in enumerate(learned)}
+            return replace(template, vectors=vectors | {MOST: most}, losses=tuple(history))
 
         rng = random.Random(settings.seed)  # noqa: S311
         order: list[int] = []
@@ -151,17 +141,7 @@ def train_concepts(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _decay(step, settings.steps)
             optimizer.zero_grad()
-            terms: list[Tensor] = []
-            maps: list[Tensor] = []
-            for concept, target in zip(tokens, view.targets, strict=True):
-                if target is None:
-                    continue
-                detections = detector.detect(view.encoded, concept)
-                term = torch.stack(list(detection_losses(detections, target).values())).sum()
-                term.backward()
-                terms.append(term.detach())
-                maps.append(concept_map(detections))
-            loss = float(torch.stack(terms).mean()) if terms else 0.0
+            loss, maps = _backward(detector, view, tokens)
             gradients = [concept.grad for concept in tokens if concept.grad is not None]
             if not math.isfinite(loss) or not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 raise SlimeError(  # before the step: the tokens so far are sound, and are saved
@@ -170,11 +150,42 @@ def train_concepts(
                 )
             optimizer.step()
             history.append(loss)
-            shown = None
-            if (step % REPORT_STEPS == 1 or step == settings.steps) and len(maps) == len(names):
-                shown = (view.image, _with_background(torch.stack(maps)))
+            due = (step % REPORT_STEPS == 1 or step == settings.steps) and len(maps) == len(names)
+            shown = (view.image, _with_background(torch.stack(maps))) if due else None
             on_step(StepReport("train", step, settings.steps, {"loss": history[-1]}, embeddings, shown))
         return embeddings()
+
+
+def _backward(detector: ConceptDetector, view: _View, tokens: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
+    """Add the gradients of every concept's losses on a view; return the mean loss and the concepts' maps [h, w]."""
+    terms: list[Tensor] = []
+    maps: list[Tensor] = []
+    for concept, target in zip(tokens, view.targets, strict=True):
+        if target is not None:
+            detections = detector.detect(view.encoded, concept)
+            term = torch.stack(list(detection_losses(detections, target).values())).sum()
+            term.backward()
+            terms.append(term.detach())
+            maps.append(concept_map(detections))
+    return float(torch.stack(terms).mean()) if terms else 0.0, maps
+
+
+def _template(
+    detector: ConceptDetector, names: tuple[str, ...], settings: ConceptSettings, most: Tensor
+) -> PartEmbeddings:
+    """Return the embeddings without what is learned."""
+    return PartEmbeddings(
+        names=names,
+        vectors={MOST: most},
+        condition={},
+        prompt="",
+        backbone=detector.id,
+        layers=LayerChoice((), ()),
+        timestep=0,
+        side=detector.side,
+        mode=CONCEPT,
+        settings={"preset": CONCEPT} | asdict(settings),
+    )
 
 
 def _decay(step: int, steps: int) -> float:

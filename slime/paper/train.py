@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -141,14 +141,13 @@ def train_by_gradient(
         SlimeError: the loss is not finite.
     """
     template = _template(denoiser, examples[0].names, settings)
-    device, parts = denoiser.device, len(template.names)
-    context = Context.of(template.condition or {}).to(device)
+    context, parts = Context.of(template.condition or {}).to(denoiser.device), len(template.names)
     pool = _make_pool(denoiser, examples, settings, on_step)
     shown = validation or examples
     plain = encode_views(denoiser, shown, settings, range(len(shown)), plain=len(shown))
     evaluated = [_entry(denoiser, view, settings.seed, template.timestep) for view in plain]
     # Tokens start as the prompt's own words, "part" each (official src/slime.py).
-    initial = context.tokens[1 : parts + 1] if init is None else init.vectors[SHARED][:parts].to(device)
+    initial = context.tokens[1 : parts + 1] if init is None else init.vectors[SHARED][:parts].to(denoiser.device)
     with denoiser.differentiable(settings.checkpointing), differentiable_attention(), _frames_cleared():
         tokens = initial.detach().clone().requires_grad_(True)
         model = _Model(denoiser, context, template, tokens)
@@ -160,8 +159,7 @@ def train_by_gradient(
         terms: dict[str, float] = {}
 
         def embeddings() -> PartEmbeddings:
-            losses = torch.stack(history).tolist() if history else []
-            finite = tuple(loss for loss in losses if math.isfinite(loss))  # files hold no NaN
+            finite = tuple(filter(math.isfinite, torch.stack(history).tolist() if history else ()))  # files hold no NaN
             return replace(template, vectors={SHARED: best.tokens.cpu()}, losses=finite)
 
         for step in range(1, settings.steps + 1):
@@ -181,15 +179,20 @@ def train_by_gradient(
 
             preview = None
             if step % REPORT_STEPS == 1 or step == settings.steps:
-                terms = {"loss": float(history[-1])} | {name: float(value.detach()) for name, value in losses.items()}
-                if not math.isfinite(terms["loss"]):
-                    raise SlimeError(
-                        "The loss became NaN or infinite: gradients overflow in this precision. Start ComfyUI with "
-                        "--bf16-unet or --force-fp32, or use the preset instant."
-                    )
+                terms = _finite_terms(history[-1], losses)
                 preview = (entry.image(), scores.detach()[0].softmax(0).cpu())
             on_step(StepReport("train", step, settings.steps, terms, embeddings, preview))
     return embeddings()
+
+
+def _finite_terms(loss: Tensor, losses: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return the loss and its terms by name; raise SlimeError where the loss is no number."""
+    if not math.isfinite(float(loss)):
+        raise SlimeError(
+            "The loss became NaN or infinite: gradients overflow in this precision. Start ComfyUI with "
+            "--bf16-unet or --force-fp32, or use the preset instant."
+        )
+    return {"loss": float(loss)} | {name: float(value.detach()) for name, value in losses.items()}
 
 
 class _Model:
