@@ -187,12 +187,13 @@ def train_by_gradient(
 
 def _finite_terms(loss: Tensor, losses: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the loss and its terms by name; raise SlimeError where the loss is no number."""
-    if not math.isfinite(float(loss)):
+    value = float(loss)
+    if not math.isfinite(value):
         raise SlimeError(
             "The loss became NaN or infinite: gradients overflow in this precision. Start ComfyUI with "
             "--bf16-unet or --force-fp32, or use the preset instant."
         )
-    return {"loss": float(loss)} | {name: float(value.detach()) for name, value in losses.items()}
+    return {"loss": value} | {name: float(term.detach()) for name, term in losses.items()}
 
 
 class _Model:
