@@ -87,7 +87,9 @@ class SLiMeMeshViews(io.ComfyNode):
 
         with named_errors("SLiMe Mesh Views"):
             surface = surface_of(mesh, index)
-            rendered = render_views(surface, cameras_around(views, Camera(azimuth, elevation)), size, on_view)
+            device = comfy.model_management.get_torch_device()
+            device = device if device.type == "cuda" else "cpu"  # others lack some of the operations
+            rendered = render_views(surface, cameras_around(views, Camera(azimuth, elevation)), size, on_view, device)
         images = to_core(rendered.images)
         return io.NodeOutput(images, images[:1], rendered)
 

@@ -84,7 +84,7 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     if target is not None:
         kwargs["device"] = torch.device("cpu")
     result = func(*tree_map(_open, args), **tree_map(_open, kwargs))
-    if name.endswith("_") and args and isinstance(args[0], Tensor):
+    if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
         return args[0]
     if name == "_local_scalar_dense" or not stays:
         _Rules.waits += here

@@ -25,7 +25,7 @@ class Neighbours(NamedTuple):
 
 @dataclass(frozen=True)
 class Surface:
-    """A triangle mesh on the CPU.
+    """A triangle mesh.
 
     Attributes:
         vertices: float32 [N, 3].
@@ -76,6 +76,11 @@ class Surface:
         colors = grey if colors is None else colors.detach().cpu().float().nan_to_num().clamp(0, 1)
         uvs, texture = (None if given is None else given.detach().cpu().float() for given in (uvs, texture))
         return cls(vertices, faces, colors, uvs, texture if uvs is not None else None)
+
+    def to(self, device: torch.device | str) -> Surface:
+        """Return the mesh on another device."""
+        uvs, texture = (None if given is None else given.to(device) for given in (self.uvs, self.texture))
+        return Surface(self.vertices.to(device), self.faces.to(device), self.colors.to(device), uvs, texture)
 
     def __len__(self) -> int:
         return len(self.faces)

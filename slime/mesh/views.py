@@ -58,18 +58,23 @@ def render_views(
     cameras: Sequence[Camera],
     side: int = 512,
     on_view: Callable[[int, int], None] = lambda done, total: None,
+    device: torch.device | str = "cpu",
 ) -> MeshViews:
-    """Render square images of a mesh, lit from the camera and from above; both sides of a face are seen."""
-    rendered = []
+    """Render square images of a mesh, lit from the camera and from above; both sides of a face are seen.
+
+    ``device`` computes; the views are on the CPU.
+    """
+    rendered, placed = [], surface.to(device)
     for index, camera in enumerate(cameras):
-        rendered.append(_render(surface, camera, side))
+        rendered.append([tensor.cpu() for tensor in _render(placed, camera, side)])
         on_view(index + 1, len(cameras))
     images, faces, facing, depth = (torch.stack(list(parts)) for parts in zip(*rendered, strict=True))
     return MeshViews(surface, tuple(cameras), images, faces, facing, depth)
 
 
 def _render(surface: Surface, camera: Camera, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rotation = _rotation(camera)
+    device = surface.vertices.device
+    rotation = _rotation(camera).to(device)
     seen = surface.corners @ rotation.T  # x right, y up, z towards the camera
     distance = DISTANCE - seen[..., 2]
     focal = 1 / math.tan(math.radians(FIELD / 2))
@@ -79,14 +84,14 @@ def _render(surface: Surface, camera: Camera, side: int) -> tuple[Tensor, Tensor
     shown = faces[hit].long()
     normals = surface.normals[shown] @ rotation.T
     centre = (seen[shown] * weights[hit][..., None]).sum(1)
-    ray = torch.nn.functional.normalize(torch.tensor([0.0, 0.0, DISTANCE]) - centre, dim=1)
+    ray = torch.nn.functional.normalize(torch.tensor([0.0, 0.0, DISTANCE]).to(device) - centre, dim=1)
     cosine = (normals * ray).sum(1)
     normals, cosine = normals * torch.where(cosine < 0, -1.0, 1.0)[:, None], cosine.abs()  # inside-out faces too
-    above = torch.nn.functional.normalize(torch.tensor([0.3, 0.8, 0.5]), dim=0)
+    above = torch.nn.functional.normalize(torch.tensor([0.3, 0.8, 0.5]).to(device), dim=0)
     light = AMBIENT + 0.35 * cosine + 0.3 * (normals @ above).clamp(min=0)
-    image = torch.full((side, side, 3), BACKGROUND)
+    image = torch.full((side, side, 3), BACKGROUND, device=device)
     image[hit] = (_colors(surface, shown, weights[hit]) * light[:, None]).clamp(0, 1)
-    facing = torch.zeros(side, side, dtype=torch.float16)
+    facing = torch.zeros(side, side, dtype=torch.float16, device=device)
     facing[hit] = cosine.half()
     return image, faces, facing, depth
 
@@ -120,16 +125,16 @@ def rasterise(corners: Tensor, inverse: Tensor, size: tuple[int, int]) -> tuple[
     Returns:
         Faces int32 [H, W], -1 for none; perspective-correct barycentric weights [H, W, 3]; depth [H, W].
     """
-    height, width = size
+    (height, width), device = size, corners.device
     low = (corners.amin(1) - 0.5).ceil().long().clamp(min=0)
     high = (corners.amax(1) - 0.5).floor().long()
-    high = torch.minimum(high, torch.tensor([width - 1, height - 1]))
+    high = torch.minimum(high, torch.tensor([width - 1, height - 1]).to(device))
     spans = (high - low + 1).clamp(min=0)
     counts = spans[:, 0] * spans[:, 1]
     (first, second, third) = corners.unbind(1)
     area = _cross(second - first, third - first)
     counts = torch.where(area.abs() > 1e-9, counts, 0)  # degenerate faces
-    best = torch.full((height * width,), torch.iinfo(torch.int64).max)
+    best = torch.full((height * width,), torch.iinfo(torch.int64).max, device=device)
     chosen = counts.nonzero().flatten()
     ends = counts[chosen].cumsum(0)
     start = 0
@@ -142,7 +147,8 @@ def rasterise(corners: Tensor, inverse: Tensor, size: tuple[int, int]) -> tuple[
         start = stop
     hit = best != torch.iinfo(torch.int64).max
     faces = torch.where(hit, best & 0xFFFFFFFF, NOTHING).to(torch.int32)
-    weights, depth = torch.zeros(height * width, 3), torch.full((height * width,), torch.inf)
+    weights = torch.zeros(height * width, 3, device=device)
+    depth = torch.full((height * width,), torch.inf, device=device)
     pixel = hit.nonzero().flatten()
     face = faces[pixel].long()
     flat = _barycentric(_centres(pixel, width), corners[face], area[face])
@@ -169,7 +175,7 @@ def _hits(
     for offset in range(0, most, CANDIDATES):
         left = (counts[faces] - offset).clamp(min=0, max=CANDIDATES)
         owner = faces.repeat_interleave(left)
-        number = torch.arange(len(owner)) - (left.cumsum(0) - left).repeat_interleave(left) + offset
+        number = torch.arange(len(owner), device=faces.device) - (left.cumsum(0) - left).repeat_interleave(left) + offset
         x = low[owner, 0] + number % spans[owner, 0]
         y = low[owner, 1] + number // spans[owner, 0]
         pixel = y * width + x

@@ -93,3 +93,28 @@ def test_a_training_step_does_not_wait_for_the_device() -> None:
             train(ToyUNet(device=device), [toy_example(0)], PaperSettings(views=2, steps=steps))
             counts.append(waits() - before)
     assert counts[1] - counts[0] < 20
+
+
+@there
+def test_a_mesh_is_rendered_and_a_concept_is_learned_on_another_device() -> None:
+    from slime.concepts.detection import Detections, detection_losses, instances
+    from slime.mesh.views import Camera, render_views
+    from testing.devices import simulated_device
+    from testing.meshes import build
+
+    labels = torch.zeros(16, 16, dtype=torch.int64)
+    labels[2:6, 3:9] = 1
+    target = instances(labels, 1, labels >= 0)
+    generator = torch.Generator().manual_seed(0)
+    boxes = torch.rand(1, 3, 4, generator=generator).cumsum(-1) / 4
+    shapes = ((1, 3), (1, 3, 16, 16), (1, 1))
+    found = Detections(boxes, *(torch.randn(shape, generator=generator) for shape in shapes))
+    surface, _ = build("horse", 1)
+    with simulated_device() as device:
+        views = render_views(surface, [Camera(30.0)], 48, device=device)
+        moved = detection_losses(Detections(*(tensor.to(device) for tensor in found)), target)
+        losses = {name: loss.cpu() for name, loss in moved.items()}
+    wanted = render_views(surface, [Camera(30.0)], 48)
+    assert torch.equal(views.faces, wanted.faces) and torch.allclose(views.images, wanted.images, atol=1e-5)
+    for name, loss in detection_losses(found, target).items():
+        torch.testing.assert_close(losses[name], loss)
