@@ -73,7 +73,7 @@ def detection_losses(detections: Detections, target: Target) -> dict[str, Tensor
     Queries are matched to the instances at the least cost. Scores of the others go to 0, whether or not the concept is
     present: ComfyUI's SAM3 Detect reads scores alone.
     """
-    boxes, scores, masks = (tensor[0].float() for tensor in detections[:3])
+    boxes, scores, masks, presence = (tensor[0].float() for tensor in detections)
     target = Target(*(tensor.to(boxes.device).clone() for tensor in target))  # autograd refuses inference tensors
     count = len(target.boxes)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def detection_losses(detections: Detections, target: Target) -> dict[str, Tensor
     truth[rows] = 1.0
     losses = {
         "score": sigmoid_focal_loss(scores, truth, alpha=0.5, reduction="sum") / max(count, 1),
-        "presence": F.binary_cross_entropy_with_logits(detections.presence[0].float(), truth.new_tensor([count > 0])),
+        "presence": F.binary_cross_entropy_with_logits(presence, torch.full_like(presence, float(count > 0))),
     }
     if count:
         matched = _pairwise(boxes[rows], scores[rows], masks[rows], Target(*_picked(target, columns)))

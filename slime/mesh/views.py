@@ -175,7 +175,8 @@ def _hits(
     for offset in range(0, most, CANDIDATES):
         left = (counts[faces] - offset).clamp(min=0, max=CANDIDATES)
         owner = faces.repeat_interleave(left)
-        number = torch.arange(len(owner), device=faces.device) - (left.cumsum(0) - left).repeat_interleave(left) + offset
+        before = (left.cumsum(0) - left).repeat_interleave(left)
+        number = torch.arange(len(owner), device=faces.device) - before + offset
         x = low[owner, 0] + number % spans[owner, 0]
         y = low[owner, 1] + number // spans[owner, 0]
         pixel = y * width + x
