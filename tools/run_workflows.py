@@ -40,6 +40,8 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
         match node["class_type"]:
             case "CheckpointLoaderSimple":
                 inputs["ckpt_name"] = put_flow(server) if "flux" in inputs["ckpt_name"] else MODEL.name
+            case "SAM3_Detect":  # scores of the tiny SAM3 are lower, and its mask decoder is untrained
+                inputs["threshold"], inputs["refine_iterations"] = 0.3, 0
             case "SLiMeSaveEmbeddings":
                 inputs["overwrite"] = True
             case "KSampler" | "BasicScheduler":
@@ -75,10 +77,12 @@ def learn_parts(server: ComfyServer, **settings: Any) -> Path:
 SHOWN_AS_NODES = {
     "5 Repaint a part": ["Repaint part"],
     "6 Prompt a part while sampling": ["PartPrompt", "PartGuider"],
+    "11 Learn a SAM3 concept": ["LearnSam3Concept", "Sam3Prompt"],
     "12 Refine parts with SAM3": ["Sam3Refine"],
     "13 Follow parts with SAM3": ["TrackSeeds", "TracksToParts"],
 }
-NOT_RUN = ("12 Refine parts with SAM3", "13 Follow parts with SAM3")  # the tiny SAM3's mask decoder is untrained
+# The tiny SAM3 finds parts roughly, and its mask decoder is untrained.
+NOT_RUN = ("11 Learn a SAM3 concept", "12 Refine parts with SAM3", "13 Follow parts with SAM3")
 
 
 def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.Image]]:
