@@ -12,7 +12,7 @@ class LoadTinySam3(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         return io.Schema(
             node_id="LoadTinySam3",
-            category="SLiMe/demo",
+            category="demo",
             inputs=[io.Boolean.Input("tracker", tooltip="A random SAM3.1 that can track, else the trained detector.")],
             outputs=[io.Model.Output()],
         )
