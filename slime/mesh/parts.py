@@ -40,7 +40,7 @@ class VoteSettings:
     crease: float = 30.0
 
     def __post_init__(self) -> None:
-        check_settings(self, smoothing=(0, 1000), crease=(1, 180))
+        check_settings(self, smoothing=(0, 100), crease=(1, 180))
 
 
 def face_probabilities(
