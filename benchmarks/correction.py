@@ -6,7 +6,8 @@ Embeddings are trained on one example, and 20 other images are segmented. The k 
 Confidence selects, or k drawn at random, become further examples with their true parts, which is what a careful user
 would paint. The figure is the part mIoU on test scenes after training again; no image used before is among them.
 For random choice it is the mean over several draws. Seconds are the time to train again with one more example, with and
-without what is reused.
+without what is reused; and after a stroke in the example, with views as they are (recolor off) and as the check
+decides.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import random
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -85,10 +87,29 @@ def main() -> None:
         learn(backbone, [first, pool[order[0]]])
         anew.append(time.perf_counter() - start)
     sys.stdout.write(f"| **mean** | {' | '.join(f'{value:.3f}' for value in np.mean(rows, 0))} |\n")
+    sys.stdout.write(f"\nTraining again after a stroke: {stroke_seconds(backbone)}.\n")
     if again:
         sys.stdout.write(
             f"\nTraining again with one more example: {np.mean(again):.1f} s, all anew {np.mean(anew):.1f} s.\n"
         )
+
+
+def stroke_seconds(backbone: Backbone) -> str:
+    """Return the seconds of training on an example, and of training again after a stroke in its label map."""
+    said = []
+    for name, changes in (("recolor off", {"recolor": 0.0}), ("recolor auto", {})):
+        clear_caches()
+        example = splits.example("horse", splits.EXAMPLES, style=scenes.NATURAL)
+        labels = example.labels.clone()
+        labels[100:104, 60:90] = 1
+        seconds = []
+        for labelled in (example, replace(example, labels=labels)):
+            start = time.perf_counter()
+            with torch.inference_mode():
+                train(backbone, [labelled], preset("instant", backbone.info, **changes))
+            seconds.append(time.perf_counter() - start)
+        said.append(f"{name} {seconds[1]:.2f} s, first {seconds[0]:.2f} s")
+    return "; ".join(said)
 
 
 if __name__ == "__main__":
