@@ -51,7 +51,7 @@ SIZES = {
     "SLiMePartMask": (260, 620),
     "SLiMeSteadyParts": (110, 480),
     "SLiMeLearnSam3Concept": (230, 430),
-    "SLiMeSam3Prompt": (110, 150),
+    "SLiMeSam3Prompt": (110, 130),
     "SLiMeSam3Refine": (180, 560),
     "SLiMeTrackSeeds": (150, 190),
     "SLiMeTracksToParts": (90, 440),
