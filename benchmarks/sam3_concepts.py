@@ -59,7 +59,7 @@ class Bench:
     @torch.no_grad()
     def mask(self, encoded: Tensor, tokens: Tensor, most: int, size: tuple[int, ...]) -> np.ndarray:
         """Return the union bool [H, W] of the best detections."""
-        found = self.detector.detect(encoded, tokens)
+        found = self.detector.detect(self.detector.prepare(encoded), tokens)
         scores = found.scores[0].sigmoid()
         best = [query for query in scores.argsort(descending=True)[:most].tolist() if scores[query] > THRESHOLD]
         if not best:

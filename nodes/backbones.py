@@ -20,7 +20,6 @@ from .common import as_images
 # Adapters of MODEL, tried in turn: the first that accepts the model takes it, the last one says what is supported. A
 # new kind of model is one file with such a class, and its name here.
 ADAPTERS: list[Any] = [ComfySam3, ComfyFlow, ComfyUNet]
-WITHOUT_LATENTS = (ComfySam3,)
 
 
 def build_backbone(model: Any, vae: Any, clip: Any, clip_vision: Any) -> Backbone:
@@ -47,7 +46,7 @@ def _encoder(clip_vision: Any, cell: int = 0) -> Backbone:
 
 def takes_latents(backbone: Backbone) -> bool:
     """Return whether the backbone is a diffusion model alone, whose encoded images are ComfyUI's latents."""
-    return isinstance(backbone, tuple(ADAPTERS)) and not isinstance(backbone, WITHOUT_LATENTS)
+    return hasattr(backbone, "process_latents")
 
 
 def resolve_inputs(

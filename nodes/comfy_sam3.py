@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..slime.backbones.attention import Attention
 from ..slime.backbones.base import BackboneInfo, EndOfPass, ExtractionSpec, Features
 from ..slime.backbones.layers import Layer, LayerChoice
-from ..slime.backbones.vit import GROUP
+from ..slime.backbones.vit import GROUP, PixelEncoder
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.concepts.detection import Detections
 from ..slime.errors import SlimeError
@@ -38,7 +38,7 @@ def is_sam3(model: Any) -> bool:
     return type(getattr(getattr(model, "model", None), "diffusion_model", None)).__name__ == CLASS
 
 
-class ComfySam3:
+class ComfySam3(PixelEncoder):
     """A SAM3 MODEL. Layers "block.n" are those blocks of its encoder that attend to the whole image.
 
     Args:
@@ -82,15 +82,6 @@ class ComfySam3:
         last = (self.layers[-1].name,)
         return LayerChoice(last, last)
 
-    def condition(self, prompt: str) -> dict[str, Tensor]:
-        """Return nothing: the image encoder reads no text."""
-        del prompt
-        return {}
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return the pixels, unshuffled, on the CPU: a large batch of them would fill a device."""
-        return F.pixel_unshuffle(images[..., :3].cpu().movedim(-1, 1).float(), self.info.cell)
-
     @torch.no_grad()
     def extract(self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor) -> Features:
         del noise
@@ -98,7 +89,7 @@ class ComfySam3:
         grid = (self.side // self.patch,) * 2
         tokens: dict[str, Tensor] = {}
         attention: dict[str, Attention] = {}
-        self._load(len(pixels) * self._pass_bytes())
+        load_model(self.patcher, len(pixels) * self._pass_bytes())
         with checkpoint_modules(self.patcher), self._recording(spec.layers, tokens, attention):
             try:
                 self._trunk(pixels)
@@ -121,9 +112,6 @@ class ComfySam3:
 
     def _pass_bytes(self) -> float:
         return float(BYTES * self._width * (self.side // self.patch) ** 2)
-
-    def _load(self, memory: float) -> None:
-        load_model(self.patcher, memory)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -183,27 +171,30 @@ class ComfySam3:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Return the trunk's output [1, D, h, w] of an image [1, H, W, 3], on the CPU."""
-        self._load(self._pass_bytes())
+        load_model(self.patcher, self._pass_bytes())
         with checkpoint_modules(self.patcher):
             output: Tensor = self._trunk(self._squashed(image[..., :3].movedim(-1, 1)))
         return output.cpu()
 
-    def detect(self, encoded: Tensor, tokens: Tensor) -> Detections:
-        """Detect by tokens [T, D] as SAM3 Detect does by those of a text."""
+    @torch.no_grad()
+    def prepare(self, encoded: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the levels [1, D, h, w] of the detector's features, and their positions."""
         vision = self._detector.backbone["vision_backbone"]
-        with torch.no_grad():  # no gradient of a concept passes through here; autograd refuses inference tensors
-            trunk = encoded.to(self.device, self._dtype).clone()
-            features = [convolution(trunk) for convolution in vision.convs]
-            positions = [vision.position_encoding(level).to(level).clone() for level in features]
+        trunk = encoded.to(self.device, self._dtype).clone()  # autograd refuses inference tensors
+        features = [convolution(trunk) for convolution in vision.convs]
+        return features, [vision.position_encoding(level).to(level).clone() for level in features]
+
+    def detect(self, prepared: tuple[list[Tensor], list[Tensor]], tokens: Tensor) -> Detections:
+        """Detect by tokens [T, D] as SAM3 Detect does by those of a text."""
         resized = self._detector.backbone["language_backbone"]["resizer"](tokens[None].to(self._dtype))
         mask = torch.ones(1, resized.shape[1], dtype=torch.bool, device=self.device)
-        boxes, scores, masks, decoded = self._detector._detect(features, positions, resized, mask)
+        boxes, scores, masks, decoded = self._detector._detect(*prepared, resized, mask)
         return Detections(boxes, scores, masks, decoded["presence"])
 
     @torch.no_grad()
     def decode_mask(self, image: Tensor, logits: Tensor, iterations: int) -> Tensor:
         """Refine coarse mask logits [h, w] of an image [h, w, 3], as SAM3 Detect refines its own masks."""
-        self._load(MASK_BYTES)
+        load_model(self.patcher, MASK_BYTES)
         frame = self._squashed(image[None, ..., :3].movedim(-1, 1).float())
         mask = logits[None, None].to(frame)
         with checkpoint_modules(self.patcher):
@@ -215,6 +206,6 @@ class ComfySam3:
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        self._load(MASK_BYTES)
+        load_model(self.patcher, MASK_BYTES)
         with checkpoint_modules(self.patcher), trainable(self.patcher):
             yield

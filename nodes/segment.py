@@ -57,7 +57,7 @@ class SLiMeSegment(io.ComfyNode):
                 refine_input(),
                 seed_input(),
                 clip_input(),
-                *_tiles_input(),
+                _tiles_input(),
                 flip_input(),
                 advanced(
                     io.Int.Input(
@@ -114,18 +114,15 @@ class SLiMeSegment(io.ComfyNode):
         return parts_result(cls, maps, images)
 
 
-def _tiles_input() -> list[Any]:
-    """Return the widget of overlapping crops."""
-    return [
-        advanced(
-            io.Int.Input(
-                "tiles",
-                default=1,
-                min=1,
-                max=4,
-                optional=True,
-                tooltip="2 segments 2 x 2 overlapping crops, as the paper does for faces: four times the work. "
-                "Worse where an object fills the image.",
-            )
-        ),
-    ]
+def _tiles_input() -> Any:
+    return advanced(
+        io.Int.Input(
+            "tiles",
+            default=1,
+            min=1,
+            max=4,
+            optional=True,
+            tooltip="2 segments 2 x 2 overlapping crops, as the paper does for faces: four times the work. Worse where "
+            "an object fills the image.",
+        )
+    )

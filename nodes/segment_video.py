@@ -18,11 +18,11 @@ import torch
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
+from ..slime.data.video_stream import LabelFrames, segment_stream
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from ..slime.parts.draw import overlay
-from ..slime.parts.maps import CertainMaps, PartMaps
-from ..slime.parts.video_stream import LabelFrames, segment_stream
+from ..slime.parts.maps import PartMaps
 from ..slime.segment import segment
 from ..slime.settings import SegmentSettings
 from .backbones import build_backbone, clip_vision_input, model_inputs
@@ -121,12 +121,15 @@ class SLiMeSegmentVideo(io.ComfyNode):
                 for image, _ in reader.frames(start):
                     yield torch.from_numpy(image).float() / 255
 
-            count = segment_stream(
-                tensors, lambda frames: segment(backbone, frames, embeddings, settings)[0], target, smoothing, on_frame
-            )
-            if not count:
-                raise SlimeError("The video has no frame that can be decoded. Is the file complete?")
-            path = reader.write_overlay(folder / "overlay.mp4", target)
+            def find(frames: Tensor) -> PartMaps:
+                return segment(backbone, frames, embeddings, settings)[0]
+
+            path = folder / "overlay.mp4"
+            if not path.exists():  # it is written last: the video is done
+                if not segment_stream(tensors, find, target, smoothing, on_frame):
+                    raise SlimeError("The video has no frame that can be decoded. Is the file complete?")
+                reader.write_overlay(path, target)
+        count = target.count()
         said = f"{count} frames in {folder}" + (f". {reader.remark}" if reader.remark else "")
         show_text(cls.hidden.unique_id, said)
         return io.NodeOutput(InputImpl.VideoFromFile(str(path)), str(folder), count)
@@ -166,9 +169,7 @@ class SLiMeVideoMasks(io.ComfyNode):
                     f"The frames are {labels.shape[2]}x{labels.shape[1]}, the images "
                     f"{images.shape[2]}x{images.shape[1]}. Connect the frames of the same video."
                 )
-        count = len(frames.names)
-        shown = torch.stack([(labels == part).flatten(1).any(1) for part in range(1, count + 1)], 1).float()
-        maps = PartMaps(CertainMaps(labels, count + 1), frames.names, frames.palette, shown)
+        maps = PartMaps.of_labels(labels, frames.names, frames.palette)
         return parts_result(cls, maps, images[..., :3].cpu().float())
 
 
@@ -187,6 +188,7 @@ class VideoReader:
         self._start, self._end = float(start), float(start) + float(duration) if duration else float("inf")
         with closing(self._open()) as container:
             stream = self._stream(container)
+            self._time_base = stream.time_base
             self.rate = stream.average_rate or stream.guessed_rate or 24
             length = float(stream.duration * stream.time_base) if stream.duration else 0.0
             length = length or float((container.duration or 0) / av.time_base)
@@ -241,27 +243,25 @@ class VideoReader:
                 self.remark = f"The file is damaged after frame {number - 1} ({error})."
                 logger.warning("SLiMe: %s", self.remark)
 
-    def write_overlay(self, path: Path, labels: LabelFrames) -> Path:
+    def write_overlay(self, path: Path, labels: LabelFrames) -> None:
         """Write the video with the parts drawn over it, frame by frame, at the times of the video."""
         scratch = path.with_name(f"partial_{path.name}")
-        with closing(self._open()) as source, av.open(str(scratch), mode="w") as container:
-            base = self._stream(source).time_base
+        with av.open(str(scratch), mode="w") as container:
             stream, last = None, -1
             for number, (image, time) in enumerate(self.frames()):
                 height, width = (side - side % 2 for side in image.shape[:2])  # the codec needs even sides
                 if stream is None:
                     stream = container.add_stream("libx264", rate=self.rate)
                     stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                    stream.codec_context.time_base = base
+                    stream.codec_context.time_base = self._time_base
                 drawn = overlay(image, labels.read(number), labels.palette, opacity=OPACITY)[:height, :width]
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(drawn), format="rgb24")
                 last = frame.pts = max(int(time), last + 1)
-                frame.time_base = base
+                frame.time_base = self._time_base
                 container.mux(stream.encode(frame))
             if stream is not None:
                 container.mux(stream.encode())
         scratch.replace(path)
-        return path
 
 
 def _folder(name: str, reader: VideoReader, embeddings: PartEmbeddings, settings: str) -> Path:

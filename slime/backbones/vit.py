@@ -8,9 +8,10 @@ for other encoders nothing is published, and the probe chooses.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -21,7 +22,7 @@ from ..errors import SlimeError
 from ..images import working_size
 from ..settings import LAYER
 from .attention import Attention
-from .base import BackboneInfo, EndOfPass, ExtractionSpec, Features
+from .base import BackboneInfo, Cacheable, EndOfPass, ExtractionSpec, Features
 from .layers import Layer, LayerChoice
 
 TOKENS = 60  # per side
@@ -32,6 +33,8 @@ READ_LAST = ("dinov2", "dinov3")  # kinds whose last block is known to work
 POSITIONAL_SHARE = {"dinov3": 500 / 1024}
 BYTES = 64  # of activations per token and channel: float32, four times as wide within the MLP, and its neighbours
 GROUP = "tokens"  # of the features of all layers together
+# Of every model: what the pass over zeros gave, by the state of the weights, the layers and the size.
+_positional: WeakKeyDictionary[nn.Module, dict[Hashable, Mapping[str, Tensor]]] = WeakKeyDictionary()
 
 
 class Normalization(NamedTuple):
@@ -46,10 +49,26 @@ OPENAI = Normalization((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)
 
 
-class VisionTransformer:
-    """Base class of vision transformer adapters. A subclass adds :meth:`run` and :meth:`free_memory`.
+class PixelEncoder:
+    """Base class of encoders without text. "Encoded" images are their pixels, unshuffled.
 
-    "Encoded" images are their pixels, unshuffled: [B, 3 * cell * cell, H / cell, W / cell].
+    Their shape is [B, 3 * cell * cell, H / cell, W / cell].
+    """
+
+    info: BackboneInfo
+
+    def condition(self, prompt: str) -> dict[str, Tensor]:
+        """Return nothing: a vision encoder reads no text."""
+        del prompt
+        return {}
+
+    def encode_images(self, images: Tensor) -> Tensor:
+        """Return the pixels on the CPU: a large batch of them would fill a device."""
+        return F.pixel_unshuffle(images[..., :3].cpu().movedim(-1, 1).float(), self.info.cell)
+
+
+class VisionTransformer(PixelEncoder):
+    """Base class of vision transformer adapters. A subclass adds :meth:`run` and :meth:`free_memory`.
 
     Args:
         module: the model; its blocks, queries and keys are found by name.
@@ -78,7 +97,6 @@ class VisionTransformer:
         name = f"{kind}-{self.width}" + (f"-{side}" if fixed else "")
         cell = cell or self.patch
         self.info = BackboneInfo(name, self.tokens_per_side * self.patch, cell, cell, 3 * cell**2)
-        self._positional: dict[tuple[tuple[str, ...], tuple[int, int]], Mapping[str, Tensor]] = {}
 
     def run(self, pixels: Tensor) -> None:
         """Run the model over normalised pixels [B, 3, H, W], sides multiples of the patch."""
@@ -90,15 +108,6 @@ class VisionTransformer:
 
     def default_layers(self) -> LayerChoice:
         return LayerChoice((self.layers[-1].name,) if self.kind in READ_LAST else (), ())
-
-    def condition(self, prompt: str) -> dict[str, Tensor]:
-        """Return nothing: a vision encoder reads no text."""
-        del prompt
-        return {}
-
-    def encode_images(self, images: Tensor) -> Tensor:
-        """Return the pixels on the CPU: a large batch of them would fill a device."""
-        return F.pixel_unshuffle(images[..., :3].cpu().movedim(-1, 1).float(), self.info.cell)
 
     @torch.no_grad()
     def extract(self, encoded: Tensor, spec: ExtractionSpec, noise: Tensor) -> Features:
@@ -143,16 +152,19 @@ class VisionTransformer:
 
     def _positional_basis(self, read: tuple[str, ...], size: tuple[int, int]) -> Mapping[str, Tensor]:
         """Return orthonormal directions [D, m] of every layer that hold positions, at images of this size."""
-        if (read, size) not in self._positional:
+        kept = _positional.setdefault(self.module, {})
+        state = self.cache_key() if isinstance(self, Cacheable) else None
+        key = (None if state is None else state[1], read, size)
+        if key not in kept:
             zeros = torch.zeros(1, 3, *size, device=self.device)
             maps = self._read(self._recorded(zeros, LayerChoice(read, ())))
             check_finite(maps.values())
             count = round(POSITIONAL_SHARE[self.kind] * self.width)
-            self._positional[read, size] = {
+            kept[key] = {
                 name: torch.linalg.svd(tokens[0].flatten(1).T.cpu(), full_matrices=False).Vh[:count].T.to(tokens)
                 for name, tokens in maps.items()
             }
-        return self._positional[read, size]
+        return kept[key]
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         if self.device.type == "cpu":

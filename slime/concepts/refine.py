@@ -98,8 +98,8 @@ def _refine_region(
     touched: Tensor,
 ) -> bool:
     """Write a region's refined probabilities to ``result``, unless a guard refuses them; return whether it did."""
-    rows, columns = _crop(region, labels_size := touched.shape)
-    coarse = np.zeros(labels_size, dtype=bool)
+    rows, columns = _crop(region, touched.shape)
+    coarse = np.zeros(touched.shape, dtype=bool)
     inside = slice(region.top, region.top + region.height), slice(region.left, region.left + region.width)
     coarse[inside] = region.mask
     coarse = coarse[rows, columns]

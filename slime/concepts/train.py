@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -79,8 +79,12 @@ class ConceptDetector(Protocol):
         """Return what the image encoder makes of an image [1, side, side, 3], before the first use of a text."""
         ...
 
-    def detect(self, encoded: Tensor, tokens: Tensor) -> Detections:
-        """Detect one concept of tokens [T, D] in one encoded image."""
+    def prepare(self, encoded: Tensor) -> Any:
+        """Return what all concepts share in one encoded image."""
+        ...
+
+    def detect(self, prepared: Any, tokens: Tensor) -> Detections:
+        """Detect one concept of tokens [T, D] in one prepared image."""
         ...
 
     def differentiable(self) -> AbstractContextManager[None]:
@@ -141,7 +145,8 @@ def train_concepts(
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * _decay(step, settings.steps)
             optimizer.zero_grad()
-            loss, maps = _backward(detector, view, tokens)
+            due = step % REPORT_STEPS == 1 or step == settings.steps
+            loss, maps = _backward(detector, view, tokens, due)
             gradients = [concept.grad for concept in tokens if concept.grad is not None]
             if not math.isfinite(loss) or not all(bool(gradient.isfinite().all()) for gradient in gradients):
                 raise SlimeError(  # before the step: the tokens so far are sound, and are saved
@@ -150,23 +155,26 @@ def train_concepts(
                 )
             optimizer.step()
             history.append(loss)
-            due = (step % REPORT_STEPS == 1 or step == settings.steps) and len(maps) == len(names)
-            shown = (view.image, _with_background(torch.stack(maps))) if due else None
+            shown = (view.image, _with_background(torch.stack(maps))) if len(maps) == len(names) else None
             on_step(StepReport("train", step, settings.steps, {"loss": history[-1]}, embeddings, shown))
         return embeddings()
 
 
-def _backward(detector: ConceptDetector, view: _View, tokens: Sequence[Tensor]) -> tuple[float, list[Tensor]]:
-    """Add the gradients of every concept's losses on a view; return the mean loss and the concepts' maps [h, w]."""
+def _backward(
+    detector: ConceptDetector, view: _View, tokens: Sequence[Tensor], with_maps: bool
+) -> tuple[float, list[Tensor]]:
+    """Add the gradients of every concept's losses on a view; return the mean loss and, if wanted, the maps [h, w]."""
+    prepared = detector.prepare(view.encoded)
     terms: list[Tensor] = []
     maps: list[Tensor] = []
     for concept, target in zip(tokens, view.targets, strict=True):
         if target is not None:
-            detections = detector.detect(view.encoded, concept)
+            detections = detector.detect(prepared, concept)
             term = torch.stack(list(detection_losses(detections, target).values())).sum()
             term.backward()
             terms.append(term.detach())
-            maps.append(concept_map(detections))
+            if with_maps:
+                maps.append(concept_map(detections))
     return float(torch.stack(terms).mean()) if terms else 0.0, maps
 
 

@@ -18,8 +18,8 @@ from ..settings import check_settings
 from .surface import Surface
 from .views import MeshViews, rasterise
 
-PAINTED_WEIGHT = 10.0  # of a pixel that was painted, against one that was found
 OnStep = Callable[[], None]
+PAINTED_WEIGHT = 10.0  # of a pixel that was painted, against one that was found
 LEAST_FACING = 0.1  # cosine; pixels of faces that are seen from their edge do not vote
 CONFIDENCE_POWER, LEAST_CONFIDENCE = 2.0, 0.05
 

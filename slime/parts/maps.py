@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -98,6 +98,14 @@ class PartMaps:
     palette: tuple[Color, ...]
     peaks: Tensor
     example_confidence: float = 0.0
+
+    @classmethod
+    def of_labels(cls, label_map: Tensor, names: Sequence[str], palette: Sequence[Color]) -> PartMaps:
+        """Return the maps of label maps uint8 [B, H, W]; the peak of a part is 1 where it is there, else 0."""
+        count = len(names)
+        shown = [(label_map == part).flatten(1).any(1) for part in range(1, count + 1)]
+        maps = CertainMaps(label_map, count + 1)
+        return cls(maps, tuple(names), tuple(palette), torch.stack(shown, 1).float())
 
     def __len__(self) -> int:
         return self.full_size.shape[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SlimeError
-from .maps import CertainMaps, PartMaps
+from .maps import PartMaps
 from .palette import Color
 
 
@@ -55,7 +55,7 @@ def tracked_maps(tracks: Iterable[Tensor], names: Sequence[str], palette: Sequen
     Raises:
         SlimeError: another number of masks than of names.
     """
-    frames, shown = [], []
+    frames = []
     for masks in tracks:
         if len(masks) != len(names):
             raise SlimeError(
@@ -63,10 +63,7 @@ def tracked_maps(tracks: Iterable[Tensor], names: Sequence[str], palette: Sequen
                 "the masks of SLiMe Track Seeds as initial_mask, and no conditioning."
             )
         labels = torch.zeros(masks.shape[1:], dtype=torch.uint8)
-        areas = masks.flatten(1).sum(1)
-        for part in areas.argsort(descending=True).tolist():
+        for part in masks.flatten(1).sum(1).argsort(descending=True).tolist():
             labels[masks[part]] = part + 1
         frames.append(labels)
-        shown.append((areas > 0).float())
-    maps = CertainMaps(torch.stack(frames), len(names) + 1)
-    return PartMaps(maps, tuple(names), tuple(palette), torch.stack(shown))
+    return PartMaps.of_labels(torch.stack(frames), names, palette)

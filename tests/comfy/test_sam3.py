@@ -115,7 +115,7 @@ def test_concepts_are_taken_by_sam3_detect(loaded, example, learn, in_inference_
     image = example.image[None]
     masks, boxes = SAM3_Detect.execute(loaded, image, wheel, threshold=0.0, refine_iterations=0).args
     detector = ComfySam3(loaded)
-    ours = detector.detect(detector.encode(image), wheel[0][0][0])
+    ours = detector.detect(detector.prepare(detector.encode(image)), wheel[0][0][0])
     assert masks.shape == image.shape[:3] and len(boxes[0]) == 3
     best = ours.scores[0].argsort(descending=True)[:3]
     assert boxes[0][0]["score"] == pytest.approx(float(ours.scores[0, best[0]].sigmoid()), abs=1e-4)

@@ -35,6 +35,9 @@ class ToyDetector:
         small = torch.nn.functional.interpolate(image.movedim(-1, 1), (GRID, GRID), mode="area")
         return torch.cat([small, torch.ones(1, 1, GRID, GRID)], 1)
 
+    def prepare(self, encoded):
+        return encoded
+
     def detect(self, encoded, tokens):
         logits = 8 * torch.einsum("bchw,c->bhw", encoded, tokens.mean(0))[:, None]
         masks = torch.cat([logits, -logits], 1)

@@ -14,13 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import SlimeError
-from .maps import PartMaps
-from .palette import Color
-from .video import stillness
+from ..parts.maps import PartMaps
+from ..parts.palette import Color
+from ..parts.video import stillness
+from .formats.base import png
+from .run_log import write_whole
 
 CHUNK_VALUES = 2**24  # of pixel values in a chunk of frames: 64 MB
 ABOUT = "parts.json"
-SCRATCH = ".partial"
 
 
 class StreamSmoother:
@@ -64,11 +65,7 @@ class LabelFrames:
 
     def write(self, number: int, labels: np.ndarray) -> None:
         """Write labels uint8 [H, W]; no half-written file has the real name."""
-        picture = Image.fromarray(labels, "P")
-        picture.putpalette([channel for color in ((0, 0, 0), *self.palette) for channel in color])
-        scratch = self.path(number).with_suffix(SCRATCH)
-        picture.save(scratch, "PNG")
-        scratch.replace(self.path(number))
+        write_whole(self.path(number), png(labels, ((0, 0, 0), *self.palette)))
 
     def read(self, number: int) -> np.ndarray:
         """Return labels uint8 [H, W].
@@ -84,9 +81,8 @@ class LabelFrames:
 
     @classmethod
     def create(cls, folder: Path, names: Sequence[str], palette: Sequence[Color]) -> LabelFrames:
-        folder.mkdir(parents=True, exist_ok=True)
         about = {"names": list(names), "palette": [list(color) for color in palette]}
-        (folder / ABOUT).write_text(json.dumps(about), encoding="utf-8")
+        write_whole(folder / ABOUT, json.dumps(about).encode())
         return cls(folder, tuple(names), tuple(palette))
 
     @classmethod
