@@ -159,11 +159,9 @@ class VisionTransformer(PixelEncoder):
             zeros = torch.zeros(1, 3, *size, device=self.device)
             maps = self._read(self._recorded(zeros, LayerChoice(read, ())))
             check_finite(maps.values())
-            count = round(POSITIONAL_SHARE[self.kind] * self.width)
-            kept[key] = {
-                name: torch.linalg.svd(tokens[0].flatten(1).T.cpu(), full_matrices=False).Vh[:count].T.to(tokens)
-                for name, tokens in maps.items()
-            }
+            most = round(POSITIONAL_SHARE[self.kind] * self.width)
+            flat = {name: tokens[0].flatten(1).T for name, tokens in maps.items()}
+            kept[key] = {name: _strongest(tokens.cpu(), most).to(tokens) for name, tokens in flat.items()}
         return kept[key]
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
@@ -184,6 +182,13 @@ class VisionTransformer(PixelEncoder):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _strongest(tokens: Tensor, most: int) -> Tensor:
+    """Return up to ``most`` orthonormal directions [D, m] in which tokens [N, D] lie, without those of rounding."""
+    _, strengths, directions = torch.linalg.svd(tokens, full_matrices=False)
+    rounding = strengths[0] * max(tokens.shape) * torch.finfo(tokens.dtype).eps  # as matrix_rank has it
+    return directions[: min(most, int((strengths > rounding).sum()))].T
 
 
 def _projected(maps: Tensor, basis: Tensor) -> Tensor:
