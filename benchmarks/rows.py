@@ -18,8 +18,14 @@ def read_rows(path: Path | None) -> list[Row]:
 
 
 def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
-    """Write compact JSON {about..., "rows": [...]} with rounded figures; without a path write nothing."""
+    """Write compact JSON {about..., "rows": [...]} with rounded figures; without a path write nothing.
+
+    What a file of that name says about its rows stays.
+    """
     if path is not None:
+        if path.is_file():
+            about = json.loads(path.read_text(encoding="utf-8")) | about
+            about.pop("rows")
         head = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in about.items())
         lines = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in rows)
         path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
