@@ -41,14 +41,15 @@ def register_folder() -> None:
 
 
 def copy_sample_images() -> None:
-    """Copy the small images of the templates to where Load Image finds them, so that the templates run as they are."""
-    target = Path(folder_paths.get_input_directory())
-    for image in SAMPLE_IMAGES.iterdir() if SAMPLE_IMAGES.is_dir() else ():
+    """Copy the templates' small files to where Load Image and Load 3D find them, so that they run as they are."""
+    for file in (path for path in SAMPLE_IMAGES.rglob("*") if path.is_file()):
+        target = Path(folder_paths.get_input_directory()) / file.relative_to(SAMPLE_IMAGES)
         try:
-            if not (target / image.name).exists():
-                shutil.copyfile(image, target / image.name)
+            if not target.exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, target)
         except OSError as error:  # a read-only folder: the templates ask for images then
-            logger.warning("SLiMe: could not copy the sample image %s to %s (%s)", image.name, target, error)
+            logger.warning("SLiMe: could not copy the sample file %s to %s (%s)", file.name, target, error)
 
 
 def _folder() -> Path:

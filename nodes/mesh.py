@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..slime.errors import SlimeError
 from ..slime.examples import BACKGROUND, IGNORE, Example
+from ..slime.mesh.glb import read_glb
 from ..slime.mesh.parts import VoteSettings, face_probabilities, label_texture
 from ..slime.mesh.surface import Surface
 from ..slime.mesh.views import Camera, MeshViews, cameras_around, render_views
@@ -21,6 +22,7 @@ from ..slime.parts.palette import Color
 from .common import MESH, Examples, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
 
 MeshViewsSocket = io.Custom("SLIME_MESH_VIEWS")
+FILES = (io.Custom("FILE_3D_GLB"), io.Custom("FILE_3D"))  # of newer ComfyUI
 GREY: Color = (150, 150, 150)  # of the faces that belong to no part
 GAMMA = 2.2  # ComfyUI keeps vertex colours linear
 TEXTURE_SIDE = 1024
@@ -43,7 +45,12 @@ class SLiMeMeshViews(io.ComfyNode):
             "Parts to Mesh brings the parts back to the mesh.",
             search_aliases=["3d", "multi view", "render mesh", "mesh segmentation", "turntable"],
             inputs=[
-                io.Mesh.Input("mesh", tooltip="A mesh, with its texture or vertex colours if it has any."),
+                io.MultiType.Input(
+                    "mesh",
+                    types=[io.Mesh, *FILES],
+                    tooltip="A mesh, with its texture or vertex colours if it has any: a MESH, or a GLB file from "
+                    "Load 3D.",
+                ),
                 io.Int.Input("views", default=12, min=1, max=64, tooltip="Number of cameras around the mesh."),
                 io.Int.Input("size", default=512, min=64, max=2048, step=8, tooltip="Side of the images in pixels."),
                 io.Float.Input(
@@ -179,11 +186,17 @@ class SLiMePartsToMesh(io.ComfyNode):
 
 
 def surface_of(mesh: Any, index: int) -> Surface:
-    """Return one mesh of a MESH.
+    """Return one mesh of a MESH, or the mesh of a GLB file.
 
     Raises:
-        SlimeError: an index that there is not, or a mesh that :meth:`Surface.of` refuses.
+        SlimeError: an index that there is not, no mesh, or one that :func:`read_glb` or :meth:`Surface.of` refuses.
     """
+    if mesh is None:
+        raise SlimeError("There is no mesh. Choose a GLB file in Load 3D.")
+    if hasattr(mesh, "get_bytes"):  # a FILE_3D
+        if mesh.format != "glb":
+            raise SlimeError(f"SLiMe reads meshes from GLB files, and this is {mesh.format}. Convert it to GLB.")
+        return read_glb(mesh.get_bytes())
     count = len(mesh.vertices)
     if not 0 <= index < count:
         raise SlimeError(f"index is {index}, but the MESH holds {count} meshes: 0 to {count - 1}.")

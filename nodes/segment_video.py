@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import torch
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
-from ..slime.data.video_stream import LabelFrames, segment_stream
+from ..slime.data.run_log import partial_path
+from ..slime.data.video_stream import LabelFrames, check_model, segment_stream
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from ..slime.parts.draw import overlay
@@ -38,6 +41,7 @@ from .common import (
     schema,
     seed_input,
     show_text,
+    to_core,
 )
 from .files import save_path
 
@@ -63,7 +67,10 @@ class SLiMeSegmentVideo(io.ComfyNode):
                 Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
                 io.Video.Input("video", tooltip="From Load Video."),
                 io.String.Input(
-                    "name", default="video", tooltip="Name of the results in the folder output/slime_video."
+                    "name",
+                    default="video",
+                    tooltip="Name of the results in the folder output/slime_video. Choose another one after a change "
+                    "of the model or a LoRA.",
                 ),
                 io.Float.Input(
                     "smoothing",
@@ -84,6 +91,7 @@ class SLiMeSegmentVideo(io.ComfyNode):
                 io.String.Output(display_name="folder", tooltip="Folder of the label frames, for SLiMe Video Masks."),
                 io.Int.Output(display_name="frames", tooltip="Number of frames."),
             ],
+            is_output_node=True,
             hidden=[io.Hidden.unique_id],
         )
 
@@ -107,32 +115,40 @@ class SLiMeSegmentVideo(io.ComfyNode):
             embeddings = embeddings.completed(backbone)
             reader = VideoReader(video)
             folder = _folder(name, reader, embeddings, f"{settings}/{smoothing}")
-            target = LabelFrames.create(folder, embeddings.names, embeddings.palette)
-            total = reader.expected
-            bar = comfy.utils.ProgressBar(max(total, 1))
+            target = LabelFrames.create(folder, embeddings.names, embeddings.palette, reader.digest())
+            steps = 2 * max(reader.expected, 1)  # every frame is segmented and drawn
+            bar = comfy.utils.ProgressBar(steps)
 
-            def on_frame(done: int) -> None:
-                bar.update_absolute(min(done, total), max(total, 1))
+            def on_frame(done: int, doing: str = "segmented", before: int = 0) -> None:
+                bar.update_absolute(min(before + done, steps), steps)
                 if done % 10 == 0:
-                    show_text(cls.hidden.unique_id, f"Frame {done} of about {total}")
+                    show_text(cls.hidden.unique_id, f"Frame {done} of about {reader.expected} {doing}")
                 comfy.model_management.throw_exception_if_processing_interrupted()
 
             def tensors(start: int) -> Iterator[Tensor]:
                 for image, _ in reader.frames(start):
                     yield torch.from_numpy(image).float() / 255
 
+            def on_batch(done: int, total: int) -> None:
+                comfy.model_management.throw_exception_if_processing_interrupted()
+
             def find(frames: Tensor) -> PartMaps:
-                return segment(backbone, frames, embeddings, settings)[0]
+                return segment(backbone, frames, embeddings, settings, on_batch=on_batch)[0]
 
             path = folder / "overlay.mp4"
-            if not path.exists():  # it is written last: the video is done
-                if not segment_stream(tensors, find, target, smoothing, on_frame):
-                    raise SlimeError("The video has no frame that can be decoded. Is the file complete?")
-                reader.write_overlay(path, target)
-        count = target.count()
-        said = f"{count} frames in {folder}" + (f". {reader.remark}" if reader.remark else "")
+            there = target.complete and path.is_file() and path.stat().st_size > 0
+            if there:
+                check_model(tensors, find, target)
+            else:
+                count = segment_stream(tensors, find, target, smoothing, on_frame)
+                if not count:
+                    raise SlimeError(f"No frame of the video can be decoded. {reader.remark}".rstrip())
+                reader.write_overlay(path, target, lambda done: on_frame(done, "drawn", steps // 2))
+                target = replace(target, finished=count, remark=reader.remark)
+                target.save()
+        said = f"{target.finished} frames in {folder}{', from an earlier run' if there else ''}. {target.remark}"
         show_text(cls.hidden.unique_id, said)
-        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), str(folder), count)
+        return io.NodeOutput(InputImpl.VideoFromFile(str(path)), str(folder), target.finished)
 
 
 class SLiMeVideoMasks(io.ComfyNode):
@@ -147,30 +163,31 @@ class SLiMeVideoMasks(io.ComfyNode):
             search_aliases=["video mask", "load label frames", "frame range"],
             inputs=[
                 io.String.Input("folder", force_input=True, tooltip="From SLiMe Segment Video."),
-                io.Image.Input("images", tooltip="The same frames of the video, for nodes that draw or edit."),
+                io.Video.Input("video", tooltip="The video that SLiMe Segment Video was given."),
                 io.Int.Input("start", default=0, min=0, max=10_000_000, tooltip="First frame, from 0."),
+                io.Int.Input("count", default=16, min=1, max=4096, tooltip="Number of frames."),
             ],
-            outputs=parts_outputs(),
+            outputs=[*parts_outputs(), io.Image.Output(display_name="images", tooltip="The frames.")],
         )
 
     @classmethod
-    def execute(cls, folder: str, images: Tensor, start: int = 0) -> io.NodeOutput:
+    def execute(cls, folder: str, video: Any, start: int = 0, count: int = 16) -> io.NodeOutput:
         with named_errors("SLiMe Video Masks"):
-            frames = LabelFrames.open(_within_output(folder))
+            frames, reader = LabelFrames.open(_within_output(folder)), VideoReader(video)
             there = frames.count()
-            if start + len(images) > there:
-                raise SlimeError(
-                    f"Frames {start} to {start + len(images) - 1} are wanted, but there are 0 to {there - 1}. Connect "
-                    "fewer images, or lower start."
-                )
-            labels = torch.stack([torch.from_numpy(frames.read(start + index)) for index in range(len(images))])
-            if labels.shape[1:] != images.shape[1:3]:
-                raise SlimeError(
-                    f"The frames are {labels.shape[2]}x{labels.shape[1]}, the images "
-                    f"{images.shape[2]}x{images.shape[1]}. Connect the frames of the same video."
-                )
-        maps = PartMaps.of_labels(labels, frames.names, frames.palette)
-        return parts_result(cls, maps, images[..., :3].cpu().float())
+            if start >= there:
+                raise SlimeError(f"start is {start}, but there are {there} frames, from 0. Lower start.")
+            if frames.video != reader.digest():
+                raise SlimeError("The label frames belong to another video. Connect the one of SLiMe Segment Video.")
+            numbers = range(start, min(start + count, there))
+            labels = [torch.from_numpy(frames.read(number)) for number in numbers]
+            images = [torch.from_numpy(image).float() / 255 for image, _ in islice(reader.frames(start), len(numbers))]
+            if len({tuple(item.shape[:2]) for item in (*labels, *images)}) > 1:
+                raise SlimeError("The frames have several sizes. Choose frames of one size with start and count.")
+        maps = PartMaps.of_labels(torch.stack(labels), frames.names, frames.palette)
+        batch = torch.stack(images)
+        shown = parts_result(cls, maps, batch)
+        return io.NodeOutput(*shown.args, to_core(batch), ui=shown.ui)
 
 
 class VideoReader:
@@ -182,13 +199,18 @@ class VideoReader:
     """
 
     def __init__(self, video: Any) -> None:
-        self._video = video
         self.remark = ""
+        try:
+            self._source = video.get_stream_source()
+        except (ValueError, OSError, av.error.FFmpegError) as error:  # frames in memory that cannot be encoded
+            raise SlimeError(
+                f"The video cannot be read: {error}. Save it with Save Video, and load it with Load Video."
+            ) from error
         start, duration = getattr(video, "get_active_trim_window", lambda: (0.0, 0.0))()
         self._start, self._end = float(start), float(start) + float(duration) if duration else float("inf")
         with closing(self._open()) as container:
             stream = self._stream(container)
-            self._time_base = stream.time_base
+            self._time_base, self._aspect = stream.time_base, stream.sample_aspect_ratio
             self.rate = stream.average_rate or stream.guessed_rate or 24
             length = float(stream.duration * stream.time_base) if stream.duration else 0.0
             length = length or float((container.duration or 0) / av.time_base)
@@ -197,13 +219,12 @@ class VideoReader:
             self.expected = min(whole, round(window * float(self.rate))) if window > 0 else whole
 
     def _open(self) -> Any:
-        source = self._video.get_stream_source()
-        if hasattr(source, "seek"):
-            source.seek(0)
+        if hasattr(self._source, "seek"):
+            self._source.seek(0)
         try:
-            return av.open(source, mode="r")
+            return av.open(self._source, mode="r")
         except (OSError, av.error.FFmpegError) as error:
-            raise SlimeError(f"The video cannot be opened: {error}. Is the file complete?") from error
+            raise SlimeError(f"The video cannot be opened: {error}. Is it missing, cut off or no video?") from error
 
     @staticmethod
     def _stream(container: Any) -> Any:
@@ -214,59 +235,105 @@ class VideoReader:
         stream.thread_type = "AUTO"
         return stream
 
-    def stamp(self) -> str:
+    def digest(self) -> str:
         """Return a text that changes with the video."""
-        source = self._video.get_stream_source()
-        if isinstance(source, str):
-            about = Path(source).stat()
-            return f"{source}/{about.st_mtime_ns}/{about.st_size}/{self._start}/{self._end}"
-        return f"{hashlib.sha256(source.getvalue()).hexdigest()}/{self._start}/{self._end}"
+        if isinstance(self._source, str):
+            about = Path(self._source).stat()
+            of = f"{self._source}/{about.st_mtime_ns}/{about.st_size}".encode()
+        else:
+            of = self._source.getvalue()
+        return hashlib.sha256(of + f"/{self._start}/{self._end}".encode()).hexdigest()
 
     def frames(self, first: int = 0) -> Iterator[Frame]:
-        """Yield the frames from number ``first`` on; a file that is cut off ends with its last good frame."""
+        """Yield the frames from number ``first`` on; what cannot be decoded is left out, and said in ``remark``."""
+        step = max(1, round(1 / (self.rate * self._time_base)))  # of a frame, in units of the stream
+        number, last = 0, None
         with closing(self._open()) as container:
-            stream = self._stream(container)
-            number = 0
-            try:
-                for frame in container.decode(stream):
-                    time = float(frame.pts * stream.time_base) if frame.pts is not None else number / float(self.rate)
-                    if time >= self._end - 1e-6:
-                        return
-                    if time < self._start - 1e-6:
-                        continue
-                    if number >= first:
-                        turns = round(frame.rotation / 90) if frame.rotation else 0
-                        image = np.rot90(frame.to_ndarray(format="rgb24"), turns)
-                        yield np.ascontiguousarray(image), frame.pts if frame.pts is not None else number
-                    number += 1
-            except av.error.FFmpegError as error:
-                self.remark = f"The file is damaged after frame {number - 1} ({error})."
-                logger.warning("SLiMe: %s", self.remark)
+            for frame in self._decoded(container):
+                time = frame.pts if frame.pts is not None else number * step
+                seconds = float(time * self._time_base)
+                if seconds >= self._end - 1e-6:
+                    return
+                if seconds < self._start - 1e-6:
+                    continue
+                time = time if last is None or time > last else last + step
+                last = time
+                if number >= first:
+                    turns = round(frame.rotation / 90) if frame.rotation else 0
+                    yield np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), turns)), time
+                number += 1
 
-    def write_overlay(self, path: Path, labels: LabelFrames) -> None:
-        """Write the video with the parts drawn over it, frame by frame, at the times of the video."""
-        scratch = path.with_name(f"partial_{path.name}")
-        with av.open(str(scratch), mode="w") as container:
-            stream, last = None, -1
-            for number, (image, time) in enumerate(self.frames()):
-                height, width = (side - side % 2 for side in image.shape[:2])  # the codec needs even sides
-                if stream is None:
-                    stream = container.add_stream("libx264", rate=self.rate)
-                    stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-                    stream.codec_context.time_base = self._time_base
-                drawn = overlay(image, labels.read(number), labels.palette, opacity=OPACITY)[:height, :width]
-                frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(drawn), format="rgb24")
-                last = frame.pts = max(int(time), last + 1)
-                frame.time_base = self._time_base
-                container.mux(stream.encode(frame))
-            if stream is not None:
-                container.mux(stream.encode())
-        scratch.replace(path)
+    def _decoded(self, container: Any) -> Iterator[Any]:
+        stream, bad = self._stream(container), 0
+        try:
+            for packet in container.demux(stream):
+                try:
+                    yield from packet.decode()
+                except av.error.InvalidDataError:
+                    bad += 1
+        except av.error.FFmpegError as error:
+            self.remark = f"The file ends early ({error})."
+            logger.warning("SLiMe: %s", self.remark)
+        if bad:
+            self.remark = f"{bad} damaged frames were left out."
+            logger.warning("SLiMe: %s", self.remark)
+
+    def write_overlay(self, path: Path, labels: LabelFrames, on_frame: Callable[[int], None]) -> None:
+        """Write the video with the parts drawn over it, frame by frame, at the times of the video from 0.
+
+        Args:
+            path: of the MP4 file.
+            labels: of the frames; the overlay ends with them.
+            on_frame: called with the number of finished frames; an exception from it ends the work.
+
+        Raises:
+            SlimeError: label frames that are missing or of another size.
+        """
+        partial = partial_path(path)
+        try:
+            with av.open(str(partial), mode="w", format="mp4") as container:
+                stream, start = None, 0
+                for number, (image, time) in enumerate(islice(self.frames(), labels.count())):
+                    if stream is None:
+                        stream, start = self._overlay_stream(container, image), time
+                    drawn = overlay(image, _fitting(labels, number, image), labels.palette, opacity=OPACITY)
+                    drawn = np.ascontiguousarray(drawn[: stream.height, : stream.width])
+                    frame = av.VideoFrame.from_ndarray(drawn, format="rgb24")
+                    if (frame.height, frame.width) != (stream.height, stream.width):  # the size changes on the way
+                        frame = frame.reformat(stream.width, stream.height)
+                    frame.pts, frame.time_base = time - start, self._time_base
+                    container.mux(stream.encode(frame))
+                    on_frame(number + 1)
+                if stream is not None:
+                    container.mux(stream.encode())
+            partial.replace(path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def _overlay_stream(self, container: Any, image: np.ndarray) -> Any:
+        stream = container.add_stream("libx264", rate=self.rate)
+        stream.height, stream.width = (side - side % 2 for side in image.shape[:2])  # the codec needs even sides
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = self._time_base
+        if self._aspect:
+            stream.codec_context.sample_aspect_ratio = self._aspect
+        return stream
+
+
+def _fitting(labels: LabelFrames, number: int, image: np.ndarray) -> np.ndarray:
+    """Return the label map uint8 [H, W] of an image."""
+    found = labels.read(number)
+    if found.shape != image.shape[:2]:
+        raise SlimeError(
+            f"{labels.path(number)} has another size than the video. Delete it and run SLiMe Segment Video again."
+        )
+    return found
 
 
 def _folder(name: str, reader: VideoReader, embeddings: PartEmbeddings, settings: str) -> Path:
     """Return the folder of the results: the same for the same video, embeddings and settings."""
-    digest = hashlib.sha256(f"{reader.stamp()}/{embeddings.names}/{embeddings.extraction_key()}/{settings}".encode())
+    read = embeddings.names, embeddings.palette, embeddings.decoder, embeddings.example_confidence
+    digest = hashlib.sha256(f"{reader.digest()}/{read}/{embeddings.extraction_key()}/{settings}".encode())
     for group, vectors in sorted(embeddings.vectors.items()):
         digest.update(group.encode() + vectors.numpy().tobytes())
     stem = save_path(name, overwrite=True).stem
@@ -279,7 +346,8 @@ def _within_output(folder: str) -> Path:
     Raises:
         SlimeError: a folder elsewhere.
     """
-    root, path = Path(folder_paths.get_output_directory()).resolve(), Path(folder).resolve()
+    root = Path(folder_paths.get_output_directory()).resolve()
+    path = Path(folder.replace("\0", "")).resolve()
     if not path.is_relative_to(root):
         raise SlimeError(f"{folder} is not in ComfyUI's output folder. Connect the folder of SLiMe Segment Video.")
     return path

@@ -12,7 +12,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "example_workflows"
 SUBGRAPHS = ROOT / "subgraphs"
-WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING"}
+WIDGET_TYPES = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO", "COMFY_DYNAMICCOMBO_V3", "SLIME_PAINTING", "LOAD_3D"}
 VIEW, MARGIN = (1130, 560), (90, 150)  # room that a window of 1280 x 720 leaves beside ComfyUI's own bars
 READABLE = 0.65  # zoom; below 0.6 the classic canvas draws no text
 NONE: Mapping[str, dict[str, Any]] = {}

@@ -2,9 +2,9 @@
 
     python dev.py workflows [--pictures]
 
-The templates for SAM3 are written from a ComfyUI that has it (COMFYUI_DIR), the others from one that has not. With
-``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result becomes the
-thumbnail beside it.
+The templates for SAM3 and meshes are written from a ComfyUI that has these (COMFYUI_DIR), the others from one that has
+not. With ``--pictures`` the bundled images are rendered, every workflow is run on the tiny model, and its result
+becomes the thumbnail beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from testing.server import ComfyServer
 from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, blueprint, definition, to_editor
 
 from .run_workflows import results, thumbnail
-from .samples import CLIP, FIND, FIND_TOO, TESTED, WHEELS, painting, write_samples
+from .samples import CLIP, FIND, FIND_TOO, MESH, MESH_CAMERA, TESTED, WHEELS, mesh_painting, painting, write_samples
 
 CHECKPOINT = "v1-5-pruned-emaonly-fp16.safetensors"
 FLUX = "flux1-dev-fp8.safetensors"
@@ -50,6 +50,8 @@ SIZES = {
     "SLiMeSegment": (280, 660),
     "SLiMePartMask": (260, 620),
     "SLiMeSteadyParts": (110, 480),
+    "SLiMeSegmentVideo": (300, 330),
+    "SLiMeVideoMasks": (150, 480),
     "SLiMeLearnSam3Concept": (230, 430),
     "SLiMeSam3Prompt": (110, 130),
     "SLiMeSam3Refine": (180, 560),
@@ -57,6 +59,11 @@ SIZES = {
     "SLiMeTracksToParts": (90, 440),
     "SAM3_Detect": (220, 290),
     "SAM3_VideoTrack": (210, 260),
+    "Load3DAdvanced": (400, 450),
+    "SLiMeMeshViews": (160, 230),
+    "SLiMePartsToMesh": (150, 200),
+    "MeshToFile3D": (50, 60),
+    "Preview3D": (400, 460),
     "MaskPreview": (90, 330),
     "SLiMeOverlay": (110, 480),
     "SLiMeEvaluate": (110, 480),
@@ -382,6 +389,29 @@ def video() -> Page:
     return page
 
 
+def long_video() -> Page:
+    page = Page()
+    page.column("1  Load")
+    page.note(
+        f"{NEEDS} Any length: the frames are segmented one after the other and their label maps written to "
+        "output/slime_video; after a cancel, Run goes on.",
+        150,
+    )
+    model, embeddings = page.checkpoint(), page.load()
+    page.column()
+    clip = page.add("LoadVideo", file=CLIP)
+    page.column("2  Segment")
+    found = page.add(
+        "SLiMeSegmentVideo", model=[model, 0], vae=[model, 2], embeddings=[embeddings, 0], video=[clip, 0], name="car"
+    )
+    page.add("SaveVideo", video=[found, 0], filename_prefix="video/slime")
+    page.column("3  Masks of some frames")
+    masks = page.add("SLiMeVideoMasks", folder=[found, 1], video=[clip, 0], start=4, count=4)
+    page.column()
+    page.mask(masks, "wheel")
+    return page
+
+
 def measure_and_share() -> Page:
     page = Page()
     page.column("1  Load")
@@ -509,6 +539,7 @@ WORKFLOWS: dict[str, Callable[[], Page]] = {
     "8 Video": video,
     "9 Measure accuracy and share": measure_and_share,
     "10 Flux and other models": flow_model,
+    "14 Long video": long_video,
 }
 
 
@@ -579,17 +610,42 @@ def follow_with_sam3() -> Page:
     return page
 
 
-# Written and tested on a ComfyUI with SAM3 alone.
-SAM3_WORKFLOWS: dict[str, Callable[[], Page]] = {
+def parts_of_a_mesh() -> Page:
+    page = Page()
+    page.column("1  Mesh")
+    page.note(
+        "Needs ComfyUI 0.33 or newer and a checkpoint. Press Run: four parts are painted on the first view already. "
+        "For a mesh of your own (GLB) press the bin of the painter, run once, and paint.",
+        130,
+    )
+    loaded = page.add("Load3DAdvanced", model_file=MESH)
+    views = page.add("SLiMeMeshViews", mesh=[loaded, 0], **MESH_CAMERA._asdict())
+    page.column("2  Paint one view")
+    painter = page.add("SLiMePartPainter", image=[views, 1], painting=mesh_painting())
+    page.column("3  Segment all views")
+    model = page.checkpoint()
+    train = page.train(model, [painter, 0])
+    page.column()
+    parts = page.segment(model, train, [views, 0])
+    found = page.add("SLiMePartsToMesh", parts=[parts, 0], mesh_views=[views, 2], examples=[painter, 0])
+    page.column("4  Look at it")
+    file = page.add("MeshToFile3D", mesh=[found, 0])
+    page.add("Preview3D", model_file=[file, 0])
+    return page
+
+
+# Written and tested on a newer ComfyUI alone: with SAM3, and meshes that have colours.
+NEWER_WORKFLOWS: dict[str, Callable[[], Page]] = {
     "11 Learn a SAM3 concept": learn_a_concept,
     "12 Refine parts with SAM3": refine_with_sam3,
     "13 Follow parts with SAM3": follow_with_sam3,
+    "15 Paint one view of a mesh": parts_of_a_mesh,
 }
 
 
 def workflows_for(info: dict[str, Any]) -> dict[str, Callable[[], Page]]:
-    """Return the workflows whose files a ComfyUI with these nodes writes: SAM3's, or all others."""
-    return SAM3_WORKFLOWS if "SAM3_Detect" in info else WORKFLOWS
+    """Return the workflows whose files a ComfyUI with these nodes writes: those for newer ones, or all others."""
+    return NEWER_WORKFLOWS if "SAM3_Detect" in info else WORKFLOWS
 
 
 def learn_blueprint() -> dict[str, Any]:

@@ -15,7 +15,7 @@ from testing.server import MODEL, ComfyServer
 from testing.tiny.weights import flow_checkpoint
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
-from .samples import PICTURES, painted_sample
+from .samples import MESH_CAMERA, MESH_VIEW, PICTURES, painted_mesh, painted_sample
 
 DOMAIN = "car"
 FIRST = "1 Paint parts and find them"
@@ -97,16 +97,23 @@ def results(server: ComfyServer, names: Sequence[str]) -> dict[str, list[Image.I
         for node in prompt.values():
             if node["class_type"] == "SLiMeSaveEmbeddings":
                 node["inputs"]["filename"] = "for_the_picture"
+        for mesh in find_all(prompt, "SLiMePartsToMesh"):  # shown from four sides
+            around = {"mesh": [mesh, 0], "views": 4, "size": SIDE, **MESH_CAMERA._asdict()}
+            prompt["900"] = {"class_type": "SLiMeMeshViews", "inputs": around}
+            prompt["901"] = {"class_type": "PreviewImage", "inputs": {"images": ["900", 0]}}
         outputs = server.run(prompt, 1800)
         labelled = {tuple(n["inputs"]["image"]) for n in prompt.values() if n["class_type"] == "SLiMeExample"}
         batch = "ImageBatch" in {node["class_type"] for node in prompt.values()}
-        found[name] = [] if find_all(prompt, "LoadImage") or find_all(prompt, "LoadVideo") else [painted_sample()]
+        loads = ("LoadImage", "LoadVideo", "Load3DAdvanced")
+        found[name] = [] if any(find_all(prompt, kind) for kind in loads) else [painted_sample()]
         for node_id, node in prompt.items():
             shown = pictures(server, outputs.get(node_id, {}))[: 2 if batch else 1]
             if name in SHOWN_AS_NODES and node["class_type"] == "SaveImage" or batch and "Mask" in node["class_type"]:
                 shown = []
             if node["class_type"] == "SLiMePartPainter" and node["inputs"]["painting"]:
-                shown = [painted_sample()]
+                shown = [painted_mesh() if MESH_VIEW in node["inputs"]["painting"] else painted_sample()]
+            if node_id == "901" or node["class_type"] == "SLiMeVideoMasks":
+                shown = pictures(server, outputs[node_id])[:2]
             if node["class_type"] == "LoadImage" and (node_id, 0) not in labelled:
                 shown = [Image.open(PICTURES / node["inputs"]["image"]).convert("RGB")]
             found[name] += shown

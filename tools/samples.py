@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
+from slime.mesh.glb import read_glb
+from slime.mesh.views import Camera, MeshViews, render_views
 from slime.parts.draw import overlay
 from slime.parts.palette import default_palette
 from slime.parts.runs import encode_runs
-from testing import scenes, splits
+from testing import glb, meshes, scenes, splits
 from testing.clips import clip
 from testing.workflows import FOLDER
 
@@ -21,6 +25,8 @@ EXAMPLE, FIND, FIND_TOO = "slime_example.jpg", "slime_find.jpg", "slime_find_2.j
 WHEELS = ("slime_wheels_1.webp", "slime_wheels_2.webp")
 TESTED = "slime_test.webp"
 CLIP, FRAMES = "slime_car.mp4", 12
+MESH, MESH_SEED, MESH_VIEW = "3d/slime_car.glb", 6, "slime_car_view.jpg"
+MESH_CAMERA = Camera(azimuth=30.0, elevation=30.0)
 SCENES = {EXAMPLE: 57, FIND: 53, FIND_TOO: 50, WHEELS[0]: 57, WHEELS[1]: 59, TESTED: 55}
 
 
@@ -32,6 +38,9 @@ def write_samples() -> None:
     """Write the images: JPEG as they are, WebP with the wheels as mask, transparent as Load Image reads masks."""
     PICTURES.mkdir(parents=True, exist_ok=True)
     write_clip()
+    (PICTURES / MESH).parent.mkdir(exist_ok=True)
+    (PICTURES / MESH).write_bytes(glb.colored(meshes.build(DOMAIN, MESH_SEED)[0]))
+    Image.fromarray((mesh_view().images[0] * 255).byte().numpy()).save(PICTURES / MESH_VIEW, quality=88)
     for file in SCENES:
         scene = sample(file)
         if file.endswith(".jpg"):
@@ -57,6 +66,11 @@ def write_clip() -> None:
             file.mux(packet)
 
 
+def mesh_view() -> MeshViews:
+    """Return the mesh as SLiMe Mesh Views shows it first."""
+    return render_views(read_glb((PICTURES / MESH).read_bytes()), [MESH_CAMERA], SIDE)
+
+
 def painted_labels() -> np.ndarray:
     """Return the label map of the first image, with the parts that are painted."""
     scene = sample(EXAMPLE)
@@ -74,12 +88,33 @@ def painted_sample() -> Image.Image:
 
 def painting() -> str:
     """Return the text that SLiMe Part Painter saves when the parts of the first image are painted."""
-    labels = painted_labels()
-    colors = default_palette(len(PAINTED))
+    return _saved(EXAMPLE, PAINTED, painted_labels())
+
+
+def mesh_labels() -> np.ndarray:
+    """Return the label map of the mesh's first view."""
+    faces = mesh_view().faces[0].long()
+    labels = meshes.build(DOMAIN, MESH_SEED)[1][faces.clamp(min=0)]
+    return torch.where(faces >= 0, labels, 0).byte().numpy()
+
+
+def painted_mesh() -> Image.Image:
+    """Return the mesh's first view as the painter shows it."""
+    names, image = meshes.PARTS[DOMAIN], (mesh_view().images[0] * 255).byte().numpy()
+    return Image.fromarray(overlay(image, mesh_labels(), default_palette(len(names)), names))
+
+
+def mesh_painting() -> str:
+    """Return the text that SLiMe Part Painter saves when the parts of the mesh's first view are painted."""
+    return _saved(MESH_VIEW, meshes.PARTS[DOMAIN], mesh_labels())
+
+
+def _saved(image: str, names: Sequence[str], labels: np.ndarray) -> str:
+    colors = default_palette(len(names))
     saved = {
         "version": 1,
-        "image": {"name": EXAMPLE, "subfolder": "", "type": "input"},
-        "parts": [{"name": n, "color": "#" + bytes(c).hex()} for n, c in zip(PAINTED, colors, strict=True)],
+        "image": {"name": image, "subfolder": "", "type": "input"},
+        "parts": [{"name": n, "color": "#" + bytes(c).hex()} for n, c in zip(names, colors, strict=True)],
         "width": SIDE,
         "height": SIDE,
         "runs": encode_runs(labels),

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +20,11 @@ from ..parts.video import stillness
 from .formats.base import png
 from .run_log import write_whole
 
-CHUNK_VALUES = 2**24  # of pixel values in a chunk of frames: 64 MB
+CHUNK_VALUES, CHUNK_FRAMES = 2**24, 16  # most pixel values (64 MB) and frames that are segmented at once
 ABOUT = "parts.json"
+FORGOTTEN = 0.02  # weight of a frame in the average below which it no longer counts
+LAST = 16  # frames whose files a crash may have left half written
+SAME_MODEL = 0.99  # share of the first frame's pixels that must come out again
 
 
 class StreamSmoother:
@@ -35,9 +38,9 @@ class StreamSmoother:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, probabilities: Tensor, frame: Tensor) -> Tensor:
-        """Return the averaged probabilities [K, H, W] of the next frame [H, W, 3]."""
+        """Return the averaged probabilities [K, H, W] of the next frame [H, W, 3]; another size starts anew."""
         if self._strength > 0:
-            if self._last is not None:
+            if self._last is not None and self._last[1].shape == frame.shape:
                 before, last = self._last
                 weight = self._strength * stillness(torch.stack([last, frame]))[0]
                 probabilities = torch.lerp(probabilities, before, weight)
@@ -47,11 +50,22 @@ class StreamSmoother:
 
 @dataclass(frozen=True)
 class LabelFrames:
-    """Label frames of a video in a folder: PNG files in the parts' colours, numbered from 0, and their names."""
+    """Label frames of a video in a folder: PNG files in the parts' colours, numbered from 0.
+
+    Attributes:
+        folder: where they are.
+        names, palette: of the parts.
+        video: digest of the video, or "".
+        finished: number of frames when all are there, 0 before.
+        remark: what was wrong with the video.
+    """
 
     folder: Path
     names: tuple[str, ...]
     palette: tuple[Color, ...]
+    video: str = ""
+    finished: int = 0
+    remark: str = ""
 
     def path(self, number: int) -> Path:
         return self.folder / f"{number:06d}.png"
@@ -63,27 +77,68 @@ class LabelFrames:
             number += 1
         return number
 
+    @property
+    def complete(self) -> bool:
+        """Whether all frames of the video are there."""
+        return 0 < self.finished <= self.count()
+
     def write(self, number: int, labels: np.ndarray) -> None:
-        """Write labels uint8 [H, W]; no half-written file has the real name."""
-        write_whole(self.path(number), png(labels, ((0, 0, 0), *self.palette)))
+        """Write labels uint8 [H, W]; no half-written file has the real name.
+
+        Raises:
+            SlimeError: the disk is full or read-only.
+        """
+        try:
+            write_whole(self.path(number), png(labels, ((0, 0, 0), *self.palette)))
+        except OSError as error:
+            raise SlimeError(
+                f"Frame {number} cannot be written: {error}. Free some space and run again; finished frames are kept."
+            ) from error
 
     def read(self, number: int) -> np.ndarray:
         """Return labels uint8 [H, W].
 
         Raises:
-            SlimeError: a frame that is not there, or is damaged.
+            SlimeError: a frame that is not there, is damaged, or is no label map.
         """
         try:
             with Image.open(self.path(number)) as picture:
-                return np.array(picture)
+                labels = np.array(picture)
         except OSError as error:
-            raise SlimeError(f"Frame {number} is missing or damaged in {self.folder}: {error}.") from error
+            raise SlimeError(
+                f"{self.path(number)} is missing or damaged: {error}. Delete it and run SLiMe Segment Video again."
+            ) from error
+        if labels.ndim != 2 or labels.dtype != np.uint8 or labels.max(initial=0) > len(self.names):
+            raise SlimeError(
+                f"{self.path(number)} is no label map any more. Delete it and run SLiMe Segment Video again."
+            )
+        return labels
+
+    def drop_damaged(self) -> None:
+        """Delete those of the last frames that a crash has left half written."""
+        for path in sorted(self.folder.glob("[0-9]*.png"))[-LAST:]:
+            try:
+                self.read(int(path.stem))
+            except SlimeError:
+                path.unlink()
 
     @classmethod
-    def create(cls, folder: Path, names: Sequence[str], palette: Sequence[Color]) -> LabelFrames:
-        about = {"names": list(names), "palette": [list(color) for color in palette]}
-        write_whole(folder / ABOUT, json.dumps(about).encode())
-        return cls(folder, tuple(names), tuple(palette))
+    def create(cls, folder: Path, names: Sequence[str], palette: Sequence[Color], video: str = "") -> LabelFrames:
+        """Return the frames in a folder; those that are there for these parts and this video stay."""
+        made = cls(folder, tuple(names), tuple(palette), video)
+        try:
+            there = cls.open(folder)
+            if replace(there, finished=0, remark="") == made:
+                return there
+        except SlimeError:
+            pass
+        made.save()
+        return made
+
+    def save(self) -> None:
+        about = {"names": self.names, "palette": self.palette, "video": self.video}
+        text = json.dumps(about | {"frames": self.finished, "remark": self.remark})
+        write_whole(self.folder / ABOUT, text.encode())
 
     @classmethod
     def open(cls, folder: Path) -> LabelFrames:
@@ -94,7 +149,9 @@ class LabelFrames:
         """
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            return cls(folder, tuple(about["names"]), tuple(tuple(color) for color in about["palette"]))
+            palette = tuple(tuple(color) for color in about["palette"])
+            more = str(about["video"]), int(about["frames"]), str(about["remark"])
+            return cls(folder, tuple(about["names"]), palette, *more)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise SlimeError(f"There are no label frames of SLiMe Segment Video in {folder}.") from error
 
@@ -114,9 +171,15 @@ def segment_stream(
         target: where label frames go; those that are there stay.
         strength: of :class:`StreamSmoother`.
         on_frame: called with the number of finished frames; an exception from it ends the work.
+
+    Raises:
+        SlimeError: the frames that are there were made with another model; the disk is full.
     """
+    target.drop_damaged()
     done = target.count()
-    first = max(0, done - 1) if strength > 0 else done  # the last frame again, for the average to start from
+    if done:
+        check_model(frames, segment, target)
+    first = max(0, done - _lead(strength))
     smoother, number = StreamSmoother(strength), first
     for chunk in _chunks(frames(first)):
         maps = segment(chunk)
@@ -126,16 +189,43 @@ def segment_stream(
                 labels = smoother(maps.full_size(part)[0], chunk[index]).argmax(0).byte()
             else:
                 labels = maps.full_size.labels(part)[0]
-            if number >= done:
+            if not target.path(number).is_file():
                 target.write(number, labels.numpy())
             number += 1
             on_frame(number)
     return target.count()
 
 
+def check_model(
+    frames: Callable[[int], Iterable[Tensor]], segment: Callable[[Tensor], PartMaps], target: LabelFrames
+) -> None:
+    """Segment the first frame again, and compare.
+
+    Raises:
+        SlimeError: the target's first frame was made with another model.
+    """
+    for frame in frames(0):
+        found, before = segment(frame[None]).label_map[0].numpy(), target.read(0)
+        if found.shape != before.shape or (found == before).mean() < SAME_MODEL:
+            raise SlimeError(
+                f"The label frames in {target.folder} were made with another model or LoRA. Choose another name."
+            )
+        return
+
+
+def _lead(strength: float) -> int:
+    """Return how many finished frames the average needs to go on as if it had never stopped."""
+    return math.ceil(math.log(FORGOTTEN) / math.log(strength)) if strength > 0 else 0
+
+
 def _chunks(frames: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Yield batches of frames that take a fixed memory."""
-    rest = iter(frames)
-    for frame in rest:
-        size = max(1, CHUNK_VALUES // frame.numel())
-        yield torch.stack([frame, *islice(rest, size - 1)])
+    """Yield batches of frames of one size that take a fixed memory."""
+    chunk: list[Tensor] = []
+    for frame in frames:
+        most = min(CHUNK_FRAMES, max(1, CHUNK_VALUES // frame.numel()))
+        if chunk and (chunk[0].shape != frame.shape or len(chunk) >= most):
+            yield torch.stack(chunk)
+            chunk = []
+        chunk.append(frame)
+    if chunk:
+        yield torch.stack(chunk)

@@ -13,7 +13,7 @@ import pytest
 
 from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all, train_briefly
 from testing.workflows import find, load_workflow
-from tools.make_workflows import BLUEPRINTS, SAM3_WORKFLOWS, WORKFLOWS
+from tools.make_workflows import BLUEPRINTS, NEWER_WORKFLOWS, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
 
 pytestmark = NEEDED
@@ -126,9 +126,9 @@ def test_nodes_speak_the_language_that_was_chosen(canvas) -> None:
         canvas.page.wait_for_timeout(1000)  # the front end brings back what was open
 
 
-@pytest.mark.parametrize("name", [*WORKFLOWS, *SAM3_WORKFLOWS])
+@pytest.mark.parametrize("name", [*WORKFLOWS, *NEWER_WORKFLOWS])
 def test_every_template_opens_and_runs(canvas, name) -> None:
-    if name in SAM3_WORKFLOWS and "SAM3_Detect" not in canvas.server.get("/object_info"):
+    if name in NEWER_WORKFLOWS and "SAM3_Detect" not in canvas.server.get("/object_info"):
         pytest.skip("this ComfyUI has no SAM3")
     shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
     open_template(canvas, name)
@@ -138,7 +138,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     show_all(canvas, f"{name}_before")
     assert overlaps(canvas) == []
     # Both canvases open every template; one of them runs it. Those for SAM3 run in tests/server.
-    if name in SAM3_WORKFLOWS or list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
+    if name in NEWER_WORKFLOWS or list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
         return
     fill_in(canvas, prepare(canvas.server, name))
     train_briefly(canvas)

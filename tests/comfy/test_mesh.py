@@ -11,7 +11,7 @@ import torch
 from slime import Example, SlimeError
 from slime.parts.maps import CertainMaps, PartMaps
 from slime.parts.palette import default_palette
-from testing import meshes
+from testing import glb, meshes
 
 NAMES = meshes.PARTS["car"]
 
@@ -80,3 +80,25 @@ def test_batches_of_meshes_of_different_sizes(nodes, in_inference_mode) -> None:
         nodes.surface_of(mesh, 2)
     textured = Types.MESH(vertices, faces, uvs=torch.rand(2, 5, 2), texture=torch.rand(1, 8, 8, 3), **counts)
     assert nodes.surface_of(textured, 1).texture.shape == (8, 8, 3)
+
+
+def test_glb_files_of_load_3d(nodes, in_inference_mode, tmp_path) -> None:
+    """As a file on disk, and in memory as Create 3D File gives it; what core writes is read back."""
+    from io import BytesIO
+
+    from comfy_api.latest import Types
+    from comfy_extras.nodes_save_3d import mesh_item_to_glb_bytes
+
+    surface, _ = meshes.build("car", 5)
+    path = tmp_path / "car.glb"
+    path.write_bytes(glb.colored(surface))
+    found = nodes.surface_of(Types.File3D(str(path)), 0)
+    assert torch.allclose(found.vertices[found.faces], surface.vertices[surface.faces], atol=1e-6)
+    mesh = nodes.colored_mesh(surface, surface.colors[:, 0])
+    again = nodes.surface_of(Types.File3D(BytesIO(mesh_item_to_glb_bytes(mesh, 0)), "glb"), 0)
+    assert torch.allclose(again.vertices[again.faces], surface.vertices[surface.faces], atol=1e-6)
+    assert torch.allclose(again.colors, surface.colors, atol=0.06)
+    with pytest.raises(SlimeError, match="from GLB files, and this is obj"):
+        nodes.surface_of(Types.File3D(BytesIO(b""), "obj"), 0)
+    with pytest.raises(SlimeError, match="Choose a GLB file in Load 3D"):
+        nodes.surface_of(None, 0)
