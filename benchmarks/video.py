@@ -4,8 +4,8 @@
     python dev.py benchmark video --stream 300
 
 A clip is a scene seen by a moving camera, with sensor noise. Flicker is the share of pixels whose label changes from
-one frame to the next although the true label does not. "In a stream" averages with the frames before alone, as SLiMe
-Segment Video does; a part of the clips has an object that moves before a place that stands still.
+one frame to the next although the true label does not. A part of the clips has an object that moves before a place that
+stands still.
 
 With ``--stream`` a video of that many frames of 1920 x 1080 pixels goes through SLiMe Segment Video's reader, label
 frames and overlay, with a threshold in place of a model: the peak of main memory is printed, and the frames a second.
@@ -26,7 +26,7 @@ import numpy as np
 import torch
 
 from slime import SegmentSettings, segment
-from slime.data.video_stream import LabelFrames, StreamSmoother, segment_stream
+from slime.data.video_stream import LabelFrames, segment_stream
 from slime.parts.maps import DenseMaps, PartMaps
 from slime.parts.metrics import evaluate
 from slime.parts.palette import default_palette
@@ -82,10 +82,6 @@ def main() -> None:
             for strength in options.strengths:
                 smooth = smooth_video_parts(together, frames, strength)
                 note((kind, f"smoothed by {strength}"), list(smooth.label_map.numpy()), truth, classes)
-                smoother = StreamSmoother(strength)
-                pairs = zip(together.probabilities, frames, strict=True)
-                streamed = [smoother(maps, frame).argmax(0).byte().numpy() for maps, frame in pairs]
-                note((kind, f"in a stream by {strength}"), streamed, truth, classes)
     head = ["moves", "method", "flicker, % of still pixels", "part mIoU"]
     means = [(*name, *np.mean(values, 0)) for name, values in sorted(rows.items(), key=lambda item: item[0][0])]
     say_table(head, ([kind, name, f"{100 * shaky:.2f}", f"{iou:.3f}"] for kind, name, shaky, iou in means))
@@ -127,7 +123,7 @@ def measure_stream(count: int) -> None:
 
         done = segment_stream(tensors, found, labels, 0.7, watch)
         middle = time.monotonic()
-        reader.write_overlay(Path(folder) / "overlay.mp4", labels)
+        reader.write_overlay(Path(folder) / "overlay.mp4", labels, lambda done: None)
         peaks.append(resident())
         rates = done / (middle - start), done / (time.monotonic() - middle)
         early = max(peaks[: count // 10 + 1])

@@ -78,7 +78,7 @@ class SLiMeSegmentVideo(io.ComfyNode):
                     min=0.0,
                     max=0.95,
                     step=0.05,
-                    tooltip="Weight of the frame before where nothing moves; 0 = off.",
+                    tooltip="Weight of the frames before; 0 = off.",
                 ),
                 refine_input(),
                 seed_input(),

@@ -15,7 +15,7 @@ class SLiMeSteadyParts(io.ComfyNode):
             node_id="SLiMeSteadyParts",
             category=ADVANCED,
             display_name="SLiMe Smooth Video Parts",
-            description="Reduces flicker of video masks: neighbouring frames are averaged where nothing moves.",
+            description="Reduces flicker of video masks: frames are averaged with those before, along the motion.",
             search_aliases=["steady parts", "video mask", "temporal smoothing", "flicker", "video segmentation"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment, the frames of a video as one batch."),
@@ -25,7 +25,7 @@ class SLiMeSteadyParts(io.ComfyNode):
                     min=0.0,
                     max=0.95,
                     step=0.05,
-                    tooltip="Weight of neighbouring frames where nothing moves; 0 = off.",
+                    tooltip="Weight of the frames before; 0 = off.",
                 ),
             ],
             outputs=parts_outputs(),

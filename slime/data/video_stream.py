@@ -16,7 +16,7 @@ from torch import Tensor
 from ..errors import SlimeError
 from ..parts.maps import PartMaps
 from ..parts.palette import Color
-from ..parts.video import stillness
+from ..parts.video import VideoSmoother
 from .formats.base import png
 from .run_log import write_whole
 
@@ -25,27 +25,6 @@ ABOUT = "parts.json"
 FORGOTTEN = 0.02  # weight of a frame in the average below which it no longer counts
 LAST = 16  # frames whose files a crash may have left half written
 SAME_MODEL = 0.99  # share of the first frame's pixels that must come out again
-
-
-class StreamSmoother:
-    """Averages the probabilities of a frame with those before it where the picture stands still.
-
-    Unlike :func:`slime.parts.video.smooth_video_parts` it needs no later frames.
-    """
-
-    def __init__(self, strength: float) -> None:
-        self._strength = strength
-        self._last: tuple[Tensor, Tensor] | None = None
-
-    def __call__(self, probabilities: Tensor, frame: Tensor) -> Tensor:
-        """Return the averaged probabilities [K, H, W] of the next frame [H, W, 3]; another size starts anew."""
-        if self._strength > 0:
-            if self._last is not None and self._last[1].shape == frame.shape:
-                before, last = self._last
-                weight = self._strength * stillness(torch.stack([last, frame]))[0]
-                probabilities = torch.lerp(probabilities, before, weight)
-            self._last = probabilities, frame
-        return probabilities
 
 
 @dataclass(frozen=True)
@@ -169,7 +148,7 @@ def segment_stream(
         frames: gives the frames [H, W, 3] from a number on.
         segment: finds the parts in a batch of frames.
         target: where label frames go; those that are there stay.
-        strength: of :class:`StreamSmoother`.
+        strength: of :class:`VideoSmoother`.
         on_frame: called with the number of finished frames; an exception from it ends the work.
 
     Raises:
@@ -180,7 +159,7 @@ def segment_stream(
     if done:
         check_model(frames, segment, target)
     first = max(0, done - _lead(strength))
-    smoother, number = StreamSmoother(strength), first
+    smoother, number = VideoSmoother(strength), first
     for chunk in _chunks(frames(first)):
         maps = segment(chunk)
         for index in range(len(chunk)):
@@ -189,7 +168,9 @@ def segment_stream(
                 labels = smoother(maps.full_size(part)[0], chunk[index]).argmax(0).byte()
             else:
                 labels = maps.full_size.labels(part)[0]
-            if not target.path(number).is_file():
+            if target.path(number).is_file():
+                smoother.set_labels(torch.from_numpy(target.read(number)))
+            else:
                 target.write(number, labels.numpy())
             number += 1
             on_frame(number)

@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all, train_briefly
+from testing.server import MODEL
 from testing.workflows import find, load_workflow
 from tools.make_workflows import BLUEPRINTS, NEWER_WORKFLOWS, WORKFLOWS
 from tools.run_workflows import EMBEDDINGS, FIRST, learn_parts, prepare
+from tools.samples import FIND
 
 pytestmark = NEEDED
 
@@ -207,6 +209,38 @@ def test_subgraph_blueprints_can_be_added(canvas) -> None:
         # Some versions write the inner node's number before a widget's name.
         assert [widget for _, widget in described["widgets"]] == [name.split(": ")[-1] for name in node["widgets"]]
         canvas.shot(name)
+
+
+def test_a_blueprint_runs_with_what_is_set_on_its_face(canvas) -> None:
+    shutil.copyfile(learned_file(canvas), canvas.server.base / "models" / "slime" / EMBEDDINGS)
+    canvas.load(json.loads((ROOT / "subgraphs" / "SLiMe One Shot Find Parts.json").read_text(encoding="utf-8")))
+    canvas.js(
+        """([checkpoint, image, embeddings]) => {
+            const blueprint = app.graph.nodes[0];
+            blueprint.pos = [500, 100];
+            const add = (kind, y, value) => {
+                const node = LiteGraph.createNode(kind);
+                node.pos = [100, y];
+                app.graph.add(node);
+                if (value) node.widgets[0].value = value;
+                return node;
+            };
+            const loader = add("CheckpointLoaderSimple", 100, checkpoint);
+            loader.connect(0, blueprint, "model");
+            loader.connect(2, blueprint, "vae");
+            add("SLiMeLoadEmbeddings", 300, embeddings).connect(0, blueprint, "embeddings");
+            add("LoadImage", 500, image).connect(0, blueprint, "image");
+            blueprint.widgets.find(widget => widget.name.endsWith("names")).value = "wheel";
+        }""",
+        [MODEL.name, FIND, EMBEDDINGS],
+    )
+    canvas.page.wait_for_timeout(500)
+    sent = canvas.js("async () => (await app.graphToPrompt()).output")
+    (mask,) = (node for node in sent.values() if node["class_type"] == "SLiMePartMask")
+    assert mask["inputs"]["names"] == "wheel"
+    entry = canvas.run(300)
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    show_all(canvas, "blueprint_after")
 
 
 SEEN = """id => { const node = app.graph.getNodeById(id);

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from slime import SlimeError
-from slime.data.video_stream import LabelFrames, StreamSmoother, segment_stream
+from slime.data.video_stream import LabelFrames, segment_stream
 from slime.parts.maps import CertainMaps, DenseMaps, PartMaps
 from slime.parts.palette import default_palette
 
@@ -286,15 +286,6 @@ def test_the_size_may_change_on_the_way(reader, tmp_path) -> None:
     target = LabelFrames.create(tmp_path, ["square"], default_palette(1))
     assert segment_stream(lambda start: frames[start:], found_in, target, 0.7) == 5
     assert [target.read(number).shape[0] for number in range(5)] == [8, 8, 12, 12, 8]
-
-
-def test_smoothing_holds_what_flickers_and_lets_go_of_what_moves() -> None:
-    still = torch.full((32, 32, 3), 0.5)
-    smoother, sure, unsure = StreamSmoother(0.7), torch.full((2, 32, 32), 0.9), torch.full((2, 32, 32), 0.4)
-    assert torch.equal(smoother(sure, still), sure)
-    assert torch.allclose(smoother(unsure, still), torch.tensor(0.3 * 0.4 + 0.7 * 0.9))
-    moved = still + 0.4
-    assert torch.allclose(smoother(unsure, moved), unsure, atol=1e-3)
 
 
 def test_masks_of_some_frames(reader, tmp_path, monkeypatch) -> None:

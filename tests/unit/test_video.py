@@ -8,7 +8,7 @@ import torch
 from benchmarks.video import flicker
 from slime.parts.maps import DenseMaps, PartMaps
 from slime.parts.palette import default_palette
-from slime.parts.video import smooth_video_parts, stillness
+from slime.parts.video import VideoSmoother, smooth_video_parts, stillness
 from testing.clips import clip
 
 
@@ -44,7 +44,34 @@ def test_nothing_trails_behind_what_moves() -> None:
     maps = PartMaps(DenseMaps(0.8 * one_hot + 0.1), ("a",), default_palette(1), torch.ones(6, 1))
     steady = smooth_video_parts(maps, frames, 0.9)
     assert (steady.label_map == truth).float().mean() > 0.99
-    assert stillness(frames).min() < 0.01 and stillness(frames)[0, 0, 16, 60] > 0.99
+    still = stillness(frames[0], frames[1])
+    assert still.min() < 0.01 and still[16, 60] > 0.99
+
+
+def test_averages_follow_what_moves() -> None:
+    """A textured square that moves 3 pixels a frame, its part unsure in every second frame."""
+    texture = torch.rand(24, 24, 3, generator=torch.Generator().manual_seed(1))
+    smoother, found = VideoSmoother(0.8), []
+    for number in range(8):
+        frame, inside = torch.full((48, 64, 3), 0.5), torch.zeros(48, 64)
+        frame[12:36, 4 + 3 * number : 28 + 3 * number] = texture
+        inside[12:36, 4 + 3 * number : 28 + 3 * number] = 0.95 if number % 2 == 0 else 0.42
+        smooth = smoother(torch.stack([1 - inside, inside]), frame)
+        torch.testing.assert_close(smooth.sum(0), torch.ones(48, 64))
+        found.append((smooth.argmax(0) == (inside > 0)).float().mean())
+    assert min(found) > 0.99
+
+
+def test_a_label_stays_unless_another_wins_clearly() -> None:
+    still, smoother = torch.full((32, 32, 3), 0.5), VideoSmoother(0.7)
+    sure, unsure = torch.tensor([0.1, 0.9])[:, None, None], torch.tensor([0.7, 0.3])[:, None, None]
+    sure, unsure = sure.expand(2, 32, 32), unsure.expand(2, 32, 32)
+    assert torch.equal(smoother(sure, still), sure)
+    kept = [bool(smoother(unsure, still).argmax(0).all()) for _ in range(12)]
+    assert kept[0] and not kept[-1]  # it holds for some frames, and lets go
+    smoother(sure, still)
+    assert not smoother(unsure, still + 0.4).argmax(0).any()  # where the picture changes, at once
+    assert torch.equal(smoother(unsure[:, :8], still[:8]), unsure[:, :8])  # another size starts anew
 
 
 def test_clips_move_and_carry_their_labels() -> None:
