@@ -1,6 +1,7 @@
 """Measure the parts of 3D meshes from one painted view, on meshes built by code (testing/meshes.py).
 
     python dev.py benchmark mesh [--meshes 10] [--views 1 4 12 24] [--json FILE] [--picture FILE]
+    python dev.py benchmark mesh --speed 100000
 
 The true parts of one view are the example; the test bed's model is trained on it as SLiMe Train does by default, and
 segments all views: (a) of the same mesh, (b) of another mesh of the domain. Against that, on (a) alone: the painted
@@ -12,6 +13,7 @@ count all alike. Accuracy and mIoU are by the area of the faces; the background 
 from __future__ import annotations
 
 import argparse
+import time
 from pathlib import Path
 
 import numpy as np
@@ -139,6 +141,31 @@ def draw(backbone: object, path: Path) -> None:
     Image.fromarray(np.vstack(rows)).save(path, quality=88)
 
 
+def measure_speed(backbone: object, count: int) -> None:
+    """Print how long each step takes for a ball of about ``count`` faces and 24 views of 512 pixels."""
+    steps = round((count / 4) ** 0.5)
+    v, u = torch.meshgrid(torch.linspace(0.01, 3.13, steps + 1), torch.linspace(0, 6.28, 2 * steps + 1), indexing="ij")
+    builder = meshes.Builder(np.random.default_rng(0))
+    ball = torch.stack([v.sin() * u.cos(), v.cos(), v.sin() * u.sin()], -1)
+    builder.grid(ball * (1 + 0.1 * (5 * u).sin())[..., None], 1, builder.main)
+    surface, _ = builder.surface()
+    cameras, names = cameras_around(24, PAINTED), meshes.PARTS["horse"]
+    start = time.monotonic()
+    views = render_views(surface, cameras, 512)
+    times = {"render": time.monotonic() - start}
+    labels = (views.faces[0] >= 0).long()
+    embeddings = train(backbone, [Example.from_label_map(views.images[0], labels, names[:1])])  # type: ignore[arg-type]
+    start = time.monotonic()
+    maps = segment(backbone, views.images, embeddings)[0]  # type: ignore[arg-type]
+    maps.label_map  # noqa: B018  computed when it is asked for
+    times["segment"] = time.monotonic() - start
+    start = time.monotonic()
+    face_probabilities(views, maps, VoteSettings())
+    times["votes and smoothing"] = time.monotonic() - start
+    rows = [[name, f"{seconds:.1f}", f"{seconds / times['segment']:.2f}"] for name, seconds in times.items()]
+    say_table(["step", "seconds", "of the time of segmenting"], rows, f"{len(surface)} faces, 24 views of 512 pixels")
+
+
 @torch.inference_mode()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -146,8 +173,12 @@ def main() -> None:
     parser.add_argument("--views", nargs="+", type=int, default=[1, 4, 12, 24])
     parser.add_argument("--json", type=Path, help="write rows here after every mesh, and go on from them")
     parser.add_argument("--picture", type=Path, help="write pictures of coloured meshes, and measure nothing")
+    parser.add_argument("--speed", type=int, default=0, help="faces of a mesh whose steps are timed; no accuracy")
     options = parser.parse_args()
     backbone = load_backbone(TESTBED)
+    if options.speed:
+        measure_speed(backbone, options.speed)
+        return
     if options.picture:
         draw(backbone, options.picture)
         return
