@@ -135,12 +135,14 @@ class SLiMeSegmentVideo(io.ComfyNode):
             def find(frames: Tensor) -> PartMaps:
                 return segment(backbone, frames, embeddings, settings, on_batch=on_batch)[0]
 
+            device = comfy.model_management.get_torch_device()
+            smoothing_device = device if device.type == "cuda" else "cpu"  # others lack some of the operations
             path = folder / "overlay.mp4"
             there = target.complete and path.is_file() and path.stat().st_size > 0
             if there:
                 check_model(tensors, find, target)
             else:
-                count = segment_stream(tensors, find, target, smoothing, on_frame)
+                count = segment_stream(tensors, find, target, smoothing, on_frame, smoothing_device)
                 if not count:
                     raise SlimeError(f"No frame of the video can be decoded. {reader.remark}".rstrip())
                 reader.write_overlay(path, target, lambda done: on_frame(done, "drawn", steps // 2))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import comfy.model_management
+import comfy.utils
 from comfy_api.latest import io
 
 from ..slime.parts.video import smooth_video_parts
@@ -33,4 +35,10 @@ class SLiMeSteadyParts(io.ComfyNode):
 
     @classmethod
     def execute(cls, parts: Parts, strength: float = 0.7) -> io.NodeOutput:
-        return parts_result(cls, smooth_video_parts(parts.maps, parts.images, strength), parts.images)
+        bar = comfy.utils.ProgressBar(len(parts.images))
+
+        def on_frame(done: int) -> None:
+            bar.update_absolute(done)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+
+        return parts_result(cls, smooth_video_parts(parts.maps, parts.images, strength, on_frame), parts.images)

@@ -141,6 +141,7 @@ def segment_stream(
     target: LabelFrames,
     strength: float,
     on_frame: Callable[[int], None] = lambda done: None,
+    device: torch.device | str = "cpu",
 ) -> int:
     """Segment the frames that the target lacks, and return how many there are then.
 
@@ -150,6 +151,7 @@ def segment_stream(
         target: where label frames go; those that are there stay.
         strength: of :class:`VideoSmoother`.
         on_frame: called with the number of finished frames; an exception from it ends the work.
+        device: smooths.
 
     Raises:
         SlimeError: the frames that are there were made with another model; the disk is full.
@@ -165,11 +167,12 @@ def segment_stream(
         for index in range(len(chunk)):
             part = slice(index, index + 1)
             if strength > 0:
-                labels = smoother(maps.full_size(part)[0], chunk[index]).argmax(0).byte()
+                smoother(maps.full_size(part)[0].to(device), chunk[index].to(device))
+                labels = smoother.labels.cpu()
             else:
                 labels = maps.full_size.labels(part)[0]
             if target.path(number).is_file():
-                smoother.set_labels(torch.from_numpy(target.read(number)))
+                smoother.labels = torch.from_numpy(target.read(number)).to(device)
             else:
                 target.write(number, labels.numpy())
             number += 1
@@ -195,7 +198,7 @@ def check_model(
 
 
 def _lead(strength: float) -> int:
-    """Return how many finished frames the average needs to go on as if it had never stopped."""
+    """Return how many finished frames the average needs to go on nearly as if it had never stopped."""
     return math.ceil(math.log(FORGOTTEN) / math.log(strength)) if strength > 0 else 0
 
 

@@ -18,15 +18,20 @@ import torch
 from PIL import Image
 
 from ..errors import SlimeError
-from .surface import Surface
+from .surface import MOST_FACES, Surface
 
 COMPONENTS = {5120: "<i1", 5121: "<u1", 5122: "<i2", 5123: "<u2", 5125: "<u4", 5126: "<f4"}
 WIDTHS = {"SCALAR": 1, "VEC2": 2, "VEC3": 3, "VEC4": 4}
 TRIANGLES, STRIP, FAN = 4, 5, 6
-READABLE = {"KHR_mesh_quantization", "KHR_materials_unlit", "EXT_texture_webp"}  # of the extensions that are required
-DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, OSError, Image.DecompressionBombError)
+TRANSFORM, WEBP = "KHR_texture_transform", "EXT_texture_webp"
+# Extensions that a file may require; others change the data itself.
+READABLE = (TRANSFORM, WEBP, "KHR_mesh_quantization", "KHR_materials_", "KHR_lights_")
+COMPRESSED = ("KHR_draco_mesh_compression", "EXT_meshopt_compression", "KHR_texture_basisu")
+CLAMPED = 33071  # coordinates beyond a texture take its border; else the texture repeats
+DAMAGE = (LookupError, ValueError, TypeError, AttributeError, ArithmeticError, OSError)
 GAMMA = 2.2  # colours of vertices and materials are linear, those of textures are not
-ATLAS_SIDE = 4096  # of several textures side by side
+TEXTURE_SIDE = 4096  # most of a texture, or of several side by side
+HEAD, CHUNK = struct.Struct("<4sII"), struct.Struct("<I4s")
 
 
 @dataclass(frozen=True)
@@ -35,8 +40,8 @@ class Piece:
 
     vertices: np.ndarray
     faces: np.ndarray
-    colors: np.ndarray  # [n, 3], linear
-    uvs: np.ndarray | None
+    colors: np.ndarray | None  # [n, 3], linear
+    uvs: np.ndarray | None  # [n, 2] in [0, 1], but where a face shows a texture more than once
     texture: int | None
     factor: np.ndarray  # [3], linear, of the texture
 
@@ -44,21 +49,31 @@ class Piece:
 def read_glb(data: bytes) -> Surface:
     """Return the meshes of a GLB file's scene as one mesh; animation and skins are left out.
 
-    Where there is a texture, vertex colours are left out; several textures become one, side by side.
+    If any material has a texture, vertex colours are left out; several textures become one, side by side.
 
     Raises:
-        SlimeError: another format, a damaged file, data in other files, compression, no triangles.
+        SlimeError: another format, a damaged file, data in other files, compression, no triangles, too many.
     """
     document, binary = _chunks(data)
-    for extension in document.get("extensionsRequired", []):
-        if extension not in READABLE:
-            raise SlimeError(f"The GLB file needs {extension}. Export it without compression.")
     try:
-        reader = _Reader(document, binary)
-        pieces = [piece for mesh, matrix in reader.placed_meshes() for piece in reader.pieces(mesh, matrix)]
-        if not pieces:
+        for extension in document.get("extensionsRequired", []):
+            if not extension.startswith(READABLE):
+                cure = "without compression" if extension in COMPRESSED else "without it"
+                raise SlimeError(f"The GLB file needs {extension}. Export it {cure}.")
+        reader, pieces, count = _Reader(document, binary), [], 0
+        for mesh, matrix in reader.placed_meshes():
+            for piece in reader.pieces(mesh, matrix):
+                pieces.append(piece)
+                count += len(piece.faces)
+                if count > MOST_FACES:
+                    raise SlimeError(f"The GLB file has more than {MOST_FACES} faces. Decimate the mesh first.")
+        if not count:
             raise SlimeError("The GLB file has no triangles. Is it a point cloud or a set of lines?")
         return _joined(reader, pieces)
+    except SlimeError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise SlimeError(f"A texture of the GLB file is too large ({error}). Make it smaller.") from error
     except DAMAGE as error:
         raise SlimeError(f"The GLB file is damaged: {error!r}. Export it again.") from error
 
@@ -67,13 +82,17 @@ def _chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Return the JSON and the binary chunk."""
     if data[:4] != b"glTF":
         raise SlimeError("The file is no GLB file. Export the mesh as GLB.")
+    if len(data) >= HEAD.size and HEAD.unpack_from(data)[1] != 2:
+        raise SlimeError(f"The file is glTF {HEAD.unpack_from(data)[1]}. Export the mesh as glTF 2.0 (GLB).")
     chunks: dict[bytes, bytes] = {}
-    start = 12
-    while start + 8 <= len(data):
-        length, kind = struct.unpack_from("<I4s", data, start)
-        chunks.setdefault(kind, data[start + 8 : start + 8 + length])
-        start += 8 + length
-    if start > len(data):
+    start = HEAD.size
+    end = HEAD.unpack_from(data)[2] if len(data) >= start else start
+    while start + CHUNK.size <= min(end, len(data)):
+        length, kind = CHUNK.unpack_from(data, start)
+        start += CHUNK.size
+        chunks.setdefault(kind, data[start : start + length])
+        start += length
+    if max(start, end) > len(data):
         raise SlimeError("The GLB file is cut off. Download or export it again.")
     try:
         document = json.loads(chunks[b"JSON"])
@@ -99,7 +118,9 @@ class _Reader:
         """Return an array [n, width]; normalised integers become floats."""
         accessor = self._document["accessors"][index]
         if "sparse" in accessor or "bufferView" not in accessor:
-            raise SlimeError("The GLB file has sparse arrays, which are not read. Export it again with Blender.")
+            raise SlimeError(
+                "The GLB file has sparse arrays, which are not read. Apply shape keys and export it again."
+            )
         data, stride = self.view(accessor["bufferView"])
         kind, width = np.dtype(COMPONENTS[accessor["componentType"]]), WIDTHS[accessor["type"]]
         strides = (stride or kind.itemsize * width, kind.itemsize)
@@ -109,13 +130,16 @@ class _Reader:
         return values
 
     def placed_meshes(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-        """Yield the meshes of the scene with their matrices [4, 4]; without a scene all meshes."""
+        """Yield the meshes of the scene with their matrices [4, 4]; without a scene of all nodes, or all meshes."""
         nodes, meshes = self._document.get("nodes", []), self._document.get("meshes", [])
         scenes = self._document.get("scenes", [])
-        if not scenes or not nodes:
+        if not nodes:
             yield from ((mesh, np.eye(4)) for mesh in meshes)
             return
-        waiting = [(index, np.eye(4)) for index in scenes[self._document.get("scene", 0)].get("nodes", [])]
+        below = {child for node in nodes for child in node.get("children", [])}
+        roots = [index for index in range(len(nodes)) if index not in below]
+        roots = scenes[self._document.get("scene", 0)].get("nodes", []) if scenes else roots
+        waiting = [(index, np.eye(4)) for index in roots]
         seen = set()
         while waiting:
             index, above = waiting.pop()
@@ -139,32 +163,55 @@ class _Reader:
                 order = self.accessor(primitive["indices"]).ravel().astype(np.int64)
             else:
                 order = np.arange(len(vertices))
-            factor, texture, coordinates = self.material(primitive.get("material"))
-            uvs = attributes.get(f"TEXCOORD_{coordinates}")
-            colors = np.broadcast_to(factor, vertices.shape)
+            faces = _triangles(order, mode)
+            if faces.size and not 0 <= faces.min() <= faces.max() < len(vertices):
+                raise ValueError(f"faces of the vertices {faces.min()} to {faces.max()} of {len(vertices)}")
+            if np.linalg.det(matrix[:3, :3]) < 0:
+                faces = faces[:, ::-1]  # mirrored
+            material = {} if "material" not in primitive else self._document["materials"][primitive["material"]]
+            base = material.get("pbrMetallicRoughness", {})
+            factor = np.array(base.get("baseColorFactor", (1, 1, 1, 1))[:3], np.float32)
+            colors = np.broadcast_to(factor, vertices.shape) if "baseColorFactor" in base else None
             if "COLOR_0" in attributes:
-                colors = colors * self.accessor(attributes["COLOR_0"])[:, :3]
-            uvs = None if uvs is None else self.accessor(uvs).astype(np.float32)
-            texture = None if uvs is None else texture
-            yield Piece(vertices, _triangles(order, mode), colors, uvs, texture, factor)
+                colors = factor * self.accessor(attributes["COLOR_0"])[:, :3]
+            texture, uvs = self.texture(base.get("baseColorTexture"), attributes)
+            if uvs is None:
+                yield Piece(vertices, faces, colors, None, None, factor)
+            else:  # no face shares a vertex: each is moved to where the texture is
+                corners, uvs = faces.ravel(), uvs[faces.ravel()]
+                faces = np.arange(len(corners)).reshape(-1, 3)
+                yield Piece(vertices[corners], faces, None, uvs, texture, factor)
 
-    def material(self, index: int | None) -> tuple[np.ndarray, int | None, int]:
-        """Return the base colour, and the image and the set of coordinates of its texture."""
-        material = {} if index is None else self._document["materials"][index]
-        base = material.get("pbrMetallicRoughness", {})
-        factor = np.array(base.get("baseColorFactor", (1, 1, 1, 1))[:3], np.float32)
-        reference = base.get("baseColorTexture")
-        if reference is None:
-            return factor, None, 0
-        texture = self._document["textures"][reference["index"]]
-        webp = texture.get("extensions", {}).get("EXT_texture_webp", {})
-        return factor, webp.get("source", texture.get("source")), reference.get("texCoord", 0)
+    def texture(self, info: dict[str, Any] | None, attributes: dict[str, int]) -> tuple[int | None, np.ndarray | None]:
+        """Return the image and the coordinates of a texture, or None where there is none."""
+        transform = (info or {}).get("extensions", {}).get(TRANSFORM, {})
+        name = f"TEXCOORD_{transform.get('texCoord', (info or {}).get('texCoord', 0))}"
+        if info is None or name not in attributes:
+            return None, None
+        uvs = self.accessor(attributes[name]).astype(np.float32)
+        if len(uvs) != self._document["accessors"][attributes["POSITION"]]["count"]:
+            raise ValueError(f"{len(uvs)} coordinates of a texture")
+        angle, offset = transform.get("rotation", 0.0), transform.get("offset", (0, 0))
+        turn = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
+        uvs = (uvs * transform.get("scale", (1, 1))) @ turn.T + offset
+        texture = self._document["textures"][info["index"]]
+        sampler = self._document["samplers"][texture["sampler"]] if "sampler" in texture else {}
+        for axis, key in enumerate(("wrapS", "wrapT")):
+            if sampler.get(key) == CLAMPED:
+                uvs[:, axis] = uvs[:, axis].clip(0, 1)
+        webp = texture.get("extensions", {}).get(WEBP, {})
+        return webp.get("source", texture.get("source")), uvs
 
     def image(self, index: int) -> Image.Image:
+        """Return an image of at most TEXTURE_SIDE."""
         image = self._document["images"][index]
         if "bufferView" not in image:
             raise SlimeError("The GLB file keeps a texture in another file. Export it as one GLB file.")
-        return Image.open(io.BytesIO(self.view(image["bufferView"])[0])).convert("RGB")
+        picture: Image.Image = Image.open(io.BytesIO(self.view(image["bufferView"])[0]))
+        if picture.mode.startswith("I"):  # 16 bits
+            picture = Image.fromarray((np.asarray(picture) / 257).astype(np.uint8))
+        picture.thumbnail((TEXTURE_SIDE, TEXTURE_SIDE))
+        return picture.convert("RGB")
 
 
 def _matrix(node: dict[str, Any]) -> np.ndarray:
@@ -185,50 +232,65 @@ def _matrix(node: dict[str, Any]) -> np.ndarray:
 
 def _triangles(order: np.ndarray, mode: int) -> np.ndarray:
     """Return faces int64 [m, 3]."""
-    if mode == TRIANGLES:
+    if mode == TRIANGLES or len(order) < 3:
         return order[: len(order) // 3 * 3].reshape(-1, 3)
     if mode == STRIP:
-        return np.stack([order[:-2], order[1:-1], order[2:]], 1)
+        faces = np.stack([order[:-2], order[1:-1], order[2:]], 1)
+        faces[1::2] = faces[1::2, [0, 2, 1]]
+        return faces
     return np.stack([np.full(len(order) - 2, order[0]), order[1:-1], order[2:]], 1)
 
 
 def _joined(reader: _Reader, pieces: list[Piece]) -> Surface:
     starts = np.cumsum([0, *(len(piece.vertices) for piece in pieces)])
-    for piece in pieces:
-        if piece.faces.size and piece.faces.max() >= len(piece.vertices):
-            raise ValueError(f"vertex {piece.faces.max()} of {len(piece.vertices)}")
-    faces = np.concatenate([piece.faces + start for piece, start in zip(pieces, starts, strict=False)])
+    faces = torch.from_numpy(np.concatenate([p.faces + start for p, start in zip(pieces, starts, strict=False)]))
     vertices = torch.from_numpy(np.concatenate([piece.vertices for piece in pieces]))
-    if all(piece.texture is None for piece in pieces):
-        colors = np.concatenate([piece.colors for piece in pieces]).clip(0, 1) ** (1 / GAMMA)
-        return Surface.of(vertices, torch.from_numpy(faces), torch.from_numpy(colors)[torch.from_numpy(faces)])
-    uvs, texture = _atlas(reader, pieces)
-    return Surface.of(vertices, torch.from_numpy(faces), None, torch.from_numpy(uvs), torch.from_numpy(texture))
+    if any(piece.texture is not None for piece in pieces):
+        uvs, texture = _atlas(reader, pieces)
+        return Surface.of(vertices, faces, None, torch.from_numpy(uvs), torch.from_numpy(texture))
+    if all(piece.colors is None for piece in pieces):
+        return Surface.of(vertices, faces)
+    plain = [np.ones_like(piece.vertices) if piece.colors is None else piece.colors for piece in pieces]
+    colors = torch.from_numpy(np.concatenate(plain).clip(0, 1) ** (1 / GAMMA)).float()
+    return Surface.of(vertices, faces, colors[faces])
 
 
 def _atlas(reader: _Reader, pieces: list[Piece]) -> tuple[np.ndarray, np.ndarray]:
     """Return the coordinates of all vertices, and one texture with a tile for every material.
 
-    A material without a texture is a tile of its mean colour.
+    A material without a texture is a tile of its mean colour. Among several tiles no face can show one twice.
     """
-    looks = [(p.texture, tuple(p.colors.mean(0) if p.texture is None else p.factor)) for p in pieces]
+    looks = [(p.texture, tuple(_mean_color(p) if p.texture is None else p.factor)) for p in pieces]
     kinds = list(dict.fromkeys(looks))
-    images = [None if texture is None else reader.image(texture) for texture, _ in kinds]
     across = math.ceil(math.sqrt(len(kinds)))
-    side = min(max(max(image.size) for image in images if image is not None), ATLAS_SIDE // across)
+    images = [None if texture is None else reader.image(texture) for texture, _ in kinds]
+    side = min(max(max(image.size) for image in images if image is not None), TEXTURE_SIDE // across)
     sides = images[0].size if across == 1 and images[0] is not None else (across * side, across * side)
     atlas = np.zeros((sides[1], sides[0], 3), np.float32)
     for number, (image, (_, color)) in enumerate(zip(images, kinds, strict=True)):
         tile = Image.new("RGB", (side, side), "white") if image is None else image
-        pixels = np.asarray(tile if across == 1 else tile.resize((side, side)), np.float32) / 255
+        if across > 1:
+            larger = max(tile.size) <= side
+            tile = tile.resize((side, side), Image.Resampling.NEAREST if larger else Image.Resampling.BOX)
+        pixels = np.asarray(tile, np.float32) / 255
         top, left = number // across * side, number % across * side
         atlas[top : top + len(pixels), left : left + pixels.shape[1]] = pixels * np.clip(color, 0, 1) ** (1 / GAMMA)
     uvs = []
     for piece, look in zip(pieces, looks, strict=True):
         number = kinds.index(look)
-        own = piece.uvs
-        if own is None or piece.texture is None:
-            own = np.full((len(piece.vertices), 2), 0.5, np.float32)
-        own = np.where((own >= 0) & (own <= 1), own, own - np.floor(own))  # textures repeat
-        uvs.append((own + (number % across, number // across)) / across)
+        own = np.full((len(piece.vertices), 2), 0.5) if piece.uvs is None else _within(piece.uvs)
+        if across > 1:  # half a pixel inside of the tile, so that no neighbour shines in
+            own = (own.clip(0, 1) * (side - 1) + 0.5) / side
+            own = (own + (number % across, number // across)) / across
+        uvs.append(own)
     return np.concatenate(uvs).astype(np.float32), atlas
+
+
+def _mean_color(piece: Piece) -> np.ndarray:
+    return np.ones(3) if piece.colors is None or not len(piece.colors) else piece.colors.mean(0)
+
+
+def _within(uvs: np.ndarray) -> np.ndarray:
+    """Move faces, three coordinates [n, 2] each, to the texture that they show, as it repeats."""
+    corners = uvs.reshape(-1, 3, 2)
+    return (corners - np.floor(corners.mean(1, keepdims=True))).reshape(-1, 2)

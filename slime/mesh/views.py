@@ -16,6 +16,7 @@ CANDIDATES = 2**22  # pairs of a face and a pixel in its box that are tested at 
 DISTANCE, FIELD = 3.0, 40.0  # of the camera from the centre in radii of the mesh, and its field of view in degrees
 AMBIENT, BACKGROUND = 0.45, 1.0
 NOTHING = -1
+BESIDE = 2e-3  # coordinates so little beyond a texture are on its border
 MOST_ELEVATION = 85.0  # beyond the pole the image is upside down
 
 
@@ -100,7 +101,9 @@ def _colors(surface: Surface, faces: Tensor, weights: Tensor) -> Tensor:
     """Return the colours [n, 3] at barycentric weights [n, 3] of faces [n]."""
     if surface.texture is None or surface.uvs is None:
         return (surface.colors[faces] * weights[..., None]).sum(1)
-    where = (surface.uvs[surface.faces[faces]] * weights[..., None]).sum(1) * 2 - 1
+    where = (surface.uvs[surface.faces[faces]] * weights[..., None]).sum(1)
+    inside = where.clamp(0, 1)
+    where = torch.where((where - inside).abs() < BESIDE, inside, where - where.floor()) * 2 - 1  # textures repeat
     texture = surface.texture[..., :3].movedim(-1, 0)[None]
     sampled = torch.nn.functional.grid_sample(texture, where[None, None], padding_mode="border", align_corners=False)
     return sampled[0, :, 0].T
