@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -51,15 +52,15 @@ def write_samples() -> None:
             Image.fromarray(np.concatenate([scene.image, alpha], -1)).save(PICTURES / file, quality=85, exact=True)
 
 
-def write_clip() -> None:
+def write_clip(path: Path = PICTURES / CLIP, frames: int = FRAMES) -> None:
     """Write a short clip of a moving scene."""
     import av
 
-    with av.open(str(PICTURES / CLIP), "w") as file:
+    with av.open(str(path), "w") as file:
         stream = file.add_stream("libx264", rate=8, options={"crf": "26"})
         stream.width = stream.height = 256
         stream.pix_fmt = "yuv420p"
-        for frame in (clip(DOMAIN, 0, FRAMES)[0] * 255).byte().numpy():
+        for frame in (clip(DOMAIN, 0, frames)[0] * 255).byte().numpy():
             for packet in stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")):
                 file.mux(packet)
         for packet in stream.encode():

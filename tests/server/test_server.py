@@ -28,6 +28,7 @@ from testing.toy import all_vectors
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
 from tools.make_workflows import BLUEPRINTS, MOST, NEWER_WORKFLOWS, WORKFLOWS, workflows_for, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
+from tools.samples import write_clip
 
 pytestmark = [pytest.mark.server, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
@@ -370,11 +371,9 @@ def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     assert shown and all(np.asarray(picture).std() > 1 for picture in shown)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if "Follow" in name else name for name in NEWER_WORKFLOWS]
-)
+@pytest.mark.parametrize("name", NEWER_WORKFLOWS)
 def test_the_templates_for_newer_versions_run(server, file_to_load, name) -> None:
-    """With a tiny SAM3 in place of the checkpoint."""
+    """With a tiny SAM3 in place of the checkpoint, and three frames of a clip."""
     if "SAM3_Detect" not in server.get("/object_info"):
         pytest.skip("this ComfyUI has no SAM3, and no colours on meshes")
     builder = PromptBuilder(prepare(server, name))
@@ -383,6 +382,9 @@ def test_the_templates_for_newer_versions_run(server, file_to_load, name) -> Non
             node["inputs"]["steps"] = 3
         if node["class_type"] == "SLiMeTrain":
             builder.set_training(node_id, "instant", views=4, steps=10)
+        if node["class_type"] == "LoadVideo":
+            node["inputs"]["file"] = "three_frames.mp4"
+            write_clip(server.base / "input" / "three_frames.mp4", 3)
     outputs = server.run(builder.prompt, 900)
     assert [picture for output in outputs.values() for picture in pictures(server, output)]
 
