@@ -59,7 +59,7 @@ SIZES = {
     "SLiMeTracksToParts": (90, 440),
     "SAM3_Detect": (220, 290),
     "SAM3_VideoTrack": (210, 260),
-    "Load3DAdvanced": (400, 450),
+    "Load3DAdvanced": (400, 478),
     "SLiMeMeshViews": (160, 230),
     "SLiMePartsToMesh": (150, 200),
     "MeshToFile3D": (50, 60),
@@ -616,7 +616,7 @@ def parts_of_a_mesh() -> Page:
     page.note(
         "Needs ComfyUI 0.33 or newer and a checkpoint. Press Run: four parts are painted on the first view already. "
         "For a mesh of your own (GLB) press the bin of the painter, run once, and paint.",
-        130,
+        105,
     )
     loaded = page.add("Load3DAdvanced", model_file=MESH)
     views = page.add("SLiMeMeshViews", mesh=[loaded, 0], **MESH_CAMERA._asdict())
