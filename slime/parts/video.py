@@ -108,8 +108,8 @@ def _motion(last: Tensor, frame: Tensor) -> Motion:
         base = _nearest(shift, small) / step
         best, chosen = torch.full(small, torch.inf, device=frame.device), base
         stay = _blurred((now - before).abs().mean(0))
-        for offset in product(range(-reach, reach + 1), repeat=2):
-            moved = base + torch.tensor(offset, device=frame.device)[:, None, None]
+        for y, x in product(range(-reach, reach + 1), repeat=2):
+            moved = torch.stack([base[0] + y, base[1] + x])
             differences = (now - before.flatten(1)[:, _places(moved, small)]).abs().mean(0)
             cost = _blurred(differences) + STAY * moved.abs().sum(0)
             chosen, best = torch.where(cost < best, moved, chosen), torch.minimum(cost, best)

@@ -118,3 +118,21 @@ def test_a_mesh_is_rendered_and_a_concept_is_learned_on_another_device() -> None
     assert torch.equal(views.faces, wanted.faces) and torch.allclose(views.images, wanted.images, atol=1e-5)
     for name, loss in detection_losses(found, target).items():
         torch.testing.assert_close(losses[name], loss)
+
+
+@there
+def test_a_video_is_smoothed_on_another_device() -> None:
+    from slime.parts.video import VideoSmoother
+    from testing.devices import simulated_device
+
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.rand(1, 8, 300, 3, generator=generator).expand(3, -1, -1, -1)  # wider than it is matched at
+    maps = torch.rand(3, 2, 8, 300, generator=generator).softmax(1)
+    wanted = VideoSmoother(0.7)
+    expected = [wanted(*pair) for pair in zip(maps, frames, strict=True)]
+    with simulated_device(float64=False) as device:
+        smoother = VideoSmoother(0.7)
+        found = [smoother(one.to(device), frame.to(device)).cpu() for one, frame in zip(maps, frames, strict=True)]
+        labels = smoother.labels.cpu()
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(labels, wanted.labels)
