@@ -59,7 +59,7 @@ class SLiMeMeshViews(io.ComfyNode):
                     min=-360.0,
                     max=360.0,
                     step=5.0,
-                    tooltip="Degrees around the mesh of the first camera: choose a side that shows all parts.",
+                    tooltip="Horizontal angle of the first camera in degrees. Choose a side that shows all parts.",
                 ),
                 io.Float.Input(
                     "elevation",
@@ -118,7 +118,7 @@ class SLiMePartsToMesh(io.ComfyNode):
                 Examples.Input(
                     "examples",
                     optional=True,
-                    tooltip="The example that was painted on one of the views: there the mesh gets what was painted.",
+                    tooltip="The example painted on one of the views: what it shows outweighs what was found.",
                 ),
                 io.Int.Input(
                     "smoothing",
@@ -133,7 +133,7 @@ class SLiMePartsToMesh(io.ComfyNode):
                     min=1.0,
                     max=180.0,
                     step=1.0,
-                    tooltip="Degrees: an edge at which the surface bends more keeps its parts apart.",
+                    tooltip="Angle in degrees: sharper edges keep the parts on their sides apart.",
                 ),
             ],
             outputs=[
@@ -141,11 +141,11 @@ class SLiMePartsToMesh(io.ComfyNode):
                 io.Mesh.Output(
                     display_name="part_meshes",
                     is_output_list=True,
-                    tooltip="One mesh per part in the order of the names, without those of which nothing is found.",
+                    tooltip="One mesh per part in the order of the names; parts that were not found are left out.",
                 ),
                 io.Image.Output(
                     display_name="label_texture",
-                    tooltip="The parts' colours on the mesh's texture; black where it has no UVs.",
+                    tooltip="The parts' colours in the mesh's UV layout; black where there is no part or no UVs.",
                 ),
                 io.String.Output(display_name="names", tooltip="Names of the part_meshes, separated by commas."),
             ],
@@ -176,7 +176,10 @@ class SLiMePartsToMesh(io.ComfyNode):
                 texture = torch.zeros(64, 64, 3)
         found = [part for part in range(1, len(maps.names) + 1) if bool((labels == part).any())]
         if not found:
-            raise SlimeError("SLiMe Parts to Mesh: no part is found on the mesh. Look at the preview of SLiMe Segment.")
+            raise SlimeError(
+                f"SLiMe Parts to Mesh: none of {', '.join(maps.names)} is found on the mesh. Look at the preview of "
+                "SLiMe Segment; connect the painter's examples, or paint a view that shows the parts larger."
+            )
         areas = surface.areas / surface.areas.sum()
         share = {maps.names[part - 1]: float(areas[labels == part].sum()) for part in found}
         show_text(cls.hidden.unique_id, ", ".join(f"{name} {100 * area:.1f} %" for name, area in share.items()))
@@ -195,11 +198,13 @@ def surface_of(mesh: Any, index: int) -> Surface:
         raise SlimeError("There is no mesh. Choose a GLB file in Load 3D.")
     if hasattr(mesh, "get_bytes"):  # a FILE_3D
         if mesh.format != "glb":
-            raise SlimeError(f"SLiMe reads meshes from GLB files, and this is {mesh.format}. Convert it to GLB.")
+            raise SlimeError(f"SLiMe reads meshes from GLB files, not {mesh.format or 'others'}. Convert it to GLB.")
         return read_glb(mesh.get_bytes())
     count = len(mesh.vertices)
+    if not count:
+        raise SlimeError("The MESH is empty. Look at the node that made it.")
     if not 0 <= index < count:
-        raise SlimeError(f"index is {index}, but the MESH holds {count} meshes: 0 to {count - 1}.")
+        raise SlimeError(f"index is {index}, but the MESH holds {count} meshes: 0 to {count - 1}. Lower index.")
     counts = getattr(mesh, "vertex_counts", None), getattr(mesh, "face_counts", None)
     vertex_count, face_count = (None if given is None else int(given[index]) for given in counts)
     vertices, faces = mesh.vertices[index][:vertex_count], mesh.faces[index][:face_count]

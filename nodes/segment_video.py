@@ -21,7 +21,7 @@ from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
 from ..slime.data.run_log import partial_path
-from ..slime.data.video_stream import LabelFrames, check_model, segment_stream
+from ..slime.data.video_stream import AGAIN, LabelFrames, check_model, segment_stream
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from ..slime.parts.draw import overlay
@@ -78,7 +78,7 @@ class SLiMeSegmentVideo(io.ComfyNode):
                     min=0.0,
                     max=0.95,
                     step=0.05,
-                    tooltip="Weight of the frames before; 0 = off.",
+                    tooltip="How strongly earlier frames count; 0 = off.",
                 ),
                 refine_input(),
                 seed_input(),
@@ -144,7 +144,9 @@ class SLiMeSegmentVideo(io.ComfyNode):
             else:
                 count = segment_stream(tensors, find, target, smoothing, on_frame, smoothing_device)
                 if not count:
-                    raise SlimeError(f"No frame of the video can be decoded. {reader.remark}".rstrip())
+                    raise SlimeError(
+                        f"No frame of the video can be decoded. {reader.remark} Convert it to MP4 (H.264)."
+                    )
                 reader.write_overlay(path, target, lambda done: on_frame(done, "drawn", steps // 2))
                 target = replace(target, finished=count, remark=reader.remark)
                 target.save()
@@ -178,14 +180,22 @@ class SLiMeVideoMasks(io.ComfyNode):
             frames, reader = LabelFrames.open(_within_output(folder)), VideoReader(video)
             there = frames.count()
             if start >= there:
-                raise SlimeError(f"start is {start}, but there are {there} frames, from 0. Lower start.")
+                raise SlimeError(
+                    f"start is {start}, but there are {there} segmented frames, from 0. Lower start, or run SLiMe "
+                    "Segment Video to its end."
+                )
             if frames.video != reader.digest():
-                raise SlimeError("The label frames belong to another video. Connect the one of SLiMe Segment Video.")
+                raise SlimeError(
+                    f"The label frames in {folder} belong to another video, or its file was moved or changed. Connect "
+                    "the same video to both nodes, and run SLiMe Segment Video again."
+                )
             numbers = range(start, min(start + count, there))
             labels = [torch.from_numpy(frames.read(number)) for number in numbers]
             images = [torch.from_numpy(image).float() / 255 for image, _ in islice(reader.frames(start), len(numbers))]
             if len({tuple(item.shape[:2]) for item in (*labels, *images)}) > 1:
-                raise SlimeError("The frames have several sizes. Choose frames of one size with start and count.")
+                raise SlimeError(
+                    f"Frames {start} to {numbers[-1]} have several sizes. Choose frames of one size by start and count."
+                )
         maps = PartMaps.of_labels(torch.stack(labels), frames.names, frames.palette)
         batch = torch.stack(images)
         shown = parts_result(cls, maps, batch)
@@ -226,13 +236,13 @@ class VideoReader:
         try:
             return av.open(self._source, mode="r")
         except (OSError, av.error.FFmpegError) as error:
-            raise SlimeError(f"The video cannot be opened: {error}. Is it missing, cut off or no video?") from error
+            raise SlimeError(f"The video cannot be opened: {error}. Check that the file is there and plays.") from error
 
     @staticmethod
     def _stream(container: Any) -> Any:
         if not container.streams.video:
             container.close()
-            raise SlimeError("The file has no video stream. Is it audio alone?")
+            raise SlimeError("The file has no video stream: it may contain only audio. Load a video.")
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         return stream
@@ -326,9 +336,7 @@ def _fitting(labels: LabelFrames, number: int, image: np.ndarray) -> np.ndarray:
     """Return the label map uint8 [H, W] of an image."""
     found = labels.read(number)
     if found.shape != image.shape[:2]:
-        raise SlimeError(
-            f"{labels.path(number)} has another size than the video. Delete it and run SLiMe Segment Video again."
-        )
+        raise SlimeError(f"{labels.path(number)} has another size than the video. {AGAIN}")
     return found
 
 

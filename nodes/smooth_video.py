@@ -27,7 +27,7 @@ class SLiMeSteadyParts(io.ComfyNode):
                     min=0.0,
                     max=0.95,
                     step=0.05,
-                    tooltip="Weight of the frames before; 0 = off.",
+                    tooltip="How strongly earlier frames count; 0 = off.",
                 ),
             ],
             outputs=parts_outputs(),

@@ -393,8 +393,8 @@ def long_video() -> Page:
     page = Page()
     page.column("1  Load")
     page.note(
-        f"{NEEDS} Any length: the frames are segmented one after the other and their label maps written to "
-        "output/slime_video; after a cancel, Run goes on.",
+        f"{NEEDS} The video can have any length; after a cancel, Run goes on. *SLiMe Video Masks* loads some "
+        "of its frames. Write one of your own parts in *SLiMe Part Mask*.",
         150,
     )
     model, embeddings = page.checkpoint(), page.load()
@@ -614,8 +614,9 @@ def parts_of_a_mesh() -> Page:
     page = Page()
     page.column("1  Mesh")
     page.note(
-        "Needs ComfyUI 0.33 or newer and a checkpoint. Press Run: four parts are painted on the first view already. "
-        "For a mesh of your own (GLB) press the bin of the painter, run once, and paint.",
+        "Needs ComfyUI 0.33 or newer. Choose a checkpoint and press Run: four parts are painted on the first view. "
+        "**For your own GLB file, or other angles:** press the bin of the painter and run; it stops, and shows the "
+        "view to paint.",
         105,
     )
     loaded = page.add("Load3DAdvanced", model_file=MESH)
@@ -628,7 +629,7 @@ def parts_of_a_mesh() -> Page:
     page.column()
     parts = page.segment(model, train, [views, 0])
     found = page.add("SLiMePartsToMesh", parts=[parts, 0], mesh_views=[views, 2], examples=[painter, 0])
-    page.column("4  Look at it")
+    page.column("4  View the result")
     file = page.add("MeshToFile3D", mesh=[found, 0])
     page.add("Preview3D", model_file=[file, 0])
     return page

@@ -22,6 +22,7 @@ from .run_log import write_whole
 
 CHUNK_VALUES, CHUNK_FRAMES = 2**24, 16  # most pixel values (64 MB) and frames that are segmented at once
 ABOUT = "parts.json"
+AGAIN = "Delete it, clear ComfyUI's execution cache, and run SLiMe Segment Video again."
 FORGOTTEN = 0.02  # weight of a frame in the average below which it no longer counts
 LAST = 16  # frames whose files a crash may have left half written
 SAME_MODEL = 0.99  # share of the first frame's pixels that must come out again
@@ -84,13 +85,9 @@ class LabelFrames:
             with Image.open(self.path(number)) as picture:
                 labels = np.array(picture)
         except OSError as error:
-            raise SlimeError(
-                f"{self.path(number)} is missing or damaged: {error}. Delete it and run SLiMe Segment Video again."
-            ) from error
+            raise SlimeError(f"{self.path(number)} is missing or damaged: {error}. {AGAIN}") from error
         if labels.ndim != 2 or labels.dtype != np.uint8 or labels.max(initial=0) > len(self.names):
-            raise SlimeError(
-                f"{self.path(number)} is no label map any more. Delete it and run SLiMe Segment Video again."
-            )
+            raise SlimeError(f"{self.path(number)} is not a label map of these {len(self.names)} parts. {AGAIN}")
         return labels
 
     def drop_damaged(self) -> None:
@@ -117,7 +114,12 @@ class LabelFrames:
     def save(self) -> None:
         about = {"names": self.names, "palette": self.palette, "video": self.video}
         text = json.dumps(about | {"frames": self.finished, "remark": self.remark})
-        write_whole(self.folder / ABOUT, text.encode())
+        try:
+            write_whole(self.folder / ABOUT, text.encode())
+        except OSError as error:
+            raise SlimeError(
+                f"{self.folder} cannot be written: {error}. Free some space, or allow writing there."
+            ) from error
 
     @classmethod
     def open(cls, folder: Path) -> LabelFrames:
@@ -132,7 +134,9 @@ class LabelFrames:
             more = str(about["video"]), int(about["frames"]), str(about["remark"])
             return cls(folder, tuple(about["names"]), palette, *more)
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise SlimeError(f"There are no label frames of SLiMe Segment Video in {folder}.") from error
+            raise SlimeError(
+                f"There are no label frames in {folder}. Run SLiMe Segment Video, and connect its folder."
+            ) from error
 
 
 def segment_stream(
@@ -186,13 +190,16 @@ def check_model(
     """Segment the first frame again, and compare.
 
     Raises:
-        SlimeError: the target's first frame was made with another model.
+        SlimeError: the target's first frame came out differently.
     """
     for frame in frames(0):
         found, before = segment(frame[None]).label_map[0].numpy(), target.read(0)
-        if found.shape != before.shape or (found == before).mean() < SAME_MODEL:
+        share = float((found == before).mean()) if found.shape == before.shape else 0.0
+        if share < SAME_MODEL:
             raise SlimeError(
-                f"The label frames in {target.folder} were made with another model or LoRA. Choose another name."
+                f"Frame 0 now comes out differently from the label frames in {target.folder} "
+                f"({100 * share:.0f} % of its pixels agree): the model, a LoRA or the precision has changed. Choose "
+                "another name, or connect the earlier model."
             )
         return
 

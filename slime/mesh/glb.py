@@ -59,7 +59,7 @@ def read_glb(data: bytes) -> Surface:
         for extension in document.get("extensionsRequired", []):
             if not extension.startswith(READABLE):
                 cure = "without compression" if extension in COMPRESSED else "without it"
-                raise SlimeError(f"The GLB file needs {extension}. Export it {cure}.")
+                raise SlimeError(f"The GLB file needs {extension}, which SLiMe cannot read. Export it {cure}.")
         reader, pieces, count = _Reader(document, binary), [], 0
         for mesh, matrix in reader.placed_meshes():
             for piece in reader.pieces(mesh, matrix):
@@ -75,13 +75,13 @@ def read_glb(data: bytes) -> Surface:
     except Image.DecompressionBombError as error:
         raise SlimeError(f"A texture of the GLB file is too large ({error}). Make it smaller.") from error
     except DAMAGE as error:
-        raise SlimeError(f"The GLB file is damaged: {error!r}. Export it again.") from error
+        raise SlimeError(f"The GLB file is damaged ({type(error).__name__}: {error}). Export it again.") from error
 
 
 def _chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Return the JSON and the binary chunk."""
     if data[:4] != b"glTF":
-        raise SlimeError("The file is no GLB file. Export the mesh as GLB.")
+        raise SlimeError("The file does not begin as GLB files do. Export the mesh as GLB.")
     if len(data) >= HEAD.size and HEAD.unpack_from(data)[1] != 2:
         raise SlimeError(f"The file is glTF {HEAD.unpack_from(data)[1]}. Export the mesh as glTF 2.0 (GLB).")
     chunks: dict[bytes, bytes] = {}
@@ -119,7 +119,7 @@ class _Reader:
         accessor = self._document["accessors"][index]
         if "sparse" in accessor or "bufferView" not in accessor:
             raise SlimeError(
-                "The GLB file has sparse arrays, which are not read. Apply shape keys and export it again."
+                "The GLB file has sparse arrays, which SLiMe cannot read. Apply shape keys, and export it again."
             )
         data, stride = self.view(accessor["bufferView"])
         kind, width = np.dtype(COMPONENTS[accessor["componentType"]]), WIDTHS[accessor["type"]]

@@ -91,7 +91,7 @@ def face_probabilities(
             weight_sum.index_add_(0, face, weight)
     known = weight_sum > 0
     if not bool(known.any()):
-        raise SlimeError("No face of the mesh is seen in any view.")
+        raise SlimeError("No face of the mesh is seen in any view. Render more views.")
     votes[known] /= weight_sum[known, None]
     filled = _spread(views.surface, votes, known, on_step)
     return _smooth(views.surface, filled, weight_sum, settings, on_step)

@@ -58,7 +58,8 @@ class Surface:
         vertices, faces = vertices.detach().cpu().float(), faces.detach().cpu().long()
         if faces.ndim != 2 or faces.shape[-1] != 3 or vertices.ndim != 2 or vertices.shape[-1] != 3:
             raise SlimeError(
-                f"Vertices of the shape {list(vertices.shape)} and faces of {list(faces.shape)} are no triangle mesh."
+                f"Vertices of the shape {list(vertices.shape)} and faces of {list(faces.shape)} are no triangle mesh. "
+                "Triangulate it first."
             )
         if not len(faces):
             raise SlimeError("The mesh has no faces. Is it a point cloud? Make a surface of it first.")
@@ -66,12 +67,14 @@ class Surface:
             raise SlimeError(f"The mesh has {len(faces)} faces; at most {MOST_FACES} are possible. Decimate it first.")
         low, high = int(faces.min()), int(faces.max())
         if low < 0 or high >= len(vertices):
-            raise SlimeError(f"The mesh's faces name the vertices {low} to {high}, but there are {len(vertices)}.")
+            raise SlimeError(
+                f"The faces refer to vertices {low} to {high}, but there are {len(vertices)}. Export it again."
+            )
         used = vertices[faces.unique()]  # others may be anywhere
         if not bool(used.isfinite().all()):
             raise SlimeError("The mesh has NaN or infinite vertices. Repair it first.")
         if not bool((used.amax(0) - used.amin(0)).any()):
-            raise SlimeError("All vertices of the mesh are in one place.")
+            raise SlimeError("All vertices of the mesh are in one place. Check its scale.")
         grey = torch.full((len(faces), 3, 3), 0.7)
         colors = grey if colors is None else colors.detach().cpu().float().nan_to_num().clamp(0, 1)
         uvs, texture = (None if given is None else given.detach().cpu().float() for given in (uvs, texture))

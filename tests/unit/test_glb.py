@@ -149,8 +149,8 @@ WHOLE = pack(scene([{"attributes": {"POSITION": 0}, "indices": 1}]), [SQUARE, TW
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"solid x", "no GLB file. Export the mesh as GLB"),
-        (b"", "no GLB file"),
+        (b"solid x", "begin as GLB files do. Export the mesh as GLB"),
+        (b"", "begin as GLB files do"),
         (WHOLE[:-20], "is cut off"),
         (WHOLE[:40], "is cut off"),
         (WHOLE[:12], "is cut off"),
@@ -159,7 +159,7 @@ WHOLE = pack(scene([{"attributes": {"POSITION": 0}, "indices": 1}]), [SQUARE, TW
         (pack(scene([{"attributes": {"POSITION": 0}, "mode": 0}]), [SQUARE]), "^The GLB file has no triangles"),
         (pack(scene([{"attributes": {"POSITION": 0}}]), [SQUARE * np.float32(np.nan)]), "^The mesh has NaN"),
         (pack({"extensionsRequired": [5]}, []), "is damaged"),
-        (pack({"extensionsRequired": ["XYZ_odd"]}, []), "needs XYZ_odd. Export it without it"),
+        (pack({"extensionsRequired": ["XYZ_odd"]}, []), "needs XYZ_odd, which SLiMe cannot read. Export it without it"),
         (pack(scene([{"attributes": {"POSITION": 7}}]), [SQUARE]), "is damaged"),
         (pack(scene([{"attributes": {"POSITION": 0}, "indices": 1}]), [SQUARE, TWO + 9]), "is damaged"),
         (pack(scene([], [{"children": [0]}]), []), "^The GLB file is damaged: node 0"),
