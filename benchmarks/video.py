@@ -1,7 +1,7 @@
 """Measure flicker and IoU on rendered moving scenes: each frame by itself, and smoothed.
 
     python dev.py benchmark video [--clips 4] [--frames 12] [--strengths 0.5 0.7 0.9]
-    python dev.py benchmark video --stream 300
+    python dev.py benchmark video --stream 1000
 
 A clip is a scene seen by a moving camera, with sensor noise. Flicker is the share of pixels whose label changes from
 one frame to the next although the true label does not. A part of the clips has an object that moves before a place that
