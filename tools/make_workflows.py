@@ -162,6 +162,12 @@ class Page:
     def load(self) -> str:
         return self.add("SLiMeLoadEmbeddings", filename="my_parts.safetensors")
 
+    def saved_parts(self, text: str, height: int = 130) -> tuple[str, str]:
+        """Begin with a note, a checkpoint and saved embeddings; return the nodes of these two."""
+        self.column("1  Load")
+        self.note(text, height)
+        return self.checkpoint(), self.load()
+
     def segment(self, model: str, embeddings: str, image: Link) -> str:
         return self.add("SLiMeSegment", model=[model, 0], vae=[model, 2], embeddings=[embeddings, 0], image=image)
 
@@ -325,9 +331,7 @@ def find_in_one(page: Page, text: str, file: str = FIND) -> tuple[str, str, str]
     Returns:
         The nodes of the model, the image and the parts.
     """
-    page.column("1  Load")
-    page.note(text, 130)
-    model, embeddings = page.checkpoint(), page.load()
+    model, embeddings = page.saved_parts(text)
     page.column("2  Segment")
     image = page.image(file=file)
     return model, image, page.segment(model, embeddings, [image, 0])
@@ -335,13 +339,10 @@ def find_in_one(page: Page, text: str, file: str = FIND) -> tuple[str, str, str]
 
 def many_images() -> Page:
     page = Page()
-    page.column("1  Load")
-    page.note(
+    model, embeddings = page.saved_parts(
         f"{NEEDS} In place of the two images: *Load Image Dataset from Folder* or any batch; thousands of images go "
-        "through the command line.",
-        130,
+        "through the command line."
     )
-    model, embeddings = page.checkpoint(), page.load()
     page.column()
     first, second = page.image(), page.image(file=FIND_TOO)
     page.column("2  Segment")
@@ -372,9 +373,9 @@ def repaint_a_part() -> Page:
 
 def video() -> Page:
     page = Page()
-    page.column("1  Load")
-    page.note(f"{NEEDS} *SLiMe Part Mask* behind *SLiMe Smooth Video Parts* gives a mask for each frame.", 130)
-    model, embeddings = page.checkpoint(), page.load()
+    model, embeddings = page.saved_parts(
+        f"{NEEDS} *SLiMe Part Mask* behind *SLiMe Smooth Video Parts* gives a mask for each frame."
+    )
     page.column()
     clip = page.add("LoadVideo", file=CLIP)
     frames = page.add("GetVideoComponents", video=[clip, 0])
@@ -391,13 +392,11 @@ def video() -> Page:
 
 def long_video() -> Page:
     page = Page()
-    page.column("1  Load")
-    page.note(
+    model, embeddings = page.saved_parts(
         f"{NEEDS} The video can have any length; after a cancel, Run goes on. *SLiMe Video Masks* loads some "
         "of its frames. Write one of your own parts in *SLiMe Part Mask*.",
         150,
     )
-    model, embeddings = page.checkpoint(), page.load()
     page.column()
     clip = page.add("LoadVideo", file=CLIP)
     page.column("2  Segment")
@@ -414,13 +413,11 @@ def long_video() -> Page:
 
 def measure_and_share() -> Page:
     page = Page()
-    page.column("1  Load")
-    page.note(
+    model, embeddings = page.saved_parts(
         f"{NEEDS} The mask of *Load Image* is the true one, of an image that was **not** an example. To share, send "
         "the file in models/slime, or the text of *Save SLiMe Embeddings*.",
         150,
     )
-    model, embeddings = page.checkpoint(), page.load()
     page.column("2  Measure")
     image = page.image("Test image, with its true mask", TESTED)
     parts = page.segment(model, embeddings, [image, 0])
@@ -454,13 +451,11 @@ def flow_model() -> Page:
 
 def prompt_a_part() -> Page:
     page = Page()
-    page.column("1  Load")
-    page.note(
+    model, embeddings = page.saved_parts(
         f"{NEEDS} The wheels are segmented while the image is sampled; from then on a prompt of their own applies to "
         "them; *SLiMe Guider Masks* shows where.",
         150,
     )
-    model, embeddings = page.checkpoint(), page.load()
     page.column("2  Prompts")
     whole = page.add(
         "CLIPTextEncode", "Prompt of the whole image", text="a red car with blue windows on grass", clip=[model, 1]
@@ -583,13 +578,11 @@ def refine_with_sam3() -> Page:
 
 def follow_with_sam3() -> Page:
     page = Page()
-    page.column("1  Load")
-    page.note(
+    model, embeddings = page.saved_parts(
         f"{NEEDS} Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 follows the parts from the frame that shows them best, "
         "forwards and backwards. Experimental.",
         150,
     )
-    model, embeddings = page.checkpoint(), page.load()
     page.column("2  Segment")
     clip = page.add("LoadVideo", file=CLIP)
     frames = page.add("GetVideoComponents", video=[clip, 0])

@@ -94,8 +94,9 @@ class LabelFrames:
         """Delete those of the last frames that a crash has left half written."""
         for path in sorted(self.folder.glob("[0-9]*.png"))[-LAST:]:
             try:
-                self.read(int(path.stem))
-            except SlimeError:
+                with Image.open(path) as picture:
+                    picture.load()
+            except OSError:
                 path.unlink()
 
     @classmethod
@@ -164,9 +165,13 @@ def segment_stream(
     done = target.count()
     if done:
         check_model(frames, segment, target)
-    first = max(0, done - _lead(strength))
-    smoother, number = VideoSmoother(strength), first
-    for chunk in _chunks(frames(first)):
+    lead = _lead(strength)
+    number = max(0, done - lead)
+    smoother = VideoSmoother(strength)
+    for chunk in _chunks(frames(number)):
+        if all(target.path(n).is_file() for n in range(number, number + len(chunk) + lead)):  # behind a gap
+            number, smoother = number + len(chunk), VideoSmoother(strength)
+            continue
         maps = segment(chunk)
         for index in range(len(chunk)):
             part = slice(index, index + 1)
@@ -198,8 +203,8 @@ def check_model(
         if share < SAME_MODEL:
             raise SlimeError(
                 f"Frame 0 now comes out differently from the label frames in {target.folder} "
-                f"({100 * share:.0f} % of its pixels agree): the model, a LoRA or the precision has changed. Choose "
-                "another name, or connect the earlier model."
+                f"({100 * share:.0f} % of its pixels agree): the model, a LoRA or the precision has changed, "
+                "or the file was edited. Choose another name, or connect the earlier model."
             )
         return
 

@@ -281,6 +281,27 @@ def test_frames_of_another_model_are_not_mixed(tmp_path) -> None:
     assert segment_stream(lambda start: frames[start:], found_in, target, 0.7) == 3
 
 
+def test_one_frame_that_is_missing_costs_few_passes_and_nothing_of_the_user(tmp_path, monkeypatch) -> None:
+    """A gap near the start of a finished video; and a label frame that a paint program saved in colours."""
+    frames = [torch.from_numpy(frame_of(number % COUNT)).float() / 255 for number in range(200)]
+    target, passes = LabelFrames.create(tmp_path, ["square"], default_palette(1)), []
+
+    def segment(batch: torch.Tensor) -> PartMaps:
+        passes.append(len(batch))
+        return found_in(batch)
+
+    assert segment_stream(lambda start: frames[start:], segment, target, 0.7) == sum(passes) == 200
+    before = target.read(30)
+    target.path(30).unlink()
+    passes.clear()
+    assert segment_stream(lambda start: frames[start:], segment, target, 0.7) == 200
+    assert sum(passes) < 80 and np.array_equal(target.read(30), before)
+    Image.new("RGB", (64, 48)).save(target.path(199))
+    with pytest.raises(SlimeError, match="000199.png is not a label map"):
+        segment_stream(lambda start: frames[start:], segment, target, 0.7)
+    assert target.path(199).is_file()
+
+
 def test_the_size_may_change_on_the_way(reader, tmp_path) -> None:
     frames = [torch.rand(size, size, 3) for size in (8, 8, 12, 12, 8)]
     target = LabelFrames.create(tmp_path, ["square"], default_palette(1))
