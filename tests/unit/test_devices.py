@@ -96,6 +96,26 @@ def test_a_training_step_does_not_wait_for_the_device() -> None:
 
 
 @there
+def test_the_fit_waits_twice_for_an_evaluation(monkeypatch) -> None:
+    from slime.training import lbfgs
+    from slime.training.fit import fit_vectors
+    from testing.devices import simulated_device, waits
+
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(3, 6, 8, 8, generator=generator)
+    labels = (5 * maps[:, :3]).softmax(1)
+    monkeypatch.setattr(lbfgs, "TOLERANCE", 0.0)
+    counts = []
+    with simulated_device() as device:
+        for steps in (2, 12):
+            before = waits()
+            result = fit_vectors({"fine": maps.to(device)}, labels.to(device), steps=steps, l2=1e-4)
+            counts.append((waits() - before, len(result.losses)))
+    assert counts[1][1] > counts[0][1] + 8
+    assert counts[1][0] - counts[0][0] <= 2 * (counts[1][1] - counts[0][1])
+
+
+@there
 def test_a_mesh_is_rendered_and_a_concept_is_learned_on_another_device() -> None:
     from slime.concepts.detection import Detections, detection_losses, instances
     from slime.mesh.views import Camera, render_views

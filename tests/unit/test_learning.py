@@ -41,7 +41,7 @@ from slime.settings import DecodeSettings, ExtractionSettings
 from slime.training import losses
 from slime.training.augment import recolor, words
 from slime.training.colors import COLORS
-from slime.training.fit import fit_vectors
+from slime.training.fit import _Problem, fit_vectors
 from slime.training.losses import balanced_weights, weighted_cross_entropy
 from testing.toy import LAYERS, ToyUNet, all_vectors, toy_example, toy_score
 
@@ -89,6 +89,35 @@ def test_fit_reaches_the_optimum_of_the_convex_problem() -> None:
     for name, vector in result.vectors.items():
         torch.testing.assert_close(vector, again.vectors[name], rtol=1e-2, atol=1e-2)
     assert result.losses[-1] < result.losses[0] == pytest.approx(np.log(3), rel=1e-4)
+
+
+def test_fit_solves_what_torchs_own_solver_solves_in_a_fraction_of_the_steps() -> None:
+    """Features with a large mean, as real ones have: the direction along it is what takes L-BFGS its steps."""
+    g = torch.Generator().manual_seed(0)
+    features = {"coarse": torch.randn(4, 24, 8, 8, generator=g) + 5 * torch.randn(24, 1, 1, generator=g)}
+    labels = (3 * features["coarse"][:, :3]).softmax(1)
+    problem = _Problem(features, labels, 0.1)
+    point = torch.zeros(2, 24, requires_grad=True)
+    solver = torch.optim.LBFGS([point], max_iter=2000, line_search_fn="strong_wolfe", tolerance_change=1e-10)
+    vectors, inverse = problem._whitenings["coarse"]
+    values = []
+
+    def evaluate() -> torch.Tensor:
+        solver.zero_grad()
+        scores = torch.einsum("pd,vdhw->vphw", point @ vectors.T, features["coarse"])
+        logits = F.pad(scores, (0, 0, 0, 0, 1, 0))
+        loss = weighted_cross_entropy(logits, labels, balanced_weights(labels)) + 0.1 * point.square().sum() / 2
+        loss.backward()
+        values.append(float(loss.detach()))
+        return loss
+
+    solver.step(evaluate)
+    result = fit_vectors(features, labels, steps=100, l2=0.1)
+    torch.testing.assert_close(result.vectors["coarse"], (point.detach() @ vectors.T), rtol=0.02, atol=5e-3)
+    penalty = 0.1 * (result.vectors["coarse"] @ inverse.T).square().sum() / 2
+    assert result.losses[-1] + float(penalty) < min(values) + 1e-4
+    needed = next(i for i, value in enumerate(values) if value < min(values) + 1e-4)
+    assert len(result.losses) < needed / 2
 
 
 def test_fit_runs_inside_inference_mode() -> None:
