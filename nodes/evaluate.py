@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -10,10 +13,11 @@ from torch import Tensor
 
 from ..slime.errors import SlimeError
 from ..slime.examples import check_names
+from ..slime.parts.draw import drawable
 from ..slime.parts.metrics import boundary_f, evaluate
 from .common import RESULTS, Parts, PartsSocket, as_masks, named_errors, schema, split_names, to_core
 
-ROW, MARGIN, WIDTH = 26, 12, 460
+ROW, MARGIN, WIDTH, FONT = 26, 12, 460, 15
 
 
 class SLiMeEvaluate(io.ComfyNode):
@@ -52,8 +56,7 @@ class SLiMeEvaluate(io.ComfyNode):
     def execute(cls, parts: Parts, ground_truth: Tensor, names: str = "") -> io.NodeOutput:
         with named_errors("SLiMe Evaluate"):
             rows = score_parts(parts, as_masks(ground_truth), names)
-        known = [iou for _, iou, _ in rows if iou == iou]
-        mean = float(np.mean(known)) if known else 0.0
+        mean = float(np.mean([iou for _, iou, _ in rows if not math.isnan(iou)]))
         table = as_table(rows, mean)
         chart = torch.from_numpy(np.array(draw_table(rows, mean))).float()[None] / 255
         return io.NodeOutput(mean, table, to_core(chart), ui=ui.PreviewImage(chart, cls=cls))
@@ -63,7 +66,7 @@ def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
     """Return name, IoU and boundary F of every named part; NaN where the ground truth does not contain it.
 
     Raises:
-        SlimeError: unknown names, or masks that do not fit the images in number or size.
+        SlimeError: unknown names, masks that do not fit the images in number or size, or empty masks.
     """
     names = list(check_names(split_names(text, parts.maps.names) or list(parts.maps.names)))
     unknown = [name for name in names if name not in parts.maps.names]
@@ -85,7 +88,11 @@ def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
         predicted = (labels == parts.maps.names.index(name) + 1).astype(int)
         iou = float(evaluate(list(predicted), list(actual), 2).per_class[1])
         edges = [boundary_f(a, b, 2) for a, b in zip(predicted, actual, strict=True) if b.any()]
-        rows.append((name, iou, float(np.mean(edges)) if edges else float("nan")))
+        rows.append((name, iou, float(np.mean(edges)) if edges else math.nan))
+    if all(math.isnan(iou) for _, iou, _ in rows):
+        raise SlimeError(
+            f"ground_truth is empty: no pixel of it belongs to {', '.join(names)}. Connect masks of these parts."
+        )
     return rows
 
 
@@ -98,27 +105,27 @@ def as_table(rows: list[tuple[str, float, float]], mean: float) -> str:
 def draw_table(rows: list[tuple[str, float, float]], mean: float) -> Image.Image:
     """Draw name, IoU with a bar, and boundary F of every part."""
     image = Image.new("RGB", (WIDTH, 2 * MARGIN + ROW * (len(rows) + 2)), (30, 30, 34))
-    draw, font = ImageDraw.Draw(image), ImageFont.load_default(15)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(FONT)
     left, right, columns = 150, 290, (MARGIN, 300, 375)
-    edges = [edge for _, _, edge in rows if edge == edge]
-    lines = [(name[:18], iou, edge) for name, iou, edge in rows]
-    lines.append(("mean", mean, float(np.mean(edges)) if edges else float("nan")))
+    edges = [edge for _, _, edge in rows if not math.isnan(edge)]
+    lines = [(drawable(name[:18], number, FONT), iou, edge) for number, (name, iou, edge) in enumerate(rows, start=1)]
+    lines.append((("mean", font), mean, float(np.mean(edges)) if edges else math.nan))
 
-    def write(row: int, *texts: str, color: tuple[int, int, int] = (230, 230, 230)) -> int:
+    def write(row: int, named: tuple[str, Any], *texts: str, color: tuple[int, int, int] = (230, 230, 230)) -> int:
         y = MARGIN + row * ROW
-        for x, text in zip(columns, texts, strict=True):
-            draw.text((x, y + 3), text, fill=color, font=font)
+        for x, (text, its_font) in zip(columns, (named, *((text, font) for text in texts)), strict=True):
+            draw.text((x, y + 3), text, fill=color, font=its_font)
         draw.line((MARGIN, y + ROW - 2, WIDTH - MARGIN, y + ROW - 2), fill=(60, 60, 66))
         return y
 
-    write(0, "part", "IoU", "boundary F", color=(160, 160, 166))
-    for row, (name, iou, edge) in enumerate(lines, start=1):
-        y = write(row, name, _number(iou), _number(edge))
+    write(0, ("part", font), "IoU", "boundary F", color=(160, 160, 166))
+    for row, (named, iou, edge) in enumerate(lines, start=1):
+        y = write(row, named, _number(iou), _number(edge))
         draw.rectangle((left, y + 6, right, y + ROW - 8), fill=(60, 60, 66))
-        if iou == iou and iou > 0:
+        if iou > 0:
             draw.rectangle((left, y + 6, left + (right - left) * iou, y + ROW - 8), fill=(60, 180, 75))
     return image
 
 
 def _number(value: float) -> str:
-    return "absent" if value != value else f"{value:.3f}"
+    return "absent" if math.isnan(value) else f"{value:.3f}"

@@ -86,8 +86,9 @@ def _boxes(value: Any, size: tuple[int, int]) -> Iterator[np.ndarray]:
     boxes = [value] if isinstance(value, dict) else value[0] if value and isinstance(value[0], list) else value
     for box in boxes:
         mask = np.zeros(size, bool)
-        left, top = max(0, round(box["x"])), max(0, round(box["y"]))
-        mask[top : round(box["y"] + box["height"]), left : round(box["x"] + box["width"])] = True
+        left, right = (max(0, round(x)) for x in (box["x"], box["x"] + box["width"]))
+        top, bottom = (max(0, round(y)) for y in (box["y"], box["y"] + box["height"]))
+        mask[top:bottom, left:right] = True
         yield mask
 
 

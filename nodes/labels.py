@@ -67,7 +67,7 @@ class _Sources:
 
 
 _READ = _Sources()
-CHOICES = ["coco", "label-map", "masks", "label-studio", "coco-polygons", "yolo"]
+CHOICES = [name for name in FORMATS if name != "parquet"]  # which is for data sets of many files
 
 
 class SLiMeExportLabels(io.ComfyNode):

@@ -174,12 +174,12 @@ class SLiMePartsToMesh(io.ComfyNode):
                 texture = torch.where(on_texture[..., None] > 0, palette[on_texture.long()], 0.0)
             else:
                 texture = torch.zeros(64, 64, 3)
-        found = [part for part in range(1, len(maps.names) + 1) if bool((labels == part).any())]
-        if not found:
-            raise SlimeError(
-                f"SLiMe Parts to Mesh: none of {', '.join(maps.names)} is found on the mesh. Look at the preview of "
-                "SLiMe Segment; connect the painter's examples, or paint a view that shows the parts larger."
-            )
+            found = [part for part in range(1, len(maps.names) + 1) if bool((labels == part).any())]
+            if not found:
+                raise SlimeError(
+                    f"None of {', '.join(maps.names)} is found on the mesh. Look at the preview of SLiMe Segment; "
+                    "connect the painter's examples, or paint a view that shows the parts larger."
+                )
         areas = surface.areas / surface.areas.sum()
         share = {maps.names[part - 1]: float(areas[labels == part].sum()) for part in found}
         show_text(cls.hidden.unique_id, ", ".join(f"{name} {100 * area:.1f} %" for name, area in share.items()))

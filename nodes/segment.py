@@ -98,8 +98,8 @@ class SLiMeSegment(io.ComfyNode):
         latent: dict[str, Tensor] | None = None,
         **more: Any,
     ) -> io.NodeOutput:
-        settings = SegmentSettings(**more)
         with named_errors("SLiMe Segment"):
+            settings = SegmentSettings(**more)
             backbone = build_backbone(model, vae, clip, clip_vision)
             images, latents = resolve_inputs(image, latent, backbone)
             if image is None and (settings.closeups or settings.tiles > 1):

@@ -108,8 +108,8 @@ class SLiMeSegmentVideo(io.ComfyNode):
         clip_vision: Any = None,
         **more: Any,
     ) -> io.NodeOutput:
-        settings = SegmentSettings(**more)
         with named_errors("SLiMe Segment Video"):
+            settings = SegmentSettings(**more)
             backbone = build_backbone(model, vae, clip, clip_vision)
             embeddings.check_model(backbone)
             embeddings = embeddings.completed(backbone)
@@ -261,8 +261,8 @@ class VideoReader:
         step = max(1, round(1 / (self.rate * self._time_base)))  # of a frame, in units of the stream
         number, last = 0, None
         with closing(self._open()) as container:
-            for frame in self._decoded(container):
-                time = frame.pts if frame.pts is not None else number * step
+            for index, frame in enumerate(self._decoded(container)):
+                time = frame.pts if frame.pts is not None else index * step
                 seconds = float(time * self._time_base)
                 if seconds >= self._end - 1e-6:
                     return
@@ -276,7 +276,7 @@ class VideoReader:
                 number += 1
 
     def _decoded(self, container: Any) -> Iterator[Any]:
-        stream, bad = self._stream(container), 0
+        stream, bad, end = self._stream(container), 0, ""
         try:
             for packet in container.demux(stream):
                 try:
@@ -284,11 +284,12 @@ class VideoReader:
                 except av.error.InvalidDataError:
                     bad += 1
         except av.error.FFmpegError as error:
-            self.remark = f"The file ends early ({error})."
-            logger.warning("SLiMe: %s", self.remark)
-        if bad:
-            self.remark = f"{bad} damaged frames were left out."
-            logger.warning("SLiMe: %s", self.remark)
+            end = f"The file ends early ({error})."
+        finally:  # also where a trim ends the reading
+            remarks = [f"{bad} damaged frames were left out."] if bad else []
+            if remarks := [*remarks, end] if end else remarks:
+                self.remark = " ".join(remarks)
+                logger.warning("SLiMe: %s", self.remark)
 
     def write_overlay(self, path: Path, labels: LabelFrames, on_frame: Callable[[int], None]) -> None:
         """Write the video with the parts drawn over it, frame by frame, at the times of the video from 0.

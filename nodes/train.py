@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,10 +56,9 @@ STAGES = {
     "done": "Done, step",
 }
 PROBE_SHARE = 0.5  # estimated share of the layer probe in the whole time
-# Estimated share of each stage in the rest of the time, in order; the last stage takes what is left. On the demo model
-# on a CPU it is .6 and .1 with both; a step of paper through Stable Diffusion takes far longer than a view.
+# Estimated share of each stage in the rest of the time; the last stage takes what is left.
 STAGE_SHARES = {
-    "instant": {"views": 0.5, "features": 0.2},
+    "instant": {"views": 0.5, "features": 0.4},
     "paper": {"views": 0.08, "features": 0.08},
     "concept": {"views": 0.1},
 }
@@ -173,7 +172,7 @@ class TrainingProgress:
         self._node_id, self._preset = node_id, preset
         self._bar = comfy.utils.ProgressBar(BAR)
         self._previewed = self._told = 0.0
-        self._probed = False
+        self._shares: dict[str, float] = {}  # that are done, by stage
         self._started = time.monotonic()
         self.show_text("Encoding the views of the examples")  # replaces the last run's text
 
@@ -188,8 +187,8 @@ class TrainingProgress:
             palette = embeddings.palette if embeddings is not None else default_palette(len(maps) - 1)
             preview = ("JPEG", live_preview(image, maps, palette), PREVIEW_SIDE)
             self._previewed = now
-        self._probed = self._probed or report.stage == "layers"
-        done = done_share(report, self._preset, self._probed)
+        self._shares[report.stage] = report.step / report.steps
+        done = done_share(self._shares, self._preset)
         self._bar.update_absolute(round(BAR * done), BAR, preview)
         if now - self._told >= TEXT_SECONDS or report.step == report.steps:
             self.show_text(progress_text(report, done, now - self._started))
@@ -217,17 +216,15 @@ def autosave_on_error(progress: TrainingProgress) -> Iterator[None]:
         raise
 
 
-def done_share(report: StepReport, preset: str, probed: bool = False) -> float:
-    """Estimate the share of the training that is done, 0..1; ``probed`` if it began with the layer probe."""
-    before = 0.0
-    rest = 1 - PROBE_SHARE if probed else 1.0
-    shares = {"layers": PROBE_SHARE} if probed else {}
-    shares |= {stage: rest * share for stage, share in STAGE_SHARES.get(preset, {}).items()}
-    for stage, share in shares.items():
-        if stage == report.stage:
-            return before + share * report.step / report.steps
-        before += share
-    return before + (1 - before) * report.step / report.steps
+def done_share(stages: Mapping[str, float], preset: str) -> float:
+    """Estimate the share of the training that is done, 0..1, from the share of every stage so far."""
+    probe = PROBE_SHARE if "layers" in stages else 0.0
+    shares = {"layers": probe} | {name: (1 - probe) * share for name, share in STAGE_SHARES.get(preset, {}).items()}
+    rest = 1 - sum(shares.values())
+    last = next((done for name, done in stages.items() if name not in shares), None)
+    if last is not None:  # the stages before it have ended, whatever they announced
+        return 1 - rest * (1 - last)
+    return sum(share * stages.get(name, 0.0) for name, share in shares.items())
 
 
 def progress_text(report: StepReport, done: float, elapsed: float) -> str:

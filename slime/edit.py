@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from .embeddings import CONTEXT, LINEAR, PartEmbeddings
+from .embeddings import CONCEPT, CONTEXT, LINEAR, PartEmbeddings
 from .errors import SlimeError
 from .examples import check_names
 from .parts.palette import PALETTE
@@ -41,6 +41,8 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
         raise SlimeError("They were trained with other settings (text, layers, timestep or size) and cannot be merged.")
     names = check_names([*first.names, *second.names])
     a, b = len(first.names), len(second.names)
+    known = first.example_confidence > 0 and second.example_confidence > 0
+    confidence = (a * first.example_confidence + b * second.example_confidence) / (a + b)
     vectors = {name: torch.cat([vector, second.vectors[name]]) for name, vector in first.vectors.items()}
     taken = set(first.palette)
     spare = [color for color in PALETTE if color not in taken and color not in second.palette]
@@ -52,7 +54,7 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
         names=names,
         vectors=vectors,
         palette=tuple(palette),
-        example_confidence=(a * first.example_confidence + b * second.example_confidence) / (a + b),
+        example_confidence=confidence if known else 0.0,
         settings={"merged": [first.settings, second.settings]},
         losses=(),
     )
@@ -103,13 +105,15 @@ def _change(line: str, known: Sequence[str]) -> tuple[str, str]:
 def describe(embeddings: PartEmbeddings) -> str:
     """Return a readable text: parts, kind of model, training."""
     shapes = ", ".join(f"{name} ({vector.shape[1]})" for name, vector in embeddings.vectors.items())
-    kind = "linear probe" if embeddings.mode == LINEAR else "token embeddings in the text"
-    lines = [
-        f"parts ({len(embeddings.names)}): {', '.join(embeddings.names)}",
-        f"model family: {embeddings.backbone}",
-        f"{kind}, width by feature group: {shapes}",
-        f"features: timestep {embeddings.timestep}, {embeddings.side} pixels, prompt: {embeddings.prompt or '(empty)'}",
-    ]
+    lines = [f"parts ({len(embeddings.names)}): {', '.join(embeddings.names)}", f"model family: {embeddings.backbone}"]
+    if embeddings.mode == CONCEPT:
+        tokens = sum(name.startswith("token.") for name in embeddings.vectors)
+        lines.append(f"SAM3 concepts, {tokens} tokens for each part, trained at {embeddings.side} pixels")
+    else:
+        kind = "linear probe" if embeddings.mode == LINEAR else "token embeddings in the text"
+        prompt = embeddings.prompt or "(empty)"
+        lines.append(f"{kind}, width by feature group: {shapes}")
+        lines.append(f"features: timestep {embeddings.timestep}, {embeddings.side} pixels, prompt: {prompt}")
     settings = embeddings.settings
     if "preset" in settings:
         known = [f"{key} {settings[key]}" for key in ("steps", "views", "seed") if key in settings]

@@ -41,6 +41,7 @@ COMPACT_LIMIT = 400_000  # characters; a workflow JSON should stay readable
 FILE_LIMIT = 64 * 2**20  # bytes; three times the largest there can be
 BODY_LIMIT = 2**20  # characters of JSON
 LAYERS_LIMIT = 512
+DTYPES = (torch.float16, torch.float32, torch.float64)
 TEXT_LIMIT = 10_000
 SCRATCH = ".slime-partial"
 ABANDONED_SECONDS = 3600.0
@@ -291,7 +292,9 @@ def _contiguous(tensor: Tensor) -> Tensor:
 
 def _check_tensor(name: str, tensor: Tensor, embeddings: PartEmbeddings) -> None:
     """Raise ValueError where a tensor is not finite, or its shape does not fit the vectors."""
-    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()) or tensor.numel() == 0:
+    if tensor.dtype not in DTYPES:
+        raise ValueError(f"its type is {tensor.dtype}")
+    if not bool(torch.isfinite(tensor).all()) or tensor.numel() == 0:
         raise ValueError("it holds no finite numbers")
     if name in embeddings.vectors:
         return

@@ -221,7 +221,8 @@ def _check_latents(latents: Tensor, images: Tensor, backbone: Backbone) -> None:
             f" ({images.shape[2]}x{images.shape[1]} pixels) differ in number or aspect. Connect the latent of these "
             "images."
         )
-    check_finite([latents])
+    if not torch.isfinite(latents).all():
+        raise SlimeError("The latents contain NaN or infinity. Check the node that made them.")
 
 
 def _maps_of(

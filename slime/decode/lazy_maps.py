@@ -60,7 +60,8 @@ class LazyMaps:
     def for_image(self, index: int, image: Tensor) -> LazyMaps:
         """Return the maps of one image, refined along ``image`` [H, W, 3], which is the same at another size."""
         chunk = slice(index, index + 1)
-        return replace(self, images=image[None], maps=self.maps[chunk], present=self.present[chunk])
+        closeups = self.closeups[chunk]
+        return replace(self, images=image[None], maps=self.maps[chunk], present=self.present[chunk], closeups=closeups)
 
     def _finish(self, chunk: slice, refine: Callable[[Tensor, Tensor], Tensor], empty: Tensor) -> Tensor:
         """Refine the maps of a chunk of the batch; ``empty`` is the result for an image without parts."""

@@ -94,6 +94,8 @@ def test_masks_segs_and_boxes_open_the_painter_too(nodes, labels) -> None:
     for given in (box, [box], [[box]]):
         names, opened = run(given)
         assert names == ["part 1"] and np.array_equal(opened, labels[0] == 1)
+    for outside in ({"x": -50, "y": 0}, {"x": 0, "y": -50}, {"x": 90, "y": 0}):
+        assert not run(outside | {"width": 20, "height": 10})[1].any()
 
 
 def test_what_cannot_be_painted_says_so(nodes, labels) -> None:

@@ -123,10 +123,15 @@ def test_the_overlay_of_a_trimmed_video_begins_at_zero(reader, tmp_path) -> None
 
 def test_frames_without_times_have_those_of_the_rate(reader, tmp_path) -> None:
     """A raw stream has no times; two streams one after the other jump back."""
+    from slime_extension.nodes.segment_video import VideoReader
+
     write(tmp_path / "x.h264")
     stream = reader(tmp_path / "x.h264")
     steps = np.diff([float(time * stream._time_base) for _, time in stream.frames()])
     assert np.allclose(steps, 1 / float(stream.rate), rtol=0.05)
+    path, window = str(tmp_path / "x.h264"), (4 / float(stream.rate), 0.0)
+    trimmed = VideoReader(SimpleNamespace(get_stream_source=lambda: path, get_active_trim_window=lambda: window))
+    assert sum(1 for _ in trimmed.frames()) == COUNT - 4
     one = write(tmp_path / "a.ts").read_bytes()
     (tmp_path / "two.ts").write_bytes(one + one)
     joined = reader(tmp_path / "two.ts")
@@ -193,6 +198,9 @@ def test_one_damaged_frame_costs_no_others(reader, tmp_path) -> None:
     video = reader(path)
     assert sum(1 for _ in video.frames()) == COUNT - 1
     assert video.remark == "1 damaged frames were left out."
+    path.write_bytes(bytes(data[: packets[-1][0]]))  # cut off as well
+    cut = reader(path)
+    assert sum(1 for _ in cut.frames()) < COUNT - 1 and cut.remark.startswith("1 damaged frames were left out.")
 
 
 def test_frames_in_memory_that_cannot_be_read_say_what_to_do(reader) -> None:

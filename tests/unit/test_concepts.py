@@ -12,7 +12,7 @@ from slime import Example, SlimeError, load_embeddings, save_embeddings
 from slime.concepts.detection import Detections, detection_losses, instances
 from slime.concepts.refine import RefineSettings, refine_parts
 from slime.concepts.train import ConceptSettings, concept_limits, concept_map, concept_tokens, train_concepts
-from slime.edit import change_parts, merge_embeddings
+from slime.edit import change_parts, describe, merge_embeddings
 from slime.embedding_files import to_text
 from slime.examples import merge_examples
 from slime.parts.maps import CertainMaps, DenseMaps, PartMaps
@@ -82,12 +82,15 @@ def test_concepts_continue_are_saved_renamed_and_merged(tmp_path) -> None:
     learned = train_concepts(ToyDetector(), [colored_example()], settings)
     loaded = load_embeddings(save_embeddings(learned, tmp_path / "x.safetensors"))
     assert torch.equal(concept_tokens(loaded), concept_tokens(learned)) and concept_limits(loaded) == [1, 1]
+    assert "SAM3 concepts, 8 tokens" in describe(loaded) and "prompt" not in describe(loaded)
     further = train_concepts(ToyDetector(), [colored_example()], settings, init=loaded)
     assert further.losses[0] < learned.losses[0]
     one = change_parts(loaded, "blue = drop\nred = wheel")
     assert one.names == ("wheel",) and torch.equal(concept_tokens(one)[0], concept_tokens(learned)[0])
     both = merge_embeddings(loaded, one)
     assert both.names == ("red", "blue", "wheel") and len(concept_tokens(both)) == 3
+    unknown = merge_embeddings(replace(loaded, example_confidence=0.8), replace(one, example_confidence=0.0))
+    assert unknown.example_confidence == 0  # which means unknown
     with pytest.raises(SlimeError, match="no text form"):
         to_text(learned)
     with pytest.raises(SlimeError, match="to continue from have the parts red, blue"):

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from slime import from_text, load_embeddings, save_embeddings, to_text
 from slime.backbones.layers import Layer, LayerChoice
@@ -126,6 +126,12 @@ def test_foreign_truncated_newer_missing_files(tmp_path) -> None:
         load_embeddings(tmp_path / "torn.safetensors")
     with pytest.raises(SlimeError, match="no file"):
         load_embeddings(tmp_path / "none.safetensors")
+    tensors = load_file(str(path))
+    for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int64):
+        other = tensors | {"condition/context": tensors["condition/context"].to(dtype)}
+        save_file(other, str(tmp_path / "type.safetensors"), metadata=metadata | {"version": "1"})
+        with pytest.raises(SlimeError, match=f"damaged at .context.: its type is {dtype}"):
+            load_embeddings(tmp_path / "type.safetensors")
 
 
 def test_another_family_is_refused_by_name() -> None:

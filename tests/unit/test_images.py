@@ -19,6 +19,7 @@ from slime.errors import SlimeError
 from slime.examples import Example
 from slime.images import resize_maps, soft_labels, working_size
 from slime.paper.views import official_view
+from slime.parts import draw
 from slime.parts.draw import color_labels, legend_below, overlay
 from slime.settings import InstantSettings, PaperSettings
 from slime.training.augment import augmented_image, augmented_labels, flip_allowed, rotate_image, rotate_labels
@@ -122,6 +123,18 @@ def test_labels_are_the_most_probable_class_in_strips_as_well(monkeypatch, metho
     monkeypatch.setattr(refine, "STRIP", 3 * 2 * 20 * 66)  # three rows of the coefficients at once
     torch.testing.assert_close(refine_maps(maps, images, method), whole, rtol=1e-4, atol=1e-5)
     assert (refined_labels(maps, images, method) == whole.argmax(1)).float().mean() > 0.999
+
+
+def test_names_that_no_font_has_are_drawn_as_numbers(monkeypatch) -> None:
+    page = Image.new("RGB", (96, 96))
+    monkeypatch.setattr(draw, "WIDE_FONTS", ())
+    draw._fonts.cache_clear()
+    assert [draw.drawable(name, 7, 12)[0] for name in ("wheel 2", "\u8f66", "Kotfl\u00fcgel")] == ["wheel 2", "7", "7"]
+    wheel, window = (np.asarray(legend_below(page, [name], [(9, 9, 9)])) for name in ("\u8f66", "\u7a97"))
+    assert np.array_equal(wheel, window)  # both are part 1
+    both = np.asarray(legend_below(page, ["\u8f66", "\u7a97"], [(9, 9, 9)] * 2))
+    assert not np.array_equal(both[:, :48], both[:, 48:])
+    draw._fonts.cache_clear()
 
 
 def test_label_colors_are_exact_and_overlay_leaves_the_rest() -> None:
