@@ -4,7 +4,6 @@
     python dev.py benchmark accuracy --split validation --methods default --set recolor=0
     python dev.py benchmark accuracy --methods default --constants decode.linear.PROPAGATED_SHARE=0
     python dev.py benchmark accuracy --checkpoint sd21.safetensors --data FOLDER --domains car horse celeba
-    python dev.py benchmark accuracy --determinism
 
 Baselines are trivial methods, the same UNet's features without training, the untrained UNet, and the grid's ceiling
 (the truth at the resolution of the latent). Test sets are plain scenes, stress sets, scenes in another drawing style,
@@ -98,7 +97,6 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--quick", action="store_true", help="cars and horses, one seed, 1 shot, 20 plain scenes: about 5 minutes"
     )
-    parser.add_argument("--determinism", action="store_true", help="run one configuration twice and compare")
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
     parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
     options = parser.parse_args()
@@ -121,9 +119,6 @@ def main() -> None:
         segment=assignments(options.segment),
     )
     methods = make_methods(options.checkpoint, changes, options.style)
-    if options.determinism:
-        check_determinism(methods["default"])
-        return
     rows = read_rows(options.json)
     pictures: list[np.ndarray] = []
     for seed in range(options.seeds):
@@ -211,17 +206,6 @@ def interval(rows: Sequence[Row]) -> str:
     values, errors = [row["part_miou"] for row in rows], [row["part_miou_error"] for row in rows]
     over_sets = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else 0.0
     return f"{np.mean(values):.3f} +- {np.hypot(over_sets, 1.96 * np.mean(errors)):.3f}"
-
-
-def check_determinism(learn: Learn) -> None:
-    """Run one configuration twice; every figure but the seconds must be the same."""
-    runs = []
-    for _ in range(2):
-        rows, _ = measure(scene_task("horse", 1, 0, 6, "validation"), "default", learn, 1, 0)
-        runs.append([{k: v for k, v in row.items() if "seconds" not in k} for row in rows])
-    if runs[0] != runs[1]:
-        raise SystemExit(f"two runs differ:\n{runs[0]}\n{runs[1]}")
-    sys.stdout.write(f"two runs agree in every figure: {runs[0][0]}\n")
 
 
 def examples_shown(task: Task) -> list[np.ndarray]:

@@ -20,7 +20,7 @@ import torch
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
-from ..slime.data.run_log import partial_path
+from ..slime.data.run_log import replacing
 from ..slime.data.video_stream import AGAIN, LabelFrames, check_model, segment_stream
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
@@ -302,26 +302,21 @@ class VideoReader:
         Raises:
             SlimeError: label frames that are missing or of another size.
         """
-        partial = partial_path(path)
-        try:
-            with av.open(str(partial), mode="w", format="mp4") as container:
-                stream, start = None, 0
-                for number, (image, time) in enumerate(islice(self.frames(), labels.count())):
-                    if stream is None:
-                        stream, start = self._overlay_stream(container, image), time
-                    drawn = overlay(image, _fitting(labels, number, image), labels.palette, opacity=OPACITY)
-                    drawn = np.ascontiguousarray(drawn[: stream.height, : stream.width])
-                    frame = av.VideoFrame.from_ndarray(drawn, format="rgb24")
-                    if (frame.height, frame.width) != (stream.height, stream.width):  # the size changes on the way
-                        frame = frame.reformat(stream.width, stream.height)
-                    frame.pts, frame.time_base = time - start, self._time_base
-                    container.mux(stream.encode(frame))
-                    on_frame(number + 1)
-                if stream is not None:
-                    container.mux(stream.encode())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with replacing(path) as partial, av.open(str(partial), mode="w", format="mp4") as container:
+            stream, start = None, 0
+            for number, (image, time) in enumerate(islice(self.frames(), labels.count())):
+                if stream is None:
+                    stream, start = self._overlay_stream(container, image), time
+                drawn = overlay(image, _fitting(labels, number, image), labels.palette, opacity=OPACITY)
+                drawn = np.ascontiguousarray(drawn[: stream.height, : stream.width])
+                frame = av.VideoFrame.from_ndarray(drawn, format="rgb24")
+                if (frame.height, frame.width) != (stream.height, stream.width):  # the size changes on the way
+                    frame = frame.reformat(stream.width, stream.height)
+                frame.pts, frame.time_base = time - start, self._time_base
+                container.mux(stream.encode(frame))
+                on_frame(number + 1)
+            if stream is not None:
+                container.mux(stream.encode())
 
     def _overlay_stream(self, container: Any, image: np.ndarray) -> Any:
         stream = container.add_stream("libx264", rate=self.rate)

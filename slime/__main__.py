@@ -6,10 +6,14 @@ import sys
 
 
 def main() -> int:
-    """The console script ``slime``."""
-    from .data.command import run
+    """Run the console script ``slime`` and return its exit status."""
+    try:
+        from .data.command import run
 
-    return run(sys.argv[1:])
+        return run(sys.argv[1:])
+    except ImportError as error:  # some formats need the extra
+        sys.stderr.write(f'slime: {error.name} is missing: pip install "slime-segment-like-me[data]"\n')
+        return 1
 
 
 if __name__ == "__main__":

@@ -11,8 +11,3 @@ from .inprocess import NAME
 def train_settings(preset: str, **values: Any) -> Any:
     """Return the value of a settings socket of SLiMe Train; layers by the names of :mod:`slime.settings`."""
     return import_module(f"{NAME}.nodes.train_settings").TrainSettingsValue(preset, values)
-
-
-def forget_features() -> None:
-    """Empty the cache of SLiMe Segment."""
-    import_module(f"{NAME}.nodes.feature_cache")._caches.clear()

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-LATENT_SCALE = 0.18215  # SD1.5's latent format, which ComfyUI applies around the VAE
-LATENT_CHANNELS = 4
-DOWNSCALE = 8
-
 CONTEXT_DIM = 96
 UNET_CONFIG = {
     "image_size": 32,

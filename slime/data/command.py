@@ -48,14 +48,8 @@ def run(arguments: Sequence[str]) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
-    except SlimeError as error:
+    except (SlimeError, OSError) as error:
         sys.stderr.write(f"slime: {error}\n")
-        return 1
-    except OSError as error:
-        sys.stderr.write(f"slime: {error}\n")
-        return 1
-    except ImportError as error:
-        sys.stderr.write(f'slime: {error.name} is missing: pip install "slime-segment-like-me[data]"\n')
         return 1
     return 0
 
@@ -272,7 +266,9 @@ def _segment_with_ray(options: argparse.Namespace) -> None:
     from .ray_engine import segment_with_ray
 
     if options.format not in (["parquet"], ["jsonl"]) or options.limit or options.shard != (0, 1):
-        raise SlimeError("With --ray give --format parquet or jsonl, and neither --limit nor --shard: Ray shares out.")
+        raise SlimeError(
+            "With --ray give --format parquet or jsonl, and neither --limit nor --shard: Ray distributes the images."
+        )
     if options.order or options.review:
         raise SlimeError("With --ray there is neither --order nor --review: sort the table by its confidence.")
     segment_with_ray(
@@ -324,8 +320,10 @@ def versions() -> dict[str, str]:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    if bool(options.labels) == bool(options.embeddings and options.model):
-        raise SlimeError("Give --labels, or both --model and --embeddings.")
+    if bool(options.labels) == bool(options.embeddings and options.model) or (
+        options.labels and (options.embeddings or options.model)
+    ):
+        raise SlimeError("Give --labels alone, or both --model and --embeddings.")
     skipped = list[str]()
     if options.labels:
         truth = read_annotations(options.ground_truth)
@@ -333,11 +331,13 @@ def _evaluate(options: argparse.Namespace) -> None:
         names, label_maps = truth.names, {image.name: image.labels for image in annotated.images}
         skipped = annotated.skipped
         counts_by_name = Counter(image.name for image in annotated.images)
-        skipped += [f"{name} is there {count} times" for name, count in counts_by_name.items() if count > 1]
+        skipped += [f"{name} occurs {count} times" for name, count in counts_by_name.items() if count > 1]
         without = [image.name for image in truth.images if image.name not in label_maps]
         if len(without) == len(truth.images):
             there, here = annotated.images[0].name, without[0]
-            raise SlimeError(f'No image is in both sets by its name: "{here}" there, "{there}" in {options.labels}.')
+            raise SlimeError(
+                f'The two sets have no image name in common (for example "{here}", and "{there}" in {options.labels}).'
+            )
         if without:
             sys.stderr.write(f"slime: {len(without)} images ({without[0]} ...) have no labels, and count as empty.\n")
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -104,14 +104,20 @@ class RunLog:
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file that appears completely or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = partial_path(path)
-    partial.write_bytes(data)
-    partial.replace(path)
+    with replacing(path) as partial:
+        partial.write_bytes(data)
 
 
-def partial_path(path: Path) -> Path:
-    """Return a temporary path beside ``path`` that no other process uses, on any machine."""
-    return path.with_name(f".{path.name}.{uuid4().hex}")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Provide a temporary path beside ``path`` that no other process uses, and rename it in the end; on an error the
+    temporary file is deleted and ``path`` left as it was."""
+    partial = path.with_name(f".{path.name}.{uuid4().hex}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _append(file: Path, text: str) -> None:

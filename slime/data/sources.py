@@ -192,14 +192,15 @@ def _table(file: Path, read: bool) -> Iterator[SourceImage]:
         raise SlimeError(f"{file.name} is no Parquet file, or is cut off ({error}). Copy it again.") from error
     if COLUMN not in table.schema_arrow.names:
         raise SlimeError(f'{file.name} has no column "{COLUMN}"; it has: {", ".join(table.schema_arrow.names)}.')
-    number = 0
     named = any(field == f"{COLUMN}.path" for field in (column.path for column in table.schema))
-    for batch in table.iter_batches(ROWS, columns=[COLUMN if read or not named else f"{COLUMN}.path"]):
-        for value in batch.column(0).to_pylist():
-            name = f"{file.stem}_{number:08d}.png"
+    names = (f"{file.stem}_{number:08d}.png" for number in range(table.metadata.num_rows))
+    if not (read or named):
+        yield from (SourceImage(name, bytes) for name in names)
+        return
+    for batch in table.iter_batches(ROWS, columns=[COLUMN if read else f"{COLUMN}.path"]):
+        for value, name in zip(batch.column(0).to_pylist(), names, strict=False):
             if isinstance(value, dict):
                 name, value = value.get("path") or name, value.get("bytes")
             if isinstance(value, str):
                 raise SlimeError(f'The column "{COLUMN}" of {file.name} holds texts, not the bytes of images.')
             yield SourceImage(name, partial(bytes, value or b""))
-            number += 1

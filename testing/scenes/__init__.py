@@ -14,7 +14,7 @@ import numpy as np
 
 from . import car, face, horse, ink
 from .canvas import SIZE, Canvas
-from .natural import Repainter, light_naturally, natural_painter, sparse_caption
+from .natural import light_naturally, natural_painter, sparse_caption
 from .painter import Painter
 from .place import PLACES, light_up, paint_background, paint_bar
 
@@ -104,7 +104,6 @@ def render(
     variation: Variation = VARIATIONS["plain"],
     size: int = SIZE,
     style: str = WORLD,
-    repaint: int | None = None,
 ) -> Scene:
     """Draw one scene. The same arguments give the same pixels.
 
@@ -115,7 +114,6 @@ def render(
         size: side of the square image in pixels.
         style: "natural", with natural colours and light, see :mod:`.natural`; "free", where every part has a colour of
             its own; or "ink", drawn by another renderer, see :mod:`.ink`.
-        repaint: for natural scenes: draw the same shapes in colours, place and light from this seed.
     """
     rng = np.random.default_rng([DOMAINS.index(domain), seed, *STYLES[style]])
     painter = Painter(rng) if style == "free" else natural_painter(rng)
@@ -123,10 +121,6 @@ def render(
         return draw_in_ink(domain, painter, variation, size)
     natural = style == "natural"
     place = str(rng.choice(list(PLACES)))
-    if repaint is not None:
-        rng = np.random.default_rng([repaint, 2])
-        painter = Repainter(painter, natural_painter(rng))
-        place = str(rng.choice(list(PLACES)))
 
     canvas = Canvas(size)
     PAINT[domain](canvas, painter, variation.scale)

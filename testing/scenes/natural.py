@@ -93,21 +93,6 @@ def natural_painter(rng: np.random.Generator) -> Painter:
     return FreePainter(rng) if rng.random() < FREE_SHARE else NaturalPainter(rng)
 
 
-class Repainter(Painter):
-    """Painter with the shapes of one painter and the colours of another."""
-
-    mane = True
-
-    def __init__(self, shapes: Painter, paint: Painter) -> None:
-        self.rng, self.names, self.colors = shapes.rng, paint.names, paint.colors
-        self._shapes, self._paint = shapes, paint
-
-    def choose(self, part: str, differs_from: tuple[str, ...] = ()) -> Color:
-        """Return the colour from ``paint``; ``shapes`` draws one too, so that its next random numbers are unchanged."""
-        self._shapes.choose(part, differs_from)
-        return self._paint.choose(part, differs_from)
-
-
 def texture(rng: np.random.Generator, size: int, finest: int) -> np.ndarray:
     """Return smooth noise of several scales, [size, size], mean about 0, deviation about 1."""
     total = np.zeros((size, size), np.float32)

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from slime import SegmentSettings, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones.base import Features
@@ -27,7 +28,7 @@ from slime.decode.linear import apply_temperature, calibrating_temperature, part
 from slime.decode.refine import refine_maps
 from slime.errors import SlimeError
 from slime.examples import IGNORE, Example, merge_examples
-from slime.paper.decoder import official_maps
+from slime.paper.decoder import official_maps, token_maps
 from slime.paper.train import official_iou
 from slime.training import probe
 from slime.training.augment import window
@@ -217,9 +218,14 @@ def test_training_iou_is_that_of_the_official_read_out() -> None:
     toy = ToyUNet()
     capture = Capture(toy.default_layers())
     toy.predict_noise(torch.randn(1, 4, 16, 16), 10, toy.encode_prompt(""), capture)
-    labels = torch.zeros(1, 3, 16, 16)
-    labels[:, 0] = 1
-    assert 0 <= float(official_iou(capture, labels)) <= 1
+    maps = official_maps(token_maps(list(capture.cross.values()), 3, (16, 16)), list(capture.self_.values()))
+    predicted = F.one_hot(maps.argmax(1), 3).movedim(-1, 1).float()
+    assert float(official_iou(capture, predicted)) == 1
+    shifted = predicted.roll(5, 3)
+    common, either = predicted * shifted, torch.maximum(predicted, shifted)
+    present = shifted.sum((2, 3)) > 0
+    wanted = float((common.sum((2, 3)) / either.sum((2, 3)))[present].mean())
+    assert float(official_iou(capture, shifted)) == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("count", [3, 30])

@@ -21,7 +21,7 @@ from ...parts.palette import Color
 from ..file_names import FileNames, leads_outside
 from ..pixels import decode
 from ..records import Record
-from ..run_log import RunLog, partial_path
+from ..run_log import RunLog, replacing
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UPLOAD = re.compile(r"[0-9a-f]{8}-.")
@@ -113,8 +113,7 @@ def png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = Non
 
 def write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[str, Any]]) -> None:
     """Write an object of ``fixed`` entries and lists, item by item; without ``fixed`` the one list alone."""
-    partial = partial_path(path)
-    with partial.open("w", encoding="utf-8") as file:
+    with replacing(path) as partial, partial.open("w", encoding="utf-8") as file:
         if fixed is not None:
             file.write(json.dumps(fixed, ensure_ascii=False)[:-1] + ",")
         for index, (name, items) in enumerate(lists.items()):
@@ -123,7 +122,6 @@ def write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[
                 file.write(("," if place else "") + "\n" + json.dumps(item, separators=(",", ":"), ensure_ascii=False))
             file.write("\n]")
         file.write("}\n" if fixed is not None else "\n")
-    partial.replace(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
