@@ -76,7 +76,7 @@ def main() -> None:
             row.append(score(backbone, corrected, tested))
             drawn = []
             for draw in range(options.draws):
-                chosen = random.Random(f"{domain}/{k}/{draw}").sample(range(POOL), k)  # noqa: S311
+                chosen = random.Random(f"{domain}/{k}/{draw}").sample(range(POOL), k)
                 drawn.append(score(backbone, learn(backbone, [first, *(pool[i] for i in chosen)]), tested))
             row.append(float(np.mean(drawn)))
         rows.append(row)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from slime import Example
@@ -165,7 +165,7 @@ def best_feature_choices(backbone: Backbone, style: str = scenes.WORLD, images: 
         found = Bank(backbone, task.examples, everything).find(as_tensor(test.images), pairs)
         for pair, maps in found.items():
             scores[pair] += evaluate(maps, test.truths, len(task.names) + 1).part_miou / len(scenes.DOMAINS)
-    best = {rule: max(everything, key=lambda choice: scores[rule, choice]) for rule in RULES}  # noqa: B023
+    best = {rule: max(everything, key=lambda choice: scores[rule, choice]) for rule in RULES}
     for rule, choice in best.items():
         sys.stdout.write(
             f"{rule}: best of {len(everything)} feature_choices {choice}, {scores[rule, choice]:.3f} on validation\n"

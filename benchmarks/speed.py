@@ -365,7 +365,7 @@ class Measured:
     bytes: int | None = None
 
 
-class _Reached(Exception):  # noqa: N818  a signal
+class _Reached(Exception):  # a signal
     pass
 
 

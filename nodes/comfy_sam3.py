@@ -13,7 +13,7 @@ from typing import Any
 
 import comfy.model_management
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from comfy.ldm.flux.math import apply_rope
 from torch import Tensor, nn
 

@@ -188,23 +188,9 @@ def to_core(tensor: Tensor) -> Tensor:
     return tensor.to(comfy.model_management.intermediate_device(), dtype)
 
 
-BLANKS = " \t\r"
-
-
-def split_names(text: str, known: Sequence[str] = ()) -> list[str]:
-    """Split "wheel, window" at commas, semicolons and line breaks, but not inside a known name that holds one."""
-    names, rest = [], text.strip()
-    whole = sorted((name for name in known if SEPARATORS.search(name)), key=len, reverse=True)
-    while rest:
-        name = next((name for name in whole if rest.startswith(name) and _ends(rest[len(name) :])), None)
-        name = SEPARATORS.split(rest, maxsplit=1)[0] if name is None else name
-        names.append(name.strip())
-        rest = rest[len(name) :].lstrip(BLANKS)[1:].lstrip(BLANKS)
-    return [name for name in names if name]
-
-
-def _ends(rest: str) -> bool:
-    return not rest.strip() or bool(SEPARATORS.match(rest.lstrip(BLANKS)))
+def split_names(text: str) -> list[str]:
+    """Split "wheel, window" at commas, semicolons and line breaks."""
+    return [name for part in SEPARATORS.split(text) if (name := part.strip())]
 
 
 def overlays(images: Tensor, labels: Tensor, palette: Sequence[Color], opacity: float = 0.55) -> Iterator[Image.Image]:

@@ -68,7 +68,7 @@ def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
     Raises:
         SlimeError: unknown names, masks that do not fit the images in number or size, or empty masks.
     """
-    names = list(check_names(split_names(text, parts.maps.names) or list(parts.maps.names)))
+    names = list(check_names(split_names(text) or list(parts.maps.names)))
     unknown = [name for name in names if name not in parts.maps.names]
     if unknown:
         raise SlimeError(

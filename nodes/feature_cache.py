@@ -47,7 +47,7 @@ def segment_cached(
     if extracted is None:
         extracted = extract(backbone, images, embeddings, settings.extraction, on_batch=on_batch)
     cache[entry] = extracted
-    while len(cache) > MOST_BATCHES or sum(item.size + item.images.nbytes for item in cache.values()) > LIMIT:
+    while len(cache) > MOST_BATCHES or sum(item.nbytes for item in cache.values()) > LIMIT:
         cache.popitem(last=False)
     return decode(extracted, embeddings, settings, backbone.device)
 

@@ -106,7 +106,7 @@ class SLiMeExportLabels(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, parts: Parts, format: str, folder: str, file_names: str = "") -> io.NodeOutput:  # noqa: A002  a socket
+    def execute(cls, parts: Parts, format: str, folder: str, file_names: str = "") -> io.NodeOutput:
         with named_errors("SLiMe Export Labels"):
             target = _output_folder(folder)
             try:

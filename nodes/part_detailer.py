@@ -111,7 +111,7 @@ class SLiMePartDetailer(io.ComfyNode):
         minimum_area: int = 16,
     ) -> io.NodeOutput:
         with named_errors("SLiMe Part Detailer"):
-            wanted = _wanted(parts, split_names(names, parts.maps.names))
+            wanted = _wanted(parts, split_names(names))
         images = parts.images[..., :3].expand(*parts.images.shape[:3], 3).clone()  # three channels of grey ones
         redrawn_mask = torch.zeros(images.shape[:3])
         shape = MaskShape(grow=grow, feather=feather)

@@ -81,5 +81,5 @@ class SLiMePartMask(io.ComfyNode):
     ) -> io.NodeOutput:
         shape = MaskShape(fill_holes, minimum_area, grow, feather, invert)
         with named_errors("SLiMe Part Mask"):
-            mask = part_masks(parts.maps, split_names(names, parts.maps.names), mode, threshold, shape)
+            mask = part_masks(parts.maps, split_names(names), mode, threshold, shape)
         return io.NodeOutput(to_core(mask), ui=ui.PreviewMask(mask, cls=cls))

@@ -15,7 +15,7 @@ from ..slime.parts.regions import Region, part_regions
 from .common import RESULTS, Parts, PartsSocket, schema, to_core
 
 # Impact Pack's form of one segment (modules/impact/core.py); any tuple with these fields serves its nodes.
-SEG = namedtuple(  # noqa: PYI024  it is theirs
+SEG = namedtuple(  # it is theirs
     "SEG", ["cropped_image", "cropped_mask", "confidence", "crop_region", "bbox", "label", "control_net_wrapper"]
 )
 # Core's type where there is one (0.15.0 and later); the values are plain dictionaries in either case.

@@ -99,7 +99,7 @@ class SLiMePartPrompt(io.ComfyNode):
         feather: int = 8,
         previous: tuple[PartPrompt, ...] = (),
     ) -> io.NodeOutput:
-        wanted = tuple(split_names(names, embeddings.names))
+        wanted = tuple(split_names(names))
         unknown = [name for name in wanted if name not in embeddings.names]
         if unknown:
             logging.warning(

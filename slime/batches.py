@@ -31,20 +31,14 @@ def in_batches(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]
         except OUT_OF_MEMORY as error:
             if size == 1:
                 raise SlimeError(
-                    "Out of GPU memory with a single image. Close other programs, start ComfyUI with "
-                    "--lowvram, or use a smaller model."
+                    "Out of GPU memory with a single image. Close other programs or use a smaller model; start "
+                    "ComfyUI with --lowvram, or the command line with --dtype float16."
                 ) from error
             size //= 2
-            free_memory()
+            torch.cuda.empty_cache()  # does nothing without CUDA
             continue
         start += size
         yield result
-
-
-def free_memory() -> None:
-    """Release cached memory of the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def batch_for(free: float, one: float) -> int:
@@ -55,4 +49,7 @@ def batch_for(free: float, one: float) -> int:
 def check_finite(tensors: Iterable[Tensor]) -> None:
     """Raise SlimeError if the model returned NaN or infinite values (overflow in half precision)."""
     if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-        raise SlimeError("The model returned NaN or infinite values; start ComfyUI with --force-fp32 or --bf16-unet.")
+        raise SlimeError(
+            "The model returned NaN or infinite values. Start ComfyUI with --force-fp32 or --bf16-unet, or the command "
+            "line with --dtype float32."
+        )

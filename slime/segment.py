@@ -114,9 +114,9 @@ class ExtractedImages:
     chunks: tuple[tuple[tuple[Crop, Any], ...], ...]
 
     @property
-    def size(self) -> int:
-        """Bytes of the features."""
-        return sum(one.size for passes in self.chunks for _, one in passes)
+    def nbytes(self) -> int:
+        """Bytes of the images and the features."""
+        return self.images.nbytes + sum(one.nbytes for passes in self.chunks for _, one in passes)
 
 
 def extract(

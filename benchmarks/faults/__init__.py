@@ -38,5 +38,5 @@ def run(task: str, count: int, seed: int = 0) -> Trials:
     """Run all trials of a task, in a folder of its own."""
     trials = Trials(task)
     with tempfile.TemporaryDirectory() as folder:
-        TASKS[task][0](trials, count, random.Random(f"{task}/{seed}"), Path(folder))  # noqa: S311
+        TASKS[task][0](trials, count, random.Random(f"{task}/{seed}"), Path(folder))
     return trials

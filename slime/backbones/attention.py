@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812  the field's name for it
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -26,19 +26,20 @@ class Attention(NamedTuple):
     height: int
     width: int
 
-    def to(self, device: torch.device | str) -> Attention:
-        """Return the inputs on another device."""
-        return self._replace(query=self.query.to(device), key=self.key.to(device))
+    def to(self, device: torch.device | str, copy: bool = False) -> Attention:
+        """Return the inputs on another device, as tensors of their own with ``copy``."""
+        return self._replace(
+            query=self.query.detach().to(device, copy=copy), key=self.key.detach().to(device, copy=copy)
+        )
+
+    def of_image(self, index: int) -> Attention:
+        """Return the inputs of one image, as a batch of one."""
+        return self._replace(query=self.query[index, None], key=self.key[index, None])
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of query and key."""
-        return tensor_bytes(self.query, self.key)
-
-
-def tensor_bytes(*tensors: Tensor) -> int:
-    """Return the bytes of tensors."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        return self.query.nbytes + self.key.nbytes
 
 
 def cross_scores(attention: Attention, count: int, first: int = 0) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..settings import RESOLUTION, InstantSettings
-from .attention import Attention, tensor_bytes
+from .attention import Attention
 from .layers import Layer, LayerChoice, select_layers
 
 
@@ -75,15 +75,20 @@ class Features:
     attention: tuple[Attention, ...]
     grid: tuple[int, int]
 
-    def to(self, device: torch.device | str) -> Features:
-        """Return the features on another device."""
-        groups = {name: maps.to(device) for name, maps in self.groups.items()}
-        return replace(self, groups=groups, attention=tuple(a.to(device) for a in self.attention))
+    def to(self, device: torch.device | str, copy: bool = False) -> Features:
+        """Return the features on another device, as tensors of their own with ``copy``."""
+        groups = {name: maps.detach().to(device, copy=copy) for name, maps in self.groups.items()}
+        return replace(self, groups=groups, attention=tuple(a.to(device, copy) for a in self.attention))
+
+    def of_image(self, index: int) -> Features:
+        """Return the features of one image, as a batch of one."""
+        groups = {name: maps[index, None] for name, maps in self.groups.items()}
+        return replace(self, groups=groups, attention=tuple(a.of_image(index) for a in self.attention))
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of the features."""
-        return tensor_bytes(*self.groups.values()) + sum(a.size for a in self.attention)
+        return sum(maps.nbytes for maps in self.groups.values()) + sum(a.nbytes for a in self.attention)
 
 
 class PartLogits(NamedTuple):
@@ -133,7 +138,7 @@ class Backbone(Protocol):
         ...
 
 
-class EndOfPass(Exception):  # noqa: N818  a signal, not an error
+class EndOfPass(Exception):  # a signal, not an error
     """Ends a pass whose remaining layers are not read."""
 
 

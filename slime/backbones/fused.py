@@ -13,7 +13,7 @@ from typing import NamedTuple, TypeVar
 from weakref import ref
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SlimeError

@@ -103,7 +103,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise SlimeError(f"{path.name} is a GGUF file. Use the model as .safetensors.")
     try:
         loaded = _unpickled(path) if start.startswith((b"PK", b"\x80")) else _safetensors(path)
-    except Exception as error:  # noqa: BLE001  torch and safetensors raise whatever the bytes lead to
+    except Exception as error:  # torch and safetensors raise whatever the bytes lead to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise SlimeError(f"{path.name} is no checkpoint that can be read, or it is cut off: {reason}") from error
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):

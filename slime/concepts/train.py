@@ -137,7 +137,7 @@ def train_concepts(
             vectors = {TOKEN.format(number): token.contiguous() for number, token in enumerate(learned)}
             return replace(template, vectors=vectors | {MOST: most}, losses=tuple(history))
 
-        rng = random.Random(settings.seed)  # noqa: S311
+        rng = random.Random(settings.seed)
         order: list[int] = []
         for step in range(1, settings.steps + 1):
             order = order or rng.sample(range(len(views)), len(views))
@@ -264,8 +264,8 @@ def _encode_views(
         else:
             # Rotated at its own aspect, as the labels are, and only then squashed to the detector's square.
             size = working_size(example.labels.shape[0], example.labels.shape[1], detector.side, 1)
-            image = augmented_image(example, settings, random.Random(seed), size)  # noqa: S311
-            labels = augmented_labels(example, settings, random.Random(seed), (grid, grid))  # noqa: S311
+            image = augmented_image(example, settings, random.Random(seed), size)
+            labels = augmented_labels(example, settings, random.Random(seed), (grid, grid))
         image = resize_image(image[None], square)[0]
         targets = tuple(_target(example, labels, part, settings.instances) for part in range(1, len(labels)))
         small = torch.nn.functional.interpolate(image.movedim(-1, 0)[None], (grid, grid), mode="area")[0]

@@ -37,7 +37,7 @@ def decode(data: bytes) -> np.ndarray:
                 levels = np.asarray(upright, np.float64) / WIDE[upright.mode]
                 upright = Image.fromarray(np.nan_to_num(levels).round().clip(0, 255).astype(np.uint8))
             return np.array(upright.convert("RGB"))
-    except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever the bytes lead to
+    except Exception as error:  # Pillow's plugins raise whatever the bytes lead to
         raise SlimeError(f"This is no image that Pillow can read: {error}") from error
 
 
@@ -50,7 +50,7 @@ def upright_labels(labels: np.ndarray, file: Path) -> np.ndarray:
         with Image.open(file) as image:
             turn = ROTATIONS.get(image.getexif().get(TURNED, 1))
             stored = (image.height, image.width)
-    except Exception:  # noqa: BLE001  as below
+    except Exception:  # as below
         return labels  # decoding the image reports it
     if turn is None or labels.shape != stored or stored[0] == stored[1]:
         return labels
@@ -63,5 +63,5 @@ def upright_size(file: Path) -> tuple[int, int]:
         with Image.open(file) as image:
             turned = image.getexif().get(TURNED, 1) in ROTATIONS
             return (image.width, image.height) if turned else (image.height, image.width)
-    except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever the bytes lead to
+    except Exception as error:  # Pillow's plugins raise whatever the bytes lead to
         raise SlimeError(f"{file.name}: This is no image that Pillow can read: {error}") from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.attention import Attention, was_maps
@@ -38,9 +38,9 @@ class AttentionMaps:
         return AttentionMaps(tuple(a.to(device) for a in self.cross), tuple(a.to(device) for a in self.attention))
 
     @property
-    def size(self) -> int:
+    def nbytes(self) -> int:
         """Bytes of queries and keys."""
-        return sum(a.size for a in (*self.cross, *self.attention))
+        return sum(a.nbytes for a in (*self.cross, *self.attention))
 
 
 @dataclass(frozen=True)

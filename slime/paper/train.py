@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.attention import cross_scores, differentiable_attention, propagate
 from ..backbones.base import Backbone, choose_layers, seeded_noise
 from ..backbones.text import Capture, Context, TextConditioned, add_noise, text_conditioned
-from ..batches import OUT_OF_MEMORY, free_memory
+from ..batches import OUT_OF_MEMORY
 from ..embeddings import CONTEXT, PartEmbeddings
 from ..errors import SlimeError
 from ..examples import Example
@@ -86,7 +86,7 @@ def train_paper(
             raise SlimeError(_NO_MEMORY) from None
     # Outside the handler, whose traceback would keep the tensors of the failed step alive.
     logger.warning("SLiMe: out of memory; training again with checkpointing, which needs less memory and more time.")
-    free_memory()
+    torch.cuda.empty_cache()
     lighter = replace(settings, checkpointing=True)
     try:
         return train_by_gradient(denoiser, examples, lighter, init, validation, on_step)

@@ -6,7 +6,7 @@ import math
 import random
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..examples import Example

@@ -8,7 +8,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..images import most_probable

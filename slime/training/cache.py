@@ -7,69 +7,38 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from collections.abc import Hashable
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
-from ..backbones.attention import Attention, tensor_bytes
 from ..backbones.base import Backbone, Cacheable, Features
 
 LIMIT = 2**30  # bytes of main memory per model
 MOST_VIEWS = 256  # those of ten examples
 
 
-class CachedView(NamedTuple):
-    """Features of one view: maps [D, h, w] by group, the attention of an example as it is, and the maps' grid."""
-
-    groups: Mapping[str, Tensor]
-    attention: tuple[Attention, ...]
-    grid: tuple[int, int]
-
-    @property
-    def size(self) -> int:
-        return tensor_bytes(*self.groups.values()) + sum(layer.size for layer in self.attention)
-
-    def features(self) -> Features:
-        """Return the features of a batch of one."""
-        return Features({name: maps[None] for name, maps in self.groups.items()}, self.attention, self.grid)
-
-    def on_cpu(self) -> CachedView:
-        """Return the view with tensors of its own in main memory."""
-        groups = {name: maps.detach().to("cpu", copy=True) for name, maps in self.groups.items()}
-        layers = (layer._replace(query=layer.query.detach().to("cpu", copy=True),
-                                 key=layer.key.detach().to("cpu", copy=True)) for layer in self.attention)  # fmt: skip
-        return CachedView(groups, tuple(layers), self.grid)
-
-    def to(self, device: torch.device) -> CachedView:
-        """Return the view on a device."""
-        groups = {name: maps.to(device) for name, maps in self.groups.items()}
-        return CachedView(groups, tuple(layer.to(device) for layer in self.attention), self.grid)
-
-
 class ViewCache:
-    """The views used last, at most 256, within ``limit`` bytes."""
+    """Features of the views used last, each a batch of one: at most 256, within ``limit`` bytes."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self._views: OrderedDict[Hashable, CachedView] = OrderedDict()
+        self._views: OrderedDict[Hashable, Features] = OrderedDict()
         self._size = 0
 
-    def get(self, key: Hashable) -> CachedView | None:
+    def get(self, key: Hashable) -> Features | None:
         if key in self._views:
             self._views.move_to_end(key)
         return self._views.get(key)
 
-    def put(self, key: Hashable, view: CachedView) -> None:
-        """Keep a view whose tensors belong to it alone and are on the CPU."""
-        if key in self._views or view.size > self.limit:
+    def put(self, key: Hashable, view: Features) -> None:
+        """Keep a copy of a view on the CPU."""
+        if key in self._views or view.nbytes > self.limit:
             return
-        self._views[key] = view
-        self._size += view.size
+        self._views[key] = view.to("cpu", copy=True)
+        self._size += view.nbytes
         while self._size > self.limit or len(self._views) > MOST_VIEWS:
-            self._size -= self._views.popitem(last=False)[1].size
+            self._size -= self._views.popitem(last=False)[1].nbytes
 
 
 _caches: WeakKeyDictionary[object, ViewCache] = WeakKeyDictionary()

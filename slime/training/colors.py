@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..backbones.base import Features
 from ..decode.linear import part_logits
 from .augment import words
-from .cache import CachedView
 from .fit import fit_vectors
 
 if TYPE_CHECKING:
@@ -99,11 +99,11 @@ def check_colors(views: ViewFeatures, names: Sequence[str], examples: int, count
     return ColorCheck(_iou(recolored, labels, vectors) / best if best > FOUND else None)
 
 
-def _iou(views: Sequence[CachedView], labels: Sequence[Tensor], vectors: dict[str, Tensor]) -> float:
+def _iou(views: Sequence[Features], labels: Sequence[Tensor], vectors: dict[str, Tensor]) -> float:
     """Return the mean IoU of the parts that are there over all views together, on the features' grid."""
     both = either = there = torch.zeros(())
     for view, truth in zip(views, labels, strict=True):
-        found = part_logits(view.features(), vectors)[0].argmax(0).cpu()
+        found = part_logits(view, vectors)[0].argmax(0).cpu()
         counts, real = truth.sum(0) > 0.5, truth.argmax(0)
         classes = torch.arange(1, len(truth))[:, None, None]
         inside, wanted = (found == classes) & counts, (real == classes) & counts

@@ -9,7 +9,6 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from ..backbones.attention import Attention
 from ..backbones.base import Backbone, Features, seeded_noise
 from ..batches import check_finite, in_batches
 from ..embeddings import PartEmbeddings
@@ -17,7 +16,7 @@ from ..examples import Example
 from ..images import resize_image, resize_maps
 from ..settings import InstantSettings
 from .augment import flip_allowed
-from .cache import CachedView, ViewCache, cache_of, digest_of
+from .cache import ViewCache, cache_of, digest_of
 from .progress import OnStep, StepReport
 from .views import (
     VIEW_BATCH,
@@ -61,7 +60,7 @@ class ViewFeatures:
         self._backbone, self._examples, self._settings = backbone, examples, settings
         self._spec = template.extraction_spec().to(backbone.device)
         self._on_step, self._expected, self._done = on_step, expected, 0
-        self._views: dict[ViewId, CachedView] = {}
+        self._views: dict[ViewId, Features] = {}
         self._cache, self._state = cache_of(backbone) or (ViewCache(0), None)
         values = [getattr(settings, name) for name in ("seed", "smallest_crop", "rotation", "blur")]
         spec = template.extraction_key()
@@ -70,7 +69,7 @@ class ViewFeatures:
         ]
         self._labelled: list[str] = []
 
-    def get(self, wanted: Sequence[ViewId]) -> list[CachedView]:
+    def get(self, wanted: Sequence[ViewId]) -> list[Features]:
         """Return the features of views on the model's device; those that are not known are extracted."""
         wanted = [(number, 0.0 if number < len(self._examples) else strength) for number, strength in wanted]
         new = [view for view in dict.fromkeys(wanted) if not self._is_known(view)]
@@ -88,7 +87,7 @@ class ViewFeatures:
         views = self.get(wanted)
         first = views[0]
         features = {
-            group: torch.stack([resize_maps(view.groups[group][None], (m.shape[1], m.shape[2]))[0] for view in views])
+            group: torch.cat([resize_maps(view.groups[group], (m.shape[2], m.shape[3])) for view in views])
             for group, m in first.groups.items()
         }
         check_finite(features.values())
@@ -141,11 +140,10 @@ class ViewFeatures:
         for features in self._passes([view for _, view in encoded]):
             size = len(next(iter(features.groups.values())))
             for index, (key, view) in enumerate(encoded[done : done + size]):
-                groups = {group: maps[index] for group, maps in features.groups.items()}
-                attention = _of_image(features.attention, index) if view.number < plain else ()
-                self._views[key] = CachedView(groups, attention, features.grid)
+                found = features.of_image(index)
+                self._views[key] = found if view.number < plain else replace(found, attention=())
                 if self._cache.limit:
-                    self._cache.put(self._key(key), self._views[key].on_cpu())
+                    self._cache.put(self._key(key), self._views[key])
             done += size
             self._report("features", done)
         self._done += len(new)
@@ -172,8 +170,3 @@ class ViewFeatures:
                 return self._backbone.extract(latents[chunk], self._spec, noise[chunk])
 
             yield from in_batches(len(latents), VIEW_BATCH, extract)
-
-
-def _of_image(layers: Sequence[Attention], index: int) -> tuple[Attention, ...]:
-    chunk = slice(index, index + 1)
-    return tuple(layer._replace(query=layer.query[chunk], key=layer.key[chunk]) for layer in layers)

@@ -65,7 +65,7 @@ def train_instant(
         else _initial_vectors(init.vectors, {name: m.shape[1] for name, m in features.items()}),
         on_step=report,
     )
-    maps = torch.cat([decode_features(view.features(), result.vectors) for view in as_they_are])
+    maps = torch.cat([decode_features(view, result.vectors) for view in as_they_are])
     embeddings = replace(
         template,
         vectors={group: vector.cpu() for group, vector in result.vectors.items()},

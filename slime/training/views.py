@@ -9,7 +9,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..backbones.base import Backbone, BackboneInfo
@@ -42,7 +42,7 @@ def make_view(
 ) -> AugmentedView:
     """Make the view of this index, always the same: examples in turn, the first ``plain`` views unaugmented."""
     example = examples[index % len(examples)]
-    rng = random.Random(f"{settings.seed}/{view_place(settings, len(examples), index)}")  # noqa: S311
+    rng = random.Random(f"{settings.seed}/{view_place(settings, len(examples), index)}")
     size = view_size(example, info)
     if index < plain:
         image = resize_image(example.image[None], size)[0]
@@ -63,7 +63,7 @@ def view_labels(
     grid = (size[0] // info.cell, size[1] // info.cell)
     if index < plain:
         return soft_labels(example.labels, len(example.names) + 1, grid)
-    rng = random.Random(f"{settings.seed}/{view_place(settings, len(examples), index)}")  # noqa: S311
+    rng = random.Random(f"{settings.seed}/{view_place(settings, len(examples), index)}")
     return augmented_labels(example, settings, rng, grid)
 
 

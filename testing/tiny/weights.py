@@ -49,7 +49,7 @@ def checkpoint_of(path: Path) -> Iterator[Path]:
     """Provide a file for ComfyUI's stock loader: the path itself, or for a test bed a temporary whole checkpoint."""
     if path.suffix == ".safetensors":
         with safe_open(str(path), framework="pt") as file:
-            partial = TOKENS in file.keys()  # noqa: SIM118
+            partial = TOKENS in file.keys()
         if partial:
             with TemporaryDirectory(ignore_cleanup_errors=True) as folder:
                 whole = Path(folder) / path.name

@@ -261,7 +261,7 @@ def test_a_latent_without_its_image_is_shown_as_comfyui_previews_it(kind: str) -
 
 
 def test_the_guess_has_the_colours_of_comfyuis_preview(extension) -> None:
-    Latent2RGBPreviewer = importlib.import_module("latent_preview").Latent2RGBPreviewer  # noqa: N806
+    Latent2RGBPreviewer = importlib.import_module("latent_preview").Latent2RGBPreviewer
     from slime_extension.nodes.backbones import resolve_inputs
 
     backbone = backbone_of("flux")

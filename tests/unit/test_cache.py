@@ -90,10 +90,10 @@ def test_memory_is_bounded_and_ends_with_the_model(monkeypatch) -> None:
     cache.clear_caches()
     learned(known, [example])
     (store,) = cache._caches.values()
-    half = sum(view.size for view in store._views.values()) // 2
+    half = sum(view.nbytes for view in store._views.values()) // 2
     monkeypatch.setattr(store, "limit", half)
     learned(known, [toy_example(1)])
-    assert 1 < len(store._views) < 12 and store._size == sum(view.size for view in store._views.values()) <= half
+    assert 1 < len(store._views) < 12 and store._size == sum(view.nbytes for view in store._views.values()) <= half
     del known, store
     gc.collect()
     assert not cache._caches

@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from slime import SegmentSettings, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones.base import Features

@@ -170,7 +170,7 @@ def test_the_released_version_is_read_unknown_keys_included(tmp_path) -> None:
     assert isinstance(item.decoder, LinearDecoder) and 0.1 < item.decoder.temperature <= 1
     assert 0.5 < item.example_confidence < 1 and item.settings["preset"] == "instant" and item.losses
     with safe_open(str(golden), framework="pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     body = json.loads(metadata["embeddings"]) | {"later": 1}
     body["decoder"]["later"] = 2
     save_file(tensors, str(tmp_path / "a.safetensors"), metadata=metadata | {"embeddings": json.dumps(body)})

@@ -135,7 +135,7 @@ def _grey(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
             return np.asarray(image.convert("L"))
-    except Exception as error:  # noqa: BLE001  numpy and Pillow raise whatever the bytes lead to
+    except Exception as error:  # numpy and Pillow raise whatever the bytes lead to
         raise SlimeError(f"{file.name} cannot be read as a mask: {error}") from error
 
 
@@ -152,7 +152,7 @@ def _read_labels(file: Path) -> np.ndarray:
                 labels = np.asarray(image)
     except SlimeError:
         raise
-    except Exception as error:  # noqa: BLE001  numpy and Pillow raise whatever the bytes lead to
+    except Exception as error:  # numpy and Pillow raise whatever the bytes lead to
         raise SlimeError(f"{file.name} cannot be read as a label map: {error}") from error
     if labels.ndim != 2 or labels.size == 0 or labels.dtype.kind not in "biu" or labels.min() < 0 or labels.max() > 255:
         raise SlimeError(f"{file.name} is no label map [H, W] of whole numbers from 0 to 255.")

@@ -119,7 +119,7 @@ def _labels(
                 values = np.asarray(mask.convert("RGB") if colored else mask)
         except SlimeError:
             raise
-        except Exception as error:  # noqa: BLE001  Pillow's plugins raise whatever the bytes lead to
+        except Exception as error:  # Pillow's plugins raise whatever the bytes lead to
             raise SlimeError(f"{file.name} cannot be read as a mask: {error}") from error
         label_map = np.zeros(values.shape[:2], np.uint8)
         label_map[(values == VOID).all(-1) if colored else values == IGNORE] = IGNORE

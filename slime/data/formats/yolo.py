@@ -129,7 +129,7 @@ def _description(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
         listed = next(folder / name for name in LISTS if (folder / name).is_file())
         return [line.strip() for line in text_of(listed).splitlines() if line.strip()], [folder]
     try:
-        body = yaml.load(text_of(file), yaml.BaseLoader)  # noqa: S506  texts alone: "no" is a name, not False
+        body = yaml.load(text_of(file), yaml.BaseLoader)  # texts alone: "no" is a name, not False
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise SlimeError(f"{file.name} is not valid YAML ({str(error).splitlines()[0]}).") from error
     names = body.get("names") if isinstance(body, dict) else None
