@@ -26,7 +26,7 @@ from slime.mesh.parts import VoteSettings, face_probabilities
 from slime.mesh.surface import Surface
 from slime.mesh.views import Camera, MeshViews, cameras_around, render_views
 from slime.parts.draw import color_labels
-from slime.parts.maps import CertainMaps, PartMaps
+from slime.parts.maps import HardMaps, PartMaps
 from slime.parts.palette import default_palette
 from testing import meshes
 from testing.inprocess import load_backbone
@@ -80,7 +80,7 @@ def measure(backbone: object, domain: str, number: int, counts: list[int]) -> li
     example = Example.from_label_map(painted.images[0], labels[0].long(), names)
     embeddings = train(backbone, [example])  # type: ignore[arg-type]
     palette = tuple(default_palette(len(names)))
-    certain = PartMaps(CertainMaps(labels, len(names) + 1), names, palette, torch.ones(1, len(names)))
+    certain = PartMaps(HardMaps(labels, len(names) + 1), names, palette, torch.ones(1, len(names)))
     other, other_truth = meshes.build(domain, SEED + 1000 + number)
     rows: list[Row] = []
 

@@ -236,10 +236,9 @@ def run_scenes(server: ComfyServer, template: Prompt, count: int, domains: Seque
 def papers_recipe(domain: str) -> dict[str, Any]:
     """Return the settings of the paper's authors for these parts, as inputs of the nodes."""
     recipe = RECIPES[scenes.PARTS[domain]]
-    layers = {"cross_layers": PAPER_LAYERS["read_layers"], "self_layers": PAPER_LAYERS["propagate_layers"]}
     return {
         "preset": "paper",
-        "train_settings": layers | recipe["train"],
+        "train_settings": PAPER_LAYERS | recipe["train"],
         "segment_changes": {"refine": "off"} | recipe["segment"],
     }
 

@@ -26,7 +26,7 @@ from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import LAYER, InstantSettings
 from .comfy_unet import LATENT_CELL, cache_key_of, cell_of
-from .loading import checkpoint_modules, checkpoint_patcher, load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_on_device
 
 LEVELS = 1000  # a timestep of 260 is a sigma of .26
 MIDDLE = (0.3, 0.7)  # range of depth of the blocks that the probe reads
@@ -202,7 +202,7 @@ class ComfyFlow:
         sigma = spec.timestep / LEVELS
         noisy = sigma * noise.to(encoded) + (1 - sigma) * encoded
         memory = self.model.memory_required([*noisy.shape]) + len(noisy) * self._recorded_bytes(grid, spec.layers)
-        load_model(self.model, memory)
+        load_on_device(self.model, memory)
         with checkpoint_modules(self.model), self._recording(recorder):
             try:
                 self.run(noisy.to(self.device), sigma, spec.condition, recorder.attend)

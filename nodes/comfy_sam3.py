@@ -26,7 +26,7 @@ from ..slime.concepts.detection import Detections
 from ..slime.errors import SlimeError
 from ..slime.settings import LAYER
 from .comfy_autograd import trainable
-from .loading import checkpoint_modules, checkpoint_patcher, load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_on_device
 
 BYTES = 64  # of activations per token and channel, as for other vision transformers
 MASK_BYTES = 2**31  # the detector's masks and their gradients, for one image and one concept
@@ -89,7 +89,7 @@ class ComfySam3(PixelEncoder):
         grid = (self.side // self.patch,) * 2
         tokens: dict[str, Tensor] = {}
         attention: dict[str, Attention] = {}
-        load_model(self.patcher, len(pixels) * self._pass_bytes())
+        load_on_device(self.patcher, len(pixels) * self._pass_bytes())
         with checkpoint_modules(self.patcher), self._recording(spec.layers, tokens, attention):
             try:
                 self._trunk(pixels)
@@ -171,7 +171,7 @@ class ComfySam3(PixelEncoder):
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
         """Return the trunk's output [1, D, h, w] of an image [1, H, W, 3], on the CPU."""
-        load_model(self.patcher, self._pass_bytes())
+        load_on_device(self.patcher, self._pass_bytes())
         with checkpoint_modules(self.patcher):
             output: Tensor = self._trunk(self._squashed(image[..., :3].movedim(-1, 1)))
         return output.cpu()
@@ -194,7 +194,7 @@ class ComfySam3(PixelEncoder):
     @torch.no_grad()
     def decode_mask(self, image: Tensor, logits: Tensor, iterations: int) -> Tensor:
         """Refine coarse mask logits [h, w] of an image [h, w, 3], as SAM3 Detect refines its own masks."""
-        load_model(self.patcher, MASK_BYTES)
+        load_on_device(self.patcher, MASK_BYTES)
         frame = self._squashed(image[None, ..., :3].movedim(-1, 1).float())
         mask = logits[None, None].to(frame)
         with checkpoint_modules(self.patcher):
@@ -206,6 +206,6 @@ class ComfySam3(PixelEncoder):
 
     @contextmanager
     def differentiable(self) -> Iterator[None]:
-        load_model(self.patcher, MASK_BYTES)
+        load_on_device(self.patcher, MASK_BYTES)
         with checkpoint_modules(self.patcher), trainable(self.patcher):
             yield

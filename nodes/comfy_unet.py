@@ -22,7 +22,7 @@ from ..slime.backbones.text import Capture, Context
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from .comfy_autograd import trainable
-from .loading import checkpoint_modules, checkpoint_patcher, load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_on_device
 
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
 LATENT_CELL = 8  # pixels per side of a latent pixel, unless the connected VAE says otherwise
@@ -111,7 +111,7 @@ class ComfyUNet(SDUNet):
     def predict_noise(self, noisy: Tensor, timestep: int, context: Context, capture: Capture | None) -> Tensor | None:
         if not self._in_training:
             memory = self.model.memory_required([noisy.shape[0], *noisy.shape[1:]])
-            load_model(self.model, memory)
+            load_on_device(self.model, memory)
         batch = noisy.shape[0]
         abar = float(self.alphas_cumprod[timestep])
         sigma = ((1 - abar) / abar) ** 0.5
@@ -145,7 +145,7 @@ class ComfyUNet(SDUNet):
     def _lend(self, checkpointing: bool) -> Iterator[None]:
         side = self.info.side // self.info.cell
         memory = TRAINING_MEMORY * self.model.memory_required([1, self.channels, side, side])
-        load_model(self.model, memory, whole=True)
+        load_on_device(self.model, memory, whole=True)
         self._in_training = True
         try:
             with trainable(self.model, checkpointing):

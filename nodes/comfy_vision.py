@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..slime.backbones.vit import BYTES, Normalization, VisionTransformer, interpolated
 from ..slime.errors import SlimeError
-from .loading import checkpoint_modules, checkpoint_patcher, load_model
+from .loading import checkpoint_modules, checkpoint_patcher, load_on_device
 
 _KINDS = {
     "clip_vision_model": "clip",
@@ -53,7 +53,7 @@ class ComfyVision(VisionTransformer):
 
     def run(self, pixels: Tensor) -> None:
         memory = len(pixels) * BYTES * self.width * (pixels.shape[2] // self.patch) * (pixels.shape[3] // self.patch)
-        load_model(self.patcher, memory)
+        load_on_device(self.patcher, memory)
         with checkpoint_modules(self.patcher):
             self._run(pixels)
 
@@ -81,7 +81,7 @@ class ComfyVision(VisionTransformer):
         positions = interpolated(comfy.ops.cast_to_input(positions, tokens)[None], int(first is not None), grid)
         return tokens + positions
 
-    def free_memory(self) -> float:
+    def available_bytes(self) -> float:
         return float(comfy.model_management.get_free_memory(self.device))
 
     def cache_key(self) -> tuple[object, Hashable] | None:

@@ -26,8 +26,8 @@ from ..slime.parts.palette import Color
 CATEGORY = "SLiMe"
 RESULTS, FILES, ADVANCED = f"{CATEGORY}/results", f"{CATEGORY}/files", f"{CATEGORY}/advanced"
 SAMPLING, SAM3, MESH = f"{CATEGORY}/sampling", f"{CATEGORY}/sam3", f"{CATEGORY}/mesh"
-Examples = io.Custom("SLIME_EXAMPLES")
-Embeddings = io.Custom("SLIME_EMBEDDINGS")
+ExamplesSocket = io.Custom("SLIME_EXAMPLES")
+EmbeddingsSocket = io.Custom("SLIME_EMBEDDINGS")
 PartsSocket = io.Custom("SLIME_PARTS")
 
 _SCHEMA_FIELDS = set(inspect.signature(io.Schema).parameters)

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..slime.errors import SlimeError
-from ..slime.examples import check_names
+from ..slime.examples import check_known, check_names
 from ..slime.parts.draw import drawable
 from ..slime.parts.metrics import boundary_f, evaluate
 from .common import RESULTS, Parts, PartsSocket, as_masks, named_errors, schema, split_names, to_core
@@ -55,25 +55,21 @@ class SLiMeEvaluate(io.ComfyNode):
     @classmethod
     def execute(cls, parts: Parts, ground_truth: Tensor, names: str = "") -> io.NodeOutput:
         with named_errors("SLiMe Evaluate"):
-            rows = score_parts(parts, as_masks(ground_truth), names)
+            rows = part_scores(parts, as_masks(ground_truth), names)
         mean = float(np.mean([iou for _, iou, _ in rows if not math.isnan(iou)]))
         table = as_table(rows, mean)
         chart = torch.from_numpy(np.array(draw_table(rows, mean))).float()[None] / 255
         return io.NodeOutput(mean, table, to_core(chart), ui=ui.PreviewImage(chart, cls=cls))
 
 
-def score_parts(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str, float, float]]:
+def part_scores(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str, float, float]]:
     """Return name, IoU and boundary F of every named part; NaN where the ground truth does not contain it.
 
     Raises:
         SlimeError: unknown names, masks that do not fit the images in number or size, or empty masks.
     """
     names = list(check_names(split_names(text) or list(parts.maps.names)))
-    unknown = [name for name in names if name not in parts.maps.names]
-    if unknown:
-        raise SlimeError(
-            f"There is no part {', '.join(unknown)}. The trained parts are: {', '.join(parts.maps.names)}."
-        )
+    check_known(names, parts.maps.names)
     labels = parts.maps.label_map.numpy()
     wanted = len(labels) * len(names)
     if len(truth) != wanted or truth.shape[1:] != labels.shape[1:]:

@@ -17,7 +17,7 @@ from ..slime.parts.draw import legend_below
 from ..slime.parts.palette import default_palette
 from .common import (
     ADVANCED,
-    Examples,
+    ExamplesSocket,
     advanced,
     as_images,
     as_masks,
@@ -33,7 +33,7 @@ from .common import (
 
 
 def previous_input() -> Any:
-    return Examples.Input(
+    return ExamplesSocket.Input(
         "previous",
         optional=True,
         tooltip="Another example. The same image adds parts to it, another image is one more example.",
@@ -73,7 +73,7 @@ class SLiMeExample(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
+                ExamplesSocket.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
                 io.Image.Output(display_name="preview", tooltip="The last image with its parts tinted."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -120,7 +120,7 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
                 previous_input(),
             ],
             outputs=[
-                Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
+                ExamplesSocket.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
                 io.Image.Output(display_name="preview", tooltip="The image with its parts tinted."),
             ],
         )

@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..slime.backbones.base import Backbone, Cacheable
+from ..slime.backbones.base import Backbone
 from ..slime.embeddings import PartEmbeddings
 from ..slime.parts.maps import PartMaps
 from ..slime.segment import ExtractedImages, OnBatch, decode, extract, segment
@@ -32,9 +32,9 @@ def segment_cached(
 ) -> PartMaps:
     """Segment as :func:`slime.segment.segment`, with features of the cache where it has them.
 
-    Zoom, crops, latents and large batches are not cached.
+    Close-ups, crops, latents and large batches are not cached.
     """
-    key = backbone.cache_key() if isinstance(backbone, Cacheable) else None
+    key = backbone.cache_key()
     plain = settings.tiles == 1 and not settings.closeups and latents is None and len(images) <= MOST_IMAGES
     if key is None or not plain:
         return segment(backbone, images, embeddings, settings, on_batch=on_batch, latents=latents)[0]

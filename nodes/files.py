@@ -18,7 +18,7 @@ from ..slime.edit import describe
 from ..slime.embedding_files import from_text, load_embeddings, save_embeddings, to_text
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
-from .common import Embeddings, advanced, named_errors, schema
+from .common import EmbeddingsSocket, advanced, named_errors, schema
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
                 "share segmenter",
             ],
             inputs=[
-                Embeddings.Input("embeddings", tooltip="From SLiMe Train."),
+                EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train."),
                 io.String.Input(
                     "filename",
                     default="my_parts",
@@ -113,7 +113,7 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
                 io.Boolean.Input("overwrite", default=False, tooltip="Off: a number is added if the file exists."),
             ],
             outputs=[
-                Embeddings.Output(display_name="embeddings", tooltip="The same embeddings, unchanged."),
+                EmbeddingsSocket.Output(display_name="embeddings", tooltip="The same embeddings, unchanged."),
                 io.String.Output(
                     display_name="text",
                     tooltip="The embeddings as text, for the input text of Load SLiMe Embeddings. Empty if they are "
@@ -170,7 +170,9 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment, or SLiMe Train to continue."),
+                EmbeddingsSocket.Output(
+                    display_name="embeddings", tooltip="For SLiMe Segment, or SLiMe Train to continue."
+                ),
                 io.String.Output(display_name="names", tooltip="The part names, separated by commas."),
             ],
         )

@@ -29,7 +29,7 @@ from ..slime.examples import Example, merge_examples
 from ..slime.images import as_rgb
 from .common import (
     FILES,
-    Examples,
+    ExamplesSocket,
     Parts,
     PartsSocket,
     as_bytes,
@@ -143,7 +143,7 @@ class SLiMeLoadAnnotations(io.ComfyNode):
                 previous_input(),
             ],
             outputs=[
-                Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
+                ExamplesSocket.Output(display_name="examples", tooltip="For SLiMe Train or the next SLiMe Example."),
                 io.Image.Output(display_name="preview", tooltip="The last image with its parts tinted."),
             ],
             hidden=[io.Hidden.unique_id],
@@ -186,9 +186,7 @@ def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
         if name in log.done or name in [record.name for record in records]:
             continue
         labels = maps.label_map[index].numpy()
-        record = record_of(
-            name, labels, maps.full_size.coarse(slice(index, index + 1))[0], float(maps.confidence[index])
-        )
+        record = record_of(name, labels, maps.source.coarse(slice(index, index + 1))[0], float(maps.confidence[index]))
         data, path = png(as_bytes(as_rgb(parts.images[index]))), output.place("images", name, ".png")
         if path.exists() and path.read_bytes() != data:
             raise SlimeError(f"{path} exists already and is another image. Choose another folder or file name.")

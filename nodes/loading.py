@@ -16,7 +16,7 @@ PRECISION = "manual_cast_dtype"  # the object patch of ComfyUI's ModelComputeDty
 _WITHOUT_LOADING: ContextVar[bool] = ContextVar("without_loading", default=False)
 
 
-def load_model(patcher: Any, memory: float, whole: bool = False) -> None:
+def load_on_device(patcher: Any, memory: float, whole: bool = False) -> None:
     """Call ComfyUI's ``load_models_gpu`` in inference mode, as ComfyUI does.
 
     Weights that were created in it and are moved outside of it become tensors that no layer accepts.
@@ -28,7 +28,7 @@ def load_model(patcher: Any, memory: float, whole: bool = False) -> None:
 
 @contextmanager
 def without_loading() -> Iterator[None]:
-    """Make :func:`load_model` do nothing: during sampling all models are loaded, and must not move."""
+    """Make :func:`load_on_device` do nothing: during sampling all models are loaded, and must not move."""
     token = _WITHOUT_LOADING.set(True)
     try:
         yield

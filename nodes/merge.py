@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..slime.edit import change_parts, merge_embeddings
 from ..slime.embeddings import PartEmbeddings
-from .common import FILES, Embeddings, named_errors, schema
+from .common import FILES, EmbeddingsSocket, named_errors, schema
 
 
 class SLiMeEmbeddingsMerge(io.ComfyNode):
@@ -20,8 +20,10 @@ class SLiMeEmbeddingsMerge(io.ComfyNode):
             "parts.",
             search_aliases=["combine embeddings", "rename part", "drop part", "part colour"],
             inputs=[
-                Embeddings.Input("embeddings", tooltip="The first, or the only one."),
-                Embeddings.Input("other", optional=True, tooltip="Trained on the same family with the same settings."),
+                EmbeddingsSocket.Input("embeddings", tooltip="The first, or the only one."),
+                EmbeddingsSocket.Input(
+                    "other", optional=True, tooltip="Trained on the same family with the same settings."
+                ),
                 io.String.Input(
                     "changes",
                     default="",
@@ -32,7 +34,9 @@ class SLiMeEmbeddingsMerge(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment and Save SLiMe Embeddings."),
+                EmbeddingsSocket.Output(
+                    display_name="embeddings", tooltip="For SLiMe Segment and Save SLiMe Embeddings."
+                ),
                 io.String.Output(display_name="names", tooltip="The part names, separated by commas."),
             ],
         )

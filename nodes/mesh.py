@@ -19,10 +19,10 @@ from ..slime.mesh.parts import VoteSettings, face_probabilities, label_texture
 from ..slime.mesh.surface import Surface
 from ..slime.mesh.views import Camera, MeshViews, cameras_around, render_views
 from ..slime.parts.palette import Color
-from .common import MESH, Examples, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
+from .common import MESH, ExamplesSocket, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
 
 MeshViewsSocket = io.Custom("SLIME_MESH_VIEWS")
-FILES = (io.Custom("FILE_3D_GLB"), io.Custom("FILE_3D"))  # of newer ComfyUI
+FILE_TYPES = (io.Custom("FILE_3D_GLB"), io.Custom("FILE_3D"))  # of newer ComfyUI
 GREY: Color = (150, 150, 150)  # of the faces that belong to no part
 GAMMA = 2.2  # ComfyUI keeps vertex colours linear
 TEXTURE_SIDE = 1024
@@ -47,7 +47,7 @@ class SLiMeMeshViews(io.ComfyNode):
             inputs=[
                 io.MultiType.Input(
                     "mesh",
-                    types=[io.Mesh, *FILES],
+                    types=[io.Mesh, *FILE_TYPES],
                     tooltip="A mesh, with its texture or vertex colours if it has any: a MESH, or a GLB file from "
                     "Load 3D.",
                 ),
@@ -115,7 +115,7 @@ class SLiMePartsToMesh(io.ComfyNode):
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment, of all images of SLiMe Mesh Views."),
                 MeshViewsSocket.Input("mesh_views", tooltip="From SLiMe Mesh Views."),
-                Examples.Input(
+                ExamplesSocket.Input(
                     "examples",
                     optional=True,
                     tooltip="The example painted on one of the views: what it shows outweighs what was found.",
@@ -165,8 +165,8 @@ class SLiMePartsToMesh(io.ComfyNode):
             surface, maps = mesh_views.surface, parts.maps
             settings = VoteSettings(smoothing=smoothing, crease=crease)
             painted = painted_views(mesh_views, examples, maps.names)
-            on_step = comfy.model_management.throw_exception_if_processing_interrupted
-            probabilities = face_probabilities(mesh_views, maps, settings, painted, on_step)
+            check_cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+            probabilities = face_probabilities(mesh_views, maps, settings, painted, check_cancelled)
             labels = probabilities.argmax(1)
             palette = torch.tensor([GREY, *maps.palette]).float() / 255
             if surface.uvs is not None:

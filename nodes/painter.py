@@ -22,7 +22,7 @@ from ..slime.errors import SlimeError
 from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
 from ..slime.parts.runs import decode_runs
-from .common import Examples, Parts, as_images, named_errors, pixel_digest, schema, to_core
+from .common import ExamplesSocket, Parts, as_images, named_errors, pixel_digest, schema, to_core
 from .initial_masks import INITIAL_MASKS, check_one_image, read_initial_masks
 
 VERSION = 1
@@ -150,7 +150,7 @@ class SLiMePartPainter(io.ComfyNode):
                     tooltip="An image to paint on, instead of one loaded in the node. Run once to see it here, "
                     "unless it comes from Load Image.",
                 ),
-                Examples.Input(
+                ExamplesSocket.Input(
                     "previous",
                     optional=True,
                     tooltip="Another example. The same image adds parts to it, another image is one more example.",
@@ -164,7 +164,7 @@ class SLiMePartPainter(io.ComfyNode):
                 ),
             ],
             outputs=[
-                Examples.Output(display_name="examples", tooltip="For SLiMe Train or the next example."),
+                ExamplesSocket.Output(display_name="examples", tooltip="For SLiMe Train or the next example."),
                 io.Image.Output(display_name="image", tooltip="The image that was painted on."),
                 io.Image.Output(display_name="label_map", tooltip="The parts in their exact colours on black."),
             ],

@@ -18,7 +18,7 @@ from comfy_api.latest import io, ui
 from comfy_extras.nodes_differential_diffusion import DifferentialDiffusion
 from torch import Tensor
 
-from ..slime.errors import SlimeError
+from ..slime.examples import check_known
 from ..slime.parts.masks import MaskShape, shape_mask
 from ..slime.parts.regions import Region, part_regions
 from .common import SAMPLING, Parts, PartsSocket, advanced, named_errors, schema, split_names, to_core
@@ -185,11 +185,7 @@ def _wanted(parts: Parts, names: list[str]) -> set[int]:
     Raises:
         SlimeError: a name that was not learned.
     """
-    unknown = [name for name in names if name not in parts.maps.names]
-    if unknown:
-        raise SlimeError(
-            f"There is no part {', '.join(unknown)}. The trained parts are: {', '.join(parts.maps.names)}."
-        )
+    check_known(names, parts.maps.names)
     return {label for label, name in enumerate(parts.maps.names, start=1) if not names or name in names}
 
 

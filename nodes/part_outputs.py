@@ -19,7 +19,7 @@ SEG = namedtuple(  # it is theirs
     "SEG", ["cropped_image", "cropped_mask", "confidence", "crop_region", "bbox", "label", "control_net_wrapper"]
 )
 # Core's type where there is one (0.15.0 and later); the values are plain dictionaries in either case.
-BoundingBox = getattr(io, "BoundingBox", None) or io.Custom("BOUNDING_BOX")
+BoundingBoxSocket = getattr(io, "BoundingBox", None) or io.Custom("BOUNDING_BOX")
 
 
 def _region_inputs() -> list[Any]:
@@ -97,7 +97,7 @@ class SLiMePartBoxes(io.ComfyNode):
             search_aliases=["part boxes", "bounding box", "bbox", "detect parts"],
             inputs=_region_inputs(),
             outputs=[
-                BoundingBox.Output(
+                BoundingBoxSocket.Output(
                     display_name="bboxes", tooltip="For each image a list of boxes: x, y, width, height."
                 ),
                 io.String.Output(display_name="json", tooltip="The same as JSON text."),
@@ -108,7 +108,7 @@ class SLiMePartBoxes(io.ComfyNode):
     def execute(cls, parts: Parts, separate: bool = True, minimum_area: int = 16) -> io.NodeOutput:
         boxes = []
         for image, regions in enumerate(_regions(parts, separate, minimum_area)):
-            probabilities = parts.maps.full_size(slice(image, image + 1))[0]
+            probabilities = parts.maps.source(slice(image, image + 1))[0]
             boxes.append(
                 [
                     {
@@ -156,7 +156,7 @@ class SLiMePartSegs(io.ComfyNode):
         cls, parts: Parts, separate: bool = True, minimum_area: int = 16, crop_factor: float = 2.0
     ) -> io.NodeOutput:
         height, width = parts.images.shape[1:3]
-        segs, probabilities = [], parts.maps.full_size(slice(0, 1))[0]
+        segs, probabilities = [], parts.maps.source(slice(0, 1))[0]
         for region in _regions(parts, separate, minimum_area)[0]:
             box = (region.left, region.top, region.left + region.width, region.top + region.height)
             crop = crop_region(box, crop_factor, width, height)

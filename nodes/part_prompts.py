@@ -19,7 +19,7 @@ from ..slime.parts.maps import PartMaps
 from ..slime.parts.masks import MaskShape, part_masks
 from .common import (
     SAMPLING,
-    Embeddings,
+    EmbeddingsSocket,
     named_errors,
     schema,
     split_names,
@@ -27,7 +27,7 @@ from .common import (
 )
 from .sampling_segmenter import SamplingSegmenter, current_step, segmenter_inputs
 
-PartPrompts = io.Custom("SLIME_PART_PROMPTS")
+PartPromptsSocket = io.Custom("SLIME_PART_PROMPTS")
 # Entries of a conditioning that concern the whole image: they apply in the parts too.
 WHOLE_IMAGE = ("control", "reference_latents", "concat_latent_image", "concat_mask", "guidance")
 RESIDUAL = 1e-4  # least weight of the image's conditioning, so that it applies where a part's own does not
@@ -62,7 +62,7 @@ class SLiMePartPrompt(io.ComfyNode):
             description="A prompt for learned parts only, applied during sampling. For SLiMe Part Guider.",
             search_aliases=["regional prompt", "part prompt", "attention mask prompt", "prompt for a part"],
             inputs=[
-                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
+                EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
                 io.Conditioning.Input("conditioning", tooltip="Prompt for the parts."),
                 io.String.Input(
                     "names",
@@ -83,9 +83,11 @@ class SLiMePartPrompt(io.ComfyNode):
                 io.Int.Input(
                     "feather", default=8, min=0, max=512, tooltip="Blur the border over about this many pixels."
                 ),
-                PartPrompts.Input("previous", optional=True, tooltip="Further part prompts, which apply as well."),
+                PartPromptsSocket.Input(
+                    "previous", optional=True, tooltip="Further part prompts, which apply as well."
+                ),
             ],
-            outputs=[PartPrompts.Output(display_name="part_prompts", tooltip="For SLiMe Part Guider.")],
+            outputs=[PartPromptsSocket.Output(display_name="part_prompts", tooltip="For SLiMe Part Guider.")],
         )
 
     @classmethod
@@ -294,7 +296,7 @@ class SLiMePartGuider(io.ComfyNode):
                 io.Model.Input("model", tooltip="The model that samples, and by default finds the parts."),
                 io.Conditioning.Input("positive", tooltip="Prompt of the whole image."),
                 io.Conditioning.Input("negative", tooltip="Negative prompt."),
-                PartPrompts.Input("part_prompts", tooltip="From SLiMe Part Prompt."),
+                PartPromptsSocket.Input("part_prompts", tooltip="From SLiMe Part Prompt."),
                 io.Float.Input(
                     "cfg", default=8.0, min=0.0, max=100.0, step=0.1, tooltip="Classifier-free guidance scale."
                 ),

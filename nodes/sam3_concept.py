@@ -13,9 +13,9 @@ from ..slime.batches import OUT_OF_MEMORY
 from ..slime.concepts.train import ConceptSettings, concept_limits, concept_tokens, train_concepts
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
-from ..slime.examples import Example
+from ..slime.examples import Example, check_known
 from .comfy_sam3 import ComfySam3
-from .common import SAM3, Embeddings, Examples, advanced, named_errors, schema
+from .common import SAM3, EmbeddingsSocket, ExamplesSocket, advanced, named_errors, schema
 from .train import TrainingProgress, autosave_on_error
 
 _NO_MEMORY = "Out of GPU memory while training through SAM3's detector. Close other programs."
@@ -36,7 +36,7 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
             search_aliases=["sam3", "learn prompt", "mask exemplar", "one shot", "concept", "segment same thing"],
             inputs=[
                 io.Model.Input("model", tooltip="A SAM3 MODEL from Load Checkpoint (ComfyUI 0.20 or newer)."),
-                Examples.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),
+                ExamplesSocket.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),
                 io.Clip.Input(
                     "clip",
                     optional=True,
@@ -51,13 +51,13 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of the augmentation, and of the start without clip.",
                 ),
-                Embeddings.Input(
+                EmbeddingsSocket.Input(
                     "init_embeddings", optional=True, tooltip="Concepts of the same parts to continue training from."
                 ),
                 *_advanced_inputs(usual),
             ],
             outputs=[
-                Embeddings.Output(
+                EmbeddingsSocket.Output(
                     display_name="embeddings", tooltip="For SLiMe SAM3 Prompt and Save SLiMe Embeddings."
                 ),
                 io.Conditioning.Output(
@@ -104,7 +104,7 @@ class SLiMeSam3Prompt(io.ComfyNode):
             "one.",
             search_aliases=["sam3", "concept to conditioning", "load concept"],
             inputs=[
-                Embeddings.Input("embeddings", tooltip="From SLiMe Learn SAM3 Concept or Load SLiMe Embeddings."),
+                EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Learn SAM3 Concept or Load SLiMe Embeddings."),
                 io.String.Input("name", default="", tooltip="Name of the part. Empty = all parts."),
                 io.Int.Input(
                     "max_detections",
@@ -132,8 +132,7 @@ def conditioning_of(embeddings: PartEmbeddings, name: str = "", max_detections: 
         SlimeError: embeddings that are no concepts, or a name that is not among them.
     """
     tokens, limits = concept_tokens(embeddings), concept_limits(embeddings)
-    if name and name not in embeddings.names:
-        raise SlimeError(f'There is no part "{name}". The learned parts are: {", ".join(embeddings.names)}.')
+    check_known([name] if name else [], embeddings.names)
     entries = [
         {
             "cond": concept[None].clone(),
@@ -153,7 +152,7 @@ def _encode_name(clip: Any, name: str, detector: ComfySam3) -> Tensor:
     Raises:
         SlimeError: the CLIP of another model.
     """
-    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(name.replace(",", " ").replace(":", " ")))
+    encoded = clip.encode_from_tokens_scheduled(clip.tokenize(name.replace(":", " ")))
     tokens, extra = encoded[0]
     if tokens.shape[-1] != detector.token_width:
         raise SlimeError(

@@ -14,7 +14,7 @@ from ..slime.errors import SlimeError
 from ..slime.settings import SegmentSettings
 from .backbones import build_backbone, clip_vision_input, latent_input, model_inputs, resolve_inputs
 from .common import (
-    Embeddings,
+    EmbeddingsSocket,
     advanced,
     clip_input,
     confidence_input,
@@ -52,7 +52,7 @@ class SLiMeSegment(io.ComfyNode):
             ],
             inputs=[
                 *model_inputs("The model the parts were trained with, or one of the same family."),
-                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
+                EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
                 io.Image.Input("image", optional=True, tooltip="Images of any size; a batch gives a batch of masks."),
                 refine_input(),
                 seed_input(),

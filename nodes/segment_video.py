@@ -31,7 +31,7 @@ from ..slime.settings import SegmentSettings
 from .backbones import build_backbone, clip_vision_input, model_inputs
 from .common import (
     ADVANCED,
-    Embeddings,
+    EmbeddingsSocket,
     clip_input,
     confidence_input,
     named_errors,
@@ -64,7 +64,7 @@ class SLiMeSegmentVideo(io.ComfyNode):
             search_aliases=["long video", "video segmentation", "video mask", "segment video"],
             inputs=[
                 *model_inputs("The model the parts were trained with, or one of the same family."),
-                Embeddings.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
+                EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
                 io.Video.Input("video", tooltip="From Load Video."),
                 io.String.Input(
                     "name",

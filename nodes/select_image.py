@@ -46,7 +46,7 @@ class SLiMePickLeastSure(io.ComfyNode):
         order = confidence.argsort(stable=True).tolist()
         index = order[rank - 1]
         chunk = slice(index, index + 1)
-        selected = replace(parts.maps, full_size=DenseMaps(parts.maps.full_size(chunk)), peaks=parts.maps.peaks[chunk])
+        selected = replace(parts.maps, source=DenseMaps(parts.maps.source(chunk)), peaks=parts.maps.peaks[chunk])
         images = parts.images[chunk]
         text = ", ".join(f"{number}: {confidence[number]:.2f}" for number in order)
         preview = overlay_preview(cls, selected, images)

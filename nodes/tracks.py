@@ -12,7 +12,7 @@ from ..slime.errors import SlimeError
 from ..slime.parts.tracks import track_seeds, tracked_maps
 from .common import SAM3, Parts, PartsSocket, named_errors, parts_outputs, parts_result, schema, to_core
 
-TrackData = io.Custom("SAM3_TRACK_DATA")
+TrackDataSocket = io.Custom("SAM3_TRACK_DATA")
 
 
 class SLiMeTrackSeeds(io.ComfyNode):
@@ -67,8 +67,10 @@ class SLiMeTracksToParts(io.ComfyNode):
             search_aliases=["sam3", "track to mask", "video parts"],
             inputs=[
                 PartsSocket.Input("parts", tooltip="The parts that SLiMe Track Seeds got."),
-                TrackData.Input("forwards", tooltip="From SAM3 Video Track over the frames forwards."),
-                TrackData.Input("backwards", optional=True, tooltip="From SAM3 Video Track over the frames backwards."),
+                TrackDataSocket.Input("forwards", tooltip="From SAM3 Video Track over the frames forwards."),
+                TrackDataSocket.Input(
+                    "backwards", optional=True, tooltip="From SAM3 Video Track over the frames backwards."
+                ),
             ],
             outputs=parts_outputs(),
         )

@@ -27,8 +27,8 @@ from ..slime.train import TRAINERS, StepReport, train
 from ..slime.train import preset as make_preset
 from .backbones import build_backbone, clip_vision_input, model_inputs
 from .common import (
-    Embeddings,
-    Examples,
+    EmbeddingsSocket,
+    ExamplesSocket,
     live_preview,
     named_errors,
     overlays,
@@ -86,7 +86,7 @@ class SLiMeTrain(io.ComfyNode):
                     "Z-Image. LoRAs on it are used."
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP of the same checkpoint."),
-                Examples.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),
+                ExamplesSocket.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),
                 io.Combo.Input(
                     "preset",
                     options=list(TRAINERS),
@@ -102,7 +102,7 @@ class SLiMeTrain(io.ComfyNode):
                     control_after_generate=False,
                     tooltip="Seed of noise and augmentation. The same seed learns the same embeddings.",
                 ),
-                Embeddings.Input(
+                EmbeddingsSocket.Input(
                     "init_embeddings", optional=True, tooltip="Embeddings of the same parts to continue training from."
                 ),
                 SettingsSocket.Input(
@@ -113,7 +113,9 @@ class SLiMeTrain(io.ComfyNode):
                 clip_vision_input(),
             ],
             outputs=[
-                Embeddings.Output(display_name="embeddings", tooltip="For SLiMe Segment and Save SLiMe Embeddings."),
+                EmbeddingsSocket.Output(
+                    display_name="embeddings", tooltip="For SLiMe Segment and Save SLiMe Embeddings."
+                ),
                 io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
                 io.Image.Output(display_name="preview", tooltip="The first example, segmented with the result."),
             ],

@@ -14,7 +14,6 @@ from .common import ADVANCED, schema
 
 FLIP = {"auto": None, "on": True, "off": False}
 RECOLOR = {"auto": None, "off": 0.0, "strong": 1.0}  # None: found out on the examples
-LAYERS = {"cross_layers": "read_layers", "self_layers": "propagate_layers"}  # inputs and their names in slime.settings
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class _Settings(io.ComfyNode):
 
     @classmethod
     def execute(cls, flip: str = "auto", recolor: str = "auto", **plain: Any) -> io.NodeOutput:
-        values = {LAYERS.get(name, name): value for name, value in plain.items()} | {"flip": FLIP[flip]}
+        values = {**plain, "flip": FLIP[flip]}
         if RECOLOR[recolor] is not None:
             values["recolor"] = RECOLOR[recolor]
         if values.get("timestep") == -1:
@@ -63,15 +62,15 @@ class SLiMeInstantSettings(_Settings):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        usual = InstantSettings()
+        defaults = InstantSettings()
         return _schema(
             "SLiMeInstantSettings",
             "SLiMe Instant Settings",
             "Settings of SLiMe Train with the preset instant.",
             [
-                *_view_inputs(usual),
+                *_view_inputs(defaults),
                 io.Int.Input(
-                    "steps", default=usual.steps, min=1, max=100_000, tooltip="Largest number of steps of the fit."
+                    "steps", default=defaults.steps, min=1, max=100_000, tooltip="Largest number of steps of the fit."
                 ),
                 io.Combo.Input(
                     "recolor",
@@ -97,22 +96,22 @@ class SLiMePaperSettings(_Settings):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        usual = PaperSettings()
+        defaults = PaperSettings()
         return _schema(
             "SLiMePaperSettings",
             "SLiMe Paper Settings",
             "Settings of SLiMe Train with the preset paper.",
             [
-                io.Int.Input("steps", default=usual.steps, min=1, max=100_000, tooltip="Steps of Adam."),
+                io.Int.Input("steps", default=defaults.steps, min=1, max=100_000, tooltip="Steps of Adam."),
                 io.Float.Input(
                     "learning_rate",
-                    default=usual.learning_rate,
+                    default=defaults.learning_rate,
                     min=0.0001,
                     max=10.0,
                     step=0.0001,
                     tooltip="Learning rate of Adam. A smaller one needs more steps.",
                 ),
-                *_view_inputs(usual),
+                *_view_inputs(defaults),
                 io.Boolean.Input("checkpointing", default=False, tooltip="Less memory, more time."),
                 *_model_inputs('Empty is the word "part" once for the background and for every part.'),
             ],
@@ -135,12 +134,12 @@ def _optional(item: Any) -> Any:
     return item
 
 
-def _view_inputs(usual: TrainSettings) -> list[Any]:
-    instant = isinstance(usual, InstantSettings)
+def _view_inputs(defaults: TrainSettings) -> list[Any]:
+    instant = isinstance(defaults, InstantSettings)
     return [
         io.Int.Input(
             "views",
-            default=0 if instant else usual.views,
+            default=0 if instant else defaults.views,
             min=0 if instant else 1,
             max=1000,
             tooltip="Number of augmented views of the examples; 0 = the model's own (24; SDXL and flow models 16). "
@@ -150,7 +149,7 @@ def _view_inputs(usual: TrainSettings) -> list[Any]:
         ),
         io.Float.Input(
             "smallest_crop",
-            default=usual.smallest_crop,
+            default=defaults.smallest_crop,
             min=0.1,
             max=1.0,
             step=0.05,
@@ -158,7 +157,7 @@ def _view_inputs(usual: TrainSettings) -> list[Any]:
         ),
         io.Float.Input(
             "rotation",
-            default=usual.rotation,
+            default=defaults.rotation,
             min=0.0,
             max=180.0,
             step=1.0,
@@ -181,13 +180,13 @@ def _model_inputs(empty: str) -> list[Any]:
             tooltip=f"Prompt for the passes through the model, for example: a photo of a car. {empty}",
         ),
         io.String.Input(
-            "cross_layers",
+            "read_layers",
             default="",
             tooltip="Layers to read features from, such as output.3-5 or, for Flux, single.9. Empty: the default "
             "layers of the model. auto: chosen on the examples, in about the time of an instant training.",
         ),
         io.String.Input(
-            "self_layers",
+            "propagate_layers",
             default="",
             tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the default layers. "
             "auto: chosen on the examples.",

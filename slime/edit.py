@@ -10,7 +10,7 @@ import torch
 
 from .embeddings import CONCEPT, CONTEXT, LINEAR, PartEmbeddings
 from .errors import SlimeError
-from .examples import check_names
+from .examples import check_known, check_names
 from .parts.palette import PALETTE
 
 DROP = "drop"
@@ -70,8 +70,7 @@ def change_parts(embeddings: PartEmbeddings, text: str) -> PartEmbeddings:
     dropped: set[int] = set()
     for line in filter(None, (line.strip() for line in text.splitlines())):
         name, value = _change(line, embeddings.names)
-        if name not in embeddings.names:
-            raise SlimeError(f'There is no part "{name}". The trained parts are: {", ".join(embeddings.names)}.')
+        check_known([name], embeddings.names)
         index, color = embeddings.names.index(name), _COLOR.match(value)
         if color:
             colors[index] = tuple(bytes.fromhex(color[1]))  # type: ignore[assignment]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -48,6 +48,16 @@ def check_names(names: Sequence[str]) -> tuple[str, ...]:
     if len(cleaned) > MAX_PARTS:
         raise SlimeError(f"{len(cleaned)} parts given; at most {MAX_PARTS} fit in one set of embeddings.")
     return cleaned
+
+
+def check_known(names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise SlimeError for names that are not among those of the trained parts."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise SlimeError(
+            f"There is no part {', '.join(unknown)}. The trained parts are: "
+            f"{', '.join(name for name in known if name != BACKGROUND)}."
+        )
 
 
 def check_image(image: Tensor) -> Tensor:
@@ -196,6 +206,16 @@ def merge_examples(previous: Sequence[Example], new: Example) -> tuple[Example, 
             joined = replace(new, labels=labels, unlabelled=unlabelled, labelled=_labelled(example) | _labelled(new))
             return (*merged[:index], *merged[index + 1 :], joined)
     return (*merged, new)
+
+
+def common_names(*examples: Example) -> tuple[str, ...]:
+    """Return the part names of the examples; raise SlimeError where there is none, or they differ."""
+    if not examples:
+        raise SlimeError("There is no example: connect at least one SLiMe Example.")
+    names = dict.fromkeys(example.names for example in examples)
+    if len(names) > 1:
+        raise SlimeError(f"All examples must name the same parts; got {' / '.join(map(', '.join, sorted(names)))}.")
+    return examples[0].names
 
 
 def _labelled(example: Example) -> frozenset[str]:

@@ -72,7 +72,7 @@ def segment(
         embeddings: one or several.
         settings: see :class:`slime.settings.SegmentSettings`.
         on_batch: called after every batch with the work done and the total: two units per image and embeddings, for
-            encoding and for the pass. Zoom adds to the total while it runs.
+            encoding and for the pass. Close-ups add to the total while it runs.
         latents: [B, C, h, w], the images as the backbone encodes them, where they are at hand; saves the encoding.
 
     Returns:
@@ -130,7 +130,7 @@ def extract(
 ) -> ExtractedImages:
     """Run the passes of :func:`segment` and keep their features, for :func:`decode`.
 
-    Zoom is left out: it needs further passes that depend on the parts. Arguments and errors are those of
+    Close-ups are left out: they need further passes that depend on the parts. Arguments and errors are those of
     :func:`segment`.
     """
     (item,) = _checked(backbone, images, embeddings, latents)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from .backbones.base import Backbone, BackboneInfo
 from .embeddings import PartEmbeddings
 from .errors import SlimeError
-from .examples import Example
+from .examples import Example, common_names
 from .paper.train import TRAINER as PAPER
 from .settings import TrainSettings, setting_names
 from .training.instant import TRAINER as INSTANT
@@ -67,7 +67,7 @@ def train(
     trainer = next((one for one in TRAINERS.values() if type(settings) is one.settings), None)
     if trainer is None:
         raise SlimeError(f"There is no trainer for {type(settings).__name__}; use settings of {', '.join(TRAINERS)}.")
-    names = _check_names(examples, validation)
+    names = common_names(*examples, *(validation if examples else ()))
     if init_embeddings is not None:
         init_embeddings = _check_init(init_embeddings, backbone, names, trainer.mode)
     trained = _with_ignored_pixels(examples)
@@ -75,22 +75,12 @@ def train(
     return trainer.train(backbone, trained, settings, init_embeddings, others, on_step or (lambda report: None))
 
 
-def _check_names(examples: Sequence[Example], validation: Sequence[Example]) -> tuple[str, ...]:
-    if not examples:
-        raise SlimeError("There is no example: connect at least one SLiMe Example.")
-    names = examples[0].names
-    if any(example.names != names for example in (*examples, *validation)):
-        named = sorted({", ".join(example.names) for example in (*examples, *validation)})
-        raise SlimeError(f"All examples must name the same parts; got {' / '.join(named)}.")
-    return names
-
-
 def _check_init(init: PartEmbeddings, backbone: Backbone, names: tuple[str, ...], mode: str) -> PartEmbeddings:
     init.check_model(backbone)
     if init.names != names:
         raise SlimeError(
             f"The embeddings to continue from have the parts {', '.join(init.names)}, the examples {', '.join(names)}. "
-            "Use the same names in the same order, or connect no init_embeddings."
+            "Use the same names in the same order, or disconnect init_embeddings."
         )
     if init.mode != mode:
         raise SlimeError(

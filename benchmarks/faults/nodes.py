@@ -109,7 +109,7 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
     truth = (example.labels == 4).float()[None]
     works: dict[str, Callable[[], Any]] = {
         "train instant": lambda: training_of("instant"),
-        "train instant, auto": lambda: training_of("instant", cross_layers="auto"),
+        "train instant, auto": lambda: training_of("instant", read_layers="auto"),
         "train paper": lambda: training_of("paper"),
         "train paper, checkpointing": lambda: training_of("paper", checkpointing=True),
         "segment": find,

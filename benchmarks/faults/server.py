@@ -179,7 +179,7 @@ def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> Non
     outputs = ("SLiMePartMask", "SLiMePartList", "SLiMePartBoxes", "SLiMePartSegs", "SLiMeOverlay", "SLiMeEvaluate")
     jobs = {
         "train instant": training(preset="instant", steps=60, views=16),
-        "train instant, auto": training(preset="instant", steps=30, views=4, cross_layers="auto"),
+        "train instant, auto": training(preset="instant", steps=30, views=4, read_layers="auto"),
         "train paper": training(preset="paper", steps=8, views=4),
         "train paper, checkpointing": training(preset="paper", steps=4, views=2, checkpointing=True),
         "segment": segmenting(3),

@@ -137,18 +137,13 @@ class Backbone(Protocol):
         """Return how many encoded images of this height and width one pass can take, from the free memory; >= 1."""
         ...
 
+    def cache_key(self) -> tuple[object, Hashable] | None:
+        """Return the object whose lifetime bounds a cache, and a key of the weights' state; None disables caching."""
+        ...
+
 
 class EndOfPass(Exception):  # a signal, not an error
     """Ends a pass whose remaining layers are not read."""
-
-
-@runtime_checkable
-class Cacheable(Protocol):
-    """A backbone whose features may be cached and used again."""
-
-    def cache_key(self) -> tuple[object, Hashable] | None:
-        """Return the object whose lifetime bounds the cache, and a key of the weights' state; None disables caching."""
-        ...
 
 
 @runtime_checkable

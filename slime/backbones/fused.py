@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import SlimeError
-from .base import Backbone, BackboneInfo, Cacheable, ExtractionSpec, Features
+from .base import Backbone, BackboneInfo, ExtractionSpec, Features
 from .layers import BRANCH, Layer, LayerChoice
 
 TOGETHER = "+"  # joins the ids of the branches
@@ -123,7 +123,7 @@ class FusedBackbone:
     def cache_key(self) -> tuple[object, Hashable] | None:
         """Return the first branch's owner, and a key of the state of all branches."""
         backbones = [branch.backbone for branch in self._branches]
-        keys = [backbone.cache_key() if isinstance(backbone, Cacheable) else None for backbone in backbones]
+        keys = [backbone.cache_key() for backbone in backbones]
         known = [key for key in keys if key is not None]
         if len(known) < len(keys):
             return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +16,6 @@ from .base import EndOfPass
 from .layers import Layer
 from .sd_unet import Family, SDUNet, family_for
 from .text import Capture, Context
-
-_DOWN = re.compile(r"^down_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)$")
-_MIDDLE = re.compile(r"^mid_block\.attentions\.0\.transformer_blocks\.(\d+)$")
-_UP = re.compile(r"^up_blocks\.(\d+)\.attentions\.(\d+)\.transformer_blocks\.(\d+)$")
-
 
 LATENT_CHANNELS, LATENT_CELL = 4, 8
 
@@ -54,16 +48,16 @@ class DiffusersUNet(SDUNet):
                 f"This UNet takes {unet.config.in_channels} input channels; SLiMe needs {LATENT_CHANNELS} "
                 "(no inpainting UNets)."
             )
-        kinds = {"epsilon": "eps", "v_prediction": "v"}
-        kind = scheduler.config.prediction_type
-        if kind not in kinds:
-            raise SlimeError(f'Unknown prediction type "{kind}"; SLiMe knows {", ".join(kinds)}.')
+        predictions = {"epsilon": "eps", "v_prediction": "v"}
+        prediction = scheduler.config.prediction_type
+        if prediction not in predictions:
+            raise SlimeError(f'Unknown prediction type "{prediction}"; SLiMe knows {", ".join(predictions)}.')
         self.unet, self.vae = unet, vae
         self.tokenizers, self.text_encoders = list(tokenizers), list(text_encoders)
         self._blocks = dict(transformer_blocks(unet))
         super().__init__(
-            family or family_for(int(unet.config.cross_attention_dim), kinds[kind]),
-            kinds[kind],
+            family or family_for(int(unet.config.cross_attention_dim), predictions[prediction]),
+            predictions[prediction],
             [layer for layer, _ in self._blocks.values()],
             scheduler.alphas_cumprod,
             next(unet.parameters()).device,
@@ -192,20 +186,15 @@ class _RecordingProcessor:
 def transformer_blocks(unet: Any) -> Iterator[tuple[str, tuple[Layer, Any]]]:
     """Yield every transformer block by ComfyUI's name for it, in the order it runs, with its stride."""
     per_level = unet.config.layers_per_block
-    per_level = per_level if isinstance(per_level, int) else per_level[0]
-    levels = len(unet.config.block_out_channels)
-    modules = list(unet.named_modules())
-    for place, pattern in (("input", _DOWN), ("middle", _MIDDLE), ("output", _UP)):
-        for path, module in modules:
-            match = pattern.match(path)
-            if match is None:
-                continue
-            numbers = [int(group) for group in match.groups()]
-            if place == "input":
-                block, stride = 1 + numbers[0] * (per_level + 1) + numbers[1], 2 ** numbers[0]
-            elif place == "output":
-                block, stride = numbers[0] * (per_level + 1) + numbers[1], 2 ** (levels - 1 - numbers[0])
-            else:
-                block, stride = 0, 2 ** (levels - 1)
-            name = f"{place}.{block}.{numbers[-1]}"
-            yield name, (Layer(name, stride), module)
+    blocks = (per_level if isinstance(per_level, int) else per_level[0]) + 1  # and a resampling one
+    last = len(unet.down_blocks) - 1
+    places = [
+        *(("input", 1 + level * blocks, 2**level, block) for level, block in enumerate(unet.down_blocks)),
+        ("middle", 0, 2**last, unet.mid_block),
+        *(("output", level * blocks, 2 ** (last - level), block) for level, block in enumerate(unet.up_blocks)),
+    ]
+    for place, first, stride, block in places:
+        for number, transformer in enumerate(getattr(block, "attentions", ()), start=first):
+            for depth, module in enumerate(transformer.transformer_blocks):
+                name = f"{place}.{number}.{depth}"
+                yield name, (Layer(name, stride), module)

@@ -41,5 +41,5 @@ class TransformersVision(VisionTransformer):
     def run(self, pixels: Tensor) -> None:
         self.module(pixels.to(next(self.module.parameters()).dtype), **self._options)
 
-    def free_memory(self) -> float:
+    def available_bytes(self) -> float:
         return float(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 0.0

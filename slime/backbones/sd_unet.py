@@ -9,7 +9,7 @@ block 3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -141,6 +141,9 @@ class SDUNet:
 
     def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
         raise NotImplementedError
+
+    def cache_key(self) -> tuple[object, Hashable] | None:
+        return None
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         raise NotImplementedError

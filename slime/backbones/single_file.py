@@ -35,7 +35,7 @@ SCALES = (".scale_weight", ".weight_scale")  # of fp8 weights, as ComfyUI names 
 UNUSED = ("scaled_fp8", ".scale_input", ".input_scale", ".comfy_quant", "position_ids", "logit_scale")
 ELSEWHERE = "Use a diffusers folder of it, or --comfyui, which loads what ComfyUI loads."
 LIGHTNING = ("pytorch_lightning", "lightning.pytorch")  # packages of a callback that is pickled beside weights
-Family = Literal["sd1", "sd2", "sdxl"]
+Architecture = Literal["sd1", "sd2", "sdxl"]
 
 
 class EmptyText:
@@ -61,23 +61,23 @@ def load_checkpoint(path: Path, device: str, dtype: torch.dtype) -> DiffusersUNe
         SlimeError: another model, a part of one, or a file that cannot be read.
     """
     state = standard_weights(_read(path), path.name)
-    family = _family(state, path.name)
-    large = family == "sdxl"
+    architecture = _architecture(state, path.name)
+    large = architecture == "sdxl"
     try:
-        unet, vae, texts = _unet(state, large), _vae(state, large), _texts(state, family)
+        unet, vae, texts = _unet(state, large), _vae(state, large), _texts(state, architecture)
     except (RuntimeError, KeyError, IndexError, ValueError, ZeroDivisionError) as error:
         first = str(error).strip().splitlines()
         raise SlimeError(
-            f"{path.name} looks like {family.upper()}, but its weights are not that model's "
+            f"{path.name} looks like {architecture.upper()}, but its weights are not that model's "
             f"({' '.join(first[:2])[:200]}). {ELSEWHERE}"
         ) from error
-    paddings = {"sd1": (END,), "sd2": (0,), "sdxl": (END, 0)}[family]
+    paddings = {"sd1": (END,), "sd2": (0,), "sdxl": (END, 0)}[architecture]
     return DiffusersUNet(
         _moved(unet, device, dtype),
         _moved(vae, device, torch.float32 if large else dtype),  # SDXL's overflows in half precision
         [EmptyText(padding) for padding in paddings],
         [_moved(text, device, dtype) for text in texts],
-        _schedule_of(state, family),
+        _schedule_of(state, architecture),
     )
 
 
@@ -187,7 +187,7 @@ def _quantisation(state: Mapping[str, Tensor], name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ the model
 
 
-def _family(state: Mapping[str, Tensor], file: str) -> Family:
+def _architecture(state: Mapping[str, Tensor], file: str) -> Architecture:
     """Return which model the weights are of; raise SlimeError for another one, or if something is missing."""
 
     def has(stem: str) -> bool:
@@ -220,11 +220,11 @@ def _family(state: Mapping[str, Tensor], file: str) -> Family:
     deepest = ("input_blocks.8.1.", "middle_block.1.", "output_blocks.0.1.")
     if added and any(_depth(state, block) != DEPTHS[-1] for block in deepest):
         raise SlimeError(f"{file} is a distilled SDXL with fewer layers, such as SSD-1B or Vega. {ELSEWHERE}")
-    family: Family = "sdxl" if added else "sd2" if has(OPEN_CLIP) else "sd1"
-    stems = {"sd1": (CLIP,), "sd2": (OPEN_CLIP,), "sdxl": (XL_CLIP, XL_OPEN_CLIP)}[family]
+    architecture: Architecture = "sdxl" if added else "sd2" if has(OPEN_CLIP) else "sd1"
+    stems = {"sd1": (CLIP,), "sd2": (OPEN_CLIP,), "sdxl": (XL_CLIP, XL_OPEN_CLIP)}[architecture]
     if any(_embedding(state, stem) is None for stem in stems):
         raise SlimeError(f"The text encoder of {file} is incomplete. Use a whole checkpoint.")
-    return family
+    return architecture
 
 
 def _depth(state: Mapping[str, Tensor], block: str) -> int:
@@ -289,11 +289,11 @@ def _vae(state: Mapping[str, Tensor], large: bool) -> Any:
     return vae.eval()
 
 
-def _texts(state: Mapping[str, Tensor], family: Family) -> list[Any]:
+def _texts(state: Mapping[str, Tensor], architecture: Architecture) -> list[Any]:
     """Return CLIP-L of SD1.x, OpenCLIP-H of SD2.x, or both CLIP-L and OpenCLIP-G of SDXL."""
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-    match family:
+    match architecture:
         case "sd1":
             return [_text(CLIPTextModel, state, CLIP, "quick_gelu")]
         case "sd2":
@@ -337,10 +337,10 @@ def _text(kind: Any, state: Mapping[str, Tensor], prefix: str, act: str, left_ou
     return text.eval()
 
 
-def _schedule_of(state: Mapping[str, Tensor], family: Family) -> Any:
+def _schedule_of(state: Mapping[str, Tensor], architecture: Architecture) -> Any:
     """Return the noise schedule; v-prediction is told by weights (SD2) or by a key (SDXL), as in ComfyUI."""
-    spread = float(state[V_NORM].float().std()) if family == "sd2" and V_NORM in state else 0.0
-    predicts_v = spread > V_SPREAD or (family == "sdxl" and "v_pred" in state)
+    spread = float(state[V_NORM].float().std()) if architecture == "sd2" and V_NORM in state else 0.0
+    predicts_v = spread > V_SPREAD or (architecture == "sdxl" and "v_pred" in state)
     return schedule("v_prediction" if predicts_v else "epsilon", zero_terminal="ztsnr" in state)
 
 

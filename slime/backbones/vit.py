@@ -22,7 +22,7 @@ from ..errors import SlimeError
 from ..images import working_size
 from ..settings import LAYER
 from .attention import Attention
-from .base import BackboneInfo, Cacheable, EndOfPass, ExtractionSpec, Features
+from .base import BackboneInfo, EndOfPass, ExtractionSpec, Features
 from .layers import Layer, LayerChoice
 
 TOKENS = 60  # per side
@@ -68,7 +68,7 @@ class PixelEncoder:
 
 
 class VisionTransformer(PixelEncoder):
-    """Base class of vision transformer adapters. A subclass adds :meth:`run` and :meth:`free_memory`.
+    """Base class of vision transformer adapters. A subclass adds :meth:`run` and :meth:`available_bytes`.
 
     Args:
         module: the model; its blocks, queries and keys are found by name.
@@ -102,7 +102,7 @@ class VisionTransformer(PixelEncoder):
         """Run the model over normalised pixels [B, 3, H, W], sides multiples of the patch."""
         raise NotImplementedError
 
-    def free_memory(self) -> float:
+    def available_bytes(self) -> float:
         """Return the free bytes of a device that is not the CPU."""
         raise NotImplementedError
 
@@ -153,7 +153,7 @@ class VisionTransformer(PixelEncoder):
     def _positional_basis(self, read: tuple[str, ...], size: tuple[int, int]) -> Mapping[str, Tensor]:
         """Return orthonormal directions [D, m] of every layer that hold positions, at images of this size."""
         kept = _positional.setdefault(self.module, {})
-        state = self.cache_key() if isinstance(self, Cacheable) else None
+        state = self.cache_key()
         key = (None if state is None else state[1], read, size)
         if key not in kept:
             zeros = torch.zeros(1, 3, *size, device=self.device)
@@ -164,10 +164,13 @@ class VisionTransformer(PixelEncoder):
             kept[key] = {name: _strongest(tokens.cpu(), most).to(tokens) for name, tokens in flat.items()}
         return kept[key]
 
+    def cache_key(self) -> tuple[object, Hashable] | None:
+        return None
+
     def fitting_batch(self, size: tuple[int, int]) -> int:
         if self.device.type == "cpu":
             return CPU_BATCH
-        return batch_for(self.free_memory(), float(BYTES * self.width * self.tokens_per_side**2))
+        return batch_for(self.available_bytes(), float(BYTES * self.width * self.tokens_per_side**2))
 
     @contextmanager
     def _recording(self, recorder: _Recorder) -> Iterator[None]:

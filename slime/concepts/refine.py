@@ -67,11 +67,11 @@ def refine_parts(
         settings: the guards.
         on_region: called after every region with the share that is done; an exception from it ends the work.
     """
-    results = torch.empty(maps.full_size.shape, dtype=torch.float16)
+    results = torch.empty(maps.source.shape, dtype=torch.float16)
     refined = refused = 0
     for index, image in enumerate(images):
-        probabilities = maps.full_size(slice(index, index + 1))[0]
-        labels = maps.full_size.labels(slice(index, index + 1))[0]
+        probabilities = maps.source(slice(index, index + 1))[0]
+        labels = maps.source.labels(slice(index, index + 1))[0]
         result = probabilities.clone()
         touched = torch.zeros(labels.shape, dtype=torch.bool)
         regions = list(part_regions(labels.numpy(), len(maps.names), split=True, minimum_area=SMALLEST_REGION))
@@ -85,7 +85,7 @@ def refine_parts(
         background = 1 - result[1:].amax(0)
         result[0] = torch.where(touched, background, result[0])
         results[index] = result / result.sum(0, keepdim=True).clamp(min=1e-6)
-    return Refined(replace(maps, full_size=DenseMaps(results)), refined, refused)
+    return Refined(replace(maps, source=DenseMaps(results)), refined, refused)
 
 
 def _refine_region(

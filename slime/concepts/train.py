@@ -19,7 +19,7 @@ from torch import Tensor
 from ..backbones.layers import LayerChoice
 from ..embeddings import CONCEPT, PartEmbeddings
 from ..errors import SlimeError
-from ..examples import Example
+from ..examples import Example, common_names
 from ..images import resize_image, soft_labels, working_size
 from ..settings import ViewSettings, check_settings
 from ..training.augment import augmented_image, augmented_labels
@@ -119,7 +119,7 @@ def train_concepts(
     Raises:
         SlimeError: no examples, differing names, parts that no view shows, or a loss that is not finite.
     """
-    names = _names(examples)
+    names = common_names(*examples)
     side = min(MASK_SIDE, detector.mask_side)
     views = _encode_views(detector, examples, settings, side, on_step)
     _check_visible(names, views)
@@ -240,15 +240,6 @@ def _with_background(maps: Tensor) -> Tensor:
     return torch.cat([1 - maps.amax(0, keepdim=True), maps])
 
 
-def _names(examples: Sequence[Example]) -> tuple[str, ...]:
-    if not examples:
-        raise SlimeError("There is no example: connect at least one SLiMe Example.")
-    names = {example.names for example in examples}
-    if len(names) > 1:
-        raise SlimeError(f"All examples must name the same parts; got {' / '.join(map(', '.join, sorted(names)))}.")
-    return examples[0].names
-
-
 def _encode_views(
     detector: ConceptDetector, examples: Sequence[Example], settings: ConceptSettings, grid: int, on_step: OnStep
 ) -> list[_View]:
@@ -271,7 +262,7 @@ def _encode_views(
         small = torch.nn.functional.interpolate(image.movedim(-1, 0)[None], (grid, grid), mode="area")[0]
         views.append(_View(detector.encode(image[None]), targets, small.movedim(0, -1)))
         preview = (views[0].image, labels) if not index else None
-        on_step(StepReport("views", index + 1, count, {}, lambda: None, preview))
+        on_step(StepReport("views", index + 1, count, preview=preview))
     return views
 
 
@@ -330,7 +321,7 @@ def _start(
         if init.names != names or init.backbone != detector.id:
             raise SlimeError(
                 f"The embeddings to continue from have the parts {', '.join(init.names)} of a {init.backbone} model, "
-                f"the examples {', '.join(names)} for {detector.id}. Use the same, or connect no init_embeddings."
+                f"the examples {', '.join(names)} for {detector.id}. Use the same, or disconnect init_embeddings."
             )
         return concept_tokens(init)
     if words is not None:  # of a short name the last token is repeated, of a long one the first are taken

@@ -88,14 +88,14 @@ class Engine:
     def segment(self, loaded: list[Loaded]) -> list[Callable[[], SegmentedImage]]:
         """Run one pass over images of one working size; the callables finish them at full size, in any thread."""
         maps = self.segmenter(torch.stack([image.small for image in loaded]))
-        full_size = maps.full_size
-        assert isinstance(full_size, LazyMaps)
+        source = maps.source
+        assert isinstance(source, LazyMaps)
 
         def finish(index: int) -> SegmentedImage:
             with torch.inference_mode():
-                labels = full_size.for_image(index, loaded[index].image()).labels(slice(0, 1))[0].numpy()
+                labels = source.for_image(index, loaded[index].image()).labels(slice(0, 1))[0].numpy()
             confidence = float(maps.confidence[index])
-            return SegmentedImage(record_of(loaded[index].name, labels, full_size.maps[index], confidence), labels)
+            return SegmentedImage(record_of(loaded[index].name, labels, source.maps[index], confidence), labels)
 
         return [partial(finish, index) for index in range(len(loaded))]
 

@@ -176,10 +176,10 @@ def segment_stream(
         for index in range(len(chunk)):
             part = slice(index, index + 1)
             if strength > 0:
-                smoother(maps.full_size(part)[0].to(device), chunk[index].to(device))
+                smoother(maps.source(part)[0].to(device), chunk[index].to(device))
                 labels = smoother.labels.cpu()
             else:
-                labels = maps.full_size.labels(part)[0]
+                labels = maps.source.labels(part)[0]
             if target.path(number).is_file():
                 smoother.labels = torch.from_numpy(target.read(number)).to(device)
             else:

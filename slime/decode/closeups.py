@@ -15,12 +15,12 @@ from torch import Tensor
 
 from ..images import resize_image
 
-CONFIDENT = 0.8  # of the confidence on the examples; images below it get close-ups
-FACTORS = (0.75, 0.56, 0.42, 0.33, 0.25)  # sides of the windows relative to the image's
-SECOND = 0.85  # least confidence of a further object, relative to the most confident one
-EXTRA = 1  # spots tried beyond the number of objects: the coarse maps may miss small ones
-BORDER = 0.5  # weight of parts that touch the window's border, in its confidence
-APART = 0.2  # largest overlap of two windows that count as two objects
+CONFIDENCE_LIMIT = 0.8  # of the confidence on the examples; images below it get close-ups
+WINDOW_SIDES = (0.75, 0.56, 0.42, 0.33, 0.25)  # sides of the windows relative to the image's
+SECOND_OBJECT = 0.85  # least confidence of a further object, relative to the most confident one
+EXTRA_SPOTS = 1  # spots tried beyond the number of objects: the coarse maps may miss small ones
+BORDER_PENALTY = 0.5  # weight of parts that touch the window's border, in its confidence
+LARGEST_OVERLAP = 0.2  # largest overlap of two windows that count as two objects
 
 
 class Window(NamedTuple):
@@ -51,7 +51,7 @@ class Closeup(NamedTuple):
 
 def needs_closeups(peaks: Tensor, example_confidence: float) -> Tensor:
     """Return bool [B]: images whose part peaks [B, P] stay below those of the examples (0 if unknown)."""
-    return peaks.mean(1) < CONFIDENT * (example_confidence or 1.0)
+    return peaks.mean(1) < CONFIDENCE_LIMIT * (example_confidence or 1.0)
 
 
 def window_confidence(maps: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def window_confidence(maps: Tensor) -> Tensor:
     peaks = maps[:, 1:].amax((2, 3)).mean(1)
     inside = (maps.argmax(1) > 0).float()
     edges = (inside[:, 0], inside[:, -1], inside[:, :, 0], inside[:, :, -1])
-    return peaks - BORDER * torch.stack([edge.mean(1) for edge in edges]).mean(0)
+    return peaks - BORDER_PENALTY * torch.stack([edge.mean(1) for edge in edges]).mean(0)
 
 
 def spots(foreground: Tensor, factor: float, count: int) -> list[tuple[float, float]]:
@@ -83,9 +83,9 @@ def spots(foreground: Tensor, factor: float, count: int) -> list[tuple[float, fl
 def candidate_windows(coarse: Tensor, size: tuple[int, int], objects: int) -> list[Window]:
     """Return windows of every factor around the densest spots of coarse part maps [K, h, w] of an image of ``size``."""
     windows = []
-    for factor in FACTORS:
+    for factor in WINDOW_SIDES:
         height, width = max(8, round(size[0] * factor)), max(8, round(size[1] * factor))
-        for y, x in spots(1 - coarse[0], factor, objects + EXTRA):
+        for y, x in spots(1 - coarse[0], factor, objects + EXTRA_SPOTS):
             top = min(max(round(y * size[0] - height / 2), 0), max(size[0] - height, 0))
             left = min(max(round(x * size[1] - width / 2), 0), max(size[1] - width, 0))
             windows.append(Window(top, left, min(height, size[0]), min(width, size[1])))
@@ -108,10 +108,10 @@ def choose_closeups(windows: Sequence[Window], maps: Tensor, coarse: Tensor, obj
         objects: largest number of windows.
     """
     confidence = window_confidence(maps).tolist()
-    least = max(float(window_confidence(coarse[None])), SECOND * max(confidence))
+    least = max(float(window_confidence(coarse[None])), SECOND_OBJECT * max(confidence))
     chosen: list[int] = []
     for index in sorted(range(len(windows)), key=lambda i: -confidence[i]):
-        apart = all(windows[index].overlap(windows[other]) < APART for other in chosen)
+        apart = all(windows[index].overlap(windows[other]) < LARGEST_OVERLAP for other in chosen)
         if len(chosen) < objects and apart and confidence[index] > least:
             chosen.append(index)
     return [Closeup(windows[index], maps[index]) for index in chosen]

@@ -17,7 +17,7 @@ from .refine import refine_maps, refined_labels
 
 @dataclass(frozen=True)
 class LazyMaps:
-    """Part maps on their grid, with what it takes to bring them to full size; see :class:`slime.parts.maps.FullSize`.
+    """Part maps on their grid, with what brings them to full size; a :class:`slime.parts.maps.ProbabilitySource`.
 
     Attributes:
         images: [B, H, W, 3], as they were given.

@@ -18,7 +18,7 @@ from ..settings import check_settings
 from .surface import Surface
 from .views import MeshViews, rasterise
 
-OnStep = Callable[[], None]
+CheckCancelled = Callable[[], None]
 PAINTED_WEIGHT = 10.0  # of a pixel that was painted, against one that was found
 LEAST_FACING = 0.1  # cosine; pixels of faces that are seen from their edge do not vote
 CONFIDENCE_POWER, LEAST_CONFIDENCE = 2.0, 0.05
@@ -48,7 +48,7 @@ def face_probabilities(
     maps: PartMaps,
     settings: VoteSettings,
     painted: Mapping[int, Tensor] | None = None,
-    on_step: OnStep = lambda: None,
+    check_cancelled: CheckCancelled = lambda: None,
 ) -> Tensor:
     """Return the probabilities float32 [M, K] of the background and the parts for every face.
 
@@ -59,7 +59,7 @@ def face_probabilities(
         maps: of the images of the views.
         settings: of the votes.
         painted: label maps [S, S] of views that were painted, by their number, instead of what was found in them.
-        on_step: called again and again; an exception from it ends the work.
+        check_cancelled: called again and again; an exception from it ends the work.
 
     Raises:
         SlimeError: maps of other images than the views.
@@ -70,7 +70,7 @@ def face_probabilities(
             f"{len(views.cameras)} of {views.faces.shape[2]}x{views.faces.shape[1]}. Segment the images of SLiMe Mesh "
             "Views as they are."
         )
-    classes = maps.full_size.shape[1]
+    classes = maps.source.shape[1]
     votes, weight_sum = torch.zeros(len(views.surface), classes), torch.zeros(len(views.surface))
     sure = maps.confidence.clamp(LEAST_CONFIDENCE, 1) ** CONFIDENCE_POWER
     number = 0
@@ -86,15 +86,15 @@ def face_probabilities(
             if labels is not None:
                 weight = PAINTED_WEIGHT * facing[hit].float()
             number += 1
-            on_step()
+            check_cancelled()
             votes.index_add_(0, face, values * weight[:, None])
             weight_sum.index_add_(0, face, weight)
     known = weight_sum > 0
     if not bool(known.any()):
         raise SlimeError("No face of the mesh is seen in any view. Render more views.")
     votes[known] /= weight_sum[known, None]
-    filled = _spread(views.surface, votes, known, on_step)
-    return _smooth(views.surface, filled, weight_sum, settings, on_step)
+    filled = _spread(views.surface, votes, known, check_cancelled)
+    return _smooth(views.surface, filled, weight_sum, settings, check_cancelled)
 
 
 def _painted_over(found: Tensor, labels: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ def _painted_over(found: Tensor, labels: Tensor) -> Tensor:
     return torch.where(labels == IGNORE, found, certain)
 
 
-def _spread(surface: Surface, values: Tensor, known: Tensor, on_step: OnStep) -> Tensor:
+def _spread(surface: Surface, values: Tensor, known: Tensor, check_cancelled: CheckCancelled) -> Tensor:
     """Give faces that nobody saw the mean of their neighbours' values, step by step over the surface."""
     values, known = values.clone(), known.clone()
     first, second, _ = surface.neighbours
@@ -117,7 +117,7 @@ def _spread(surface: Surface, values: Tensor, known: Tensor, on_step: OnStep) ->
             break
         total = torch.zeros(len(reached), values.shape[1]).index_add_(0, where, values[source[useful]])
         values[reached], known[reached] = total / where.bincount()[:, None], True
-        on_step()
+        check_cancelled()
     if not bool(known.all()):  # pieces of which nothing was seen: the nearest face that was
         centres = np.asarray(surface.corners.mean(1))
         lost, there = (~known).nonzero().flatten(), known.nonzero().flatten()
@@ -126,7 +126,9 @@ def _spread(surface: Surface, values: Tensor, known: Tensor, on_step: OnStep) ->
     return values
 
 
-def _smooth(surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettings, on_step: OnStep) -> Tensor:
+def _smooth(
+    surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettings, check_cancelled: CheckCancelled
+) -> Tensor:
     """Average along the surface; less across creases, and less for faces that many pixels voted on."""
     first, second, consistent = surface.neighbours
     cosine = (surface.normals[first] * surface.normals[second]).sum(1)
@@ -139,7 +141,7 @@ def _smooth(surface: Surface, values: Tensor, seen: Tensor, settings: VoteSettin
             total.index_add_(0, target, values[source] * weight[:, None])
             count.index_add_(0, target, weight)
         values = total / count[:, None]
-        on_step()
+        check_cancelled()
     return values
 
 

@@ -25,7 +25,7 @@ from ..images import resize_maps
 from ..settings import RESOLUTION, SHARED, PaperSettings
 from ..training.losses import weighted_cross_entropy
 from ..training.probe import with_probed_layers
-from ..training.progress import OnStep, StepReport, report_encoding
+from ..training.progress import OnStep, StepReport
 from ..training.registry import Trainer
 from ..training.views import EncodedView, encode_all, encode_views, view_count
 from .decoder import PaperDecoder, official_maps, token_maps
@@ -307,7 +307,11 @@ def _make_pool(
     low, high = NOISE_RANGE
     empty = denoiser.encode_prompt("").to(denoiser.device)
     count = min(view_count(examples, settings), settings.steps)
-    views = encode_all(denoiser, examples, settings, range(count), report_encoding(on_step))
+
+    def on_view(done: int, total: int, preview: tuple[Tensor, Tensor] | None) -> None:
+        on_step(StepReport("views", done, total, preview=preview))
+
+    views = encode_all(denoiser, examples, settings, range(count), on_view)
     pool = []
     for index, view in enumerate(views):
         entry = _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high))
@@ -315,7 +319,7 @@ def _make_pool(
         with torch.no_grad():
             entry.unconditional = denoiser.predict_noise(noisy, entry.timestep, empty, None)
         pool.append(entry)
-        on_step(StepReport("features", index + 1, len(views), {}, lambda: None))
+        on_step(StepReport("features", index + 1, len(views)))
     return pool
 
 

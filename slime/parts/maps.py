@@ -14,10 +14,10 @@ from torch.nn.functional import one_hot
 from ..images import most_probable
 from .palette import Color
 
-FULL_SIZE_VALUES = 2**23  # of probabilities computed at once: 32 MB; filters take a multiple of it
+CHUNK_VALUES = 2**23  # of probabilities computed at once: 32 MB; filters take a multiple of it
 
 
-class FullSize(Protocol):
+class ProbabilitySource(Protocol):
     """Probabilities at full size, by slices of the batch."""
 
     @property
@@ -60,7 +60,7 @@ class DenseMaps:
 
 
 @dataclass(frozen=True)
-class CertainMaps:
+class HardMaps:
     """Maps that only know the class of every pixel: uint8 ``label_map`` [B, H, W] of ``classes`` classes."""
 
     label_map: Tensor
@@ -86,14 +86,14 @@ class PartMaps:
     """Result of segmentation.
 
     Attributes:
-        full_size: gives the probabilities; class 0 is the background, class k is ``names[k - 1]``.
+        source: gives the probabilities; class 0 is the background, class k is ``names[k - 1]``.
         names: part names.
         palette: one RGB colour per part.
         peaks: float32 [B, P], highest value of every part's map in every image, before refinement.
         example_confidence: mean of the ``peaks`` on the examples, 0 where unknown.
     """
 
-    full_size: FullSize
+    source: ProbabilitySource
     names: tuple[str, ...]
     palette: tuple[Color, ...]
     peaks: Tensor
@@ -104,16 +104,16 @@ class PartMaps:
         """Return the maps of label maps uint8 [B, H, W]; the peak of a part is 1 where it is there, else 0."""
         count = len(names)
         shown = [(label_map == part).flatten(1).any(1) for part in range(1, count + 1)]
-        maps = CertainMaps(label_map, count + 1)
+        maps = HardMaps(label_map, count + 1)
         return cls(maps, tuple(names), tuple(palette), torch.stack(shown, 1).float())
 
     def __len__(self) -> int:
-        return self.full_size.shape[0]
+        return self.source.shape[0]
 
     @property
     def size(self) -> tuple[int, int]:
         """Height and width of the images."""
-        return self.full_size.shape[2], self.full_size.shape[3]
+        return self.source.shape[2], self.source.shape[3]
 
     @property
     def confidence(self) -> Tensor:
@@ -123,22 +123,22 @@ class PartMaps:
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the batch with their probabilities [b, K, H, W], within a fixed memory."""
         for chunk in self._slices():
-            yield chunk, self.full_size(chunk)
+            yield chunk, self.source(chunk)
 
     def _slices(self) -> Iterator[slice]:
-        count, classes, height, width = self.full_size.shape
-        size = max(1, FULL_SIZE_VALUES // (classes * height * width))
+        count, classes, height, width = self.source.shape
+        size = max(1, CHUNK_VALUES // (classes * height * width))
         return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
     @property
     def probabilities(self) -> Tensor:
         """float32 [B, K, H, W], all at once: for small batches."""
-        return self.full_size(slice(0, len(self)))
+        return self.source(slice(0, len(self)))
 
     @cached_property
     def label_map(self) -> Tensor:
         """uint8 [B, H, W]: the most probable class of every pixel."""
         labels = torch.empty(len(self), *self.size, dtype=torch.uint8)
         for chunk in self._slices():
-            labels[chunk] = self.full_size.labels(chunk)
+            labels[chunk] = self.source.labels(chunk)
         return labels

@@ -10,8 +10,7 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from ..errors import SlimeError
-from ..examples import BACKGROUND
+from ..examples import BACKGROUND, check_known
 from .maps import PartMaps
 
 MODES = ("argmax", "threshold", "soft")
@@ -58,9 +57,7 @@ def part_masks(
         SlimeError: a name that was not learned.
     """
     classes, wanted = [BACKGROUND, *maps.names], list(names) or list(maps.names)
-    unknown = [name for name in wanted if name not in classes]
-    if unknown:
-        raise SlimeError(f"There is no part {', '.join(unknown)}. The trained parts are: {', '.join(maps.names)}.")
+    check_known(wanted, classes)
     indices = [classes.index(name) for name in dict.fromkeys(wanted)]
     result = torch.empty(len(maps), *maps.size)
     for chunk, masks in _selected(maps, indices, mode, threshold):

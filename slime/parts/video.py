@@ -75,11 +75,11 @@ def smooth_video_parts(
     """
     if strength <= 0 or len(frames) < 2:
         return maps
-    smoother, smooth = VideoSmoother(strength), torch.empty(maps.full_size.shape)
+    smoother, smooth = VideoSmoother(strength), torch.empty(maps.source.shape)
     for index, frame in enumerate(frames):
-        smooth[index] = smoother(maps.full_size(slice(index, index + 1))[0], frame)
+        smooth[index] = smoother(maps.source(slice(index, index + 1))[0], frame)
         on_frame(index + 1)
-    return replace(maps, full_size=DenseMaps(smooth))
+    return replace(maps, source=DenseMaps(smooth))
 
 
 class Motion(NamedTuple):

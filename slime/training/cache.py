@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-from ..backbones.base import Backbone, Cacheable, Features
+from ..backbones.base import Backbone, Features
 
 LIMIT = 2**30  # bytes of main memory per model
 MOST_VIEWS = 256  # those of ten examples
@@ -46,7 +46,7 @@ _caches: WeakKeyDictionary[object, ViewCache] = WeakKeyDictionary()
 
 def cache_of(backbone: Backbone) -> tuple[ViewCache, Hashable] | None:
     """Return the cache of a backbone's model and a key of its state, or None where it allows no caching."""
-    key = backbone.cache_key() if isinstance(backbone, Cacheable) else None
+    key = backbone.cache_key()
     if key is None:
         return None
     owner, state = key

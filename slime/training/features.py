@@ -156,7 +156,7 @@ class ViewFeatures:
 
     def _report(self, stage: str, done: int, preview: tuple[Tensor, Tensor] | None = None) -> None:
         step = self._done + done
-        self._on_step(StepReport(stage, step, max(step, self._expected), {}, lambda: None, preview))
+        self._on_step(StepReport(stage, step, max(step, self._expected), preview=preview))
 
     def _passes(self, views: Sequence[EncodedView]) -> Iterator[Features]:
         """Yield features of the views in order, in batches of neighbours of one size; every view has its own noise."""

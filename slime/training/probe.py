@@ -109,7 +109,7 @@ def probe_layers(
 
     def advance(done: int) -> None:
         if on_step is not None:
-            on_step(StepReport("layers", done, VIEWS + SELF_VIEWS, {}, lambda: None))
+            on_step(StepReport("layers", done, VIEWS + SELF_VIEWS))
 
     spec = ExtractionSpec(LayerChoice(read or every, ()), condition, timestep, LAYER)
     views = _extract_views(backbone, examples, settings, spec, advance)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -28,19 +28,10 @@ class StepReport:
     stage: str
     step: int
     steps: int
-    losses: dict[str, float]
-    embeddings: Callable[[], PartEmbeddings | None]
+    losses: Mapping[str, float] = field(default_factory=dict)
+    embeddings: Callable[[], PartEmbeddings | None] = lambda: None
     preview: tuple[Tensor, Tensor] | None = None
     remark: str = ""
 
 
 OnStep = Callable[[StepReport], None]
-
-
-def report_encoding(on_step: OnStep) -> Callable[[int, int, tuple[Tensor, Tensor] | None], None]:
-    """Return a callback that reports the stage "views"."""
-
-    def report(done: int, count: int, preview: tuple[Tensor, Tensor] | None) -> None:
-        on_step(StepReport("views", done, count, {}, lambda: None, preview))
-
-    return report

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from slime import Example, SlimeError
-from slime.parts.maps import CertainMaps, PartMaps
+from slime.parts.maps import HardMaps, PartMaps
 from slime.parts.palette import default_palette
 from testing import glb, meshes
 
@@ -48,7 +48,7 @@ def test_a_mesh_goes_through_both_nodes_and_save_glb(nodes, in_inference_mode, t
     assert images.shape == (6, 96, 96, 3) and torch.equal(first[0], images[0])
     assert torch.allclose(views.surface.colors, surface.colors, atol=1e-3)
     labels = torch.where(views.faces >= 0, truth[views.faces.long().clamp(min=0)], 0).byte()
-    maps = PartMaps(CertainMaps(labels, 5), NAMES, tuple(default_palette(4)), torch.ones(6, 4))
+    maps = PartMaps(HardMaps(labels, 5), NAMES, tuple(default_palette(4)), torch.ones(6, 4))
     whole, pieces, texture, names = nodes.SLiMePartsToMesh.execute(Parts(maps, images), views).args
     assert names == ", ".join(NAMES) and len(pieces) == 4 and texture.shape == (1, 64, 64, 3)
     assert sum(piece.faces.shape[1] for piece in pieces) == whole.faces.shape[1] == len(surface)
@@ -62,7 +62,7 @@ def test_a_mesh_goes_through_both_nodes_and_save_glb(nodes, in_inference_mode, t
     example = Example.from_label_map(bytes_, labels[0].long(), NAMES)
     painted = nodes.painted_views(views, [example], NAMES)
     assert list(painted) == [0] and torch.equal(painted[0], labels[0].long())
-    nothing = PartMaps(CertainMaps(torch.zeros_like(labels), 5), NAMES, maps.palette, torch.ones(6, 4))
+    nothing = PartMaps(HardMaps(torch.zeros_like(labels), 5), NAMES, maps.palette, torch.ones(6, 4))
     with pytest.raises(SlimeError, match="none of body, wheel, window, light is found"):
         nodes.SLiMePartsToMesh.execute(Parts(nothing, images), views)
 

@@ -143,14 +143,14 @@ def test_parts_are_refined_and_followed(extension, in_inference_mode, monkeypatc
     from slime_extension.nodes import sam3_refine, tracks
     from slime_extension.nodes.common import Parts
 
-    from slime.parts.maps import CertainMaps, PartMaps
+    from slime.parts.maps import HardMaps, PartMaps
     from slime.parts.palette import default_palette
 
     model = sam3.as_model(sam3.build_tracker())
     labels = torch.zeros(3, 64, 96, dtype=torch.uint8)
     labels[:, 8:40, 8:40], labels[:, 8:40, 50:90] = 1, 2
     peaks = torch.tensor([[0.5] * 2, [0.9] * 2, [0.4] * 2])
-    maps = PartMaps(CertainMaps(labels, 3), ("a", "b"), default_palette(2), peaks)
+    maps = PartMaps(HardMaps(labels, 3), ("a", "b"), default_palette(2), peaks)
     parts = Parts(maps, torch.rand(3, 64, 96, 3))
     for node in (sam3_refine.SLiMeSam3Refine, tracks.SLiMeTracksToParts):
         monkeypatch.setattr(node, "hidden", NO_HIDDEN, raising=False)

@@ -17,7 +17,7 @@ from PIL import Image
 
 from slime import SlimeError
 from slime.data.video_stream import LabelFrames, segment_stream
-from slime.parts.maps import CertainMaps, DenseMaps, PartMaps
+from slime.parts.maps import DenseMaps, HardMaps, PartMaps
 from slime.parts.palette import default_palette
 
 COUNT = 9
@@ -330,7 +330,7 @@ def test_masks_of_some_frames(reader, tmp_path, monkeypatch) -> None:
     for number in range(COUNT):
         labels.write(number, np.full((48, 64), number % 3, np.uint8))
     maps, _, images = load(str(labels.folder), video, 1, 2).args
-    assert isinstance(maps.full_size, CertainMaps) and maps.label_map[:, 0, 0].tolist() == [1, 2]
+    assert isinstance(maps.source, HardMaps) and maps.label_map[:, 0, 0].tolist() == [1, 2]
     assert maps.names == ("a", "b") and maps.peaks.tolist() == [[1, 0], [0, 1]]
     assert [round(bright(image.numpy() * 255)) for image in images] == [14, 20]
     assert len(load(str(labels.folder), video, COUNT - 2, 16).args[2]) == 2  # the video ends

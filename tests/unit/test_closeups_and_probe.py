@@ -1,4 +1,4 @@
-"""What goes beyond the paper: zoom, layer probe, partial labels, absent parts."""
+"""What goes beyond the paper: close-ups, layer probe, partial labels, absent parts."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_windows_lie_on_the_densest_spots() -> None:
     assert spots(torch.zeros(8, 8), 0.5, 2) == []
 
 
-def test_zoom_takes_the_more_confident_window_and_else_the_whole_image() -> None:
+def test_closeups_take_the_more_confident_window_and_else_the_whole_image() -> None:
     image = torch.rand(64, 64, 3, generator=torch.Generator().manual_seed(0))
     coarse = 0.6 * blob(32, 4, 20, 6) + 0.4 * torch.tensor([0.9, 0.1])[:, None, None]
     windows = candidate_windows(coarse, (64, 64), 1)
@@ -78,14 +78,14 @@ def test_zoom_takes_the_more_confident_window_and_else_the_whole_image() -> None
     )
 
 
-def test_zoom_never_fails_where_nothing_is_found() -> None:
+def test_closeups_never_fail_where_nothing_is_found() -> None:
     flat = torch.zeros(2, 8, 8)
     flat[0] = 1
     assert candidate_windows(flat, (32, 48), 3) == []
 
 
-def test_zoom_of_several_objects_in_the_whole_pipeline(monkeypatch) -> None:
-    monkeypatch.setattr(closeups, "CONFIDENT", 2.0)
+def test_closeups_of_several_objects_in_the_whole_pipeline(monkeypatch) -> None:
+    monkeypatch.setattr(closeups, "CONFIDENCE_LIMIT", 2.0)
     toy = ToyUNet()
     embeddings = train(toy, [toy_example(0)], preset("instant", views=4))
     images = torch.stack([toy_example(5).image, toy_example(6).image])
@@ -100,7 +100,7 @@ def test_only_images_of_low_confidence_get_closeups(monkeypatch) -> None:
     embeddings = train(toy, [toy_example(0)], preset("instant", views=4))
     images = torch.stack([toy_example(0).image, torch.full_like(toy_example(0).image, 0.5)])
     sure, unsure = segment(toy, images, embeddings)[0].confidence.tolist()
-    monkeypatch.setattr(closeups, "CONFIDENT", (sure + unsure) / 2)
+    monkeypatch.setattr(closeups, "CONFIDENCE_LIMIT", (sure + unsure) / 2)
     passes = []
     for image in images:
         before = toy.passes

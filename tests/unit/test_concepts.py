@@ -15,7 +15,7 @@ from slime.concepts.train import ConceptSettings, concept_limits, concept_map, c
 from slime.edit import change_parts, describe, merge_embeddings
 from slime.embedding_files import to_text
 from slime.examples import merge_examples
-from slime.parts.maps import CertainMaps, DenseMaps, PartMaps
+from slime.parts.maps import DenseMaps, HardMaps, PartMaps
 from slime.parts.palette import default_palette
 from slime.parts.tracks import track_seeds, tracked_maps
 
@@ -235,12 +235,12 @@ def test_a_better_border_is_taken_and_the_whole_object_is_not() -> None:
 def test_refined_parts_still_compete_for_pixels() -> None:
     labels = torch.zeros(1, 64, 64, dtype=torch.uint8)
     labels[0, 16:48, 8:32], labels[0, 16:48, 32:56] = 1, 2
-    maps = PartMaps(CertainMaps(labels, 3), ("left", "right"), default_palette(2), torch.ones(1, 2))
+    maps = PartMaps(HardMaps(labels, 3), ("left", "right"), default_palette(2), torch.ones(1, 2))
     images = torch.rand(1, 64, 64, 3)
     result = refine_parts(maps, images, lambda image, logits: logits + 4, RefineSettings(min_iou=0.0)).maps
     assert {int(label) for label in result.label_map.unique()} == {0, 1, 2}
     assert (result.label_map[0, 20:40, 10:28] == 1).all() and (result.label_map[0, 20:40, 36:54] == 2).all()
-    empty = replace(maps, full_size=CertainMaps(torch.zeros_like(labels), 3))
+    empty = replace(maps, source=HardMaps(torch.zeros_like(labels), 3))
     assert refine_parts(empty, images, lambda image, logits: logits, RefineSettings()).refined == 0
 
 
@@ -248,7 +248,7 @@ def test_tracks_start_where_most_parts_are_and_come_back_by_name() -> None:
     labels = torch.zeros(4, 8, 8, dtype=torch.uint8)
     labels[1, 2:4], labels[2, 2:4], labels[2, 5:6], labels[3, 2:4], labels[3, 5:6] = 1, 1, 2, 1, 2
     peaks = torch.tensor([[0.0, 0.0], [0.9, 0.9], [0.4, 0.4], [0.6, 0.6]])
-    maps = PartMaps(CertainMaps(labels, 3), ("a", "b"), default_palette(2), peaks)
+    maps = PartMaps(HardMaps(labels, 3), ("a", "b"), default_palette(2), peaks)
     seeds = track_seeds(maps)
     assert seeds.frame == 3 and seeds.masks.shape == (2, 8, 8) and seeds.masks.sum((1, 2)).tolist() == [16, 8]
     assert track_seeds(maps, 1).masks[1].sum() == 0

@@ -502,7 +502,7 @@ def test_what_others_left_is_not_written_over(tmp_path, make, words) -> None:
     assert [(file, file.stat().st_size) for file in tmp_path.rglob("*")] == before
 
 
-def test_zoom_is_not_for_large_sets(learned) -> None:
+def test_closeups_are_not_for_large_sets(learned) -> None:
     with pytest.raises(SlimeError, match="not for large sets"):
         Engine(Segmenter(learned[0], learned[1], SegmentSettings(closeups=1)))
 
@@ -830,6 +830,6 @@ def test_nodes_stay_in_their_folders_and_count_names(nodes, learned, tmp_path, m
     for path in ("../secret.json", str(tmp_path / "secret.json"), "none.json"):
         with pytest.raises(SlimeError, match="There is no"):
             load.execute(path, "", 1)
-    held = replace(maps, full_size=DenseMaps(maps.probabilities))
+    held = replace(maps, source=DenseMaps(maps.probabilities))
     export.execute(made(held, images), "coco", "held", "a")
     assert (tmp_path / "output" / "held" / "annotations.json").is_file(), "parts that are held at full size"

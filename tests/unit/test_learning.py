@@ -277,14 +277,14 @@ def test_part_maps_keep_small_maps_and_make_pixels_when_asked() -> None:
     embeddings = train(toy, [toy_example(0)], preset("instant", views=2))
     images = torch.stack([toy_example(i, 512, 512).image for i in range(4)])
     maps = segment(toy, images, embeddings)[0]
-    assert isinstance(maps.full_size, LazyMaps)
-    held = maps.full_size.maps.numel() + maps.peaks.numel()
-    assert held < 4 * 3 * 512 * 512 / 100 and maps.full_size.images.data_ptr() == images.data_ptr(), (
+    assert isinstance(maps.source, LazyMaps)
+    held = maps.source.maps.numel() + maps.peaks.numel()
+    assert held < 4 * 3 * 512 * 512 / 100 and maps.source.images.data_ptr() == images.data_ptr(), (
         "no copy of the images"
     )
     passes = toy.passes
     torch.testing.assert_close(torch.cat([c for _, c in maps.chunks()]), maps.probabilities)
-    torch.testing.assert_close(maps.full_size(slice(2, 3)), maps.probabilities[2:3])
+    torch.testing.assert_close(maps.source(slice(2, 3)), maps.probabilities[2:3])
     assert toy.passes == passes and torch.equal(maps.label_map, maps.probabilities.argmax(1).to(torch.uint8))
 
 

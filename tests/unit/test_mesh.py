@@ -13,7 +13,7 @@ from slime.examples import IGNORE
 from slime.mesh.parts import VoteSettings, face_probabilities, label_texture
 from slime.mesh.surface import Surface
 from slime.mesh.views import Camera, cameras_around, rasterise, render_views
-from slime.parts.maps import CertainMaps, PartMaps
+from slime.parts.maps import HardMaps, PartMaps
 from slime.parts.palette import default_palette
 from testing import meshes
 
@@ -21,7 +21,7 @@ from testing import meshes
 def seen(views, labels: torch.Tensor, count: int) -> PartMaps:
     maps = torch.where(views.faces >= 0, labels[views.faces.long().clamp(min=0)], 0).byte()
     names, peaks = tuple("abcd"[:count]), torch.ones(len(maps), count)
-    return PartMaps(CertainMaps(maps, count + 1), names, default_palette(count), peaks)
+    return PartMaps(HardMaps(maps, count + 1), names, default_palette(count), peaks)
 
 
 def test_the_nearest_face_is_seen_and_its_pixels_are_exact() -> None:
