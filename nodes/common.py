@@ -169,7 +169,7 @@ def as_images(image: Tensor) -> Tensor:
         SlimeError: a mask.
     """
     if image.ndim < 3 or (image.ndim == 3 and image.shape[-1] > 4):
-        raise SlimeError("A mask is connected where an image belongs. Use Convert Mask to Image, or connect the image.")
+        raise SlimeError("A mask is connected to an image input. Use Convert Mask to Image, or connect the image.")
     image = image[None] if image.ndim == 3 else image
     return image[..., :3].to("cpu", torch.float32)
 

@@ -67,8 +67,9 @@ class SLiMeExample(io.ComfyNode):
                         options=["auto", "background", "ignore"],
                         default="auto",
                         optional=True,
-                        tooltip="Meaning of pixels without a mask. background: no part. ignore: not trained on. auto: "
-                        "ignored if other examples label parts that this one does not, else background.",
+                        tooltip="Meaning of pixels without a mask. Leave at auto unless this image shows parts that "
+                        "you did not label. background: no part. ignore: not trained on. auto: ignored if other "
+                        "examples label parts that this one does not, else background.",
                     )
                 ),
             ],

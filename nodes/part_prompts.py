@@ -306,8 +306,8 @@ class SLiMePartGuider(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps after which the parts are found and their prompts apply; never in "
-                    "the first step.",
+                    tooltip="Share of the steps, 0 to 1, after which the parts are found and their prompts apply; "
+                    "never in the first step.",
                 ),
                 io.Float.Input(
                     "end_percent",
@@ -315,7 +315,7 @@ class SLiMePartGuider(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Share of the steps after which the image's own prompt applies everywhere again.",
+                    tooltip="Share of the steps, 0 to 1, after which the image's own prompt applies everywhere again.",
                 ),
                 io.Int.Input(
                     "update_every",

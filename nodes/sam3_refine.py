@@ -34,7 +34,11 @@ class SLiMeSam3Refine(io.ComfyNode):
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Model.Input("model", tooltip="A SAM3 MODEL from Load Checkpoint (ComfyUI 0.20 or newer)."),
                 io.Int.Input(
-                    "iterations", default=2, min=1, max=5, tooltip="Passes of the mask decoder, each from the last one."
+                    "iterations",
+                    default=2,
+                    min=1,
+                    max=5,
+                    tooltip="Passes of the mask decoder; each starts from the previous mask.",
                 ),
                 io.Float.Input(
                     "min_iou",

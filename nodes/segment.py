@@ -76,7 +76,8 @@ class SLiMeSegment(io.ComfyNode):
                     max=4,
                     optional=True,
                     tooltip="Number of objects to segment again in close-up crops, 0 = off: for objects much smaller "
-                    "than in the examples. Only images of a low confidence. Up to ten more passes for one object.",
+                    "than in the examples. Only for images whose confidence is below 0.8 of the examples'. Up to ten "
+                    "more passes for one object.",
                 ),
                 confidence_input(),
                 samples_input(),

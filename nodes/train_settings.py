@@ -76,8 +76,8 @@ class SLiMeInstantSettings(_Settings):
                     "recolor",
                     options=list(RECOLOR),
                     default="auto",
-                    tooltip="Change the colours of every part in the views, so that colour is not learned. auto: if "
-                    "the examples' parts are lost when their colours change; the node says what was found.",
+                    tooltip="Change the colours of every part in the views, so that colour is not learned. auto: only "
+                    "if the parts can no longer be found after a change of colour; the node says what it found.",
                 ),
                 io.Int.Input(
                     "timestep",
@@ -143,7 +143,7 @@ def _view_inputs(defaults: TrainSettings) -> list[Any]:
             min=0 if instant else 1,
             max=1000,
             tooltip="Number of augmented views of the examples; 0 = the model's own (24; SDXL and flow models 16). "
-            "More take more time; on our test scenes they gained nothing that can be told from noise."
+            "More views take longer and made no measurable difference on our test scenes."
             if instant
             else "Number of augmented views of the examples; used again if there are fewer than steps.",
         ),

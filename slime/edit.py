@@ -31,7 +31,7 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
     if CONTEXT in (first.mode, second.mode):
         raise SlimeError(
             "Embeddings of the preset paper were learned together in one text and do not work apart. Merge "
-            "embeddings of the preset instant, or segment with each."
+            "embeddings of the preset instant, or segment with each separately."
         )
     if (first.condition is None) != (second.condition is None):
         raise SlimeError(

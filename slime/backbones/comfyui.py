@@ -53,7 +53,7 @@ def import_comfyui(folder: Path) -> None:
 
 
 def load_extension(root: Path) -> ModuleType:
-    """The extension as a package, as ComfyUI imports it; its ``slime`` is this process's ``slime``."""
+    """Import the extension as a package, as ComfyUI does; its ``slime`` is this process's ``slime``."""
     if NAME in sys.modules:
         return sys.modules[NAME]
     for info in pkgutil.walk_packages(slime.__path__, "slime."):
@@ -72,7 +72,7 @@ def load_extension(root: Path) -> ModuleType:
 
 
 def _extension_near(folder: Path) -> Path:
-    """Where the nodes are: beside this package in a clone, or in ComfyUI's custom_nodes."""
+    """Return the folder of the nodes: beside this package in a clone, or in ComfyUI's custom_nodes."""
     places = [Path(slime.__file__).parent.parent, *sorted((folder / "custom_nodes").glob("*"))]
     for place in places:
         if (place / "nodes" / "backbones.py").is_file() and (place / "slime").is_dir():

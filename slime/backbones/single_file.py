@@ -105,7 +105,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         loaded = _unpickled(path) if start.startswith((b"PK", b"\x80")) else _safetensors(path)
     except Exception as error:  # torch and safetensors raise whatever the bytes lead to
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise SlimeError(f"{path.name} is no checkpoint that can be read, or it is cut off: {reason}") from error
+        raise SlimeError(f"{path.name} cannot be read as a checkpoint; it may be truncated: {reason}") from error
     while isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, dict):
@@ -195,8 +195,8 @@ def _architecture(state: Mapping[str, Tensor], file: str) -> Architecture:
 
     if FIRST not in state or state[FIRST].ndim != 4 or ACROSS not in state:
         raise SlimeError(
-            f"{file} is no whole checkpoint of Stable Diffusion 1, 2 or XL (it has no {UNET}input_blocks; a UNet or "
-            f"LoRA alone is not enough). {ELSEWHERE}"
+            f"{file} is not a complete checkpoint of Stable Diffusion 1, 2 or XL (it has no {UNET}input_blocks; a UNet "
+            f"or LoRA alone is not enough). {ELSEWHERE}"
         )
     channels = state[FIRST].shape[1]
     if channels != 4:
@@ -214,7 +214,7 @@ def _architecture(state: Mapping[str, Tensor], file: str) -> Architecture:
     if added and first_level:
         raise SlimeError(f"{file} is an unCLIP checkpoint, which is prompted by images. Use its base model.")
     if added and not (has(XL_CLIP) and has(XL_OPEN_CLIP)):
-        raise SlimeError(f"{file} has not both text encoders of SDXL. Use the base model, not the refiner.")
+        raise SlimeError(f"{file} lacks one of SDXL's two text encoders. Use the base model, not the refiner.")
     if has("edm_"):
         raise SlimeError(f"{file} has another noise schedule (EDM), as Playground 2.5, which SLiMe does not support.")
     deepest = ("input_blocks.8.1.", "middle_block.1.", "output_blocks.0.1.")

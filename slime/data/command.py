@@ -148,7 +148,7 @@ def _segmenting(parser: argparse.ArgumentParser, required: bool = True) -> None:
 def _shard(text: str) -> tuple[int, int]:
     index, _, count = text.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise argparse.ArgumentTypeError(f'"{text}" is not a share; the shares of eight are 0/8 to 7/8')
+        raise argparse.ArgumentTypeError(f'"{text}" is not I/N; with eight shards, I/N runs from 0/8 to 7/8')
     return int(index), int(count)
 
 

@@ -90,7 +90,7 @@ def changed_names(images: Iterable[str], file_names: FileNames, parts: Iterable[
 
 
 def write_table(folder: Path, rows: Iterable[tuple[str, str, str]]) -> None:
-    """Add rows to the table that says which name was written under which other one: "image" or "part", name, file."""
+    """Add rows (kind, name, file) for images and parts whose files are named differently."""
     known = set(read_table(folder))
     changed = sorted(known | set(rows))
     if len(changed) > len(known):

@@ -38,7 +38,7 @@ def decode(data: bytes) -> np.ndarray:
                 upright = Image.fromarray(np.nan_to_num(levels).round().clip(0, 255).astype(np.uint8))
             return np.array(upright.convert("RGB"))
     except Exception as error:  # Pillow's plugins raise whatever the bytes lead to
-        raise SlimeError(f"This is no image that Pillow can read: {error}") from error
+        raise SlimeError(f"Pillow cannot read this image: {error}") from error
 
 
 def upright_labels(labels: np.ndarray, file: Path) -> np.ndarray:
@@ -64,4 +64,4 @@ def upright_size(file: Path) -> tuple[int, int]:
             turned = image.getexif().get(TURNED, 1) in ROTATIONS
             return (image.width, image.height) if turned else (image.height, image.width)
     except Exception as error:  # Pillow's plugins raise whatever the bytes lead to
-        raise SlimeError(f"{file.name}: This is no image that Pillow can read: {error}") from error
+        raise SlimeError(f"{file.name}: Pillow cannot read this image: {error}") from error

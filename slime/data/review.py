@@ -47,7 +47,7 @@ def review_page(
     found = "".join(_figure(record, pixels(record.name), names, palette) for record in records)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>SLiMe: masks to review</title>'
-        f"<style>{STYLE}</style></head><body>\n<h1>The {len(records)} least sure images, the least sure first</h1>\n"
+        f"<style>{STYLE}</style></head><body>\n<h1>{len(records)} images of the lowest confidence, lowest first</h1>\n"
         f'<ul class="key">{key}</ul>\n<div class="images">\n{found}</div>\n</body></html>\n'
     )
 
@@ -62,5 +62,5 @@ def _figure(record: Record, pixels: np.ndarray, names: Sequence[str], palette: S
     name = html.escape(record.name)
     return (
         f'<figure><img src="data:image/jpeg;base64,{shown}" alt="{name}"><figcaption>{name}'
-        f"<small>{record.confidence:.2f} as sure as the examples. {html.escape(parts)}</small></figcaption></figure>\n"
+        f"<small>confidence {record.confidence:.2f} (examples: 1). {html.escape(parts)}</small></figcaption></figure>\n"
     )

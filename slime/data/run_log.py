@@ -44,7 +44,9 @@ class RunLog:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise SlimeError(f"There cannot be a folder {folder} ({error.strerror}). Choose another one.") from error
+            raise SlimeError(
+                f"The folder {folder} cannot be created ({error.strerror}). Choose another one."
+            ) from error
         self._suffix = "" if shard[1] == 1 else f"-{shard[0]:05d}-of-{shard[1]:05d}"
         self._check_manifest()
         self._records, self._errors = (folder / f"{name}{self._suffix}.jsonl" for name in (RECORDS, ERRORS))
@@ -57,16 +59,18 @@ class RunLog:
         files = sorted(self.folder.glob(f"{MANIFEST}*.json"))
         foreign = sorted(file.name for name in OUTPUTS for file in self.folder.glob(name)) if not files else []
         if foreign:
-            raise SlimeError(f"{self.folder} has a {foreign[0]} that is not of SLiMe. Choose an empty folder.")
+            raise SlimeError(f"{self.folder} contains {foreign[0]}, which SLiMe did not write. Choose an empty folder.")
         shares = {file.stem.removeprefix(MANIFEST).partition("-of-")[2] for file in files}
         if shares - {self._suffix.partition("-of-")[2]}:
-            raise SlimeError(f"{self.folder} holds a run that was shared out otherwise. Give the same --shard I/N.")
+            raise SlimeError(
+                f"{self.folder} contains a run with a different number of shards. Give the same --shard I/N."
+            )
         for file in files:
             try:
                 before = json.loads(file.read_text(encoding="utf-8"))["made_by"]
                 before.get("model")
             except (ValueError, TypeError, KeyError, AttributeError) as error:
-                raise SlimeError(f"{file} is not of SLiMe, or broken. Choose an empty folder.") from error
+                raise SlimeError(f"{file} was not written by SLiMe, or is damaged. Choose an empty folder.") from error
             if any(before.get(name) != self.about.get(name) for name in before.keys() | self.about):
                 raise SlimeError(
                     f"{self.folder} was made with other settings: {_compared(before, self.about)}. Choose "

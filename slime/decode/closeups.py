@@ -55,7 +55,7 @@ def needs_closeups(peaks: Tensor, example_confidence: float) -> Tensor:
 
 
 def window_confidence(maps: Tensor) -> Tensor:
-    """Return how much part maps [B, K, h, w] look like a whole object, [B]: mean peak of the parts minus the share of
+    """Score how well part maps [B, K, h, w] resemble a whole object, [B]: mean peak of the parts minus the share of
     the border that is part."""
     peaks = maps[:, 1:].amax((2, 3)).mean(1)
     inside = (maps.argmax(1) > 0).float()

@@ -81,7 +81,7 @@ def read_glb(data: bytes) -> Surface:
 def _chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
     """Return the JSON and the binary chunk."""
     if data[:4] != b"glTF":
-        raise SlimeError("The file does not begin as GLB files do. Export the mesh as GLB.")
+        raise SlimeError("This is not a GLB file. Export the mesh as GLB.")
     if len(data) >= HEAD.size and HEAD.unpack_from(data)[1] != 2:
         raise SlimeError(f"The file is glTF {HEAD.unpack_from(data)[1]}. Export the mesh as glTF 2.0 (GLB).")
     chunks: dict[bytes, bytes] = {}
@@ -98,7 +98,7 @@ def _chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
         document = json.loads(chunks[b"JSON"])
         return document if isinstance(document, dict) else {}, chunks.get(b"BIN\0", b"")
     except (KeyError, ValueError, RecursionError) as error:
-        raise SlimeError("The GLB file is damaged: it has no readable description. Export it again.") from error
+        raise SlimeError("The GLB file is damaged: its JSON header cannot be read. Export it again.") from error
 
 
 class _Reader:

@@ -58,8 +58,8 @@ class Surface:
         vertices, faces = vertices.detach().cpu().float(), faces.detach().cpu().long()
         if faces.ndim != 2 or faces.shape[-1] != 3 or vertices.ndim != 2 or vertices.shape[-1] != 3:
             raise SlimeError(
-                f"Vertices of the shape {list(vertices.shape)} and faces of {list(faces.shape)} are no triangle mesh. "
-                "Triangulate it first."
+                f"Vertices of the shape {list(vertices.shape)} and faces of {list(faces.shape)} do not form a triangle "
+                "mesh. Triangulate it first."
             )
         if not len(faces):
             raise SlimeError("The mesh has no faces. Is it a point cloud? Make a surface of it first.")

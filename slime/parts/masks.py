@@ -1,4 +1,4 @@
-"""Make masks of chosen parts, cleaned and shaped for inpainting, image by image in the memory of one."""
+"""Make masks of chosen parts, cleaned and shaped for inpainting, one image at a time in the same memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find out on the examples whether features hang on colour, and training should use recoloured views.
+"""Check on the examples whether the features depend on colour, and training should use recoloured views.
 
 A fit to a few views as they are is judged on other views of the same examples twice: as they are, and with every part
 recoloured. Where parts are lost, training uses recoloured views, unless a part's name says a colour: an example cannot

@@ -359,7 +359,7 @@ def test_embeddings_travel_as_text_merge_and_change(nodes) -> None:
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, first), "more than once: blue, red"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, paper), "preset paper"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(paper, None, "red = drop"), "learned together in one text"),
-        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), 'no part c'),
+        (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "c = tyre"), "no part c"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(first, None, "red tyre"), "is not a change"),
         (lambda: nodes.SLiMeEmbeddingsMerge.execute(only, None, "blue = drop"), "All parts are dropped"),
         (lambda: nodes.SLiMeLoadEmbeddings.execute("", text[:-20]), "cut off or changed"),

@@ -278,15 +278,15 @@ def without(state: dict[str, Tensor], stem: str) -> dict[str, Tensor]:
 
 
 REFUSED = {
-    "a LoRA": ({"weight": torch.zeros(2)}, "no whole checkpoint"),
-    "a UNet of diffusers": ({"conv_in.weight": torch.zeros(4, 4, 3, 3)}, "no whole checkpoint"),
+    "a LoRA": ({"weight": torch.zeros(2)}, "not a complete checkpoint"),
+    "a UNet of diffusers": ({"conv_in.weight": torch.zeros(4, 4, 3, 3)}, "not a complete checkpoint"),
     "inpainting": (sketch(channels=9), "takes 9 input channels"),
     "instruct-pix2pix": (sketch(channels=8), "takes 8 input channels"),
     "no text": (without(sketch(), "cond"), "has no text encoder"),
     "no VAE": (without(sketch(), VAE), "has no VAE"),
     "UNet alone": (without(without(sketch(), VAE), "cond"), "has no VAE and no text encoder"),
-    "refiner": (without(sketch(large=True), CLIP["sdxl"]), "both text encoders"),
-    "SDXL without G": (without(sketch(large=True), OPEN_CLIP["sdxl"][0]), "both text encoders"),
+    "refiner": (without(sketch(large=True), CLIP["sdxl"]), "two text encoders"),
+    "SDXL without G": (without(sketch(large=True), OPEN_CLIP["sdxl"][0]), "two text encoders"),
     "SSD-1B": (sketch(large=True), "distilled SDXL"),
     "Playground": (sketch(large=True, edm_mean=(4,)), "another noise schedule"),
     "unCLIP": (sketch(**{LABELS + "0.0.weight": (4, 4)}), "unCLIP"),
@@ -318,9 +318,9 @@ BYTES = {
     "LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of Git LFS"),
     "a web page": (b"\n<!DOCTYPE html><html>", "web page"),
     "GGUF": (b"GGUF\3\0\0\0", "GGUF"),
-    "nothing": (b"", "cut off"),
-    "cut safetensors": (b"\xff\0\0\0\0\0\0\0{", "cut off"),
-    "cut pickle": (b"PK\3\4\0", "cut off"),
+    "nothing": (b"", "truncated"),
+    "cut safetensors": (b"\xff\0\0\0\0\0\0\0{", "truncated"),
+    "cut pickle": (b"PK\3\4\0", "truncated"),
 }
 
 

@@ -165,7 +165,7 @@ def test_a_missing_or_broken_image_is_named(tmp_path) -> None:
         labels_of(annotated)
     path = write(tmp_path, coco(GOOD))
     (tmp_path / "a.png").write_bytes(b"nothing")
-    with pytest.raises(SlimeError, match="a.png: This is no image"):
+    with pytest.raises(SlimeError, match="a.png: Pillow cannot read"):
         labels_of(read_annotations(path))
 
 

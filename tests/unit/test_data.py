@@ -77,7 +77,7 @@ def test_pictures_of_every_kind_are_decoded() -> None:
     frames = [Image.fromarray(np.full((16, 16, 3), v, np.uint8)) for v in (10, 200)]
     assert decode(saved(frames[0], "GIF", save_all=True, append_images=frames[1:])).max() < 20
     for broken in (b"", b"no picture", png(levels)[:60], saved(plain, "JPEG")[:200]):
-        with pytest.raises(SlimeError, match="no image that Pillow can read"):
+        with pytest.raises(SlimeError, match="Pillow cannot read this image"):
             decode(broken)
 
 
@@ -487,11 +487,11 @@ def foreign_labels(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (foreign, "not of SLiMe"),
-        (foreign_log, "not of SLiMe"),
-        (shared_out, "shared out otherwise"),
-        (foreign_labels, "not of SLiMe"),
-        (Path.touch, "There cannot be a folder"),
+        (foreign, "not written by SLiMe"),
+        (foreign_log, "SLiMe did not write"),
+        (shared_out, "a different number of shards"),
+        (foreign_labels, "SLiMe did not write"),
+        (Path.touch, "cannot be created"),
     ],
 )
 def test_what_others_left_is_not_written_over(tmp_path, make, words) -> None:
@@ -652,7 +652,7 @@ def test_checkpoints_are_loaded_by_comfyui(extension, tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "said"), [("none", "no model at"), ("empty", "neither|has neither"), ("broken", "can be read")]
+    ("kind", "said"), [("none", "no model at"), ("empty", "neither|has neither"), ("broken", "cannot be read")]
 )
 def test_what_is_no_model_is_told(tmp_path, kind: str, said: str) -> None:
     place = tmp_path / "model"

@@ -149,12 +149,12 @@ WHOLE = pack(scene([{"attributes": {"POSITION": 0}, "indices": 1}]), [SQUARE, TW
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b"solid x", "begin as GLB files do. Export the mesh as GLB"),
-        (b"", "begin as GLB files do"),
+        (b"solid x", "This is not a GLB file. Export the mesh as GLB"),
+        (b"", "This is not a GLB file"),
         (WHOLE[:-20], "is cut off"),
         (WHOLE[:40], "is cut off"),
         (WHOLE[:12], "is cut off"),
-        (WHOLE[:8] + (12).to_bytes(4, "little"), "damaged: it has no readable description"),
+        (WHOLE[:8] + (12).to_bytes(4, "little"), "damaged: its JSON header cannot be read"),
         (WHOLE[:4] + (1).to_bytes(4, "little") + WHOLE[8:], "The file is glTF 1"),
         (pack(scene([{"attributes": {"POSITION": 0}, "mode": 0}]), [SQUARE]), "^The GLB file has no triangles"),
         (pack(scene([{"attributes": {"POSITION": 0}}]), [SQUARE * np.float32(np.nan)]), "^The mesh has NaN"),
@@ -164,7 +164,7 @@ WHOLE = pack(scene([{"attributes": {"POSITION": 0}, "indices": 1}]), [SQUARE, TW
         (pack(scene([{"attributes": {"POSITION": 0}, "indices": 1}]), [SQUARE, TWO + 9]), "is damaged"),
         (pack(scene([], [{"children": [0]}]), []), "^The GLB file is damaged: node 0"),
         (WHOLE.replace(b'"count": 4', b'"count":-4'), "is damaged"),
-        (WHOLE.replace(b'"count": 6', b'"count":9e'), "no readable description"),
+        (WHOLE.replace(b'"count": 6', b'"count":9e'), "its JSON header cannot be read"),
         (pack({"extensionsRequired": ["KHR_draco_mesh_compression"]}, []), "KHR_draco.*without compression"),
         (
             pack(scene([{"attributes": {"POSITION": 0}}], buffers=[{"uri": "mesh.bin"}]), [SQUARE]),
