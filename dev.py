@@ -2,7 +2,7 @@
 
     python dev.py demo [options]            train on one image and segment others, in a real ComfyUI server
     python dev.py test [pytest options]     style, types, web/ and every test but the slow ones, on up to 4 cores
-    python dev.py test --fast [options]     the same without the tests that need a server or a browser
+    python dev.py test --fast [options]     the same without what takes long: servers, browsers, trained models
     python dev.py lint                      only style and types
     python dev.py format                    fix style: imports, layout
     python dev.py benchmark NAME [options]  see benchmarks/
@@ -201,9 +201,9 @@ def main(arguments: list[str]) -> int:
 
     if command == "test":
         if not rest or rest == ["--fast"]:
-            rest = [*rest, "-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
+            rest = [*rest, "-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "load", "--maxschedchunk", "2"]
         if "--fast" in rest:
-            rest = ["-m", "not slow and not server", *(option for option in rest if option != "--fast")]
+            rest = ["-m", "not slow and not long", *(option for option in rest if option != "--fast")]
         # Threads of several servers wait for each other: five server tests took 272 s on two cores, with one thread 58.
         threads = os.environ.get("OMP_NUM_THREADS", "1")
         status = lint(run) or check_web() or run("pytest", *rest, OMP_NUM_THREADS=threads)

@@ -35,7 +35,7 @@ MODES = {"classic": False, "nodes2": True}
 
 NEEDED = [
     pytest.mark.usefixtures("fresh"),
-    pytest.mark.server,
+    pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; set CHROMIUM to its path"),
     pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there"),
 ]
@@ -177,9 +177,24 @@ def train_briefly(canvas: Canvas, views: int = 4, steps: int = 10) -> None:
     )
 
 
+def settle(canvas: Canvas, least: int = 150) -> None:
+    """Wait until neither the view nor the nodes on it move any more, ``least`` milliseconds after the call."""
+    canvas.page.wait_for_timeout(least)
+    canvas.js("() => { window.lastSeen = null; }")
+    canvas.page.wait_for_function(
+        """() => {
+            const ds = app.canvas.ds, boxes = app.graph.nodes.map(node => [...node.pos, ...node.size]);
+            const seen = JSON.stringify([ds.scale, [...ds.offset], boxes]), still = seen === window.lastSeen;
+            window.lastSeen = seen;
+            return still;
+        }""",
+        polling=100,
+    )
+
+
 def show_all(canvas: Canvas, name: str) -> None:
     canvas.js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
-    canvas.page.wait_for_timeout(700)
+    settle(canvas)
     canvas.shot(name)
 
 

@@ -31,7 +31,7 @@ class _Module(_DummyBackendModule):
 
 class _Rules:
     float64 = True
-    waits = 0
+    waits = operations = 0
 
 
 class Simulated(Tensor):
@@ -83,6 +83,7 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
     stays = here if target is None else torch.device(target).type == NAME
     if target is not None:
         kwargs["device"] = torch.device("cpu")
+    _Rules.operations += here
     result = func(*tree_map(_open, args), **tree_map(_open, kwargs))
     if name.endswith("_") and not name.endswith("__") and args and isinstance(args[0], Tensor):
         return args[0]
@@ -95,6 +96,11 @@ def _compute(func: Any, *args: Any, **kwargs: Any) -> Any:
 def waits() -> int:
     """Return how often the host has waited for the device so far: values and tensors that it fetched."""
     return _Rules.waits
+
+
+def operations() -> int:
+    """Return how many operations the device has computed so far."""
+    return _Rules.operations
 
 
 def _open(value: Any) -> Any:

@@ -124,6 +124,9 @@ class ColorAndPlace:
     def fitting_batch(self, size: tuple[int, int]) -> int:
         return 2
 
+    def cache_key(self) -> None:
+        return None
+
 
 COLORS = torch.tensor([[0.1, 0.1, 0.1], [0.9, 0.1, 0.2], [0.1, 0.8, 0.9]])
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, show_all, train_briefly
+from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, settle, show_all, train_briefly
 from testing.server import MODEL
 from testing.workflows import find, load_workflow
 from tools.make_workflows import BLUEPRINTS, NEWER_WORKFLOWS, WORKFLOWS
@@ -40,24 +40,25 @@ def search_for(canvas: Canvas, name: str, patience: int) -> None:
     """Add the first node that ComfyUI's search box finds."""
     page = canvas.page
     canvas.js("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
-    page.wait_for_timeout(500 * patience)
+    page.wait_for_function("() => document.activeElement.tagName === 'INPUT'")
+    page.wait_for_timeout(100 * patience)
     page.keyboard.type(name)
-    page.wait_for_timeout(700 * patience)
+    page.wait_for_timeout(400 * patience)
     listed = page.locator(".p-autocomplete-option").filter(has_text=name)
     if listed.count():
         listed.first.click()
     else:  # the newer search box takes the first of its list
         page.keyboard.press("Enter")
-    page.wait_for_timeout(300 * patience)
+    page.wait_for_timeout(150 * patience)
     page.mouse.click(750, 600)  # newer versions hang the node on the pointer until it is put down
-    page.wait_for_timeout(200)
+    page.wait_for_timeout(100)
     page.keyboard.press("Escape")
 
 
 def test_every_node_is_found_by_search(canvas) -> None:
     info = {k: v for k, v in canvas.server.get("/object_info").items() if v["category"].split("/")[0] == "SLiMe"}
     assert len(info) in (31, 33)  # those for meshes where meshes have colours
-    # Two seconds a name: each canvas gets half of them.
+    # A second a name: each canvas gets half of them.
     for kind, spec in list(info.items())[canvas.mode == "classic" :: 2]:
         for patience in (1, 2, 4):  # the box slides in, takes the focus, and searches when typing pauses
             canvas.clear()
@@ -79,9 +80,9 @@ def open_template(canvas: Canvas, name: str) -> None:
     canvas.shot(f"template_{name}")
     card.first.click()
     canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type.startsWith('SLiMe'))")
-    canvas.page.wait_for_timeout(800)
+    settle(canvas, 300)
     canvas.page.keyboard.press("Escape")  # older versions offer the missing checkpoint in a dialog
-    canvas.page.wait_for_timeout(300)
+    settle(canvas, 100)
 
 
 def test_names_are_chosen(canvas) -> None:

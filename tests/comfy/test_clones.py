@@ -14,7 +14,7 @@ from testing.sampling import part_guider, plain_guider, sampled
 from testing.server import FLOW
 from testing.toy import all_vectors
 
-pytestmark = pytest.mark.usefixtures("in_inference_mode")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("in_inference_mode")]
 
 
 class Wrapped(torch.nn.Module):

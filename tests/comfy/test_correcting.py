@@ -143,7 +143,7 @@ def test_a_rough_outline_snaps_to_the_edge(nodes) -> None:
     assert (nodes.snapping.snap(thin, image) == 1).any()  # a line has no inside, and is kept all the same
 
 
-@pytest.mark.server
+@pytest.mark.long
 def test_snapping_over_the_wire(server) -> None:
     labels = disc(37).astype(np.uint8)
     picture = np.where(disc(40)[..., None], 220, 40).astype(np.uint8).repeat(3, 2)

@@ -120,6 +120,7 @@ def test_there_is_no_further_language() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {"en", *LANGUAGES}
 
 
+@pytest.mark.long
 def test_the_script_of_the_readme_runs_as_it_stands(tmp_path) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     (script,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)

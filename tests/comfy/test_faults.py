@@ -153,13 +153,14 @@ def test_layers_timesteps_and_widths_that_the_model_lacks_are_named(learned) -> 
     ("task", "count"),
     [("files", 300), ("texts", 100), ("paintings", 200), ("official", 20), ("savers", 3), ("disk", 2)],
 )
+@pytest.mark.long
 def test_the_standing_proof_in_short(extension, task, count) -> None:
     """Of ``benchmark faults``: no other exception than ours, nothing slow or large, nothing left behind."""
     trials = faults.run(task, count)
     assert not trials.failures and trials.count >= count
 
 
-@pytest.mark.server
+@pytest.mark.long
 @pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
 def test_interrupts_of_a_server_leave_everything_as_it_was(server) -> None:
     at = faults.server.Client(server)
@@ -169,7 +170,7 @@ def test_interrupts_of_a_server_leave_everything_as_it_was(server) -> None:
     assert not trials.failures and trials.count == 3 and trials.refused
 
 
-@pytest.mark.server  # it needs none, but takes too long for the fast run
+@pytest.mark.long
 @pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
 def test_an_error_in_the_middle_of_any_node_leaves_the_model_as_it_was(extension) -> None:
     trials = faults.run("errors", 1)

@@ -127,7 +127,7 @@ GOOD[:, 5:20, 5:20] = 1
         (IMAGE.repeat(2, 1, 1, 1), GOOD.repeat(2, 1, 1), "wheel, window", "2 images, 2 masks and 2 names"),
         (IMAGE, GOOD * 0.3, "wheel", "reaches only 0.30"),
         (IMAGE, GOOD + torch.nan, "wheel", "NaN or infinite"),
-        (GOOD, GOOD, "wheel", "A mask is connected where an image belongs"),
+        (GOOD, GOOD, "wheel", "A mask is connected to an image input"),
         (torch.rand(1, 1, 1, 3), torch.ones(1, 1, 1), "wheel", "1x1"),
         (torch.full((1, 40, 48, 3), torch.nan), GOOD, "wheel", "NaN"),
     ],

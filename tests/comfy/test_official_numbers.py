@@ -20,7 +20,7 @@ from testing.server import MODEL
 from tools.official_numbers import SIDE, STRIDE, TARGET, TEST_TIMESTEP, TIMESTEP
 
 pytestmark = [
-    pytest.mark.server,  # it needs none, but the demo model and ComfyUI
+    pytest.mark.long,
     pytest.mark.skipif(not (MODEL.is_file() and Path(TARGET).is_file()), reason="the tiny model is not there"),
 ]
 

@@ -18,6 +18,8 @@ from testing.models import LAYOUTS, comfy_patcher, diffusers_unet
 from testing.server import MODEL
 from testing.tiny.diffusers import load_tiny
 
+pytestmark = pytest.mark.long
+
 TOLERANCE = 2e-4
 KINDS = {"eps": "epsilon", "v": "v_prediction"}
 SIDE = {"sd1": 16, "sd2": 16, "sdxl": 16}

@@ -16,6 +16,8 @@ from slime.train import preset
 from testing import splits
 from testing.tiny import sam3
 
+pytestmark = pytest.mark.long
+
 SIDE = 128
 NO_HIDDEN = type("Hidden", (), {"unique_id": None})
 

@@ -17,7 +17,7 @@ from testing.models import LAYOUTS, comfy_patcher, comfy_vision
 from testing.sampling import SIDE, STEPS, part_guider, plain_guider, sampled
 from testing.server import FLOW, MODEL
 
-pytestmark = pytest.mark.usefixtures("in_inference_mode")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("in_inference_mode")]
 
 
 NOTHING_TO_DO = {

@@ -10,7 +10,7 @@ import torch
 from demo.pack.shapes import UNET_CONFIG
 from testing.sampling import part_guider, plain_guider, sampled, with_entries
 
-pytestmark = pytest.mark.usefixtures("in_inference_mode")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("in_inference_mode")]
 
 
 def a_control_net(tiny) -> Any:

@@ -13,7 +13,7 @@ from testing.inprocess import load_backbone
 from testing.sampling import SIDE, part_guider, sampled, with_entries
 from testing.server import MODEL
 
-pytestmark = pytest.mark.usefixtures("in_inference_mode")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("in_inference_mode")]
 
 
 def test_where_a_parts_prompt_does_not_apply_the_pictures_own_does(tiny, monkeypatch) -> None:

@@ -289,6 +289,7 @@ def test_frames_of_another_model_are_not_mixed(tmp_path) -> None:
     assert segment_stream(lambda start: frames[start:], found_in, target, 0.7) == 3
 
 
+@pytest.mark.long
 def test_one_frame_that_is_missing_costs_few_passes_and_nothing_of_the_user(tmp_path, monkeypatch) -> None:
     """A gap near the start of a finished video; and a label frame that a paint program saved in colours."""
     frames = [torch.from_numpy(frame_of(number % COUNT)).float() / 255 for number in range(200)]
@@ -344,6 +345,7 @@ def test_masks_of_some_frames(reader, tmp_path, monkeypatch) -> None:
         load("/etc\0", video)
 
 
+@pytest.mark.long
 def test_a_video_through_the_node(tiny, tmp_path, monkeypatch, in_inference_mode) -> None:
     import folder_paths
     from comfy_api.latest import InputImpl

@@ -32,6 +32,8 @@ from slime.backbones.single_file import (
 from slime.errors import SlimeError
 from testing.inprocess import import_comfyui
 
+pytestmark = pytest.mark.long
+
 WIDTH, TEXT, LAYERS, TOKENS = 64, 64, 3, 49408
 OPEN_CLIP = {"sd2": ("cond_stage_model.model.",), "sdxl": ("conditioner.embedders.1.model.",)}
 CLIP = {"sd1": "cond_stage_model.transformer.", "sdxl": "conditioner.embedders.0.transformer."}

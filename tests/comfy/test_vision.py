@@ -34,6 +34,8 @@ from testing.nodes import train_settings
 from testing.server import MODEL
 from testing.toy import ToyUNet, toy_example, toy_score
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def nodes(extension, monkeypatch):

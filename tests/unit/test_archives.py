@@ -102,6 +102,7 @@ def test_the_papers_tables(tmp_path, monkeypatch, capsys) -> None:
     assert "100.0" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_the_papers_tables_with_an_encoder(tmp_path, monkeypatch, capsys) -> None:
     """Rows of an encoder, alone and beside the model, with stand-ins for both files; a flow model has no paper."""
     encoder = small_encoder()

@@ -237,12 +237,14 @@ def test_rows_come_back_from_their_file(tmp_path) -> None:
     write_rows(None, rows)
 
 
+@pytest.mark.long
 def test_memory_is_measured() -> None:
     for case, count in (("batch", 3), ("stream", 6)):  # a process's peak holds all that ran in it before
         assert -0.1 < memory.in_own_process(case, count, 64, 2) < 1
     assert memory.peak() > 0.9 * memory.resident() > 1e7  # the kernel counts them apart
 
 
+@pytest.mark.long
 def test_speed_rows_and_memory() -> None:
     rows = []
     bench = Bench("toy", ToyUNet(), ToyUNet(), 1, rows.append, 2)
@@ -342,6 +344,7 @@ def test_a_part_alone_is_measured_with_both_rules(monkeypatch) -> None:
     assert all(0 <= value <= 1 for value in rows) and rows[0] != rows[1]
 
 
+@pytest.mark.long
 def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
     monkeypatch.setattr(correction, "load_backbone", lambda _path: ToyUNet())
     monkeypatch.setattr(correction, "POOL", 3)
@@ -353,6 +356,7 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
     assert all(0 <= float(cell) <= 1 for cell in table[2].split("|")[2:5]) and "Training again" in table[-1]
 
 
+@pytest.mark.long
 def test_extraction_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["extraction_cost", "--repeats", "1"])
     extraction_cost.main()
@@ -363,6 +367,7 @@ def test_extraction_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
     assert "| both | " in told
 
 
+@pytest.mark.long
 def test_the_flow_transformer_is_measured_as_the_unet_is() -> None:
     """Each of its methods, on one scene; the file, the file drawn anew, its neighbours, and both models together."""
     methods = make_methods(MODEL, Variant("instant", {"views": 4, "steps": 10}))

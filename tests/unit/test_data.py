@@ -707,7 +707,7 @@ def test_mistakes_are_told_in_a_line(arguments: list[str], said: str, capsys) ->
     assert told.startswith("slime: ") and said in told and "Traceback" not in told
 
 
-@pytest.mark.server
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; set CHROMIUM to its path")
 def test_the_review_page_shows_its_pictures_in_a_browser(learned, folder, tmp_path) -> None:
     """Opened as a file, without a server: every picture is there, nothing is wider than the window."""

@@ -37,6 +37,7 @@ def walk(backbone: ToyUNet, trainer: str) -> list[torch.Tensor]:
     return [all_vectors(embeddings), *(one.label_map for one in maps)]
 
 
+@pytest.mark.long
 @here
 def test_simulated_devices_in_a_process_of_their_own() -> None:
     pytest.importorskip("testing.devices", reason="this torch cannot simulate a device")

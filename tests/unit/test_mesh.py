@@ -151,7 +151,7 @@ BAD = {
     "NaN or infinite": (torch.full((3, 3), math.nan), torch.tensor([[0, 1, 2]])),
     "but there are 3": (torch.rand(3, 3), torch.tensor([[0, 1, 3]])),
     "in one place": (torch.ones(3, 3), torch.tensor([[0, 1, 2]])),
-    "no triangle mesh": (torch.rand(4, 3), torch.tensor([[0, 1, 2, 3]])),
+    "do not form a triangle mesh": (torch.rand(4, 3), torch.tensor([[0, 1, 2, 3]])),
     "Decimate": (torch.rand(3, 3), torch.tensor([[0, 1, 2]]).expand(4_000_001, 3)),
 }
 

@@ -96,6 +96,7 @@ def test_the_wheel_holds_the_library_alone(installed) -> None:
     assert there == here
 
 
+@pytest.mark.long
 def test_the_installed_library_needs_nothing_of_the_repository(installed) -> None:
     """Every module imports with only the installed copy in reach: -I leaves out PYTHONPATH and the current folder."""
     program = """

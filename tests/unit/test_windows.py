@@ -65,6 +65,7 @@ def test_help_is_printed_on_a_console_of_windows() -> None:
     assert b"python dev.py demo" in done.stdout
 
 
+@pytest.mark.long
 def test_names_in_any_script_where_the_locale_has_none(tmp_path) -> None:
     """Files are UTF-8 whatever the system's encoding is: here plain ASCII, stricter than cp1252."""
     environment = os.environ | {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
