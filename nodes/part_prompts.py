@@ -27,6 +27,8 @@ from .common import (
 )
 from .sampling_segmenter import SamplingSegmenter, current_step, segmenter_inputs
 
+logger = logging.getLogger(__name__)
+
 PartPromptsSocket = io.Custom("SLIME_PART_PROMPTS")
 # Entries of a conditioning that concern the whole image: they apply in the parts too.
 WHOLE_IMAGE = ("control", "reference_latents", "concat_latent_image", "concat_mask", "guidance")
@@ -104,7 +106,7 @@ class SLiMePartPrompt(io.ComfyNode):
         wanted = tuple(split_names(names))
         unknown = [name for name in wanted if name not in embeddings.names]
         if unknown:
-            logging.warning(
+            logger.warning(
                 "SLiMe Part Prompt: there is no part %s. The trained parts are: %s.",
                 ", ".join(unknown),
                 ", ".join(embeddings.names),
@@ -272,7 +274,7 @@ def _restrict(cond: dict[str, Any], mask: Tensor, x: Tensor) -> dict[str, Any]:
 
 
 def _soft_area(area: Sequence[int], x: Tensor) -> Tensor:
-    """An area [h, w, y, x] as a mask with ComfyUI's soft border, which it leaves out where there is a mask."""
+    """Return an area [h, w, y, x] as a mask with ComfyUI's soft border, which it leaves out where there is a mask."""
     bare: dict[str, Any] = {"area": area, "model_conds": {}, "uuid": None}
     inside = comfy.samplers.get_area_and_mult(bare, x, x.new_zeros(1))
     sides = len(inside.area) // 2

@@ -162,7 +162,8 @@ def decode(
     Raises:
         SlimeError: embeddings of another key, or in the compact form.
     """
-    if embeddings.extraction_spec() is None or embeddings.extraction_key() != extracted.key:
+    embeddings.extraction_spec()  # raises for the compact form
+    if embeddings.extraction_key() != extracted.key:
         raise SlimeError(
             "These embeddings need other features of the image (another model family, text, layers or timestep). "
             "Extract features with them, or use segment()."
@@ -230,11 +231,10 @@ def _maps_of(
     images: Tensor,
     items: Sequence[PartEmbeddings],
     settings: ExtractionSettings,
-    latents: Tensor | None = None,
-    progress: _Progress | None = None,
+    latents: Tensor | None,
+    progress: _Progress,
 ) -> list[Tensor]:
     """Return part maps [B, K, h, w] on the CPU for each of the embeddings, which share every pass."""
-    progress = progress or _Progress(None, 0)
     size = (images.shape[1], images.shape[2])
     encoded: EncodedImages = encode_crops(
         backbone, images, items[0], settings, latents, lambda count: progress.add(count * len(items))
@@ -265,9 +265,8 @@ def _closeups_of(
         windows = candidate_windows(coarse, (image.shape[0], image.shape[1]), settings.closeups) if needed else []
         if windows:
             progress.extend(2 * len(windows))
-            (window_maps,) = _maps_of(
-                backbone, window_images(as_rgb(image), windows), [item], settings, progress=progress
-            )
+            crops = window_images(as_rgb(image), windows)
+            (window_maps,) = _maps_of(backbone, crops, [item], settings, None, progress)
             closeups.append(choose_closeups(windows, window_maps, coarse, settings.closeups))
         else:
             closeups.append([])

@@ -29,6 +29,7 @@ from .detection import Detections, Target, detection_losses, instances
 TOKENS = 8  # of a concept; a text of SAM3 has up to 32, a word takes three with its start and end
 MASK_SIDE = 288  # cells of the grid on which masks are compared, unless the detector's own is smaller
 REPORT_STEPS = 5
+LEAST_SCORE = 0.5  # of an instance that counts
 TOKEN, MOST = "token.{}", "max_detections"  # names of the vectors of the concepts, and of their limits
 
 
@@ -222,13 +223,13 @@ def concept_limits(embeddings: PartEmbeddings) -> list[int]:
 
 
 @torch.no_grad()
-def concept_map(detections: Detections, threshold: float = 0.5) -> Tensor:
+def concept_map(detections: Detections) -> Tensor:
     """Return the map [h, w] of one prompt: the highest probability of the instances whose score is high enough.
 
-    Where there is none, the map of the surest query counts by its score.
+    Where there is none, the map of the query of the highest score counts by it.
     """
     scores, masks = detections.scores[0].sigmoid().float(), detections.masks[0].sigmoid().float()
-    kept = scores > threshold
+    kept = scores > LEAST_SCORE
     if not bool(kept.any()):
         best = int(scores.argmax())
         return (masks[best] * scores[best]).cpu()

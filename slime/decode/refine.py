@@ -76,7 +76,7 @@ class _Rows:
         return cls(resize_maps(maps, (maps.shape[2], width)), height)
 
     def __getitem__(self, rows: slice) -> Tensor:
-        """[B, C, rows, W]"""
+        """Return rows of the enlarged maps, [B, C, rows, W]."""
         count = self.values.shape[2]
         if count == self.height:
             return self.values[:, :, rows].clone()

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.ndimage import binary_erosion, distance_transform_edt
 
+from ..examples import IGNORE
+
+BOUNDARY_TOLERANCE = 0.01  # largest distance of borders that match, as a share of the image's diagonal
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -44,15 +48,14 @@ def _mean(values: np.ndarray) -> float:
     return float(known.mean()) if len(known) else float("nan")
 
 
-def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int, tolerance: float = 0.01) -> float:
+def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int) -> float:
     """Return the boundary F-score of one image, mean over the parts in the ground truth (Csurka et al. 2013).
 
     Args:
         prediction, truth: label maps [H, W].
         classes: number of classes with the background.
-        tolerance: largest distance of a match, as a share of the image's diagonal.
     """
-    reach = tolerance * float(np.hypot(*truth.shape))
+    reach = BOUNDARY_TOLERANCE * float(np.hypot(*truth.shape))
     scores = []
     for k in range(1, classes):
         if not (truth == k).any():
@@ -98,12 +101,11 @@ class EvaluationCounts:
     classes.
 
     Args:
-        classes: number of classes with the background.
-        ignore: label of ground-truth pixels that do not count.
+        classes: number of classes with the background. Pixels whose true label is ``IGNORE`` do not count.
     """
 
-    def __init__(self, classes: int, ignore: int = 255) -> None:
-        self.classes, self.ignore = classes, ignore
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
         self._rows: list[np.ndarray] = []
         self._inter, self._union = np.zeros(classes), np.zeros(classes)
 
@@ -111,7 +113,7 @@ class EvaluationCounts:
         """Count an image, label maps [H, W]; raise ValueError if they differ in size."""
         if prediction.shape != truth.shape:
             raise ValueError(f"prediction {prediction.shape} and truth {truth.shape} differ in size")
-        row, counts = np.full(self.classes, np.nan), truth != self.ignore
+        row, counts = np.full(self.classes, np.nan), truth != IGNORE
         for k in range(self.classes):
             found, real = (prediction == k) & counts, truth == k
             both, either = np.count_nonzero(found & real), np.count_nonzero(found | real)
@@ -128,13 +130,11 @@ class EvaluationCounts:
             return Scores(mean_known(rows), np.where(self._union > 0, self._inter / self._union, np.nan), rows)
 
 
-def evaluate(
-    predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int, ignore: int = 255
-) -> Scores:
+def evaluate(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], classes: int) -> Scores:
     """Compare label maps [H, W] of equal sizes, see :class:`EvaluationCounts`."""
     if len(predictions) != len(truths) or not truths:
         raise ValueError(f"{len(predictions)} predictions for {len(truths)} truths")
-    counts = EvaluationCounts(classes, ignore)
+    counts = EvaluationCounts(classes)
     for prediction, truth in zip(predictions, truths, strict=True):
         counts.add(prediction, truth)
     return counts.scores()

@@ -36,7 +36,7 @@ class VideoSmoother:
     labels: Tensor
 
     def __init__(self, strength: float) -> None:
-        """``strength``: weight of the frame before where the picture is the same, in [0, 1); 0 changes nothing."""
+        """Start before the first frame; ``strength`` in [0, 1) is the weight of the frame before, 0 is none."""
         self._strength = strength
         self._last: tuple[Tensor, Tensor, Tensor] | None = None  # frame, averaged probabilities, age of the labels
 
