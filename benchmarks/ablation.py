@@ -123,7 +123,7 @@ SEGMENTATION = {
     "flip averaging": Variant("instant", segment={"average_flip": True}),
     "flip averaging, 2 noise samples": Variant("instant", segment={"average_flip": True, "noise_samples": 2}),
     "2 x 2 crops": Variant("instant", segment={"tiles": 2}),
-    "zoom": Variant("instant", segment={"closeups": 1}),
+    "closeups": Variant("instant", segment={"closeups": 1}),
     "no filter": Variant("instant", segment=OFF),
 }
 

@@ -106,7 +106,7 @@ def summarise(rows: Sequence[Row]) -> None:
 
     every = sorted({row["shots"] for row in rows})
     errors = ("calibration_error", "uncalibrated_error", "auc")
-    head = ["shots", "ECE", "ECE without the exponent", "AUC of absence"]
+    head = ["shots", "ECE", "ECE without the temperature", "AUC of absence"]
     say_table(head, ([str(shots), *means(shots, *errors)] for shots in every))
     lines = [
         [str(shots), str(threshold or "off"), *means(shots, f"part_miou_{threshold}", f"false_area_{threshold}")]

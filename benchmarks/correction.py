@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--domains", nargs="+", choices=scenes.DOMAINS, default=scenes.DOMAINS)
     options = parser.parse_args()
     backbone = load_backbone(TESTBED)
-    columns = [f"{k} {how}" for k in options.corrected for how in ("least sure", "random")]
+    columns = [f"{k} {how}" for k in options.corrected for how in ("lowest confidence", "random")]
     sys.stdout.write(f"| part mIoU | 1 example | {' | '.join(columns)} |\n|---|---|{'---|' * len(columns)}\n")
     rows, anew, again = [], [], []
     for domain in options.domains:

@@ -168,7 +168,8 @@ def best_feature_choices(backbone: Backbone, style: str = scenes.WORLD, images: 
     best = {rule: max(everything, key=lambda choice: scores[rule, choice]) for rule in RULES}
     for rule, choice in best.items():
         sys.stdout.write(
-            f"{rule}: best of {len(everything)} feature_choices {choice}, {scores[rule, choice]:.3f} on validation\n"
+            f"{rule}: best of {len(everything)} choices of layers and timestep: {choice}, "
+            f"{scores[rule, choice]:.3f} on validation\n"
         )
     return best
 

@@ -295,7 +295,7 @@ def make_methods(
     paper = fitted(ours, variant("paper"))  # trained once for both decoders
     return {
         "default": learned(ours, variant("instant")),
-        "default + zoom": learned(ours, variant("instant", closeups=1)),
+        "default + closeups": learned(ours, variant("instant", closeups=1)),
         "default + absence": learned(ours, variant("instant", min_confidence=0.8)),
         "default + best": learned(ours, variant("instant", average_flip=True, noise_samples=2, refine="best")),
         "paper": learned(ours, variant("paper"), paper),

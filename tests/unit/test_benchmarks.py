@@ -352,7 +352,9 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", options)
     correction.main()
     table = capsys.readouterr().out.splitlines()
-    assert table[0] == "| part mIoU | 1 example | 1 least sure | 1 random |" and table[2].startswith("| horse | ")
+    assert table[0] == "| part mIoU | 1 example | 1 lowest confidence | 1 random |" and table[2].startswith(
+        "| horse | "
+    )
     assert all(0 <= float(cell) <= 1 for cell in table[2].split("|")[2:5]) and "Training again" in table[-1]
 
 
