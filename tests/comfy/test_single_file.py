@@ -214,12 +214,13 @@ AS_PEOPLE_HAVE_THEM = {"sd1": [old_merge, scaled], "sd2": [turbo], "sdxl": [scal
 def test_files_as_people_have_them(written, tmp_path) -> None:
     layout, path, *_ = written
     plain = load_checkpoint(path, "cpu", torch.float32)
+    expected = plain.unet.state_dict()
     for change in AS_PEOPLE_HAVE_THEM[layout]:
         state = {name: value.contiguous() for name, value in change(load_file(str(path))).items()}
         save_file(state, str(tmp_path / "X.SAFETENSORS"))
         ours = load_checkpoint(tmp_path / "X.SAFETENSORS", "cpu", torch.float32)
         for name, value in ours.unet.state_dict().items():
-            torch.testing.assert_close(value, plain.unet.state_dict()[name], rtol=0.1, atol=0.02, msg=name)
+            torch.testing.assert_close(value, expected[name], rtol=0.1, atol=0.02, msg=name)
         for ours_text, text in zip(ours.text_encoders, plain.text_encoders, strict=True):
             weights = dict(text.named_parameters())
             assert all(torch.allclose(value, weights[name], 1e-2, 1e-2) for name, value in ours_text.named_parameters())
