@@ -60,7 +60,6 @@ DEFAULT_METHODS = (
     "untrained",
     "colour neighbours",
     "mean mask",
-    "all background",
     CEILING,
 )
 GRID_PICTURES = 4
@@ -169,7 +168,7 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
         crops = (EncodeOnce.encoded - encoded) / len(found)  # encoded per image
         scores = evaluate(found, test.truths, classes)
         boundary = [boundary_f(a, b, classes) for a, b in zip(found, test.truths, strict=True)]
-        absent = all(not truth.any() for truth in test.truths)
+        absent, plain = all(not truth.any() for truth in test.truths), name == "plain"
         row = {
             "method": method,
             "domain": task.domain,
@@ -182,14 +181,14 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
             "miou": None if absent else scores.miou,
             "pooled_miou": None if absent else scores.pooled_part_miou,
             "boundary_f": None if absent else float(np.nanmean(boundary)),
-            "per_part": {} if absent else dict(zip(task.names, scores.per_class[1:].round(4).tolist(), strict=True)),
+            "per_part": dict(zip(task.names, scores.per_class[1:].round(4).tolist(), strict=True)) if plain else {},
             "false_area": false_area(found, test.truths, classes),
             "seconds": learning + seconds,  # segmentation without the test images' encoding, which is done once
             "learning_seconds": learning,
             "crops": crops,
         }
         rows.append(row)
-        if name == "plain":
+        if plain:
             shown = [tinted(task, found)]
     return rows, shown
 

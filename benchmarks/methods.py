@@ -39,7 +39,7 @@ from .sources import as_tensor
 EMPTY: Mapping[str, Any] = {}
 Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> label maps
 ENCODER, BESIDE_ENCODER = "encoder", "default beside encoder"
-MODEL_FREE = ("colour neighbours", "mean mask", "all background")
+MODEL_FREE = ("colour neighbours", "mean mask")
 Learn = Callable[..., Predict]  # of examples, a seed and, if there are any, validation images
 
 
@@ -311,7 +311,6 @@ def make_methods(
         **encoders,
         "colour neighbours": lambda examples, seed, *_: lambda images: color_neighbours(examples, images),
         "mean mask": lambda examples, seed, *_: lambda images: [mean_mask(examples)] * len(images),
-        "all background": lambda examples, seed, *_: lambda images: [np.zeros(images.shape[1:3], int)] * len(images),
     }
 
 
