@@ -79,12 +79,14 @@ def resolve_inputs(
 
 def _estimated_image(latents: Tensor, backbone: Any) -> Tensor:
     """Return rough pixels [B, H, W, 3] of latents in the model's own scale."""
-    kind, samples = backbone.model.model.latent_format, latents.cpu()
-    reshape = getattr(kind, "latent_rgb_factors_reshape", None)
+    latent_format, samples = backbone.model.model.latent_format, latents.cpu()
+    reshape = getattr(latent_format, "latent_rgb_factors_reshape", None)
     samples = samples if reshape is None else reshape(samples)
     grey = torch.ones(samples.shape[1], 3) / samples.shape[1]
-    factors = torch.tensor(kind.latent_rgb_factors) if kind.latent_rgb_factors else grey
-    bias = torch.tensor(kind.latent_rgb_factors_bias) if kind.latent_rgb_factors_bias else torch.zeros(3)
+    factors = torch.tensor(latent_format.latent_rgb_factors) if latent_format.latent_rgb_factors else grey
+    bias = (
+        torch.tensor(latent_format.latent_rgb_factors_bias) if latent_format.latent_rgb_factors_bias else torch.zeros(3)
+    )
     colors = (torch.einsum("bchw,cr->brhw", samples, factors) + bias[:, None, None] + 1) / 2
     size = (latents.shape[2] * backbone.info.cell, latents.shape[3] * backbone.info.cell)
     pixels = torch.nn.functional.interpolate(colors, size, mode="bicubic")

@@ -26,7 +26,7 @@ from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from ..slime.settings import LAYER, InstantSettings
 from .comfy_unet import LATENT_CELL, cache_key_of, cell_of
-from .loading import checkpoint_modules, checkpoint_patcher, load_on_device
+from .loading import FLOW_MODELS, checkpoint_modules, checkpoint_patcher, load_on_device
 
 LEVELS = 1000  # a timestep of 260 is a sigma of .26
 MIDDLE = (0.3, 0.7)  # range of depth of the blocks that the probe reads
@@ -118,10 +118,7 @@ class ComfyFlow:
         base = self.model.model
         family = family_of(base)
         if family is None or not isinstance(base.model_sampling, comfy.model_sampling.CONST):
-            raise SlimeError(
-                f"{type(base).__name__} is not a flow model that SLiMe supports: Flux, Flux.2, Chroma, SD3, "
-                "Qwen-Image, Lumina 2, Z-Image."
-            )
+            raise SlimeError(f"{type(base).__name__} is not a flow model that SLiMe supports: {FLOW_MODELS}.")
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
         if not self._blocks or not hasattr(self._transformer, "patch_size"):

@@ -22,7 +22,7 @@ from ..slime.backbones.text import Capture, Context
 from ..slime.batches import CPU_BATCH, batch_for
 from ..slime.errors import SlimeError
 from .comfy_autograd import trainable
-from .loading import checkpoint_modules, checkpoint_patcher, load_on_device
+from .loading import SUPPORTED, checkpoint_modules, checkpoint_patcher, load_on_device
 
 TRAINING_MEMORY = 4  # a training step holds several times what ComfyUI estimates for sampling
 LATENT_CELL = 8  # pixels per side of a latent pixel, unless the connected VAE says otherwise
@@ -54,8 +54,7 @@ class ComfyUNet(SDUNet):
         unet = getattr(base, "diffusion_model", None)
         if not isinstance(unet, UNetModel):
             raise SlimeError(
-                "SLiMe supports Stable Diffusion (SD1.x, SD2.x, SDXL), Flux, Chroma, SD3, Qwen-Image, Lumina 2 and "
-                f"Z-Image; {type(base).__name__} is another kind of model. Load one of these."
+                f"SLiMe supports {SUPPORTED}; {type(base).__name__} is another kind of model. Load one of these."
             )
         taken, channels = int(unet.input_blocks[0][0].weight.shape[1]), int(base.latent_format.latent_channels)
         if taken != channels:
@@ -222,17 +221,17 @@ def _differentiable_attention(
     return attend(query, key, value, heads)
 
 
-def _recorder(capture: Capture, kind: str, name: str, tokens: int | None = None) -> Callable[..., Tensor]:
-    wanted = name in (capture.choice.read if kind == "cross" else capture.choice.propagate)
+def _recorder(capture: Capture, attention_type: str, name: str, tokens: int | None = None) -> Callable[..., Tensor]:
+    wanted = name in (capture.choice.read if attention_type == "cross" else capture.choice.propagate)
 
     def replacement(query: Tensor, keys: Tensor, values: Tensor, extra: dict[str, Any]) -> Tensor:
         if wanted:
             height, width = extra["activations_shape"][2:4]
             attention = Attention(query, keys, extra["n_heads"], int(height), int(width))
-            maps = capture.maps_to_propagate(name) if kind == "self" else None
+            maps = capture.maps_to_propagate(name) if attention_type == "self" else None
             if maps is not None:
                 output, capture.propagated[name] = attend_and_propagate(attention, values, maps)
-            capture.record(kind, name, attention)  # may end the pass
+            capture.record(attention_type, name, attention)  # may end the pass
             if maps is not None:
                 return output
         return attend(query, keys[:, :tokens], values[:, :tokens], extra["n_heads"])

@@ -11,6 +11,8 @@ import comfy.model_management
 import comfy.utils
 import torch
 
+FLOW_MODELS = "Flux, Flux.2, Chroma, SD3, Qwen-Image, Lumina 2, Z-Image"  # that SLiMe can read
+SUPPORTED = f"Stable Diffusion (SD1.x, SD2.x, SDXL), {FLOW_MODELS}, SAM3"
 PRECISION = "manual_cast_dtype"  # the object patch of ComfyUI's ModelComputeDtype
 
 _WITHOUT_LOADING: ContextVar[bool] = ContextVar("without_loading", default=False)

@@ -143,14 +143,14 @@ def preview_decoder(model: Any) -> Any:
 
     None if there is none, or only one for videos.
     """
-    kind = model.model.latent_format
-    name = kind.taesd_decoder_name
+    latent_format = model.model.latent_format
+    name = latent_format.taesd_decoder_name
     files = folder_paths.get_filename_list("vae_approx") if name and name not in VIDEO_TAES else []
     file = next((file for file in files if file.startswith(name)), None)
     if file is None:
         return None
     path = folder_paths.get_full_path("vae_approx", file)
-    return TAESD(None, path, latent_channels=kind.latent_channels).to(model.load_device)
+    return TAESD(None, path, latent_channels=latent_format.latent_channels).to(model.load_device)
 
 
 def segmenter_inputs() -> list[Any]:

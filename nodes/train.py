@@ -39,6 +39,7 @@ from .common import (
     to_tensor,
 )
 from .files import autosave_path
+from .loading import FLOW_MODELS
 from .train_settings import SettingsSocket, TrainSettingsValue
 
 logger = logging.getLogger(__name__)
@@ -82,8 +83,7 @@ class SLiMeTrain(io.ComfyNode):
             ],
             inputs=[
                 *model_inputs(
-                    "SD1.x, SD2.x or SDXL; with the preset instant also Flux, Chroma, SD3, Qwen-Image, Lumina 2, "
-                    "Z-Image. LoRAs on it are used."
+                    f"SD1.x, SD2.x or SDXL; with the preset instant also {FLOW_MODELS}, SAM3. LoRAs on it are used."
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="The CLIP of the same checkpoint."),
                 ExamplesSocket.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),

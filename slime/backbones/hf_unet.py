@@ -151,12 +151,12 @@ class DiffusersUNet(SDUNet):
         undo = []
         wanted = [("cross", name) for name in self._blocks] + [("self", name) for name in capture.choice.propagate]
         try:
-            for kind, name in wanted:
+            for attention_type, name in wanted:
                 layer, block = self._blocks[name]
-                module = block.attn2 if kind == "cross" else block.attn1
+                module = block.attn2 if attention_type == "cross" else block.attn1
                 undo.append((module, module.processor))
                 size = (-(-latent_size[0] // layer.stride), -(-latent_size[1] // layer.stride))
-                module.processor = _RecordingProcessor(capture, kind, name, size, tokens)
+                module.processor = _RecordingProcessor(capture, attention_type, name, size, tokens)
             yield
         finally:
             for module, processor in reversed(undo):
@@ -166,10 +166,10 @@ class DiffusersUNet(SDUNet):
 class _RecordingProcessor:
     """diffusers' AttnProcessor2_0 for the layers of Stable Diffusion that records queries and keys."""
 
-    def __init__(self, capture: Capture, kind: str, name: str, size: tuple[int, int], tokens: int) -> None:
-        self.capture, self.kind, self.name, self.size = capture, kind, name, size
-        self.tokens = tokens if kind == "cross" else None
-        self.wanted = name in (capture.choice.read if kind == "cross" else capture.choice.propagate)
+    def __init__(self, capture: Capture, attention_type: str, name: str, size: tuple[int, int], tokens: int) -> None:
+        self.capture, self.attention_type, self.name, self.size = capture, attention_type, name, size
+        self.tokens = tokens if attention_type == "cross" else None
+        self.wanted = name in (capture.choice.read if attention_type == "cross" else capture.choice.propagate)
 
     def __call__(
         self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None, **_: Any
@@ -177,7 +177,7 @@ class _RecordingProcessor:
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = attn.to_q(hidden_states), attn.to_k(source), attn.to_v(source)
         if self.wanted:
-            self.capture.record(self.kind, self.name, Attention(query, key, attn.heads, *self.size))
+            self.capture.record(self.attention_type, self.name, Attention(query, key, attn.heads, *self.size))
         out = attend(query, key[:, : self.tokens], value[:, : self.tokens], attn.heads)
         result: Tensor = attn.to_out[1](attn.to_out[0](out))
         return result

@@ -27,20 +27,20 @@ def load_model(path: str, device: str = "", dtype: str = "float32", comfyui: str
     """
     place = _existing(path)
     device = device or _best_device()
-    kind = getattr(torch, dtype)
+    torch_dtype = getattr(torch, dtype)
     if comfyui:
         from .comfyui import load_checkpoint as through_comfyui
 
         return through_comfyui(place, Path(comfyui))
     if (place / "model_index.json").is_file():
-        return _pipeline(place, device, kind)
+        return _pipeline(place, device, torch_dtype)
     if (place / "config.json").is_file():
-        return _encoder(place, device, kind)
+        return _encoder(place, device, torch_dtype)
     if place.is_dir():
         raise SlimeError(f"{path} has neither a model_index.json (diffusers) nor a config.json (transformers).")
     from .single_file import load_checkpoint
 
-    return load_checkpoint(place, device, kind)
+    return load_checkpoint(place, device, torch_dtype)
 
 
 def fingerprint(path: str) -> str:
@@ -84,7 +84,7 @@ def _encoder(folder: Path, device: str, dtype: torch.dtype) -> Backbone:
 
     from .hf_vit import TransformersVision
 
-    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    model_type = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
     towers = {"clip": CLIPVisionModel, "siglip": SiglipVisionModel}
-    loader = towers.get(kind, AutoModel)
+    loader = towers.get(model_type, AutoModel)
     return TransformersVision(loader.from_pretrained(folder, local_files_only=True).to(device, dtype))

@@ -75,9 +75,9 @@ class Capture:
         self._make_maps = make_maps
         self._maps: Tensor | None = None
 
-    def record(self, kind: str, name: str, attention: Attention) -> None:
-        """Store one layer's inputs, ``kind`` "cross" or "self"; raise EndOfPass after the last one if asked to."""
-        (self.cross if kind == "cross" else self.self_)[name] = attention
+    def record(self, attention_type: str, name: str, attention: Attention) -> None:
+        """Store the inputs of one layer, "cross" or "self"; raise EndOfPass after the last one if asked to."""
+        (self.cross if attention_type == "cross" else self.self_)[name] = attention
         complete = len(self.cross) == len(self.choice.read) and len(self.self_) == len(self.choice.propagate)
         if self.stop_early and complete:
             raise EndOfPass

@@ -88,9 +88,9 @@ def _chunks(data: bytes) -> tuple[dict[str, Any], bytes]:
     start = HEAD.size
     end = HEAD.unpack_from(data)[2] if len(data) >= start else start
     while start + CHUNK.size <= min(end, len(data)):
-        length, kind = CHUNK.unpack_from(data, start)
+        length, chunk_type = CHUNK.unpack_from(data, start)
         start += CHUNK.size
-        chunks.setdefault(kind, data[start : start + length])
+        chunks.setdefault(chunk_type, data[start : start + length])
         start += length
     if max(start, end) > len(data):
         raise SlimeError("The GLB file is cut off. Download or export it again.")
@@ -122,11 +122,11 @@ class _Reader:
                 "The GLB file has sparse arrays, which SLiMe cannot read. Apply shape keys, and export it again."
             )
         data, stride = self.view(accessor["bufferView"])
-        kind, width = np.dtype(COMPONENTS[accessor["componentType"]]), WIDTHS[accessor["type"]]
-        strides = (stride or kind.itemsize * width, kind.itemsize)
-        values = np.ndarray((accessor["count"], width), kind, data, accessor.get("byteOffset", 0), strides)
-        if accessor.get("normalized") and kind.kind in "iu":
-            return np.maximum(values / np.float32(np.iinfo(kind).max), np.float32(-1))
+        dtype, width = np.dtype(COMPONENTS[accessor["componentType"]]), WIDTHS[accessor["type"]]
+        strides = (stride or dtype.itemsize * width, dtype.itemsize)
+        values = np.ndarray((accessor["count"], width), dtype, data, accessor.get("byteOffset", 0), strides)
+        if accessor.get("normalized") and dtype.kind in "iu":
+            return np.maximum(values / np.float32(np.iinfo(dtype).max), np.float32(-1))
         return values
 
     def placed_meshes(self) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
