@@ -70,7 +70,11 @@ def test_every_node_is_found_by_search(canvas) -> None:
 
 
 def open_template(canvas: Canvas, name: str) -> None:
-    """Choose a bundled workflow in ComfyUI's own browser of templates."""
+    """Open a bundled workflow, in the classic canvas by ComfyUI's own browser of templates, which both share."""
+    if canvas.mode != "classic":
+        canvas.load(load_workflow(name))
+        settle(canvas, 300)
+        return
     canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
     search = canvas.page.locator("input[placeholder^='Search']:visible").last
     search.wait_for()
