@@ -220,6 +220,8 @@ def autosave_on_error(progress: TrainingProgress) -> Iterator[None]:
 
 def done_share(stages: Mapping[str, float], preset: str) -> float:
     """Estimate the share of the training that is done, 0..1, from the share of every stage so far."""
+    if "done" in stages:  # a fit may end before its last step
+        return 1.0
     probe = PROBE_SHARE if "layers" in stages else 0.0
     shares = {"layers": probe} | {name: (1 - probe) * share for name, share in STAGE_SHARES.get(preset, {}).items()}
     rest = 1 - sum(shares.values())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ..errors import SlimeError
 from .formats.base import dicts, text_of
@@ -106,7 +106,9 @@ def _files(files: list[Path], root: Path, source: str, read: bool) -> Iterator[S
         reader = readers.get(file.suffix.lower())
         if reader is not None:
             # Archives hold the same names.
-            prefix = f"{_relative(file.with_suffix(''), root)}/" if reader is _archive and len(files) > 1 else ""
+            prefix = (
+                f"{_relative(file.with_suffix(''), root)}/" if reader in (_archive, _table) and len(files) > 1 else ""
+            )
             for image in reader(file, read):
                 yield image._replace(name=prefix + image.name)
         else:
@@ -192,15 +194,30 @@ def _table(file: Path, read: bool) -> Iterator[SourceImage]:
         raise SlimeError(f"{file.name} is no Parquet file, or is cut off ({error}). Copy it again.") from error
     if COLUMN not in table.schema_arrow.names:
         raise SlimeError(f'{file.name} has no column "{COLUMN}"; it has: {", ".join(table.schema_arrow.names)}.')
-    named = any(field == f"{COLUMN}.path" for field in (column.path for column in table.schema))
-    names = (f"{file.stem}_{number:08d}.png" for number in range(table.metadata.num_rows))
+    try:
+        yield from _rows(table, file, read)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise SlimeError(f"{file.name} is damaged ({error}). Copy it again.") from error
+
+
+def _rows(table: Any, file: Path, read: bool) -> Iterator[SourceImage]:
+    """Yield the images of a table; a path that repeats is told apart by the number of its row."""
+    import pyarrow
+
+    kind = table.schema_arrow.field(COLUMN).type
+    named = pyarrow.types.is_struct(kind) and kind.get_field_index("path") >= 0
+    numbers = (f"{file.stem}_{number:08d}" for number in range(table.metadata.num_rows))
     if not (read or named):
-        yield from (SourceImage(name, bytes) for name in names)
+        yield from (SourceImage(f"{number}.png", bytes) for number in numbers)
         return
+    seen = set[str]()
     for batch in table.iter_batches(ROWS, columns=[COLUMN if read else f"{COLUMN}.path"]):
-        for value, name in zip(batch.column(0).to_pylist(), names, strict=False):
+        for value, number in zip(batch.column(COLUMN).to_pylist(), numbers, strict=False):
+            name = f"{number}.png"
             if isinstance(value, dict):
                 name, value = value.get("path") or name, value.get("bytes")
+                name = f"{number}/{name}" if name in seen else name
+                seen.add(name)
             if isinstance(value, str):
                 raise SlimeError(f'The column "{COLUMN}" of {file.name} holds texts, not the bytes of images.')
             yield SourceImage(name, partial(bytes, value or b""))

@@ -24,7 +24,7 @@ OnEvaluation = Callable[[int, dict[str, float], Callable[[], dict[str, Tensor]],
 
 @dataclass(frozen=True)
 class FitResult:
-    """Part vectors [P, D] by feature group; losses of all evaluations, in order."""
+    """Part vectors [P, D] by feature group; losses of all evaluations, in order, the last one that of the vectors."""
 
     vectors: dict[str, Tensor]
     losses: list[float]
@@ -39,7 +39,8 @@ def whitening(maps: Tensor) -> tuple[Tensor, Tensor]:
     flat = maps.movedim(1, -1).reshape(-1, maps.shape[1])
     centred = flat - flat.mean(0)
     covariance = (centred.T @ centred / len(flat)).cpu().double()
-    floor = SHRINKAGE * covariance.diagonal().mean() + 1e-12
+    # The second term is above rounding errors, where a group hardly varies beside its mean.
+    floor = SHRINKAGE * covariance.diagonal().mean() + 1e-9 * float(flat.square().mean()) + 1e-30
     identity = torch.eye(len(covariance), dtype=torch.float64)
     factor = torch.linalg.cholesky(covariance + floor * identity).T
     return torch.linalg.solve_triangular(factor, identity, upper=True).to(maps), factor.to(maps)
@@ -76,8 +77,8 @@ def fit_vectors(
                 named = dict(zip(("loss", "l2"), terms, strict=True))
                 on_step(len(losses), named, lambda: problem.vectors(point), problem.first_logits)
 
-        best = minimize(problem.evaluate, problem.start(init), steps, report)
-        return FitResult(problem.vectors(best), losses)
+        best, terms = minimize(problem.evaluate, problem.start(init), steps, report)
+        return FitResult(problem.vectors(best), [*losses, terms[0]] if losses[-1] != terms[0] else losses)
 
 
 class _Problem:

@@ -20,7 +20,8 @@ DECREASE, CURVATURE = 1e-4, 0.9  # of the Wolfe conditions
 TRIALS = 25  # evaluations of one line search
 NARROWEST = 0.1  # share of a bracket that a trial keeps from its ends
 EVALUATIONS = 1.25  # in all, for each iteration allowed
-# The search ends when a step promises less than this: twice the distance to the minimum, in Newton's approximation.
+# The search ends when a step promises less than this: about twice the distance to the minimum, if the remembered steps
+# describe the curvature well.
 TOLERANCE = 1e-5
 
 # from a point [N] to terms [T] whose sum is minimised, and the gradient [N]
@@ -30,13 +31,14 @@ OnEvaluation = Callable[[list[float], Tensor], None]
 
 class _Evaluation(NamedTuple):
     point: Tensor
-    value: float
+    terms: list[float]
+    value: float  # their sum
     gradient: Tensor
     slope: float  # along the direction of the search
 
 
-def minimize(function: Function, start: Tensor, steps: int, on_evaluation: OnEvaluation) -> Tensor:
-    """Return the best point [N] that was found.
+def minimize(function: Function, start: Tensor, steps: int, on_evaluation: OnEvaluation) -> tuple[Tensor, list[float]]:
+    """Return the best point [N] that was found, and its terms.
 
     Args:
         function: returns terms and gradient at a point, on its device.
@@ -45,20 +47,26 @@ def minimize(function: Function, start: Tensor, steps: int, on_evaluation: OnEva
         on_evaluation: called after every evaluation with the terms and the point.
     """
     left = math.ceil(steps * EVALUATIONS)
+    best: _Evaluation | None = None  # the last trial of a line search need not be
 
     def evaluate(point: Tensor, direction: Tensor) -> _Evaluation:
-        nonlocal left
+        nonlocal left, best
         left -= 1
         terms, gradient = function(point)
         found = torch.cat([terms, (gradient @ direction)[None]]).cpu().tolist()
         on_evaluation(found[:-1], point)
-        return _Evaluation(point, sum(found[:-1]), gradient, found[-1])
+        evaluation = _Evaluation(point, found[:-1], sum(found[:-1]), gradient, found[-1])
+        if best is None or evaluation.value < best.value:
+            best = evaluation
+        return evaluation
 
     past: list[tuple[Tensor, Tensor]] = []  # steps and changes of the gradient
     here = evaluate(start, torch.zeros_like(start))
     for _ in range(steps):
+        if left <= 0:
+            break
         direction, slope = _direction(past, here.gradient)
-        if -slope <= TOLERANCE or left <= 0:
+        if -slope <= TOLERANCE:
             break
         size = 1.0 if past else min(1.0, (-slope) ** -0.5)
         there = _line_search(evaluate, here, direction, slope, size, lambda: left)
@@ -67,7 +75,8 @@ def minimize(function: Function, start: Tensor, steps: int, on_evaluation: OnEva
         if there.slope > slope:  # curvature must be positive
             past = [*past, (there.point - here.point, there.gradient - here.gradient)][-HISTORY:]
         here = there
-    return here.point
+    assert best is not None
+    return best.point, best.terms
 
 
 def _direction(past: list[tuple[Tensor, Tensor]], gradient: Tensor) -> tuple[Tensor, float]:

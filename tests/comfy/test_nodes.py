@@ -407,6 +407,7 @@ def test_the_bar_spans_the_whole_training(extension) -> None:
             shares.append(done_share(done, chosen))
         assert shares == sorted(shares) and 0 < shares[0] < 0.2 and shares[-1] == pytest.approx(1)
         assert set(stages) <= set(STAGES)
+        assert done_share({"views": 1.0, "features": 1.0, last: 0.15, "done": 1.0}, chosen) == 1
 
 
 @pytest.mark.parametrize(("node", "chosen"), [("SLiMeInstantSettings", "instant"), ("SLiMePaperSettings", "paper")])

@@ -42,6 +42,7 @@ from slime.training import losses
 from slime.training.augment import recolor, words
 from slime.training.colors import COLORS
 from slime.training.fit import _Problem, fit_vectors
+from slime.training.lbfgs import minimize
 from slime.training.losses import balanced_weights, weighted_cross_entropy
 from testing.toy import LAYERS, ToyUNet, all_vectors, toy_example, toy_score
 
@@ -118,6 +119,30 @@ def test_fit_solves_what_torchs_own_solver_solves_in_a_fraction_of_the_steps() -
     assert result.losses[-1] + float(penalty) < min(values) + 1e-4
     needed = next(i for i, value in enumerate(values) if value < min(values) + 1e-4)
     assert len(result.losses) < needed / 2
+
+
+def test_fit_is_not_disturbed_by_a_group_that_never_varies() -> None:
+    g = torch.Generator().manual_seed(0)
+    features = {"fine": torch.randn(2, 6, 8, 8, generator=g)}
+    labels = (3 * features["fine"][:, :3]).softmax(1)
+    alone = fit_vectors(features, labels, steps=100)
+    for constant in (0.0, 3.0, 1e4):
+        more = fit_vectors({**features, "flat": torch.full((2, 6, 8, 8), constant)}, labels, steps=100)
+        assert more.losses[-1] < alone.losses[-1] + 0.05
+        assert all(torch.isfinite(vector).all() for vector in more.vectors.values())
+
+
+def test_the_best_evaluation_is_returned_when_they_run_out() -> None:
+    """The last trial of this search overshoots."""
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        value = ((x - 3) ** 2 + 0.01).sqrt()
+        return value, (x - 3) / value
+
+    for steps in range(1, 6):
+        seen: list[tuple[float, float]] = []
+        point, terms = minimize(function, torch.zeros(1), steps, lambda t, x: seen.append((t[0], float(x))))  # noqa: B023
+        assert (terms[0], float(point)) == min(seen)
 
 
 def test_fit_runs_inside_inference_mode() -> None:
