@@ -34,7 +34,7 @@ from slime.data.review import least_confident, review_page
 from slime.data.run import Engine, segment_images
 from slime.data.run_log import RunLog, write_whole
 from slime.data.shapes import coco_rle, mask_of_coco, outlines
-from slime.data.sources import SourceImage, source_images
+from slime.data.sources import SourceImage, source_images, source_names
 from slime.parts.maps import DenseMaps
 from slime.settings import InstantSettings
 from testing.browser import CHROMIUM, FLAGS, SHOTS
@@ -113,6 +113,13 @@ def test_sources_name_the_same_pictures_in_the_same_order(tmp_path) -> None:
     plain = list(source_images(str(tmp_path / "plain.parquet")))
     assert plain[3].name == "plain_00000003.png" and plain[3].read() == files[names[3]]
     assert [one.name for one in source_images(str(tmp_path / "*.tar"))] == names, "archives by a pattern"
+    again = [{"bytes": data, "path": "image.jpg"} for data in files.values()]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        pyarrow.parquet.write_table(pyarrow.table({"image": again}), tmp_path / folder / "train.parquet")
+    many = [one.name for one in source_images(str(tmp_path / "*" / "train.parquet"))]
+    assert len(set(many)) == 10 and many[0] == "one/train/image.jpg"
+    assert many == list(source_names(str(tmp_path / "*" / "train.parquet"), tmp_path / "out")), "without reading"
     for nothing in ("none", "none/*.png"):
         with pytest.raises(SlimeError, match="There (is nothing|are no images) at"):
             list(source_images(str(tmp_path / nothing)))
