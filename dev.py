@@ -201,7 +201,7 @@ def main(arguments: list[str]) -> int:
 
     if command == "test":
         if not rest or rest == ["--fast"]:
-            rest = [*rest, "-n", str(min(4, 1 + (os.cpu_count() or 1))), "--dist", "load", "--maxschedchunk", "2"]
+            rest = [*rest, "-n", str(min(4, os.cpu_count() or 1)), "--dist", "worksteal"]
         if "--fast" in rest:
             rest = ["-m", "not slow and not long", *(option for option in rest if option != "--fast")]
         # Threads of several servers wait for each other: five server tests took 272 s on two cores, with one thread 58.

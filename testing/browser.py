@@ -126,7 +126,7 @@ def canvas(request: Any, chromium: Any, server: Any) -> Iterator[Canvas]:
     }.items():
         server.post(f"/settings/{name}", value)
     page = chromium.new_page(viewport={"width": 1500, "height": 1000})
-    page.set_default_timeout(30_000)
+    page.set_default_timeout(60_000)
     yield Canvas(page, server, request.param).open()
     page.close()
 
@@ -196,6 +196,16 @@ def show_all(canvas: Canvas, name: str) -> None:
     canvas.js("() => app.extensionManager.command.execute('Comfy.Canvas.FitView')")
     settle(canvas)
     canvas.shot(name)
+
+
+def lasting_overlaps(canvas: Canvas) -> list[tuple[str, str]]:
+    """Return :func:`overlaps` that are there for five seconds: previews change sizes while they load."""
+    for _ in range(20):
+        found = overlaps(canvas)
+        if not found:
+            break
+        canvas.page.wait_for_timeout(250)
+    return found
 
 
 def overlaps(canvas: Canvas) -> list[tuple[str, str]]:

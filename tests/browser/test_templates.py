@@ -11,7 +11,18 @@ from pathlib import Path
 
 import pytest
 
-from testing.browser import MODES, NEEDED, ROOT, SHOTS, Canvas, fill_in, overlaps, settle, show_all, train_briefly
+from testing.browser import (
+    MODES,
+    NEEDED,
+    ROOT,
+    SHOTS,
+    Canvas,
+    fill_in,
+    lasting_overlaps,
+    settle,
+    show_all,
+    train_briefly,
+)
 from testing.server import MODEL
 from testing.workflows import find, load_workflow
 from tools.make_workflows import BLUEPRINTS, NEWER_WORKFLOWS, WORKFLOWS
@@ -143,7 +154,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     unknown = "() => app.graph.nodes.map(n => n.type).filter(type => !LiteGraph.registered_node_types[type])"
     assert canvas.js(unknown) == []
     show_all(canvas, f"{name}_before")
-    assert overlaps(canvas) == []
+    assert lasting_overlaps(canvas) == []
     # Both canvases open every template; one of them runs it. Those for SAM3 run in tests/server.
     if name in NEWER_WORKFLOWS or list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
         return
@@ -152,7 +163,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     entry = canvas.run(600)
     assert entry["status"]["status_str"] == "success", entry["status"]
     show_all(canvas, f"{name}_after")
-    assert overlaps(canvas) == []
+    assert lasting_overlaps(canvas) == []
 
 
 def test_live_previews_and_progress_arrive(canvas) -> None:
