@@ -359,7 +359,7 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.long
-def test_extraction_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
+def test_extraction_is_timed_beside_the_bare_pass(comfy_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["extraction_cost", "--repeats", "1"])
     extraction_cost.main()
     told = capsys.readouterr().out
@@ -370,7 +370,7 @@ def test_extraction_is_timed_beside_the_bare_pass(monkeypatch, capsys) -> None:
 
 
 @pytest.mark.long
-def test_the_flow_transformer_is_measured_as_the_unet_is() -> None:
+def test_the_flow_transformer_is_measured_as_the_unet_is(comfy_path) -> None:
     """Each of its methods, on one scene; the file, the file drawn anew, its neighbours, and both models together."""
     methods = make_methods(MODEL, Variant("instant", {"views": 4, "steps": 10}))
     task = scene_task("horse", 1, 0, 1, "test")
