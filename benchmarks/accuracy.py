@@ -20,7 +20,7 @@ import argparse
 import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -148,6 +148,7 @@ def main() -> None:
     if options.picture and pictures:
         Image.fromarray(np.vstack(pictures)).save(options.picture)
     summarise(rows)
+    comparisons(rows)
     if not options.data and set(scenes.DOMAINS) <= set(options.domains) and "plain" in options.sets:
         smallest_parts(rows)
 
@@ -244,6 +245,25 @@ def summarise(rows: Sequence[Row]) -> None:
         if whole:
             cells = functools.partial(set_cells, names=names)
             by_method(f"every set, {shots}-shot: part mIoU", [*names, "false area", "crops"], whole, cells)
+
+
+def comparisons(rows: Sequence[Row]) -> None:
+    """Print on how many sets of examples, plain scenes, each method is above each other one."""
+    chosen = [row for row in rows if row["set"] == "plain" and not row["domain"].endswith(DETAILS)]
+    methods = [method for method in dict.fromkeys(row["method"] for row in chosen) if method != CEILING]
+    for shots in sorted({row["shots"] for row in chosen}):
+        figures: dict[str, dict[tuple[str, int], float]] = {method: {} for method in methods}
+        for row in chosen:
+            if row["shots"] == shots and row["method"] in figures:
+                figures[row["method"]][row["domain"], row["seed"]] = row["part_miou"]
+        lines = [[one, *(wins(figures[one], figures[other]) for other in methods)] for one in methods]
+        say_table(["above", *methods], lines, f"{shots}-shot: sets of examples on which a row is above a column")
+
+
+def wins(one: Mapping[tuple[str, int], float], other: Mapping[tuple[str, int], float]) -> str:
+    """Return on how many of the sets that both have the first is above the second."""
+    both = one.keys() & other.keys()
+    return f"{sum(one[key] > other[key] for key in both)} of {len(both)}"
 
 
 def smallest_parts(rows: Sequence[Row], count: int = 5) -> None:

@@ -12,6 +12,7 @@ and does so again with normal noise of 1e-4 relative to every feature, about wha
 from __future__ import annotations
 
 import argparse
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -74,10 +75,14 @@ def random_problem() -> Problem:
     return features, labels
 
 
-def by_torch(features: Mapping[str, Tensor], labels: Tensor, steps: int) -> list[float]:
-    """Fit with torch's solver, in whitened coordinates alone; return the loss with the penalty of every evaluation."""
+def by_torch(features: Mapping[str, Tensor], labels: Tensor, steps: int, scaled: bool = False) -> list[float]:
+    """Fit with torch's solver; return the loss with the penalty of every evaluation.
+
+    Unless ``scaled``, points are whitened alone, as they were before, and not divided along the mean of the features.
+    """
     problem = fit._Problem(features, labels, fit.L2)
-    problem._scale = torch.ones_like(problem._scale)
+    if not scaled:
+        problem._scale = torch.ones_like(problem._scale)
     point = problem.start(None).requires_grad_(True)
     solver = torch.optim.LBFGS(
         [point],
@@ -105,7 +110,11 @@ def by_trainer(features: Mapping[str, Tensor], labels: Tensor, steps: int) -> li
     return values
 
 
-SOLVERS: dict[str, Solver] = {"torch.optim.LBFGS": by_torch, "ours": by_trainer}
+SOLVERS: dict[str, Solver] = {
+    "torch.optim.LBFGS": by_torch,
+    "torch.optim.LBFGS, scaled": functools.partial(by_torch, scaled=True),
+    "ours, scaled": by_trainer,
+}
 
 
 def counts(solver: Solver) -> list[str]:
