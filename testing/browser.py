@@ -47,6 +47,7 @@ class Canvas:
     def __init__(self, page: Any, server: Any, mode: str) -> None:
         self.page, self.server, self.mode = page, server, mode
         self.errors: list[str] = []
+        self.errors_at_start: list[str] = []
         page.on("console", lambda message: self._heard(message.type, message.text, message.location.get("url", "")))
         page.on("pageerror", lambda error: self.errors.append(f"uncaught: {error}"))
 
@@ -96,18 +97,18 @@ class Canvas:
 
     def run(self, seconds: float = 300) -> dict[str, Any]:
         """Queue the workflow on the canvas as a user does; return its history entry when it has ended."""
-        before = set(self.server.get("/history"))
+        last = "/history?max_items=1"
+        before = set(self.server.get(last))
         self.js("() => app.queuePrompt(0)")
-        deadline = seconds * 10
-        for _ in range(int(deadline)):
-            new = set(self.server.get("/history")) - before
+        for _ in range(int(seconds * 10)):
+            new = set(self.server.get(last)) - before
             if new:
                 return self.server.wait(new.pop(), seconds)
             self.page.wait_for_timeout(100)
         raise AssertionError("nothing ran")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
@@ -116,7 +117,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="module", params=MODES)
+@pytest.fixture(scope="session", params=MODES)
 def canvas(request: Any, chromium: Any, server: Any) -> Iterator[Canvas]:
     for name, value in {
         "Comfy.TutorialCompleted": True,
@@ -127,7 +128,9 @@ def canvas(request: Any, chromium: Any, server: Any) -> Iterator[Canvas]:
         server.post(f"/settings/{name}", value)
     page = chromium.new_page(viewport={"width": 1500, "height": 1000})
     page.set_default_timeout(60_000)
-    yield Canvas(page, server, request.param).open()
+    made = Canvas(page, server, request.param).open()
+    made.errors_at_start = list(made.errors)
+    yield made
     page.close()
 
 

@@ -11,7 +11,7 @@ import torch
 
 from testing.browser import canvas, chromium, fresh  # noqa: F401  fixtures of the browser tests
 from testing.inprocess import import_comfyui, load_extension
-from testing.sampling import trained_demo, without_previews
+from testing.sampling import plain_guider, sampled, trained_demo, without_previews
 from testing.server import ComfyServer
 
 torch.set_num_threads(1)  # one thread: measured many times faster than several on a busy machine
@@ -42,6 +42,13 @@ def server(comfy_path: str) -> Iterator[ComfyServer]:
 def tiny(extension) -> Any:
     """The demo model with a car's parts learned, see :func:`testing.sampling.trained_demo`."""
     return trained_demo()
+
+
+@pytest.fixture(scope="session")
+def plain_sample(tiny) -> torch.Tensor:
+    """The latent that the demo model samples without parts, before any test has touched it."""
+    with torch.inference_mode():
+        return sampled(plain_guider(tiny))
 
 
 @pytest.fixture

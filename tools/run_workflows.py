@@ -19,6 +19,7 @@ from .samples import MESH_CAMERA, MESH_VIEW, PICTURES, painted_mesh, painted_sam
 
 DOMAIN = "car"
 FIRST = "1 Paint parts and find them"
+CORRECTION = "3 Correct and train again"
 EMBEDDINGS = "my_parts.safetensors"
 SIDE = 256  # side of the images that the tiny model samples
 THUMBNAIL = 480

@@ -1,4 +1,4 @@
-"""SLiMe Part Painter in a real browser, classic canvas and Nodes 2.0; see test_browser.py."""
+"""SLiMe Part Painter in a real browser, classic canvas and Nodes 2.0."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from PIL import Image
 
 from demo.run import put_image
 from testing import scenes, splits
-from testing.browser import NEEDED, Canvas, fill_in, show_all, train_briefly
+from testing.browser import NEEDED, Canvas, fill_in, lasting_overlaps, show_all, train_briefly
 from testing.server import MODEL
 from testing.workflows import load_workflow
-from tools.run_workflows import FIRST, prepare
+from tools.run_workflows import CORRECTION, FIRST, prepare
 
 pytestmark = NEEDED
 
@@ -54,7 +54,7 @@ def stroke(canvas: Canvas, element: Any, *points: tuple[float, float]) -> None:
 
 
 def test_two_parts_are_painted_and_kept(canvas) -> None:
-    """Two parts with the mouse; undo; save and load; copy; reload of the page; a subgraph; then they are learned."""
+    """Two parts with the mouse; copy; reload of the page; a subgraph; then they are learned."""
     node, element = painter_on(canvas)
     stroke(canvas, element, (0.40, 0.55), (0.45, 0.60))
     first = painted(canvas, node)
@@ -65,18 +65,6 @@ def test_two_parts_are_painted_and_kept(canvas) -> None:
     both = painted(canvas, node)
     assert [part["name"] for part in both["parts"]] == ["part", "window"] and both["runs"] != first["runs"]
     canvas.shot("painter")
-
-    canvas.page.keyboard.press("Control+z")
-    canvas.page.wait_for_timeout(300)
-    assert painted(canvas, node)["runs"] == first["runs"]
-    canvas.page.keyboard.press("Control+y")
-    canvas.page.wait_for_timeout(300)
-    assert painted(canvas, node) == both
-
-    saved = canvas.js("() => app.graph.serialize()")
-    canvas.clear()
-    canvas.load(saved)
-    assert painted(canvas, node) == both
 
     copies = canvas.js(
         """id => {
@@ -411,9 +399,10 @@ def test_a_connected_image_is_shown_and_what_follows_waits(canvas) -> None:
 
 
 def test_what_was_found_opens_the_second_painter(canvas) -> None:
-    name = "3 Correct and train again"
-    canvas.load(load_workflow(name))
-    fill_in(canvas, prepare(canvas.server, name))
+    if canvas.mode == "nodes2":
+        pytest.skip("the mask comes from the server, whatever draws it")
+    canvas.load(load_workflow(CORRECTION))
+    fill_in(canvas, prepare(canvas.server, CORRECTION))
     train_briefly(canvas)
     assert canvas.run()["status"]["status_str"] == "success"  # what follows the painter waits, without an error
     node = canvas.js("() => app.graph.findNodesByType('SLiMePartPainter')[0].id")
@@ -423,4 +412,5 @@ def test_what_was_found_opens_the_second_painter(canvas) -> None:
     outputs = canvas.run()["outputs"]
     again = canvas.js("() => String(app.graph.findNodesByType('SLiMeSegment')[1].id)")
     assert outputs[again]["images"]  # trained again, segmented again
-    show_all(canvas, "corrected")
+    show_all(canvas, f"{CORRECTION}_after")
+    assert lasting_overlaps(canvas) == []

@@ -22,7 +22,7 @@ SIDE = 128
 NO_HIDDEN = type("Hidden", (), {"unique_id": None})
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def loaded(extension) -> Any:
     """A MODEL of a random SAM3 whose grid is coarse."""
     if importlib.util.find_spec("comfy.ldm.sam3") is None:

@@ -30,16 +30,16 @@ NOTHING_TO_DO = {
 
 
 @pytest.mark.parametrize("options", NOTHING_TO_DO.values(), ids=NOTHING_TO_DO)
-def test_where_there_is_nothing_to_do_sampling_is_plain_to_the_bit(tiny, options) -> None:
-    assert torch.equal(sampled(part_guider(tiny, **options)), sampled(plain_guider(tiny)))
+def test_where_there_is_nothing_to_do_sampling_is_plain_to_the_bit(tiny, plain_sample, options) -> None:
+    assert torch.equal(sampled(part_guider(tiny, **options)), plain_sample)
 
 
-def test_a_part_prompt_changes_its_part_above_all(tiny) -> None:
+def test_a_part_prompt_changes_its_part_above_all(tiny, plain_sample) -> None:
     """With the same noise, and the masks it says it used."""
     from slime_extension.nodes.part_prompts import SLiMeGuiderMasks
 
     guider = part_guider(tiny, start_percent=0.3, update_every=1)
-    found, plain = sampled(guider), sampled(plain_guider(tiny))
+    found, plain = sampled(guider), plain_sample
     mask = SLiMeGuiderMasks.execute(guider, {"samples": found}).args[0]
     assert mask.shape == (1, 8 * SIDE, 8 * SIDE) and 0.01 < float(mask.mean()) < 0.5
     cells = torch.nn.functional.interpolate(mask[:, None], (SIDE, SIDE), mode="area")[:, 0]
@@ -155,7 +155,7 @@ def test_separate_calls_and_skipped_steps_find_the_same_parts(tiny, monkeypatch)
 
 @pytest.mark.parametrize("failure", ["interrupt", "memory", "mistake"])
 @pytest.mark.parametrize("late", [False, True])
-def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch, failure, late) -> None:
+def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, plain_sample, monkeypatch, failure, late) -> None:
     import comfy.model_management
     from slime_extension.nodes.sampling_segmenter import SamplingSegmenter
 
@@ -173,7 +173,7 @@ def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch
             raise errors[failure]
         return found
 
-    before, model = sampled(plain_guider(tiny)), tiny.backbone.model
+    model = tiny.backbone.model
     options, hooks = dict(model.model_options), len(model.model.diffusion_model._forward_hooks)
     monkeypatch.setattr(SamplingSegmenter, "segment", failing)
     guider = part_guider(tiny, update_every=1)
@@ -182,7 +182,7 @@ def test_what_goes_wrong_at_a_step_leaves_everything_as_it_was(tiny, monkeypatch
     monkeypatch.undo()
     assert guider._denoised is None and not guider._masks
     assert model.model_options == options and len(model.model.diffusion_model._forward_hooks) == hooks
-    assert torch.equal(sampled(plain_guider(tiny)), before)
+    assert torch.equal(sampled(plain_guider(tiny)), plain_sample)
     assert guider.model_patcher.model is model.model and torch.isfinite(sampled(guider)).all()
 
 

@@ -208,11 +208,13 @@ def turbo(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # What people's files have against plain ones; the model is the same but for rounding.
-AS_PEOPLE_HAVE_THEM = {"sd1": [old_merge, scaled], "sd2": [turbo], "sdxl": [scaled]}
+AS_PEOPLE_HAVE_THEM = {"sd1": [old_merge, scaled], "sd2": [turbo]}
 
 
 def test_files_as_people_have_them(written, tmp_path) -> None:
     layout, path, *_ = written
+    if layout not in AS_PEOPLE_HAVE_THEM:
+        pytest.skip("the names of weights do not depend on the layout")
     plain = load_checkpoint(path, "cpu", torch.float32)
     expected = plain.unet.state_dict()
     for change in AS_PEOPLE_HAVE_THEM[layout]:

@@ -8,14 +8,12 @@ import itertools
 import json
 import os
 import shutil
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 
 from demo.run import Shot, build_prompt, put_example, put_image, read_labels
 from slime import load_embeddings, save_embeddings
@@ -24,8 +22,7 @@ from slime.parts.palette import default_palette
 from testing import scenes, splits
 from testing.baselines import color_neighbours, mean_mask
 from testing.browser import CHROMIUM
-from testing.server import MODEL, ComfyServer, WorkflowFailed
-from testing.toy import all_vectors
+from testing.server import MODEL, WorkflowFailed
 from testing.workflows import FOLDER, SUBGRAPHS, PromptBuilder, blueprint, find, load_workflow, to_api
 from tools.make_workflows import BLUEPRINTS, MOST, NEWER_WORKFLOWS, WORKFLOWS, workflows_for, written
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
@@ -140,16 +137,20 @@ def test_embeddings_file_is_small_and_listed(server, learned) -> None:
     assert "learned.safetensors" in options
 
 
-def test_requeue_comes_from_the_cache(server, learned) -> None:
-    entry = server.wait(server.queue(learned[0]))
-    cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
-    assert find(learned[0], "SLiMeTrain") in cached
-
-
 def cached_nodes(server, prompt) -> list[str]:
     entry = server.wait(server.queue(prompt))
     assert entry["status"]["status_str"] == "success", entry["status"]
     return next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
+
+
+def test_changing_the_mask_widgets_runs_no_training_and_no_segmentation(server, learned) -> None:
+    """Runs before other prompts: ComfyUI keeps the outputs of the last one."""
+    builder = PromptBuilder(learned[0])
+    segment = find(builder.prompt, "SLiMeSegment")
+    values = {"mode": "argmax", "threshold": 0.5, "grow": 0, "feather": 3, "invert": False}
+    mask = builder.add("SLiMePartMask", parts=[segment, 0], names="wheel", **values)
+    builder.add("MaskPreview", mask=[mask, 0])
+    assert {find(builder.prompt, "SLiMeTrain"), segment} <= set(cached_nodes(server, builder.prompt))
 
 
 @pytest.mark.parametrize("by_link", [False, True], ids=["widget", "link"])
@@ -185,60 +186,13 @@ def test_files_are_read_again_when_they_have_changed_only(server, learned, shots
     assert {load, embeddings, shown} <= set(cached_nodes(server, builder.prompt))
 
 
-def test_changing_the_mask_widgets_runs_no_segmentation(server, learned, tests_scenes) -> None:
-    prompt, nodes, _, _ = learned
-    segment = find(prompt, "SLiMeSegment")
-    for feather in (0, 3):
-        builder = PromptBuilder(prompt)
-        mask = builder.add(
-            "SLiMePartMask",
-            parts=[segment, 0],
-            names="wheel",
-            mode="argmax",
-            threshold=0.5,
-            grow=0,
-            feather=feather,
-            invert=False,
-        )
-        builder.add("MaskPreview", mask=[mask, 0])
-        entry = server.wait(server.queue(builder.prompt))
-        cached = next(data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached")
-    assert segment in cached
-
-
-def test_same_seed_gives_the_same_masks(server, learned) -> None:
-    """After the server forgot everything, training and segmentation give identical pictures."""
-    prompt, nodes, outputs, labels = learned
-    server.post("/free", {"unload_models": True, "free_memory": True})
-    time.sleep(1.5)
-    again = server.run(prompt)
-    for (_, node), before in zip(nodes, labels, strict=True):
-        assert np.array_equal(
-            read_labels(server.output_image(again[node]["images"][0]), default_palette(len(NAMES))), before
-        )
-
-
-def test_sampling_is_untouched_by_training_and_segmenting(server, shots, template) -> None:
-    """KSampler gives bit-identical images before and after, for the trainers with and without gradients."""
-    before = sample(server)
-    for preset, more in (("instant", {}), ("paper", {}), ("paper", {"checkpointing": True})):
-        settings = {"steps": 3, "views": 2} | more
-        prompt, _ = build_prompt(
-            template, MODEL.name, shots[:1], [shots[0].image], "untouched", preset=preset, train_settings=settings
-        )
-        server.run(prompt)
-        assert np.array_equal(sample(server), before), preset
-
-
 def test_interrupt_autosaves_and_training_goes_on(server, shots) -> None:
     folder = server.base / "models" / "slime" / "autosave"
     before = set(folder.glob("*")) if folder.exists() else set()
     builder, train = small_train(shots, preset="paper", steps=5000, views=4, seed=77)
     prompt_id = server.queue(builder.prompt)
-    deadline = time.monotonic() + 120
     some_steps = 165  # of 1000, behind the views
-    while time.monotonic() < deadline and not asyncio.run(saw_progress(server, train, some_steps)):
-        pass
+    assert asyncio.run(asyncio.wait_for(saw_progress(server, train, some_steps), 120))
     server.interrupt()
     entry = server.wait(prompt_id, 120)
     assert any(kind == "execution_interrupted" for kind, _ in entry["status"]["messages"])
@@ -291,30 +245,6 @@ def test_an_interrupted_sampling_with_parts_leaves_all_as_it_was(server, file_to
     masks = pictures(server, server.run(builder.prompt)[shown])
     assert masks and np.asarray(masks[0]).any()
     assert np.array_equal(sample(server), before)
-
-
-def test_lora_is_respected(server, shots, learned) -> None:
-    """A LoRA on the model changes what is learned, in both trainers."""
-    state = load_file(str(MODEL))
-    generator = torch.Generator().manual_seed(0)
-    lora = {}
-    for name, weight in state.items():
-        if name.startswith("model.diffusion_model.") and name.endswith((".attn2.to_k.weight", ".attn2.to_q.weight")):
-            key = "diffusion_model." + name.removeprefix("model.diffusion_model.").removesuffix(".weight")
-            lora[f"{key}.lora_A.weight"] = torch.randn(4, weight.shape[1], generator=generator) * 0.2
-            lora[f"{key}.lora_B.weight"] = torch.randn(weight.shape[0], 4, generator=generator) * 0.2
-    save_file(lora, str(server.base / "models" / "loras" / "random.safetensors"))
-    for preset in ("instant", "paper"):
-        vectors = []
-        for strength in (0.0, 1.0):
-            builder, train = small_train(shots, preset=preset, steps=5)
-            patched = builder.add(
-                "LoraLoaderModelOnly", model=["1", 0], lora_name="random.safetensors", strength_model=strength
-            )
-            builder.prompt[train]["inputs"]["model"] = [patched, 0]
-            server.run(builder.prompt)
-            vectors.append(all_vectors(load_embeddings(server.base / "models" / "slime" / "small.safetensors")))
-        assert not torch.allclose(vectors[0], vectors[1], rtol=1e-2), preset
 
 
 def test_part_inpaint_workflow_changes_only_the_part(server, learned, tests_scenes) -> None:
@@ -427,8 +357,6 @@ def test_batches_of_any_size_keep_their_size(server, learned) -> None:
         image=[batch, 0],
         refine="best",
         seed=0,
-        tiles=2,
-        average_flip=True,
         batch_size=2,
     )
     as_image = builder.add("MaskToImage", mask=[segmented, 1])
@@ -463,22 +391,3 @@ def test_bad_files_and_names_say_so(server, shots, learned) -> None:
     with pytest.raises(WorkflowFailed, match="Save SLiMe Embeddings: .*cannot be a file name"):
         server.run(builder.prompt)
     assert not (server.base / "models" / "outside.safetensors").exists()
-
-
-def test_half_precision_unet(comfy_path, shots) -> None:
-    """--fp16-unet: manual cast, both trainers and segmentation."""
-    with ComfyServer(comfy_path, ("--fp16-unet",)) as half:
-        given = [put_example(half, "teach", splits.example(DOMAIN, splits.EXAMPLES))]
-        template = to_api(load_workflow(WITH_MASKS), half.get("/object_info"))
-        before = sample(half)
-        for preset in ("instant", "paper"):
-            settings = {"steps": 4, "views": 4}
-            prompt, nodes = build_prompt(
-                template, MODEL.name, given, [given[0].image], preset, preset=preset, train_settings=settings
-            )
-            outputs = half.run(prompt)
-            losses = load_embeddings(half.base / "models" / "slime" / f"{preset}.safetensors").losses
-            assert np.isfinite(losses).all()
-            labels = read_labels(half.output_image(outputs[nodes[0][1]]["images"][0]), default_palette(5))
-            assert preset == "paper" or (labels > 0).any()
-        assert np.array_equal(sample(half), before)

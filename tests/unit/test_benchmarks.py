@@ -361,6 +361,7 @@ def test_correcting_is_measured_against_chance(monkeypatch, capsys) -> None:
 @pytest.mark.long
 def test_extraction_is_timed_beside_the_bare_pass(comfy_path, monkeypatch, capsys) -> None:
     monkeypatch.setattr("sys.argv", ["extraction_cost", "--repeats", "1"])
+    monkeypatch.setattr(extraction_cost, "IMAGES", 1)
     extraction_cost.main()
     told = capsys.readouterr().out
     rows = [json.loads(line) for line in told.splitlines() if line.startswith("{")]
