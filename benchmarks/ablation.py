@@ -32,7 +32,7 @@ from testing.tiny.weights import TESTBED
 
 from .feature_baselines import bilateral, pamr
 from .methods import Variant, remember, trained
-from .rows import Row, read_rows, say_row, say_table, write_rows
+from .rows import Row, read_rows, say_row, say_table, shared, write_rows
 from .sources import OFFICIAL_PARTS, Task, as_tensor, folder_task, scene_task
 
 OFF, FAST, ALL = {"refine": "off"}, {"refine": "fast"}, "input.0-11, middle.0, output.0-11"
@@ -170,7 +170,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=12)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = read_rows(options.json)
+    asked = shared(options, "checkpoint", "data", "scenes")
+    rows = read_rows(options.json, asked)
     runs = [
         (name, shots, seed, domain)
         for name in options.tables
@@ -189,7 +190,7 @@ def main() -> None:
         for row in measure(task, name, seed, done, options):
             rows.append(place | row)
             say_row(rows[-1])
-            write_rows(options.json, rows)
+            write_rows(options.json, rows, asked=asked)
     summarise(rows, options.tables)
 
 
@@ -239,21 +240,23 @@ def figures(task: Task, found: Sequence[np.ndarray]) -> dict[str, float]:
 
 
 def summarise(rows: Sequence[Row], tables: Sequence[str]) -> None:
+    """Print a table of part mIoU by domain for every table and number of examples."""
     for name in tables:
-        mine = [row for row in rows if row["table"] == name]
-        shots = sorted({row["shots"] for row in mine})
-        lines = []
-        for change in dict.fromkeys(row["change"] for row in mine):
-            chosen = [row for row in mine if row["change"] == change]
-            ious = [_mean([row["part_miou"] for row in chosen if row["shots"] == n]) for n in shots]
-            ious += [_mean([row[key] for row in chosen]) for key in ("boundary_f", "learning_s", "image_s")]
-            lines.append([change, *(f"{value:.3f}" for value in ious)])
-        head = ["change", *(f"{n}-shot" for n in shots), "boundary F", "learning, s", "an image, s"]
-        say_table(head, lines, f"{name}: part mIoU")
-
-
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
+        for shots in sorted({row["shots"] for row in rows if row["table"] == name}):
+            mine = [row for row in rows if (row["table"], row["shots"]) == (name, shots)]
+            domains = list(dict.fromkeys(row["domain"] for row in mine))
+            lines = []
+            for change in dict.fromkeys(row["change"] for row in mine):
+                chosen = [row for row in mine if row["change"] == change]
+                means = [np.mean([r["part_miou"] for r in chosen if r["domain"] == domain]) for domain in domains]
+                values = [
+                    *means,
+                    np.mean(means),
+                    *(np.mean([r[key] for r in chosen]) for key in ("boundary_f", "image_s")),
+                ]
+                lines.append([change, *(f"{value:.3f}" for value in values)])
+            head = ["change", *domains, "mean", "boundary F", "an image, s"]
+            say_table(head, lines, f"{name}, {shots} examples: part mIoU")
 
 
 if __name__ == "__main__":

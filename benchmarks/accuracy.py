@@ -25,19 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.stats import t as student
 
 from slime.images import resize_maps, soft_labels
-from slime.parts.draw import color_labels
 from slime.parts.metrics import boundary_f, evaluate, false_area, mean_known
-from slime.parts.palette import default_palette
 from testing import scenes
 from testing.tiny.weights import TESTBED
 
 from .feature_baselines import RULES
 from .methods import MODEL_FREE, EncodeOnce, Learn, Variant, assignments, make_methods, remember, trained
-from .rows import Row, read_rows, say_table, write_rows
+from .rows import Row, read_rows, say_table, shared, write_rows
 from .sources import (
     DETAILS,
     OFFICIAL_PARTS,
@@ -62,7 +59,6 @@ DEFAULT_METHODS = (
     "mean mask",
     CEILING,
 )
-GRID_PICTURES = 4
 PLAIN_ONLY = ("untrained", *MODEL_FREE)  # they say little on other sets
 RESAMPLES = 500
 
@@ -97,7 +93,6 @@ def parse(methods: Sequence[str]) -> argparse.Namespace:
         "--quick", action="store_true", help="cars and horses, one seed, 1 shot, 20 plain scenes: about 5 minutes"
     )
     parser.add_argument("--json", type=Path, help="write rows here after every one, and go on from them")
-    parser.add_argument("--picture", type=Path, help="write a grid: image, truth, each method")
     options = parser.parse_args()
     options.domains = options.domains or list(SCENE_DOMAINS if options.style == scenes.NATURAL else scenes.DOMAINS)
     if options.quick:
@@ -118,8 +113,8 @@ def main() -> None:
         segment=assignments(options.segment),
     )
     methods = make_methods(options.checkpoint, changes, options.style)
-    rows = read_rows(options.json)
-    pictures: list[np.ndarray] = []
+    asked = shared(options, "checkpoint", "data", "split", "style", "scenes", "sets", "set", "constants", "segment")
+    rows = read_rows(options.json, asked)
     for seed in range(options.seeds):
         for shots in options.shots:
             for domain in options.domains:
@@ -138,28 +133,24 @@ def main() -> None:
                     for test in task.tests.values():
                         remember(trained(options.checkpoint), test.images)
                 for method in wanted:
-                    new, shown = measure(task, method, methods.get(method), shots, seed)
+                    new = measure(task, method, methods.get(method), shots, seed)
                     rows += new
                     for row in new:
                         report(row)
-                    write_rows(options.json, rows)
-                    if seed == 0 and shots == options.shots[-1]:
-                        pictures += shown if pictures and method != wanted[0] else [*examples_shown(task), *shown]
-    if options.picture and pictures:
-        Image.fromarray(np.vstack(pictures)).save(options.picture)
+                    write_rows(options.json, rows, asked=asked)
     summarise(rows)
     comparisons(rows)
     if not options.data and set(scenes.DOMAINS) <= set(options.domains) and "plain" in options.sets:
-        smallest_parts(rows)
+        smallest_parts(rows, options.style)
 
 
-def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int) -> tuple[list[Row], list[np.ndarray]]:
-    """Measure one method on every test set; return its rows and the image of its label maps on the plain set."""
+def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int) -> list[Row]:
+    """Measure one method on every test set; return its rows."""
     classes = len(task.names) + 1
     start = time.monotonic()
     predict = learn(task.examples, seed) if learn is not None else None
     learning = time.monotonic() - start
-    rows, shown = [], []
+    rows = []
     for name, test in task.tests.items():
         if name != "plain" and method in PLAIN_ONLY and len(task.tests) > 1:
             continue
@@ -189,9 +180,7 @@ def measure(task: Task, method: str, learn: Learn | None, shots: int, seed: int)
             "crops": crops,
         }
         rows.append(row)
-        if plain:
-            shown = [tinted(task, found)]
-    return rows, shown
+    return rows
 
 
 def standard_error(per_image: np.ndarray) -> float:
@@ -206,16 +195,6 @@ def interval(rows: Sequence[Row]) -> str:
     values, errors = [row["part_miou"] for row in rows], [row["part_miou_error"] for row in rows]
     over_sets = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / len(values) ** 0.5 if values[1:] else 0.0
     return f"{np.mean(values):.3f} +- {np.hypot(over_sets, 1.96 * np.mean(errors)):.3f}"
-
-
-def examples_shown(task: Task) -> list[np.ndarray]:
-    test = next(iter(task.tests.values()))
-    return [np.hstack(list(test.images[:GRID_PICTURES])), tinted(task, test.truths)]
-
-
-def tinted(task: Task, labels: Sequence[np.ndarray]) -> np.ndarray:
-    palette = default_palette(len(task.names))
-    return np.hstack([color_labels(label, palette) for label in list(labels)[:GRID_PICTURES]])
 
 
 def report(row: Row) -> None:
@@ -266,11 +245,11 @@ def wins(one: Mapping[tuple[str, int], float], other: Mapping[tuple[str, int], f
     return f"{sum(one[key] > other[key] for key in both)} of {len(both)}"
 
 
-def smallest_parts(rows: Sequence[Row], count: int = 5) -> None:
+def smallest_parts(rows: Sequence[Row], style: str, count: int = 5) -> None:
     """Print the IoU of the parts that are smallest in the plain scenes, beside their mean share of the image."""
     areas = {}
     for domain in scenes.DOMAINS:
-        truths = scene_set(domain, "plain", 30, "test").truths
+        truths = scene_set(domain, "plain", 30, "test", style).truths
         for label, part in enumerate(scenes.PARTS[domain], start=1):
             areas[domain, part] = float(
                 np.mean([(truth == label).mean() for truth in truths if (truth == label).any()])

@@ -23,7 +23,7 @@ from testing import scenes
 from testing.inprocess import load_backbone
 from testing.tiny.weights import TESTBED
 
-from .rows import Row, read_rows, say_row, say_table, write_rows
+from .rows import Row, read_rows, say_row, say_table, shared, write_rows
 from .sources import as_tensor, scene_task
 
 STRIPES = {"red stripe": "red stripe", "red stripe, called stripe": "stripe"}  # name of the part
@@ -71,13 +71,13 @@ def score(backbone: Backbone, examples: list[Example], images: Tensor, truths: l
 def run(options: argparse.Namespace) -> list[Row]:
     """Measure every case with "auto", "off" and "strong"; cases of an earlier run are kept."""
     backbone = load_backbone(TESTBED)
-    rows = read_rows(options.json) if options.json else []
-    style = "ink" if options.ink else scenes.NATURAL
-    known = {(row["domain"], row["seed"], row["shots"], row["style"]) for row in rows}
+    asked = shared(options, "split", "scenes")
+    rows, style = read_rows(options.json, asked), scenes.NATURAL
+    known = {(row["domain"], row["seed"], row["shots"]) for row in rows}
     for domain in (*scenes.DOMAINS, *STRIPES):
         for shots in options.shots:
             for seed in range(options.seeds):
-                if (domain, seed, shots, style) in known:
+                if (domain, seed, shots) in known:
                     continue
                 if domain in STRIPES:
                     examples, images, truths = stripes(STRIPES[domain], shots, seed, options.scenes)
@@ -90,11 +90,11 @@ def run(options: argparse.Namespace) -> list[Row]:
                     for name, value in (("auto", None), ("off", 0.0), ("strong", 1.0))
                 }
                 check = results["auto"]["check"]["recolored"]
-                row = {"domain": domain, "seed": seed, "shots": shots, "style": style, "recolored": check}
+                row = {"domain": domain, "seed": seed, "shots": shots, "recolored": check}
                 row |= {name: result["part_miou"] for name, result in results.items()}
                 say_row(row)
                 rows.append(row)
-                write_rows(options.json, rows)
+                write_rows(options.json, rows, asked=asked)
     return rows
 
 
@@ -104,7 +104,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2, help="sets of examples")
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 10])
     parser.add_argument("--scenes", type=int, default=6, help="test scenes")
-    parser.add_argument("--ink", action="store_true", help="scenes of the second style")
     parser.add_argument("--json", type=Path, help="keep rows in this file, and go on from it")
     rows = run(parser.parse_args())
     heads = ["domain", "seed", "shots", "recolored", "auto", "off", "strong"]

@@ -30,10 +30,10 @@ import torch
 
 from slime import preset
 from testing.inprocess import import_comfyui, load_backbone, load_extension
+from testing.random_models import LAYOUTS, random_backbone
 from testing.server import MODEL, ROOT
 
 from .faults.nodes import node_works, quiet_nodes
-from .random_models import LAYOUTS, random_backbone
 from .rows import Row, say_row, say_table, write_rows
 from .speed import Bench, Measured, memory, synchronize
 

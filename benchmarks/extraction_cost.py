@@ -25,10 +25,10 @@ from slime.backbones.fused import FusedBackbone
 from slime.backbones.text import Context, TextConditioned
 from slime.backbones.vit import VisionTransformer
 from testing.inprocess import NAME, load_backbone, load_flow
+from testing.random_models import random_dinov2
 from testing.server import FLOW, MODEL
 
 from .live_bytes import LiveBytes
-from .random_models import random_dinov2
 from .rows import Row, say_row, say_table, write_rows
 
 IMAGES = 2

@@ -59,7 +59,7 @@ def label_maps(
         raise TypeError("only embeddings of the preset paper are decoded by the official steps")
     items: Sequence[PartEmbeddings] = [replace(embeddings, decoder=ChangedDecoder(all_tokens, steps))]
     size = (images.shape[1], images.shape[2])
-    encoded = encode_crops(backbone, images, items[0], settings.extraction)
+    encoded = encode_crops(backbone, images, items[0], settings)
 
     def run(chunk: slice) -> Tensor:
         (maps,) = merge_passes(encoded.passes(chunk, items), items, size)

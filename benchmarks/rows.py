@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -12,9 +13,20 @@ Row = dict[str, Any]
 DIGITS = 6
 
 
-def read_rows(path: Path | None) -> list[Row]:
-    """Return the rows of an earlier run, if there was one."""
-    return list(json.loads(path.read_text(encoding="utf-8"))["rows"]) if path is not None and path.is_file() else []
+def read_rows(path: Path | None, asked: dict[str, Any] | None = None) -> list[Row]:
+    """Return the rows of an earlier run, if there was one; end the program if that was asked for something else.
+
+    ``asked`` names the options that every row of a file must share; give it to :func:`write_rows` too.
+    """
+    if path is None or not path.is_file():
+        return []
+    body = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(asked, default=str))
+    before = body.get("asked", now)
+    if before != now:
+        differing = [name for name in now if before.get(name) != now[name]]
+        raise SystemExit(f"{path} has rows with another {', '.join(differing)}; choose another file.")
+    return list(body["rows"])
 
 
 def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
@@ -26,9 +38,14 @@ def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
         if path.is_file():
             about = json.loads(path.read_text(encoding="utf-8")) | about
             about.pop("rows")
-        head = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in about.items())
+        head = "".join(f"{json.dumps(key)}: {json.dumps(value, default=str)}, " for key, value in about.items())
         lines = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in rows)
         path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def shared(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Return these options, for :func:`read_rows`."""
+    return {name: getattr(options, name) for name in names}
 
 
 def say_row(row: Row) -> None:

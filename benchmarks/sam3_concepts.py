@@ -29,11 +29,11 @@ from torch import Tensor
 from slime import Example, segment, train
 from slime.concepts.train import TOKENS, ConceptSettings, concept_limits, concept_tokens, train_concepts
 from slime.train import preset
-from testing import scenes
+from testing import scenes, splits
 from testing.inprocess import NAME, load_extension
 from testing.tiny import sam3
 
-from .rows import Row, read_rows, say_row, say_table, write_rows
+from .rows import Row, read_rows, say_row, say_table, shared, write_rows
 from .sources import DETAILS, scene_example, scene_set
 
 THRESHOLD = 0.3  # of the tiny model, whose scores are lower; chosen on validation scenes
@@ -47,6 +47,7 @@ class Bench:
         load_extension()
         self.detector: Any = importlib.import_module(f"{NAME}.nodes.comfy_sam3").ComfySam3(sam3.as_model(model))
         self._count, self._split = count, split
+        self.first_example = splits.VALIDATION_EXAMPLES if split == "validation" else splits.EXAMPLES
 
     def scenes(self, domain: str) -> Any:
         return scene_set(domain, "plain", self._count, self._split, scenes.NATURAL)
@@ -101,7 +102,7 @@ def overlap(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
 
 def measure(bench: Bench, domain: str, shots: int, seed: int, steps: int) -> list[Row]:
     """Return one row per method and part."""
-    examples = [scene_example(domain, 800_000 + 100 * seed + i, scenes.NATURAL) for i in range(shots)]
+    examples = [scene_example(domain, bench.first_example + 100 * seed + i, scenes.NATURAL) for i in range(shots)]
     names = examples[0].names
     known = not domain.endswith(DETAILS)
     settings = ConceptSettings(seed=seed, steps=steps, instances=False)
@@ -141,19 +142,18 @@ def measure(bench: Bench, domain: str, shots: int, seed: int, steps: int) -> lis
 
 
 def summarise(rows: Sequence[Row]) -> None:
-    """Print one table for known parts and one for parts without a name: mean IoU over sets and parts."""
+    """Print tables of the mean IoU of parts with and without a name, by domain, for every number of examples."""
     for title, fine in (("parts with a name", False), ("parts without a name", True)):
-        chosen = [row for row in rows if row["domain"].endswith(DETAILS) == fine]
-        shots = sorted({row["shots"] for row in chosen})
-        lines = []
-        for method in dict.fromkeys(row["method"] for row in chosen):
-            cells = [
-                float(np.mean([row["iou"] for row in chosen if row["method"] == method and row["shots"] == count]))
-                for count in shots
-            ]
-            lines.append([method, *(f"{cell:.3f}" for cell in cells)])
-        if lines:
-            say_table(["method", *(f"{count} examples" for count in shots)], lines, title)
+        for shots in sorted({row["shots"] for row in rows}):
+            chosen = [row for row in rows if row["domain"].endswith(DETAILS) == fine and row["shots"] == shots]
+            domains = list(dict.fromkeys(row["domain"] for row in chosen))
+            lines = []
+            for method in dict.fromkeys(row["method"] for row in chosen):
+                mine = [row for row in chosen if row["method"] == method]
+                means = [np.mean([row["iou"] for row in mine if row["domain"] == domain]) for domain in domains]
+                lines.append([method, *(f"{mean:.3f}" for mean in [*means, np.mean([row["iou"] for row in mine])])])
+            if lines:
+                say_table(["method", *domains, "all"], lines, f"{title}, {shots} examples")
 
 
 @torch.inference_mode()
@@ -167,13 +167,14 @@ def main() -> None:
     parser.add_argument("--split", choices=["test", "validation"], default="test")
     parser.add_argument("--json", type=Path, help="write rows here after every set, and go on from them")
     options = parser.parse_args()
-    rows, bench = read_rows(options.json), Bench(options.scenes, options.split)
+    asked = shared(options, "scenes", "split", "steps")
+    rows, bench = read_rows(options.json, asked), Bench(options.scenes, options.split)
     for shots in options.shots:
         for seed in range(options.seeds):
             for domain in options.domains:
                 if not any((row["domain"], row["shots"], row["seed"]) == (domain, shots, seed) for row in rows):
                     rows += measure(bench, domain, shots, seed, options.steps)
-                    write_rows(options.json, rows)
+                    write_rows(options.json, rows, asked=asked)
     summarise(rows)
 
 

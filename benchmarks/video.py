@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from slime import SegmentSettings, segment
-from slime.data.video_stream import LabelFrames, segment_stream
 from slime.parts.maps import DenseMaps, PartMaps
 from slime.parts.metrics import evaluate
 from slime.parts.palette import default_palette
 from slime.parts.video import smooth_video_parts
+from slime.parts.video_stream import LabelFrames, segment_stream
 from testing import scenes, splits
 from testing.clips import clip, moving_clip
 from testing.inprocess import NAME, import_comfyui, load_extension

@@ -266,7 +266,7 @@ def run_own(server: ComfyServer, template: Prompt, options: argparse.Namespace) 
         raise SystemExit(f"There is no picture in {options.targets}.")
     targets = []
     for path in files:
-        targets.append(put_image(server, f"target_{path.stem}.png", np.asarray(Image.open(path).convert("RGB"))))
+        targets.append(put_image(server, f"target_{path.name}.png", np.asarray(Image.open(path).convert("RGB"))))
     shot = Shot(put_image(server, "own_example.png", image), masks)
     folder = OUTPUT / "own"
     _, _, seconds = learn_and_find(server, template, checkpoint, [shot], targets, "own", folder)
@@ -282,7 +282,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=12, help="held-out scenes a domain (default 12)")
     parser.add_argument("--domains", nargs="+", choices=scenes.DOMAINS, default=list(scenes.DOMAINS))
-    parser.add_argument("--serve", action="store_true", help="leave the server up afterwards")
     parser.add_argument("--checkpoint", type=Path, help="your own Stable Diffusion checkpoint")
     parser.add_argument("--image", type=Path, help="with --checkpoint: the picture to learn from")
     parser.add_argument(
@@ -306,13 +305,6 @@ def main() -> None:
         else:
             run_scenes(server, template, options.scenes, options.domains)
         say(f"done in {time.monotonic() - start:.0f} s; everything is in {OUTPUT}")
-        if options.serve:
-            say(f"The server stays up at {server.address}; Ctrl+C ends it.")
-            try:
-                while True:
-                    time.sleep(1)
-            except KeyboardInterrupt:
-                pass
 
 
 if __name__ == "__main__":

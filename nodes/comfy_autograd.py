@@ -27,8 +27,8 @@ _MISSING = object()
 def trainable(patcher: Any, checkpointing: bool = False) -> Iterator[None]:
     """Make the patcher's loaded model differentiable for the duration, then restore it exactly.
 
-    Load the patcher with :func:`.loading.load_model` first, and call neither that nor a VAE or CLIP inside: they may
-    move the lent weights. Restores on success, error and interrupt alike.
+    Load the patcher with :func:`.loading.load_on_device` first, and call neither that nor a VAE or CLIP inside: they
+    may move the lent weights. Restores on success, error and interrupt alike.
 
     Args:
         patcher: ComfyUI's ModelPatcher.

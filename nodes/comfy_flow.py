@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_base
@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..slime.backbones.attention import Attention
 from ..slime.backbones.base import BackboneInfo, EndOfPass, ExtractionSpec, Features, halved
 from ..slime.backbones.layers import Layer, LayerChoice
-from ..slime.batches import CPU_BATCH, batch_for
+from ..slime.batches import batch_for
 from ..slime.errors import SlimeError
-from ..slime.settings import LAYER, InstantSettings
+from ..slime.settings import LAYER
 from .comfy_unet import LATENT_CELL, cache_key_of, cell_of
 from .loading import FLOW_MODELS, checkpoint_modules, checkpoint_patcher, load_on_device
 
@@ -51,7 +51,7 @@ class FlowFamily:
         read, propagate: blocks known to work; none for the probe.
         side: pixels of the square whose area it works on.
         cell: pixels per side of a latent pixel, unless the connected VAE says otherwise.
-        instant: default settings of the instant trainer.
+        views: of the examples for the instant trainer, by default.
     """
 
     name: str
@@ -61,7 +61,7 @@ class FlowFamily:
     propagate: tuple[str, ...] = ()
     side: int = 1024
     cell: int = LATENT_CELL
-    instant: InstantSettings = field(default_factory=lambda: InstantSettings(views=16))  # a Flux view takes 50 MB
+    views: int = 16  # one of Flux takes 50 MB
 
 
 # Flux: DiTF (NeurIPS 2025) reads single block 9 at sigma .26; Seg4Diff (NeurIPS 2025) uses double blocks 12 and 17.
@@ -86,7 +86,7 @@ def family_of(base: Any) -> FlowFamily | None:
     """
     own = getattr(type(base.model_config), "slime_flow", None) if hasattr(base, "model_config") else None
     if own is not None:
-        return FlowFamily(**{**own, "instant": InstantSettings(**own.get("instant", {}))})
+        return FlowFamily(**own)
 
     def is_one_of(names: tuple[str, ...]) -> bool:
         classes = [getattr(comfy.model_base, name, None) for name in names]
@@ -148,7 +148,7 @@ class ComfyFlow:
             cell * self._patch,
             self._channels,
             family.noise,
-            family.instant,
+            family.views,
         )
 
     @property
@@ -224,12 +224,9 @@ class ComfyFlow:
         return 4 * (2 * len(layers.read) + len(layers.propagate)) * self._width * grid[0] * grid[1]
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
-        if self.device.type == "cpu":
-            return CPU_BATCH
-        free = comfy.model_management.get_free_memory(self.device)
         grid = (size[0] // self._patch, size[1] // self._patch)
         one = self.model.memory_required([1, self._channels, *size]) + self._recorded_bytes(grid, self._known)
-        return batch_for(float(free), float(one))
+        return batch_for(self.device, one, comfy.model_management.get_free_memory(self.device))
 
     def cache_key(self) -> tuple[object, Hashable] | None:
         return cache_key_of(self.model, self.vae)

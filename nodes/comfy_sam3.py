@@ -21,7 +21,7 @@ from ..slime.backbones.attention import Attention
 from ..slime.backbones.base import BackboneInfo, EndOfPass, ExtractionSpec, Features
 from ..slime.backbones.layers import Layer, LayerChoice
 from ..slime.backbones.vit import GROUP, PixelEncoder
-from ..slime.batches import CPU_BATCH, batch_for
+from ..slime.batches import batch_for
 from ..slime.concepts.detection import Detections
 from ..slime.errors import SlimeError
 from ..slime.settings import LAYER
@@ -102,9 +102,7 @@ class ComfySam3(PixelEncoder):
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
         del size
-        if self.device.type == "cpu":
-            return CPU_BATCH
-        return batch_for(float(comfy.model_management.get_free_memory(self.device)), self._pass_bytes())
+        return batch_for(self.device, self._pass_bytes(), comfy.model_management.get_free_memory(self.device))
 
     def cache_key(self) -> tuple[object, Hashable] | None:
         """Return the model and a key of its state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -19,7 +19,7 @@ from ..slime.backbones.base import EndOfPass
 from ..slime.backbones.layers import Layer
 from ..slime.backbones.sd_unet import Family, SDUNet, family_for
 from ..slime.backbones.text import Capture, Context
-from ..slime.batches import CPU_BATCH, batch_for
+from ..slime.batches import batch_for
 from ..slime.errors import SlimeError
 from .comfy_autograd import trainable
 from .loading import SUPPORTED, checkpoint_modules, checkpoint_patcher, load_on_device
@@ -32,7 +32,7 @@ class ComfyUNet(SDUNet):
     """A ComfyUI model patcher of a UNet; keeps nothing of its own on the GPU.
 
     A model-config class may describe its models in an attribute ``slime_family`` with the arguments of
-    :meth:`slime.backbones.sd_unet.Family.of`.
+    :class:`slime.backbones.sd_unet.Family`.
 
     Raises:
         SlimeError: not a Stable Diffusion UNet, an inpainting UNet, or an unusual noise schedule.
@@ -72,7 +72,7 @@ class ComfyUNet(SDUNet):
         prediction = "v" if isinstance(sampling, comfy.model_sampling.V_PREDICTION) else "eps"
         own = getattr(type(base.model_config), "slime_family", None)
         super().__init__(
-            Family.of(own) if own else family_for(_context_dim(unet), prediction),
+            Family(**own) if own else family_for(_context_dim(unet), prediction),
             prediction,
             unet_layers(unet),
             1 / (1 + sigmas.detach().cpu().double() ** 2),
@@ -132,16 +132,11 @@ class ComfyUNet(SDUNet):
         return (x - denoised) / sigma
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
-        if self.device.type == "cpu":
-            return CPU_BATCH
-        free = comfy.model_management.get_free_memory(self.device)
-        return batch_for(float(free), float(self.model.memory_required([1, self.channels, *size])))
-
-    def differentiable(self, checkpointing: bool) -> AbstractContextManager[None]:
-        return self._lend(checkpointing)
+        one = self.model.memory_required([1, self.channels, *size])
+        return batch_for(self.device, one, comfy.model_management.get_free_memory(self.device))
 
     @contextmanager
-    def _lend(self, checkpointing: bool) -> Iterator[None]:
+    def differentiable(self, checkpointing: bool) -> Iterator[None]:
         side = self.info.side // self.info.cell
         memory = TRAINING_MEMORY * self.model.memory_required([1, self.channels, side, side])
         load_on_device(self.model, memory, whole=True)
@@ -250,22 +245,14 @@ def unet_layers(unet: UNetModel) -> tuple[Layer, ...]:
     """Return every transformer block of the UNet in the order it runs, with its stride."""
     layers: list[Layer] = []
     stride = 1
-
-    def visit(place: str, number: int, block: Any) -> None:
-        nonlocal stride
+    places = (("input", unet.input_blocks), ("middle", [unet.middle_block]), ("output", unet.output_blocks))
+    for place, number, block in ((place, *item) for place, blocks in places for item in enumerate(blocks)):
         for module in block:
             if isinstance(module, Downsample):
                 stride *= 2
             elif isinstance(module, Upsample):
                 stride //= 2
             elif isinstance(module, SpatialTransformer):
-                layers.extend(
-                    Layer(f"{place}.{number}.{depth}", stride) for depth in range(len(module.transformer_blocks))
-                )
-
-    for number, block in enumerate(unet.input_blocks):
-        visit("input", number, block)
-    visit("middle", 0, unet.middle_block)
-    for number, block in enumerate(unet.output_blocks):
-        visit("output", number, block)
+                depths = range(len(module.transformer_blocks))
+                layers += (Layer(f"{place}.{number}.{depth}", stride) for depth in depths)
     return tuple(layers)

@@ -42,10 +42,11 @@ def segment_cached(
     embeddings.check_model(backbone)
     embeddings = embeddings.completed(backbone)
     cache = _caches.setdefault(owner, OrderedDict())
-    entry = (state, embeddings.extraction_key(), settings.extraction, _digest(images))
+    asked = (settings.seed, settings.average_flip, settings.noise_samples, settings.batch_size)
+    entry = (state, embeddings.extraction_key(), asked, _digest(images))
     extracted = cache.pop(entry, None)
     if extracted is None:
-        extracted = extract(backbone, images, embeddings, settings.extraction, on_batch=on_batch)
+        extracted = extract(backbone, images, embeddings, settings, on_batch=on_batch)
     cache[entry] = extracted
     while len(cache) > MOST_BATCHES or sum(item.nbytes for item in cache.values()) > LIMIT:
         cache.popitem(last=False)

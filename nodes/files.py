@@ -6,8 +6,8 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +86,8 @@ def save_path(name: str, overwrite: bool) -> Path:
 def autosave_path(names: Sequence[str]) -> Path:
     """Return a path in models/slime/autosave of the parts' names and the time; the last digits make it unique."""
     stem = re.sub(r"[^\w-]+", "_", "_".join(names)).encode()[:60].decode(errors="ignore").strip("_") or "parts"
-    return _folder() / "autosave" / f"{stem}_{time.strftime('%Y%m%d_%H%M%S')}_{time.time_ns() % 1000:03d}{SUFFIX}"
+    now = datetime.now().strftime("%Y%m%d_%H%M%S_%f")
+    return _folder() / "autosave" / f"{stem}_{now}{SUFFIX}"
 
 
 class SLiMeSaveEmbeddings(io.ComfyNode):

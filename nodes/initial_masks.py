@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,31 +17,15 @@ from ..slime.parts.palette import Color, default_palette
 from ..slime.parts.runs import encode_runs
 from .common import Parts, PartsSocket, as_masks
 
+BOX = ("x", "y", "width", "height")
 MOST_PIXELS = 4_000_000  # of a painting, as in web/painter/label_map.js
 # io.BoundingBox where the core has it (0.15.0), of the same name.
 INITIAL_MASKS = (PartsSocket, io.Mask, io.Custom("SEGS"), io.Custom("BOUNDING_BOX"))
 
 
-@dataclass(frozen=True)
-class InitialMasks:
-    """Labels [h, w] uint8 of named parts; 0 is none."""
-
-    names: tuple[str, ...]
-    colors: tuple[Color, ...]
-    labels: np.ndarray
-
-    def for_painter(self) -> dict[str, Any]:
-        """Return the form that web/painter/painter.js takes."""
-        height, width = self.labels.shape
-        scale = min(1.0, math.sqrt(MOST_PIXELS / (height * width)))
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        labels = np.asarray(Image.fromarray(self.labels).resize(size, Image.Resampling.NEAREST))
-        parts = [{"name": name, "color": "#" + bytes(c).hex()} for name, c in zip(self.names, self.colors, strict=True)]
-        return {"parts": parts, "width": size[0], "height": size[1], "runs": encode_runs(labels)}
-
-
-def read_initial_masks(value: Any, size: tuple[int, int]) -> InitialMasks:
-    """Convert parts, MASK, SEGS or BOUNDING_BOX to labels of an image of ``size`` (height, width).
+def read_initial_masks(value: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """Convert parts, MASK, SEGS or BOUNDING_BOX of an image of ``size`` (height, width) to what
+    web/painter/painter.js takes.
 
     Raises:
         SlimeError: more than one image, another size, too many parts, or something else.
@@ -85,6 +68,8 @@ def _boxes(value: Any, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield masks of one box, of a list of boxes, or of the first image's list of a batch."""
     boxes = [value] if isinstance(value, dict) else value[0] if value and isinstance(value[0], list) else value
     for box in boxes:
+        if not isinstance(box, dict) or not all(isinstance(box.get(side), int | float) for side in BOX):
+            raise SlimeError(f"A bounding box of initial_masks is {str(box)[:60]}; it needs {', '.join(BOX)}.")
         mask = np.zeros(size, bool)
         left, right = (max(0, round(x)) for x in (box["x"], box["x"] + box["width"]))
         top, bottom = (max(0, round(y)) for y in (box["y"], box["y"] + box["height"]))
@@ -92,7 +77,7 @@ def _boxes(value: Any, size: tuple[int, int]) -> Iterator[np.ndarray]:
         yield mask
 
 
-def _stacked(masks: Sequence[tuple[str, np.ndarray]], size: tuple[int, int]) -> InitialMasks:
+def _stacked(masks: Sequence[tuple[str, np.ndarray]], size: tuple[int, int]) -> dict[str, Any]:
     """Combine named masks into one label map; where they overlap the later one wins."""
     names = list(dict.fromkeys(name for name, _ in masks))
     labels = np.zeros(size, np.uint8)
@@ -103,12 +88,18 @@ def _stacked(masks: Sequence[tuple[str, np.ndarray]], size: tuple[int, int]) -> 
     return _checked(names, default_palette(len(names)), labels, size)
 
 
-def _checked(names: Sequence[str], colors: Sequence[Color], labels: np.ndarray, size: tuple[int, int]) -> InitialMasks:
+def _checked(
+    names: Sequence[str], colors: Sequence[Color], labels: np.ndarray, size: tuple[int, int]
+) -> dict[str, Any]:
     if len(names) > MAX_PARTS:
         raise SlimeError(f"initial_masks has {len(names)} parts; at most {MAX_PARTS} can be painted. Merge some.")
     if labels.shape != size:
         raise SlimeError(f"initial_masks is {_text(labels.shape)} but the image is {_text(size)}. Resize the masks.")
-    return InitialMasks(tuple(names), tuple(colors), labels)
+    scale = min(1.0, math.sqrt(MOST_PIXELS / labels.size))
+    width, height = (max(1, round(side * scale)) for side in reversed(size))
+    labels = np.asarray(Image.fromarray(labels).resize((width, height), Image.Resampling.NEAREST))
+    parts = [{"name": name, "color": "#" + bytes(color).hex()} for name, color in zip(names, colors, strict=True)]
+    return {"parts": parts, "width": width, "height": height, "runs": encode_runs(labels)}
 
 
 def _text(size: Sequence[int]) -> str:

@@ -20,12 +20,13 @@ from ..slime.data.file_names import (
     safe_path,
     write_table,
 )
-from ..slime.data.formats import FORMATS, png
+from ..slime.data.formats import FORMATS
 from ..slime.data.formats.base import said_of
 from ..slime.data.records import Record, record_of
-from ..slime.data.run_log import RunLog, write_whole
+from ..slime.data.run_log import RunLog
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, merge_examples
+from ..slime.files import png, write_whole
 from ..slime.images import as_rgb
 from .common import (
     FILES,

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from comfy_api.latest import io, ui
 from comfy_execution.graph_utils import ExecutionBlocker
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
+from ..slime.data.pixels import decode
 from ..slime.errors import SlimeError
 from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
@@ -121,7 +122,10 @@ def image_file(name: str) -> Path | None:
     folders = (folder_paths.get_input_directory, folder_paths.get_output_directory, folder_paths.get_temp_directory)
     if not any(path.resolve().is_relative_to(Path(folder()).resolve()) for folder in folders):
         raise SlimeError(f"The image {name} is outside ComfyUI's folders. Copy it into the folder input.")
-    return path if path.is_file() else None
+    try:
+        return path if path.is_file() else None
+    except OSError:  # a name that no file can have
+        return None
 
 
 class SLiMePartPainter(io.ComfyNode):
@@ -225,7 +229,7 @@ def _for_painter(cls: type[io.ComfyNode], pixels: Tensor, digest: str | None, in
         shown["slime_digest"] = [digest]
     if initial_masks is not None:
         size = (pixels.shape[1], pixels.shape[2])
-        shown["slime_initial_masks"] = [read_initial_masks(initial_masks, size).for_painter()]
+        shown["slime_initial_masks"] = [read_initial_masks(initial_masks, size)]
     return shown
 
 
@@ -244,11 +248,9 @@ def _resized(labels: np.ndarray, height: int, width: int) -> np.ndarray:
 def read_image(path: Path) -> torch.Tensor:
     """Read an image file as [1, H, W, 3] in [0, 1], rotated by its EXIF data as browsers do."""
     try:
-        with Image.open(path) as file:
-            pixels = np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        return torch.from_numpy(decode(path.read_bytes())).float()[None] / 255
+    except (OSError, SlimeError) as error:
         raise SlimeError(f"{path.name} cannot be read as an image ({error}). Load another one in the node.") from error
-    return torch.from_numpy(pixels).float()[None] / 255
 
 
 def _single(image: torch.Tensor) -> torch.Tensor:

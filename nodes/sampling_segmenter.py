@@ -40,7 +40,7 @@ class SamplingSegmenter:
         model, vae, clip, clip_vision: of the sockets. The VAE is needed for a vision encoder if ComfyUI has no preview
             decoder (TAESD) for the model's latents, the CLIP for embeddings in the compact form.
         embeddings: one or several.
-        min_confidence: see :class:`slime.settings.DecodeSettings`.
+        min_confidence: see :class:`slime.settings.SegmentSettings`.
 
     Raises:
         SlimeError: nothing connected fits the embeddings, another node replaced the model, or a VAE is needed.

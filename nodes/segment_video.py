@@ -20,12 +20,12 @@ import torch
 from comfy_api.latest import InputImpl, io
 from torch import Tensor
 
-from ..slime.data.run_log import replacing
-from ..slime.data.video_stream import AGAIN, LabelFrames, check_model, segment_stream
 from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
+from ..slime.files import replacing
 from ..slime.parts.draw import overlay
 from ..slime.parts.maps import PartMaps
+from ..slime.parts.video_stream import AGAIN, LabelFrames, check_model, segment_stream
 from ..slime.segment import segment
 from ..slime.settings import SegmentSettings
 from .backbones import build_backbone, clip_vision_input, model_inputs

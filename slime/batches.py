@@ -12,7 +12,6 @@ from .errors import SlimeError
 
 T = TypeVar("T")
 LARGEST_BATCH = 16
-CPU_BATCH = 1  # more is no faster on CPUs, and results do not depend on neighbours
 OUT_OF_MEMORY = getattr(torch, "OutOfMemoryError", torch.cuda.OutOfMemoryError)
 
 
@@ -41,8 +40,15 @@ def in_batches(count: int, size: int, work: Callable[[slice], T]) -> Iterator[T]
         yield result
 
 
-def batch_for(free: float, one: float) -> int:
-    """Return the batch size for ``free`` bytes when an image needs ``one``; half of the memory is left for the maps."""
+def batch_for(device: torch.device, one: float, free: float | None = None) -> int:
+    """Return the batch size on a device where an image needs ``one`` bytes; half of the memory is left for the maps.
+
+    ``free`` is the device's free memory in bytes, which CUDA tells by itself.
+    """
+    if device.type == "cpu":
+        return 1  # more is no faster, and results do not depend on neighbours
+    if free is None:
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
     return int(min(max(0.5 * free / max(one, 1.0), 1), LARGEST_BATCH))
 
 

@@ -10,7 +10,6 @@ import base64
 import json
 import os
 import re
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -27,10 +26,10 @@ from torch import Tensor
 
 from .backbones.base import halved
 from .backbones.layers import LayerChoice
-from .decoders import DECODERS, Decoder
-from .embeddings import CONCEPT, CONTEXT, LINEAR, PartEmbeddings
+from .embeddings import CONCEPT, CONTEXT, DECODERS, LINEAR, Decoder, PartEmbeddings
 from .errors import SlimeError
 from .examples import MAX_PARTS
+from .files import SCRATCH, write_whole
 from .settings import GROUPINGS, SHARED
 
 FORMAT = "slime-part-embeddings"
@@ -43,7 +42,6 @@ BODY_LIMIT = 2**20  # characters of JSON
 LAYERS_LIMIT = 512
 DTYPES = (torch.float16, torch.float32, torch.float64)
 TEXT_LIMIT = 10_000
-SCRATCH = ".slime-partial"
 ABANDONED_SECONDS = 3600.0
 _LAYER = re.compile(r"([\w.+-]{1,64}:)?[a-z_]{1,32}(\.\d{1,4}){1,3}")
 
@@ -60,8 +58,8 @@ def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], ov
     tensors = {VECTORS + name: _contiguous(vector.float()) for name, vector in embeddings.vectors.items()}
     tensors |= {CONDITION + name: halved(tensor) for name, tensor in (embeddings.condition or {}).items()}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _replace(target, save_bytes(tensors, metadata=_metadata(embeddings, brief=False)))
+        _drop_abandoned(target.parent)
+        write_whole(target, save_bytes(tensors, metadata=_metadata(embeddings, brief=False)))
     except OSError as error:
         raise SlimeError(
             f'"{target.name}" could not be written: {error.strerror or error}. Check the free space and the '
@@ -71,21 +69,12 @@ def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], ov
     return target
 
 
-def _replace(target: Path, data: bytes) -> None:
-    """Write a file under a unique temporary name, then rename it, so that no half-written file has the real name."""
-    for abandoned in target.parent.glob(f"*{SCRATCH}"):
+def _drop_abandoned(folder: Path) -> None:
+    """Delete half-written files whose process was killed."""
+    for abandoned in folder.glob(f".*{SCRATCH}"):
         with suppress(FileNotFoundError):  # another process has just finished it
-            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:  # its process was killed
+            if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
                 abandoned.unlink()
-    handle, scratch = tempfile.mkstemp(SCRATCH, dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(scratch, 0o644)  # temporary files are readable by their owner alone
-        os.replace(scratch, target)
-    except BaseException:
-        Path(scratch).unlink(missing_ok=True)
-        raise
 
 
 def load_embeddings(path: str | os.PathLike[str]) -> PartEmbeddings:
@@ -213,7 +202,7 @@ def _layer(value: Any) -> str:
 
 
 def _write_decoder(decoder: Decoder) -> dict[str, Any]:
-    return {"kind": decoder.kind} | asdict(decoder)  # type: ignore[call-overload]
+    return {"kind": decoder.kind} | asdict(decoder)
 
 
 def _read_decoder(value: dict[str, Any]) -> Decoder:
@@ -251,8 +240,11 @@ def _metadata(embeddings: PartEmbeddings, brief: bool) -> dict[str, str]:
 
 def _unpack(raw: bytes, name: str) -> PartEmbeddings:
     """Read embeddings from safetensors bytes; unknown fields are ignored."""
-    tensors, current = load_bytes(raw), "header"
-    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__", {})
+    try:
+        tensors, current = load_bytes(raw), "header"
+    except KeyError as error:  # a type of numbers that the header may name and PyTorch lacks
+        raise SlimeError(f"{name} holds numbers of the type {error}, as no SLiMe embeddings do.") from error
+    metadata = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")]).get("__metadata__") or {}
     if metadata.get("format") != FORMAT:
         raise SlimeError(f"{name} is a .safetensors file, but not one of SLiMe embeddings. Choose another file.")
     version = metadata.get("version", "")

@@ -13,13 +13,15 @@ from .backbones.base import Backbone, ExtractionSpec
 from .backbones.fused import TOGETHER
 from .backbones.layers import LayerChoice
 from .decode.linear import LinearDecoder
-from .decoders import Decoder
 from .errors import SlimeError
 from .examples import check_names
+from .paper.decoder import PaperDecoder
 from .parts.palette import Color, default_palette
 from .settings import RESOLUTION, SHARED
 
 LINEAR, CONTEXT, CONCEPT = "linear", "context", "concept"
+Decoder = LinearDecoder | PaperDecoder  # a decoder extracts what it needs in a pass, and decodes part maps from that
+DECODERS: dict[str, type[Decoder]] = {decoder.kind: decoder for decoder in (LinearDecoder, PaperDecoder)}
 
 
 @dataclass(frozen=True)

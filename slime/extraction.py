@@ -18,7 +18,7 @@ from .backbones.base import Backbone, ExtractionSpec, seeded_noise
 from .batches import in_batches
 from .embeddings import PartEmbeddings
 from .images import as_rgb, resize_image, resize_maps, working_size
-from .settings import ExtractionSettings
+from .settings import SegmentSettings
 
 CROP_OVERLAP = 0.25  # share of a crop's side that neighbours share
 
@@ -46,7 +46,7 @@ class EncodedImages:
     backbone: Backbone
     crops: dict[Crop, Tensor]
     spec: ExtractionSpec
-    settings: ExtractionSettings
+    settings: SegmentSettings
     batch: int
 
     def passes(
@@ -68,7 +68,7 @@ def encode_crops(
     backbone: Backbone,
     images: Tensor,
     embeddings: PartEmbeddings,
-    settings: ExtractionSettings,
+    settings: SegmentSettings,
     latents: Tensor | None = None,
     on_encoded: Callable[[float], None] = lambda _: None,
 ) -> EncodedImages:
@@ -164,7 +164,7 @@ def _place(maps: Tensor, crop: Crop, size: tuple[int, int]) -> Tensor:
     return canvas
 
 
-def all_crops(height: int, width: int, settings: ExtractionSettings, side: int, multiple: int) -> list[Crop]:
+def all_crops(height: int, width: int, settings: SegmentSettings, side: int, multiple: int) -> list[Crop]:
     """Return every crop of an image of this size."""
     boxes = crop_boxes(height, width, settings.tiles, CROP_OVERLAP)
     mirrored = (False, True) if settings.average_flip else (False,)

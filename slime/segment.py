@@ -25,7 +25,7 @@ from .errors import SlimeError
 from .extraction import Crop, EncodedImages, encode_crops, merge_passes
 from .images import as_rgb, check_images
 from .parts.maps import PartMaps
-from .settings import DecodeSettings, ExtractionSettings, SegmentSettings
+from .settings import SegmentSettings
 
 OnBatch = Callable[[int, int], None]
 
@@ -123,7 +123,7 @@ def extract(
     backbone: Backbone,
     images: Tensor,
     embeddings: PartEmbeddings,
-    settings: ExtractionSettings | None = None,
+    settings: SegmentSettings | None = None,
     *,
     on_batch: OnBatch | None = None,
     latents: Tensor | None = None,
@@ -131,11 +131,11 @@ def extract(
     """Run the passes of :func:`segment` and keep their features, for :func:`decode`.
 
     Close-ups are left out: they need further passes that depend on the parts. Arguments and errors are those of
-    :func:`segment`.
+    :func:`segment`; of the settings only those of the passes count.
     """
     (item,) = _checked(backbone, images, embeddings, latents)
     progress = _Progress(on_batch, 2 * len(images))
-    encoded = encode_crops(backbone, images, item, settings or ExtractionSettings(), latents, progress.add)
+    encoded = encode_crops(backbone, images, item, settings or SegmentSettings(), latents, progress.add)
 
     def run(chunk: slice) -> tuple[tuple[Crop, Any], ...]:
         passes = tuple((crop, one.to("cpu")) for crop, one in encoded.passes(chunk, [item], for_these=False))
@@ -148,7 +148,7 @@ def extract(
 def decode(
     extracted: ExtractedImages,
     embeddings: PartEmbeddings,
-    settings: DecodeSettings | None = None,
+    settings: SegmentSettings | None = None,
     device: torch.device | None = None,
 ) -> PartMaps:
     """Decode parts from features at hand, without a pass.
@@ -174,7 +174,7 @@ def decode(
         (maps,) = merge_passes(((crop, one.to(device)) for crop, one in passes), [embeddings], size)
         check_finite([maps])
         kept.append(maps.cpu())
-    return _part_maps(extracted.images, torch.cat(kept), embeddings, settings or DecodeSettings(), device, [])
+    return _part_maps(extracted.images, torch.cat(kept), embeddings, settings or SegmentSettings(), device, [])
 
 
 class _Progress:
@@ -230,7 +230,7 @@ def _maps_of(
     backbone: Backbone,
     images: Tensor,
     items: Sequence[PartEmbeddings],
-    settings: ExtractionSettings,
+    settings: SegmentSettings,
     latents: Tensor | None,
     progress: _Progress,
 ) -> list[Tensor]:
@@ -277,7 +277,7 @@ def _part_maps(
     images: Tensor,
     maps: Tensor,
     item: PartEmbeddings,
-    settings: DecodeSettings,
+    settings: SegmentSettings,
     device: torch.device,
     closeups: Sequence[Sequence[Closeup]],
 ) -> PartMaps:

@@ -11,6 +11,7 @@ RESOLUTION, LAYER = "resolution", "layer"  # how layers form feature groups
 GROUPINGS = (RESOLUTION, LAYER)
 SHARED = "shared"  # name of the vectors that all feature groups share
 REFINEMENTS = ("off", "fast", "best")
+NAMES_OF_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ViewSettings:
     official_views: ClassVar[bool] = False  # drawn as the official code draws them
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_settings(self, views=(1, 10_000), smallest_crop=(0.1, 1), rotation=(0, 180), blur=(0, 1), recolor=(0, 1))
 
 
@@ -106,8 +108,8 @@ class PaperSettings(TrainSettings):
 
 
 @dataclass(frozen=True)
-class ExtractionSettings:
-    """How features of an image are extracted.
+class SegmentSettings:
+    """How features of an image are extracted, and part maps decoded from them.
 
     Attributes:
         seed: seed of the noise; the same seed gives the same masks.
@@ -115,6 +117,11 @@ class ExtractionSettings:
         average_flip: also extract features of the mirrored image, and average the maps (twice the time).
         noise_samples: number of noise samples averaged; each costs one more pass.
         batch_size: images per pass; 0 chooses by the free memory.
+        closeups: number of objects to segment again in close-ups, 0 for none: for objects smaller in the image than
+            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.closeups`).
+        refine: "off", "fast" or "best", see :func:`slime.decode.refine.refine_maps`.
+        min_confidence: images below this :attr:`slime.parts.maps.PartMaps.confidence` get empty masks; no effect where
+            the confidence on the examples is unknown.
     """
 
     seed: int = 0
@@ -122,55 +129,30 @@ class ExtractionSettings:
     average_flip: bool = False
     noise_samples: int = 1
     batch_size: int = 0
-
-    def __post_init__(self) -> None:
-        check_settings(self, tiles=(1, 64), noise_samples=(1, 10_000), batch_size=(0, 1_000_000))
-
-
-@dataclass(frozen=True)
-class DecodeSettings:
-    """How part maps are decoded from features.
-
-    Attributes:
-        refine: "off", "fast" or "best", see :func:`slime.decode.refine.refine_maps`.
-        min_confidence: images below this :attr:`slime.parts.maps.PartMaps.confidence` get empty masks; no effect where
-            the confidence on the examples is unknown.
-    """
-
+    closeups: int = 0
     refine: str = "fast"
     min_confidence: float = 0.0
 
     def __post_init__(self) -> None:
-        check_settings(self, min_confidence=(0, 1))
+        check_settings(self, tiles=(1, 64), noise_samples=(1, 10_000), batch_size=(0, 1_000_000))
+        check_settings(self, closeups=(0, 100), min_confidence=(0, 1))
         if self.refine not in REFINEMENTS:
             raise SlimeError(f'refine is "{self.refine}"; choose one of {", ".join(REFINEMENTS)}.')
-
-
-@dataclass(frozen=True)
-class SegmentSettings(DecodeSettings, ExtractionSettings):
-    """Settings of extraction and decoding together.
-
-    Attributes:
-        closeups: number of objects to segment again in close-ups, 0 for none: for objects smaller in the image than
-            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.closeups`).
-    """
-
-    closeups: int = 0
-
-    def __post_init__(self) -> None:
-        ExtractionSettings.__post_init__(self)
-        DecodeSettings.__post_init__(self)
-        check_settings(self, closeups=(0, 100))
-
-    @property
-    def extraction(self) -> ExtractionSettings:
-        """The settings of extraction alone."""
-        return ExtractionSettings(**{name: getattr(self, name) for name in setting_names(ExtractionSettings)})
 
 
 def setting_names(kind: type[Any]) -> list[str]:
     """Return the names of the fields of a settings class."""
     return [field.name for field in fields(kind)]
+
+
+def check_types(settings: Any) -> None:
+    """Raise SlimeError for a setting that is not of the type its annotation names; a whole number is a float too."""
+    for field in fields(settings):
+        value, kinds = getattr(settings, field.name), str(field.type).split(" | ")
+        given = type(value).__name__ if value is not None else "None"
+        if given not in kinds and not (given == "int" and "float" in kinds):
+            wanted = " or ".join("empty" if kind == "None" else NAMES_OF_TYPES.get(kind, kind) for kind in kinds)
+            raise SlimeError(f"{field.name} is {value!r}; it must be {wanted}.")
 
 
 def check_settings(settings: object, **ranges: tuple[float, float]) -> None:

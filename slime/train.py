@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any, NamedTuple
 
 from .backbones.base import Backbone, BackboneInfo
-from .embeddings import PartEmbeddings
+from .embeddings import CONTEXT, LINEAR, PartEmbeddings
 from .errors import SlimeError
 from .examples import Example, common_names
-from .paper.train import TRAINER as PAPER
-from .settings import TrainSettings, setting_names
-from .training.instant import TRAINER as INSTANT
+from .paper.train import train_paper
+from .settings import InstantSettings, PaperSettings, TrainSettings, setting_names
+from .training.instant import train_instant
 from .training.progress import OnStep, StepReport
 
-__all__ = ["TRAINERS", "OnStep", "StepReport", "preset", "train"]
+__all__ = ["TRAINERS", "OnStep", "StepReport", "Trainer", "preset", "train"]
 
-# A new trainer is one file with a Trainer in it, and its name here.
-TRAINERS = {trainer.name: trainer for trainer in (INSTANT, PAPER)}
+
+class Trainer(NamedTuple):
+    """A way to learn part embeddings.
+
+    Attributes:
+        settings: its settings class; an instance without arguments is the preset.
+        mode: of the embeddings it learns, see :class:`slime.PartEmbeddings`.
+        train: takes backbone, checked examples, settings, init_embeddings, validation examples and on_step.
+    """
+
+    settings: type[TrainSettings]
+    mode: str
+    train: Callable[
+        [Backbone, Sequence[Example], Any, PartEmbeddings | None, Sequence[Example], OnStep], PartEmbeddings
+    ]
+
+
+TRAINERS = {
+    "instant": Trainer(InstantSettings, LINEAR, train_instant),
+    "paper": Trainer(PaperSettings, CONTEXT, train_paper),
+}
 
 
 def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> TrainSettings:
@@ -29,8 +49,8 @@ def preset(name: str, info: BackboneInfo | None = None, **changes: object) -> Tr
     if name not in TRAINERS:
         raise SlimeError(f'Unknown preset "{name}"; choose one of {", ".join(TRAINERS)}.')
     settings: TrainSettings = TRAINERS[name].settings()
-    if info is not None and name == INSTANT.name:
-        settings = info.instant
+    if info is not None and name == "instant":
+        settings = replace(settings, views=info.views)
     known = setting_names(type(settings))
     unknown = sorted(set(changes) - set(known))
     if unknown:
@@ -63,7 +83,7 @@ def train(
         SlimeError: no examples, differing names, ``init_embeddings`` of other parts or another model, or what the
             trainer itself refuses.
     """
-    settings = settings or backbone.info.instant
+    settings = settings or preset("instant", backbone.info)
     trainer = next((one for one in TRAINERS.values() if type(settings) is one.settings), None)
     if trainer is None:
         raise SlimeError(f"There is no trainer for {type(settings).__name__}; use settings of {', '.join(TRAINERS)}.")

@@ -108,7 +108,7 @@ class Canvas:
         raise AssertionError("nothing ran")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its event loop must not run in other modules' tests
 def chromium() -> Iterator[Any]:
     playwright = pytest.importorskip("playwright.sync_api")
     with playwright.sync_playwright() as started:
@@ -117,7 +117,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.fixture(scope="session", params=MODES)
+@pytest.fixture(scope="module", params=MODES)
 def canvas(request: Any, chromium: Any, server: Any) -> Iterator[Canvas]:
     for name, value in {
         "Comfy.TutorialCompleted": True,

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.random_models import LAYOUTS, comfy_patcher, unet_config
 from slime.backbones.hf_vit import TransformersVision
 from testing.inprocess import import_comfyui, load_extension
 from testing.tiny.diffusers import convert_unet
+
+from .random_models import LAYOUTS, comfy_patcher, unet_config
 
 __all__ = ["LAYOUTS", "comfy_patcher", "diffusers_unet"]
 

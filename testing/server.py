@@ -96,7 +96,11 @@ class ComfyServer:
             self._process = subprocess.Popen(
                 command, cwd=self.comfyui, env=environment, stdout=log, stderr=subprocess.STDOUT
             )
-        self._wait_until_up()
+        try:
+            self._wait_until_up()
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,6 @@ from slime.backbones.layers import Layer, LayerChoice
 from slime.backbones.sd_unet import Family, SDUNet
 from slime.backbones.text import Capture, Context
 from slime.parts.metrics import evaluate
-from slime.settings import InstantSettings
 
 DIM, HEADS, HEAD_DIM = 12, 2, 6
 LAYERS = (Layer("output.3.0", 4), Layer("output.6.0", 2), Layer("output.9.0", 1))
@@ -93,7 +92,7 @@ class ColorAndPlace:
     Similar cells attend to each other.
     """
 
-    info = BackboneInfo("color-and-place", 96, CELL, CELL, channels=3, instant=InstantSettings(views=4))
+    info = BackboneInfo("color-and-place", 96, CELL, CELL, channels=3, views=4)
     device = torch.device("cpu")
     layers = (Layer("color.0", 1), Layer("place.0", 2))
 

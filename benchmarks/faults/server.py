@@ -23,7 +23,7 @@ from torch import Tensor
 
 from demo.run import put_example, put_image
 from slime import load_embeddings, save_embeddings
-from slime.embedding_files import SCRATCH
+from slime.files import SCRATCH
 from slime.parts.palette import default_palette
 from testing import scenes, splits
 from testing.server import MODEL, ComfyServer, WorkflowFailed
@@ -283,7 +283,7 @@ def kills(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:
                     break
             killer.join()
         trials.count += 1
-        for scratch in saved.glob(f"*{SCRATCH}"):
+        for scratch in saved.glob(f".*{SCRATCH}"):
             scratch.unlink()
             left += 1
         found = all_vectors(load_embeddings(target))

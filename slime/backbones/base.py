@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from ..settings import RESOLUTION, InstantSettings
+from ..settings import RESOLUTION
 from .attention import Attention
 from .layers import Layer, LayerChoice, select_layers
 
@@ -25,7 +25,7 @@ class BackboneInfo:
         multiple: sides of images must be multiples of this many pixels.
         channels: channels of encoded images.
         timestep: noise level of the features.
-        instant: default settings of the instant trainer.
+        views: of the examples for the instant trainer, by default.
         grouping: how layers form feature groups by default, see :class:`ExtractionSpec`.
     """
 
@@ -35,7 +35,7 @@ class BackboneInfo:
     multiple: int
     channels: int
     timestep: int = 0
-    instant: InstantSettings = field(default_factory=InstantSettings)
+    views: int = 24
     grouping: str = RESOLUTION
 
 

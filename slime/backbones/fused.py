@@ -66,7 +66,7 @@ class FusedBackbone:
             math.lcm(*(info.multiple for info in infos)),
             ends[-1],
             first.timestep,
-            first.instant,
+            first.views,
             first.grouping,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batches import CPU_BATCH, batch_for
+from ..batches import batch_for
 from ..errors import SlimeError
 from .attention import Attention, attend
 from .base import EndOfPass
@@ -117,12 +117,8 @@ class DiffusersUNet(SDUNet):
         return abar.sqrt() * output + (1 - abar).sqrt() * noisy.to(self.device)
 
     def fitting_batch(self, size: tuple[int, int]) -> int:
-        if self.device.type != "cuda":
-            return CPU_BATCH
-        free, _ = torch.cuda.mem_get_info(self.device)
         # An upper estimate of a UNet's activations: 1 KB per latent pixel and base channel.
-        one = size[0] * size[1] * self.unet.config.block_out_channels[0] * 1024
-        return batch_for(float(free), float(one))
+        return batch_for(self.device, size[0] * size[1] * self.unet.config.block_out_channels[0] * 1024)
 
     @contextmanager
     def differentiable(self, checkpointing: bool) -> Iterator[None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..errors import SlimeError
@@ -40,6 +39,3 @@ class TransformersVision(VisionTransformer):
 
     def run(self, pixels: Tensor) -> None:
         self.module(pixels.to(next(self.module.parameters()).dtype), **self._options)
-
-    def available_bytes(self) -> float:
-        return float(torch.cuda.mem_get_info(self.device)[0]) if self.device.type == "cuda" else 0.0

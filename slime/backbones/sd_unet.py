@@ -11,8 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from ..errors import SlimeError
 from ..images import resize_maps
-from ..settings import LAYER, SHARED, InstantSettings
+from ..settings import LAYER, SHARED
 from .attention import cross_scores, score_features
 from .base import BackboneInfo, ExtractionSpec, Features, PartLogits, halved
 from .layers import Layer, LayerChoice, select_layers
@@ -44,7 +43,7 @@ class Family:
         side: pixels of the square whose area it works on.
         cross, self_: layer patterns; empty for the automatic rule.
         timestep: noise level of the features.
-        instant: default settings of the instant trainer.
+        views: of the examples for the instant trainer, by default.
     """
 
     name: str
@@ -53,12 +52,7 @@ class Family:
     cross: str = ""
     self_: str = ""
     timestep: int = 100
-    instant: InstantSettings = field(default_factory=InstantSettings)
-
-    @classmethod
-    def of(cls, fields: Mapping[str, Any]) -> Family:
-        """Make a family from plain values, which an unknown model may bring along; ``instant`` is a dictionary."""
-        return cls(**{**fields, "instant": InstantSettings(**fields.get("instant", {}))})
+    views: int = 24
 
 
 # The paper's layers (diffusers' up_blocks[1..2] and [3]); SDXL by resolution: its up_blocks[1] is the 64x64 level.
@@ -67,7 +61,7 @@ FAMILIES = (
     Family("sd2", 1024, 512, PAPER_CROSS, PAPER_SELF),
     Family("sd2-768", 1024, 768, PAPER_CROSS, PAPER_SELF),
     # Features of one SDXL view take 40 MB: fewer views than elsewhere.
-    Family("sdxl", 2048, 1024, "output.0-5", "output.3-5", instant=InstantSettings(views=16)),
+    Family("sdxl", 2048, 1024, "output.0-5", "output.3-5", views=16),
 )
 
 
@@ -121,7 +115,7 @@ class SDUNet:
             multiple,
             channels,
             family.timestep,
-            family.instant,
+            family.views,
         )
 
     @property

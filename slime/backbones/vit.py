@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..batches import CPU_BATCH, batch_for, check_finite
+from ..batches import batch_for, check_finite
 from ..errors import SlimeError
 from ..images import working_size
 from ..settings import LAYER
@@ -68,7 +68,7 @@ class PixelEncoder:
 
 
 class VisionTransformer(PixelEncoder):
-    """Base class of vision transformer adapters. A subclass adds :meth:`run` and :meth:`available_bytes`.
+    """Base class of vision transformer adapters. A subclass adds :meth:`run`.
 
     Args:
         module: the model; its blocks, queries and keys are found by name.
@@ -100,10 +100,6 @@ class VisionTransformer(PixelEncoder):
 
     def run(self, pixels: Tensor) -> None:
         """Run the model over normalised pixels [B, 3, H, W], sides multiples of the patch."""
-        raise NotImplementedError
-
-    def available_bytes(self) -> float:
-        """Return the free bytes of a device that is not the CPU."""
         raise NotImplementedError
 
     def default_layers(self) -> LayerChoice:
@@ -167,10 +163,13 @@ class VisionTransformer(PixelEncoder):
     def cache_key(self) -> tuple[object, Hashable] | None:
         return None
 
+    def free_memory(self) -> float | None:
+        """Return the free bytes of the device; None where CUDA tells them."""
+        return None
+
     def fitting_batch(self, size: tuple[int, int]) -> int:
-        if self.device.type == "cpu":
-            return CPU_BATCH
-        return batch_for(self.available_bytes(), float(BYTES * self.width * self.tokens_per_side**2))
+        del size
+        return batch_for(self.device, BYTES * self.width * self.tokens_per_side**2, self.free_memory())
 
     @contextmanager
     def _recording(self, recorder: _Recorder) -> Iterator[None]:

@@ -29,6 +29,7 @@ from .. import PartEmbeddings, Segmenter, SegmentSettings, load_embeddings, pres
 from ..backbones.load import fingerprint, load_model
 from ..edit import describe
 from ..errors import SlimeError
+from ..files import write_whole
 from ..parts.metrics import EvaluationCounts, boundary_f, mean_known
 from ..settings import REFINEMENTS
 from .annotations import read_annotations, read_examples
@@ -38,7 +39,7 @@ from .formats.base import said_of
 from .pixels import decode
 from .review import least_confident, review_page
 from .run import Engine, segment_images
-from .run_log import RunLog, write_whole
+from .run_log import RunLog
 from .sources import STREAMED, SourceImage, source_images, source_names
 
 
@@ -207,8 +208,9 @@ def _tell_skipped(options: argparse.Namespace, annotated: AnnotatedSet) -> None:
 
 
 def _value(text: str) -> Any:
+    words = {"True": True, "False": False, "None": None}  # as Python has them, and JSON in small letters
     try:
-        return json.loads(text)
+        return words[text] if text in words else json.loads(text)
     except json.JSONDecodeError:
         return text
 
@@ -248,7 +250,7 @@ def _segment(options: argparse.Namespace) -> None:
     file_names = FileNames(names, {name: safe_path(name) for name in run_log.done} | before)
     write_table(options.output, changed_names(names, file_names, parts))
     outputs = [FORMATS[name](options.output, embeddings, version, file_names) for name in options.format]
-    engine = Engine(_segmenter(options, embeddings), options.batch)
+    engine = Engine(_segmenter(options, embeddings))
     source: Iterable[SourceImage] = source_images(options.input, options.shard, options.limit, options.output)
     if Path(options.input).suffix.lower() not in STREAMED:
         source = list(source)
@@ -342,7 +344,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             sys.stderr.write(f"slime: {len(without)} images ({without[0]} ...) have no labels, and count as empty.\n")
     else:
         embeddings = load_embeddings(options.embeddings)
-        names, engine = embeddings.names, Engine(_segmenter(options, embeddings), options.batch)
+        names, engine = embeddings.names, Engine(_segmenter(options, embeddings))
         truth = read_annotations(options.ground_truth, names, required=False)
     counts = EvaluationCounts(len(names) + 1)
     boundary = list[float]()
@@ -351,7 +353,7 @@ def _evaluate(options: argparse.Namespace) -> None:
             try:
                 labels = image.labels()
                 if not options.labels:
-                    prediction = engine.segment([engine.prepare(image.name, image.pixels())])[0]().labels
+                    prediction = engine.segment([engine.prepare(image.name, image.pixels())])[0]()[1]
                 elif image.name in label_maps:
                     prediction = label_maps[image.name]()
                 else:

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 
 from ..errors import SlimeError
+from ..files import write_whole
 from .pixels import SUFFIXES
-from .run_log import write_whole
 
 TABLE = "file_names.csv"
 EMPTY: Mapping[str, str] = {}

@@ -14,6 +14,7 @@ from ..backbones.load import load_model
 from ..errors import SlimeError
 from .formats import table
 from .pixels import SUFFIXES
+from .records import Record
 from .run import Engine, Loaded
 
 NAME, BYTES = "path", "bytes"  # columns, as Ray's reader of files calls them
@@ -30,7 +31,7 @@ class SegmentActor:
     """
 
     def __init__(self, model: Sequence[str], embeddings: PartEmbeddings, settings: SegmentSettings) -> None:
-        self.engine = Engine(Segmenter(load_model(*model), embeddings, settings), settings.batch_size)
+        self.engine = Engine(Segmenter(load_model(*model), embeddings, settings))
         self.names = embeddings.names
 
     def __call__(self, rows: Any) -> Any:
@@ -44,19 +45,18 @@ class SegmentActor:
                 errors.append((name, str(error)))
                 continue
             buckets.setdefault(loaded.size, []).append(loaded)
-        records = []
+        records: list[Record] = []
         for size, bucket in buckets.items():
             count = self.engine.batch(size)
             for start in range(0, len(bucket), count):
-                for one in self._segment(bucket[start : start + count], errors):
-                    records.append(one().record)
+                records += self._segment(bucket[start : start + count], errors)
         found = table(records, self.names, errors)
         return found.rename_columns([NAME if column == "image" else column for column in found.column_names])
 
-    def _segment(self, batch: list[Loaded], errors: list[tuple[str, str]]) -> Sequence[Any]:
+    def _segment(self, batch: list[Loaded], errors: list[tuple[str, str]]) -> list[Record]:
         """Segment images; one that fails does not lose the others."""
         try:
-            return self.engine.segment(batch)
+            return [finish()[0] for finish in self.engine.segment(batch)]
         except SlimeError as error:
             if len(batch) > 1:
                 return [found for one in batch for found in self._segment([one], errors)]

@@ -46,26 +46,17 @@ class Loaded:
         return torch.from_numpy(self.pixels).float().div_(255)
 
 
-@dataclass(frozen=True)
-class SegmentedImage:
-    """A segmented image: its record, and its label map uint8 [H, W]."""
-
-    record: Record
-    labels: np.ndarray
-
-
 class Engine:
     """A segmenter for images of any size: those of one working size share a pass.
 
     Args:
         segmenter: with settings that look at whole images; closeups and tiles are refused.
-        batch: images of one pass; 0 asks the backbone.
     """
 
-    def __init__(self, segmenter: Segmenter, batch: int = 0) -> None:
+    def __init__(self, segmenter: Segmenter) -> None:
         if segmenter.settings.closeups or segmenter.settings.tiles > 1:
             raise SlimeError("closeups and tiles are not for large sets: segment such images with slime.segment.")
-        self.segmenter, self._batch = segmenter, batch
+        self.segmenter = segmenter
 
     def load(self, name: str, data: bytes) -> Loaded:
         """Decode an image; raise SlimeError for bytes that are none."""
@@ -81,21 +72,25 @@ class Engine:
 
     def batch(self, size: tuple[int, ...]) -> int:
         """Return how many images of a working size share a pass."""
-        cell = self.segmenter.backbone.info.cell
-        return self._batch or self.segmenter.backbone.fitting_batch((size[0] // cell, size[1] // cell))
+        backbone = self.segmenter.backbone
+        cells = (size[0] // backbone.info.cell, size[1] // backbone.info.cell)
+        return self.segmenter.settings.batch_size or backbone.fitting_batch(cells)
 
     @torch.inference_mode()
-    def segment(self, loaded: list[Loaded]) -> list[Callable[[], SegmentedImage]]:
-        """Run one pass over images of one working size; the callables finish them at full size, in any thread."""
+    def segment(self, loaded: list[Loaded]) -> list[Callable[[], tuple[Record, np.ndarray]]]:
+        """Run one pass over images of one working size.
+
+        The callables finish them at full size, in any thread: a record, and a label map uint8 [H, W].
+        """
         maps = self.segmenter(torch.stack([image.small for image in loaded]))
         source = maps.source
         assert isinstance(source, LazyMaps)
 
-        def finish(index: int) -> SegmentedImage:
+        def finish(index: int) -> tuple[Record, np.ndarray]:
             with torch.inference_mode():
                 labels = source.for_image(index, loaded[index].image()).labels(slice(0, 1))[0].numpy()
             confidence = float(maps.confidence[index])
-            return SegmentedImage(record_of(loaded[index].name, labels, source.maps[index], confidence), labels)
+            return record_of(loaded[index].name, labels, source.maps[index], confidence), labels
 
         return [partial(finish, index) for index in range(len(loaded))]
 
@@ -181,11 +176,11 @@ class _Run:
         self.written.append([(image.name, self.writers.submit(self.write, finish)) for image, finish in pairs])
         self.settle(HELD)
 
-    def write(self, finish: Callable[[], SegmentedImage]) -> Record:
-        segmented = finish()
+    def write(self, finish: Callable[[], tuple[Record, np.ndarray]]) -> Record:
+        record, labels = finish()
         for output in self.outputs:
-            output.write(segmented.record, segmented.labels)
-        return segmented.record
+            output.write(record, labels)
+        return record
 
     def settle(self, keep: int) -> None:
         """Wait for written batches until at most ``keep`` are left, and log them."""

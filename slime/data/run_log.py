@@ -9,12 +9,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from ..errors import SlimeError
+from ..files import write_whole
 from .records import Record
 
 RECORDS, ERRORS, MANIFEST = "records", "errors", "manifest"
@@ -103,25 +103,6 @@ class RunLog:
         data = json.dumps(manifest, indent=2, ensure_ascii=False).encode()
         write_whole(self.folder / f"{MANIFEST}{self._suffix}.json", data)
         return manifest
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that appears completely or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        partial.write_bytes(data)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Provide a temporary path beside ``path`` that no other process uses, and rename it in the end; on an error the
-    temporary file is deleted and ``path`` left as it was."""
-    partial = path.with_name(f".{path.name}.{uuid4().hex}")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _append(file: Path, text: str) -> None:

@@ -49,6 +49,8 @@ def mask_of_coco(code: str, height: int, width: int) -> np.ndarray:
             digit = ord(code[place]) - 48
             value, more = value | (digit & 31) << shift, bool(digit & 32)
             place, shift = place + 1, shift + 5
+            if shift > 35:
+                raise ValueError(f"its run lengths do not fit {height} x {width} pixels")
             if not more and digit & 16:
                 value -= 1 << shift
         runs.append(value + (runs[-2] if len(runs) > 2 else 0))

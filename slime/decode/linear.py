@@ -27,6 +27,8 @@ PROPAGATED_SHARE = 0.5  # of the propagated (WAS) maps in the result
 class LinearDecoder:
     """Decoder of part vectors that are weights of a linear probe.
 
+    ``kind`` is stored in embeddings files.
+
     Attributes:
         temperature: softmax temperature that calibrates the final probabilities; it moves no border, see
             :func:`calibrating_temperature`.
@@ -44,13 +46,17 @@ class LinearDecoder:
         noise: Tensor,
         embeddings: Sequence[PartEmbeddings] | None,
     ) -> Features | PartLogits:
-        """Run one pass: logits of these embeddings where the backbone can compute them, else features for any."""
+        """Run one pass over encoded images: logits of these embeddings where the backbone can compute them, else
+        features for any of the same spec."""
         if embeddings is None or not isinstance(backbone, ScoresParts):
             return backbone.extract(encoded, spec, noise)
         return backbone.score_parts(encoded, spec, noise, [item.offsets() for item in embeddings])
 
     def decode(self, extracted: Features | PartLogits, embeddings: PartEmbeddings, index: int) -> Tensor:
-        """Return part probabilities [B, K, h, w] that sum to 1 over K; ``index`` is the place among the embeddings."""
+        """Return part probabilities [B, K, h, w] that sum to 1 over K.
+
+        The embeddings are number ``index`` of those given to :meth:`extract`.
+        """
         if isinstance(extracted, Features):
             return decode_features(extracted, embeddings.offsets())
         propagated = extracted.propagated[index] if extracted.propagated else None

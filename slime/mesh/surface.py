@@ -70,6 +70,11 @@ class Surface:
             raise SlimeError(
                 f"The faces refer to vertices {low} to {high}, but there are {len(vertices)}. Export it again."
             )
+        if uvs is not None and uvs.shape != (len(vertices), 2):
+            raise SlimeError(
+                f"The mesh has texture coordinates of the shape {list(uvs.shape)} for {len(vertices)} vertices. "
+                "Export it again."
+            )
         used = vertices[faces.unique()]  # others may be anywhere
         if not bool(used.isfinite().all()):
             raise SlimeError("The mesh has NaN or infinite vertices. Repair it first.")

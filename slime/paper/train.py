@@ -26,8 +26,7 @@ from ..settings import RESOLUTION, SHARED, PaperSettings
 from ..training.losses import weighted_cross_entropy
 from ..training.probe import with_probed_layers
 from ..training.progress import OnStep, StepReport
-from ..training.registry import Trainer
-from ..training.views import EncodedView, encode_all, encode_views, view_count
+from ..training.views import EncodedView, encode_views, view_count
 from .decoder import PaperDecoder, official_maps, token_maps
 from .losses import class_weights, sd_loss
 
@@ -303,15 +302,18 @@ def official_iou(capture: Capture, labels: Tensor) -> Tensor:
 def _make_pool(
     denoiser: TextConditioned, examples: Sequence[Example], settings: PaperSettings, on_step: OnStep
 ) -> list[_PoolEntry]:
-    """Encode the views, and draw their noise and timesteps; predict them without condition."""
+    """Encode the views, and draw their noise and timesteps; predict them without condition.
+
+    All are encoded before any pass: on a small card the VAE and the UNet take turns in memory.
+    """
     low, high = NOISE_RANGE
     empty = denoiser.encode_prompt("").to(denoiser.device)
     count = min(view_count(examples, settings), settings.steps)
-
-    def on_view(done: int, total: int, preview: tuple[Tensor, Tensor] | None) -> None:
-        on_step(StepReport("views", done, total, preview=preview))
-
-    views = encode_all(denoiser, examples, settings, range(count), on_view)
+    views: list[EncodedView] = []
+    for view in encode_views(denoiser, examples, settings, range(count)):
+        views.append(view)
+        preview = (view.image(), view.labels) if len(views) == 1 else None
+        on_step(StepReport("views", len(views), count, preview=preview))
     pool = []
     for index, view in enumerate(views):
         entry = _entry(denoiser, view, settings.seed + index, view.rng.randint(low, high))
@@ -327,6 +329,3 @@ def _entry(denoiser: TextConditioned, view: EncodedView, seed: int, timestep: in
     noise = seeded_noise(view.latents.shape, seed, denoiser.device)
     labels = view.labels[None].to(denoiser.device)
     return _PoolEntry(view.latents, noise, timestep, labels, view.image)
-
-
-TRAINER = Trainer("paper", PaperSettings, CONTEXT, train_paper)

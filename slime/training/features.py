@@ -21,8 +21,7 @@ from .progress import OnStep, StepReport
 from .views import (
     VIEW_BATCH,
     EncodedView,
-    OnView,
-    encode_all,
+    encode_views,
     resize_labels,
     view_labels,
     view_place,
@@ -133,9 +132,10 @@ class ViewFeatures:
         for strength, wanted in groupby(new, key=lambda view: view[1]):
             settings = replace(self._settings, recolor=strength)
             numbers = [number for number, _ in wanted]
-            on_view = self._on_view(len(encoded))
-            views = encode_all(self._backbone, self._examples, settings, numbers, on_view, plain)
-            encoded += [((view.number, strength), view) for view in views]
+            for view in encode_views(self._backbone, self._examples, settings, numbers, plain):
+                encoded.append(((view.number, strength), view))
+                first = len(encoded) == 1 and not self._views
+                self._report("views", len(encoded), (view.image(), view.labels) if first else None)
         done = 0
         for features in self._passes([view for _, view in encoded]):
             size = len(next(iter(features.groups.values())))
@@ -147,12 +147,6 @@ class ViewFeatures:
             done += size
             self._report("features", done)
         self._done += len(new)
-
-    def _on_view(self, before: int) -> OnView:
-        def on_view(done: int, _: int, preview: tuple[Tensor, Tensor] | None) -> None:
-            self._report("views", before + done, None if before or self._views else preview)
-
-        return on_view
 
     def _report(self, stage: str, done: int, preview: tuple[Tensor, Tensor] | None = None) -> None:
         step = self._done + done

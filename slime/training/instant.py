@@ -18,7 +18,6 @@ from .features import ViewFeatures
 from .fit import fit_vectors
 from .probe import with_probed_layers
 from .progress import OnStep, StepReport
-from .registry import Trainer
 from .views import VIEW_BATCH, view_count
 
 
@@ -115,6 +114,3 @@ def _initial_vectors(vectors: Mapping[str, Tensor], widths: Mapping[str, int]) -
             own = torch.stack(alike).mean(0) if alike else torch.zeros(len(next(iter(vectors.values()))), width)
         initial[group] = own
     return initial
-
-
-TRAINER = Trainer("instant", InstantSettings, LINEAR, train_instant)

@@ -21,7 +21,6 @@ from ..settings import ViewSettings
 from .augment import augmented_image, augmented_labels
 
 VIEW_BATCH = 4
-OnView = Callable[[int, int, tuple[Tensor, Tensor] | None], None]
 
 
 def view_count(examples: Sequence[Example], settings: ViewSettings) -> int:
@@ -123,25 +122,6 @@ def encode_views(
             for view, latent in zip(views, latents, strict=True):
                 index = next(numbers)
                 yield EncodedView(latent[None], view.labels, size, view.rng, partial(_image, make, index), index)
-
-
-def encode_all(
-    backbone: Backbone,
-    examples: Sequence[Example],
-    settings: ViewSettings,
-    wanted: Sequence[int],
-    on_view: OnView,
-    plain: int = 0,
-) -> list[EncodedView]:
-    """Encode all views before any pass: on a small card the VAE and the UNet take turns in memory.
-
-    ``on_view`` is called after every view with the number done, the total, and for the first view its image and labels.
-    """
-    views: list[EncodedView] = []
-    for view in encode_views(backbone, examples, settings, wanted, plain):
-        views.append(view)
-        on_view(len(views), len(wanted), (view.image(), view.labels) if len(views) == 1 else None)
-    return views
 
 
 def _image(make: Callable[[int], AugmentedView], index: int) -> Tensor:

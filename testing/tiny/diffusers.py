@@ -90,4 +90,4 @@ def load_tiny(checkpoint: Path, tokenizer_folder: Path | None = None) -> Diffuse
     text.load_state_dict(part("cond_stage_model.transformer."), strict=False)
     tokenizer = EmptyText(END) if tokenizer_folder is None else CLIPTokenizer.from_pretrained(str(tokenizer_folder))
     kind = schedule("v_prediction")
-    return DiffusersUNet(unet, vae.eval(), [tokenizer], [text.eval()], kind, Family.of(SLIME_FAMILY))
+    return DiffusersUNet(unet, vae.eval(), [tokenizer], [text.eval()], kind, Family(**dict[str, Any](SLIME_FAMILY)))

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.random_models import FLOWS, flow_patcher, flow_text
 from slime import PartEmbeddings, SlimeError, decode, extract, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones.base import ExtractionSpec
 from slime.backbones.layers import LayerChoice
+from testing.random_models import FLOWS, flow_patcher, flow_text
 from testing.toy import toy_example
 
 ROTATED = ("flux", "flux2", "chroma", "qwen-image")  # places enter the queries and keys alone
@@ -174,15 +174,14 @@ def test_what_is_published_is_read(extension) -> None:
     flow = importlib.import_module("slime_extension.nodes.comfy_flow")
     by_name = {family.name: family for family in flow.FAMILIES}
     patcher = flow_patcher("sd3")
-    own = {"name": "own", "base": (), "read": ("joint.1",), "propagate": ("joint.2",), "side": 64}
-    own["instant"] = {"views": 3}
+    own = {"name": "own", "base": (), "read": ("joint.1",), "propagate": ("joint.2",), "side": 64, "views": 3}
     type(patcher.model.model_config).slime_flow = own
     try:
         backbone = flow.ComfyFlow(patcher)
     finally:
         del type(patcher.model.model_config).slime_flow
     assert backbone.default_layers() == LayerChoice(("joint.1",), ("joint.2",))
-    assert backbone.info.side == 64 and backbone.info.instant.views == 3 and backbone.info.id == "own-256x4-plain"
+    assert backbone.info.side == 64 and backbone.info.views == 3 and backbone.info.id == "own-256x4-plain"
     assert by_name["flux"].read == ("single.9",) and by_name["sd3"].noise == 500
     assert flow.ComfyFlow(patcher).default_layers() == LayerChoice((), ())  # it has no block 9
 

@@ -75,6 +75,23 @@ def test_an_image_of_the_input_folder_is_read_and_watched(painter, labels, tmp_p
         node.execute(text)
 
 
+def test_files_of_any_kind_are_read_or_refused(painter, labels, tmp_path) -> None:
+    ramp = np.linspace(0, 65535, 40 * 60).reshape(40, 60)
+    Image.fromarray(ramp.astype(np.uint16)).save(tmp_path / "deep.png")
+    whole = (tmp_path / "deep.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole.replace(b"IDAT", b"I?AT"))
+
+    def paint(name: str) -> torch.Tensor:
+        file = {"name": name, "subfolder": "", "type": "input"}
+        return painter.SLiMePartPainter.execute(painting(labels, image=file)).args[1]
+
+    assert torch.allclose(paint("deep.png")[0, ..., 0], torch.from_numpy(ramp / 65535).float(), atol=0.01)
+    with pytest.raises(SlimeError, match="cannot be read as an image"):
+        paint("broken.png")
+    with pytest.raises(SlimeError, match="no longer exists"):
+        paint("x" * 300 + ".png")
+
+
 def test_nothing_painted_shows_the_image_and_blocks_what_follows(painter) -> None:
     for text in ("", painting(np.zeros((4, 4), int))):
         output = painter.SLiMePartPainter.execute(text, torch.rand(1, 32, 32, 3))

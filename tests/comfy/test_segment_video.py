@@ -16,9 +16,9 @@ import torch
 from PIL import Image
 
 from slime import SlimeError
-from slime.data.video_stream import LabelFrames, segment_stream
 from slime.parts.maps import DenseMaps, HardMaps, PartMaps
 from slime.parts.palette import default_palette
+from slime.parts.video_stream import LabelFrames, segment_stream
 
 COUNT = 9
 
@@ -234,7 +234,7 @@ class Cancelled(BaseException):
 
 @pytest.mark.parametrize("strength", [0.0, 0.7])
 def test_a_cancelled_stream_goes_on_as_if_nothing_had_been(tmp_path, strength, monkeypatch) -> None:
-    monkeypatch.setattr("slime.data.video_stream.CHUNK_VALUES", 4 * 48 * 64 * 3)
+    monkeypatch.setattr("slime.parts.video_stream.CHUNK_VALUES", 4 * 48 * 64 * 3)
     frames = [torch.from_numpy(frame_of(number // 4)).float() / 255 for number in range(24)]
     frames = [frame + (number % 3 > 0) / 255 for number, frame in enumerate(frames)]
     whole, part = (LabelFrames.create(tmp_path / name, ["square"], default_palette(1)) for name in ("a", "b"))
@@ -275,8 +275,14 @@ def test_label_frames_know_their_parts_their_video_and_their_end(tmp_path) -> No
     Image.new("RGB", (4, 4)).save(frames.path(0))
     with pytest.raises(SlimeError, match="is not a label map of these 1 parts"):
         frames.read(0)
-    with pytest.raises(SlimeError, match="no label frames"):
-        LabelFrames.open(tmp_path)
+    for damage in (
+        '{"frames": 1}',
+        '{"names": ["a"], "palette": [["x", 0, 0]], "video": "", "frames": 1, "remark": ""}',
+        '{"names": ["a"], "palette": [[1, 0, 0]], "video": "", "frames": Infinity, "remark": ""}',
+    ):
+        (tmp_path / "parts.json").write_text(damage)
+        with pytest.raises(SlimeError, match="no label frames"):
+            LabelFrames.open(tmp_path)
 
 
 def test_frames_of_another_model_are_not_mixed(tmp_path) -> None:

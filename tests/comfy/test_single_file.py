@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks import random_models
 from slime.backbones.base import ExtractionSpec, seeded_noise
 from slime.backbones.single_file import (
     ACROSS,
@@ -30,6 +29,7 @@ from slime.backbones.single_file import (
     standard_weights,
 )
 from slime.errors import SlimeError
+from testing import random_models
 from testing.inprocess import import_comfyui
 
 pytestmark = pytest.mark.long

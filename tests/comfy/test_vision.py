@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.random_models import randomise
 from slime import (
     SegmentSettings,
     SlimeError,
@@ -31,6 +30,7 @@ from slime.training import probe
 from testing.inprocess import NAME, load_backbone
 from testing.models import SIZES, comfy_vision, small_encoder, transformers_model
 from testing.nodes import train_settings
+from testing.random_models import randomise
 from testing.server import MODEL
 from testing.toy import ToyUNet, toy_example, toy_score
 

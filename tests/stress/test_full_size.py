@@ -11,12 +11,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.random_models import VAE, random_dinov2, random_state, random_weight, unet_config
 from slime import SlimeError, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones.base import ExtractionSpec, seeded_noise
 from slime.backbones.load import load_model
 from testing import splits
 from testing.models import comfy_patcher
+from testing.random_models import VAE, random_dinov2, random_state, random_weight, unet_config
 from testing.toy import all_vectors
 
 pytestmark = pytest.mark.slow

@@ -26,8 +26,7 @@ from slime import (
 from slime.backbones.base import choose_layers
 from slime.backbones.fused import FusedBackbone
 from slime.settings import InstantSettings, TrainSettings
-from slime.train import TRAINERS
-from slime.training.registry import Trainer
+from slime.train import TRAINERS, Trainer
 from testing.code import imported, sources
 from testing.toy import CELL, ColorAndPlace, ToyUNet, toy_example, toy_score
 
@@ -49,7 +48,7 @@ def test_a_backbone_nobody_knows_does_it_all(tmp_path) -> None:
     features = extract(backbone, images, loaded)
     torch.testing.assert_close(decode(features, embeddings).probabilities, expected.probabilities, rtol=1e-4, atol=1e-5)
     assert segment(backbone, images, loaded, SegmentSettings(closeups=1))[0].probabilities.shape == (5, 3, 128, 128)
-    auto = replace(backbone.info.instant, read_layers="auto", propagate_layers="auto")
+    auto = replace(preset("instant", backbone.info), read_layers="auto", propagate_layers="auto")
     probed = train(backbone, [example], auto)
     assert "color.0" in probed.layers.read and toy_score(probed, backbone) > 0.8
     assert toy_score(train(backbone, [example], init_embeddings=loaded), backbone) > 0.8
@@ -109,7 +108,9 @@ def test_imports_have_no_circle_and_few_levels() -> None:
             if isinstance(node, ast.ImportFrom) and node.level:
                 base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1])
                 target = f"{base}.{node.module}" if node.module else base
-                below[name] |= {m for m in (target, *(f"{target}.{a.name}" for a in node.names)) if m in modules}
+                named = {f"{target}.{alias.name}" for alias in node.names}
+                whole = set() if target == name and named <= modules.keys() else {target}  # its own modules
+                below[name] |= {module for module in whole | named if module in modules}
     level: dict[str, int] = {}
 
     def height(name: str, path: tuple[str, ...] = ()) -> int:
@@ -140,8 +141,8 @@ def train_on_brightness(backbone, examples, settings, init, validation, on_step)
 
 
 def test_a_trainer_is_one_file_and_one_line(monkeypatch) -> None:
-    trainer = Trainer("brightness", BrightnessSettings, "linear", train_on_brightness)
-    monkeypatch.setitem(TRAINERS, trainer.name, trainer)
+    trainer = Trainer(BrightnessSettings, "linear", train_on_brightness)
+    monkeypatch.setitem(TRAINERS, "brightness", trainer)
     toy, settings = ToyUNet(), preset("brightness", steps=3)
     assert isinstance(settings, BrightnessSettings)
     assert train(toy, [toy_example(0)], settings).names == ("red", "blue")

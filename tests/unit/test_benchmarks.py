@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,17 +96,26 @@ def test_tasks_are_seeded_and_the_ceiling_is_high() -> None:
     assert len(first.tests["small"].images) == 1 and not first.tests[OTHER].truths[0].any()
 
 
+def test_rows_of_another_run_are_not_mixed(tmp_path) -> None:
+    path, asked = tmp_path / "rows.json", {"scenes": 6, "checkpoint": Path("a")}
+    assert read_rows(path, asked) == []
+    write_rows(path, [{"a": 1}], asked=asked)
+    assert read_rows(path, asked) == [{"a": 1}]
+    with pytest.raises(SystemExit, match="another scenes; choose another file"):
+        read_rows(path, asked | {"scenes": 12})
+
+
 def test_rows_hold_what_the_tables_need(capsys) -> None:
     task = scene_task("horse", 1, 0, 2, "validation", ["plain", "small", OTHER])
     learn = make_methods(MODEL, Variant("instant"))["colour neighbours"]
-    assert [row["set"] for row in measure(task, "colour neighbours", learn, 1, 0)[0]] == ["plain"]
-    rows, shown = measure(task, "default", learn, 1, 0)
-    assert [row["set"] for row in rows] == ["plain", "small", OTHER] and len(shown) == 1
+    assert [row["set"] for row in measure(task, "colour neighbours", learn, 1, 0)] == ["plain"]
+    rows = measure(task, "default", learn, 1, 0)
+    assert [row["set"] for row in rows] == ["plain", "small", OTHER]
     assert 0 <= rows[0]["part_miou"] <= 1 and rows[2]["part_miou"] is None and 0 <= rows[2]["false_area"] <= 1
     json.dumps(rows)
     summarise(rows)
     assert "| default |" in capsys.readouterr().out
-    assert measure(task, CEILING, None, 1, 0)[0][0]["part_miou"] > 0.7
+    assert measure(task, CEILING, None, 1, 0)[0]["part_miou"] > 0.7
 
 
 def test_crops_are_counted_and_whole_images_are_encoded_once() -> None:

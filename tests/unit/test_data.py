@@ -32,9 +32,10 @@ from slime.data.pixels import decode
 from slime.data.records import Record
 from slime.data.review import least_confident, review_page
 from slime.data.run import Engine, segment_images
-from slime.data.run_log import RunLog, write_whole
+from slime.data.run_log import RunLog
 from slime.data.shapes import coco_rle, mask_of_coco, outlines
 from slime.data.sources import SourceImage, source_images, source_names
+from slime.files import write_whole
 from slime.parts.maps import DenseMaps
 from slime.settings import InstantSettings
 from testing.browser import CHROMIUM, FLAGS, SHOTS
@@ -171,6 +172,8 @@ def test_cut_run_lengths_are_refused() -> None:
         cut = coco_rle(ring)[:-end]
         with pytest.raises(ValueError, match="its run lengths do not fit"):
             mask_of_coco(cut, *ring.shape)
+    with pytest.raises(ValueError, match="do not fit"):
+        mask_of_coco("o" * 10_000_000, *ring.shape)  # one endless number
 
 
 def test_outlines_are_the_masks_and_know_holes() -> None:
@@ -210,7 +213,7 @@ def folder(tmp_path) -> Path:
 
 def run(learned, source: Path, out: Path, *names: str, batch: int = 2, **more) -> RunLog:
     backbone, embeddings = learned
-    engine = Engine(Segmenter(backbone, embeddings), batch)
+    engine = Engine(Segmenter(backbone, embeddings, SegmentSettings(batch_size=batch)))
     log = RunLog(out, ABOUT)
     outputs = [FORMATS[name](out, embeddings, "v1") for name in names]
     segment_images(engine, source_images(str(source)), outputs, log, **more)
@@ -325,7 +328,7 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
     whole = run(learned, folder, tmp_path / "whole", "label-map", "coco")
     out = tmp_path / "out"
     backbone, embeddings = learned
-    engine, log = Engine(Segmenter(backbone, embeddings), 1), RunLog(out, ABOUT)
+    engine, log = Engine(Segmenter(backbone, embeddings, SegmentSettings(batch_size=1))), RunLog(out, ABOUT)
     found, finds = engine.segment, []
     monkeypatch.setattr(engine_module, "HELD", 0)  # noted at once
 
@@ -354,7 +357,8 @@ def test_a_stopped_run_goes_on(learned, folder, tmp_path, monkeypatch) -> None:
 
 def test_a_picture_the_model_cannot_take_costs_no_other(learned, folder, tmp_path, monkeypatch) -> None:
     backbone, embeddings = learned
-    engine, log = Engine(Segmenter(backbone, embeddings), 4), RunLog(tmp_path / "out", ABOUT)
+    engine = Engine(Segmenter(backbone, embeddings, SegmentSettings(batch_size=4)))
+    log = RunLog(tmp_path / "out", ABOUT)
     found = engine.segment
 
     def find(loaded):
@@ -372,7 +376,7 @@ def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
     backbone, embeddings = learned
     for index in range(2):
         log = RunLog(tmp_path / "out", ABOUT, (index, 2))
-        engine = Engine(Segmenter(backbone, embeddings), 1)
+        engine = Engine(Segmenter(backbone, embeddings, SegmentSettings(batch_size=1)))
         segment_images(engine, source_images(str(folder), (index, 2)), [], log)
         log.close()
     whole = run(learned, folder, tmp_path / "whole")
@@ -399,7 +403,7 @@ def test_each_image_has_a_file_of_its_own(learned, tmp_path) -> None:
     names = [*CLASHING, "../b.png", "C:/b.png"]
     source = [SourceImage(name, partial(bytes, data)) for name in names]
     out, file_names = tmp_path / "out", FileNames(names)
-    log, engine = RunLog(out, ABOUT), Engine(Segmenter(backbone, embeddings), 1)
+    log, engine = RunLog(out, ABOUT), Engine(Segmenter(backbone, embeddings, SegmentSettings(batch_size=1)))
     segment_images(engine, source, [FORMATS["label-map"](out, embeddings, "v1", file_names)], log)
     assert {record.name for record in log.records()} == set(CLASHING) and failures(log) == 2
     assert not (tmp_path / "b.png").exists()
@@ -459,7 +463,8 @@ def test_sources_that_name_one_file_twice(tmp_path, caplog) -> None:
 
 def test_a_source_that_was_away_is_tried_again(learned, folder, tmp_path) -> None:
     backbone, embeddings = learned
-    log, engine = RunLog(tmp_path / "out", ABOUT), Engine(Segmenter(backbone, embeddings), 1)
+    engine = Engine(Segmenter(backbone, embeddings, SegmentSettings(batch_size=1)))
+    log = RunLog(tmp_path / "out", ABOUT)
 
     def away() -> bytes:
         raise OSError(5, "Input/output error")
@@ -549,7 +554,7 @@ def test_the_command_from_training_to_evaluation(model, folder, tmp_path, capsys
         tmp_path / "learned.safetensors",
     )
     common = ["--model", model]
-    learn = ["train", *common, "--examples", str(labelled), "--output", str(file), "--set", "views=4"]
+    learn = ["train", *common, "--examples", str(labelled), "--output", str(file), "--set", "views=4", "flip=False"]
     assert command.run(learn) == 0
     find = ["segment", *common, "--embeddings", str(file), str(folder), "--output", str(out)]
     more = ["--format", "coco", "label-map", "--order", "uncertain", "--review", "2"]

@@ -126,6 +126,14 @@ def test_foreign_truncated_newer_missing_files(tmp_path) -> None:
         load_embeddings(tmp_path / "torn.safetensors")
     with pytest.raises(SlimeError, match="no file"):
         load_embeddings(tmp_path / "none.safetensors")
+    for header, message in (
+        ('{"__metadata__":null,"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', "not one of SLiMe"),
+        ('{"a":{"dtype":"F8_E8M0","shape":[4],"data_offsets":[0,4]}}', "not one of SLiMe|of the type"),
+    ):
+        raw = len(header).to_bytes(8, "little") + header.encode() + bytes(4)
+        (tmp_path / "odd.safetensors").write_bytes(raw)
+        with pytest.raises(SlimeError, match=message):
+            load_embeddings(tmp_path / "odd.safetensors")
     tensors = load_file(str(path))
     for dtype in (torch.bfloat16, torch.float8_e4m3fn, torch.int64):
         other = tensors | {"condition/context": tensors["condition/context"].to(dtype)}

@@ -193,8 +193,8 @@ def test_the_papers_layers_for_sd_and_a_rule_for_the_rest() -> None:
 def test_families_by_text_width_and_prediction() -> None:
     found = [family_for(*a).name for a in ((768, "eps"), (1024, "eps"), (1024, "v"), (2048, "v"), (1280, "eps"))]
     assert found == ["sd1", "sd2", "sd2-768", "sdxl", "unet-1280"]
-    own = Family.of({"name": "mine", "context_dim": 96, "side": 256, "instant": {"views": 5}})
-    assert own.instant == InstantSettings(views=5) and own.timestep == 100
+    own = Family("mine", 96, 256, views=5)
+    assert own.views == 5 and own.timestep == 100
 
 
 @pytest.mark.parametrize("domain", scenes.DOMAINS)

@@ -37,7 +37,6 @@ from slime.edit import describe
 from slime.extraction import crop_boxes
 from slime.paper.losses import class_weights, sd_loss
 from slime.paper.train import loss_terms
-from slime.settings import DecodeSettings, ExtractionSettings
 from slime.training import losses
 from slime.training.augment import recolor, words
 from slime.training.colors import COLORS
@@ -45,6 +44,21 @@ from slime.training.fit import _Problem, fit_vectors
 from slime.training.lbfgs import minimize
 from slime.training.losses import balanced_weights, weighted_cross_entropy
 from testing.toy import LAYERS, ToyUNet, all_vectors, toy_example, toy_score
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"steps": "many"}, "steps is 'many'; it must be a whole number"),
+        ({"views": 2.5}, "views is 2.5; it must be a whole number"),
+        ({"flip": "no"}, "flip is 'no'; it must be true or false or empty"),
+        ({"read_layers": 3}, "read_layers is 3; it must be a text"),
+        ({"blur": True}, "blur is True; it must be a number"),
+    ],
+)
+def test_settings_of_another_type_are_refused(setting, message) -> None:
+    with pytest.raises(SlimeError, match=message):
+        preset("paper", **setting)
 
 
 def test_class_weights_are_the_official_rule() -> None:
@@ -446,11 +460,11 @@ def test_features_are_decoded_for_every_file_and_every_setting() -> None:
     toy = ToyUNet()
     several = [train(toy, [toy_example(0)], preset("instant", views=2, seed=seed)) for seed in range(3)]
     images = torch.stack([toy_example(i).image for i in range(5)])
-    features = extract(toy, images, several[0], ExtractionSettings(average_flip=True, noise_samples=2))
+    features = extract(toy, images, several[0], SegmentSettings(average_flip=True, noise_samples=2))
     toy.passes = toy.encoded = 0
     for item in several:
         for refine in ("off", "fast"):
-            found = decode(features, item, DecodeSettings(refine=refine))
+            found = decode(features, item, SegmentSettings(refine=refine))
             assert toy.passes == toy.encoded == 0
             direct = segment(toy, images, item, SegmentSettings(average_flip=True, noise_samples=2, refine=refine))[0]
             torch.testing.assert_close(found.probabilities, direct.probabilities)

@@ -153,6 +153,7 @@ BAD = {
     "in one place": (torch.ones(3, 3), torch.tensor([[0, 1, 2]])),
     "do not form a triangle mesh": (torch.rand(4, 3), torch.tensor([[0, 1, 2, 3]])),
     "Decimate": (torch.rand(3, 3), torch.tensor([[0, 1, 2]]).expand(4_000_001, 3)),
+    "texture coordinates of the shape": (torch.rand(3, 3), torch.tensor([[0, 1, 2]]), None, torch.zeros(2, 2)),
 }
 
 

@@ -6,7 +6,6 @@ import ast
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,6 +81,6 @@ def test_a_path_that_is_too_long_says_so(tmp_path, monkeypatch) -> None:
     deep = tmp_path / ("d" * 120) / ("e" * 120)
     learned = trained()
     assert load_embeddings(save_embeddings(learned, deep / "a.safetensors")).names == learned.names
-    monkeypatch.setattr(tempfile, "mkstemp", refused)
+    monkeypatch.setattr(Path, "write_bytes", refused)
     with pytest.raises(SlimeError, match="could not be written.*259 characters"):
         save_embeddings(learned, deep / "b.safetensors")

@@ -1,20 +1,18 @@
 """Data sets of other tools: a module per format, which reads it, writes it, or both.
 
 A format that is written is a subclass of :class:`.base.Format` and a line in ``FORMATS``; a form of folders that is
-read is a :class:`.base.FolderReader` and a place in ``FOLDERS``.
+read is a module with ``claims(folder)`` and ``read(folder, wanted parts)``, and a place in ``FOLDERS``.
 """
 
-from .base import AnnotatedImage, AnnotatedSet, Format, png
+from . import label_maps, voc, yolo
+from .base import AnnotatedImage, AnnotatedSet, Format
 from .coco import Coco, CocoPolygons
-from .label_maps import FOLDER as LABEL_MAPS
 from .label_maps import LabelMaps, Masks
 from .label_studio import LabelStudio
 from .parquet import Parquet, table
-from .voc import FOLDER as VOC
-from .yolo import FOLDER as YOLO
 from .yolo import Yolo
 
-__all__ = ["FOLDERS", "FORMATS", "AnnotatedImage", "AnnotatedSet", "Format", "png", "table"]
+__all__ = ["FOLDERS", "FORMATS", "AnnotatedImage", "AnnotatedSet", "Format", "table"]
 
 FORMATS: dict[str, type[Format]] = {
     "label-map": LabelMaps,
@@ -25,4 +23,4 @@ FORMATS: dict[str, type[Format]] = {
     "masks": Masks,
     "parquet": Parquet,
 }
-FOLDERS = (LABEL_MAPS, YOLO, VOC)
+FOLDERS = (label_maps, yolo, voc)

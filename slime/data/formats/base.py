@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 from collections import Counter
@@ -13,15 +12,15 @@ from urllib.parse import unquote
 
 import numpy as np
 import torch
-from PIL import Image
 
 from ...errors import SlimeError
 from ...examples import BACKGROUND, SEPARATORS, Example, check_names
+from ...files import replacing
 from ...parts.palette import Color
 from ..file_names import FileNames, leads_outside
 from ..pixels import decode
 from ..records import Record
-from ..run_log import RunLog, replacing
+from ..run_log import RunLog
 
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 UPLOAD = re.compile(r"[0-9a-f]{8}-.")
@@ -56,13 +55,6 @@ class AnnotatedSet(NamedTuple):
     names: tuple[str, ...]
     images: tuple[AnnotatedImage, ...]
     skipped: list[str]
-
-
-class FolderReader(NamedTuple):
-    """Tells whether a folder holds a data set of one form, and reads its parts, the wanted ones or all."""
-
-    claims: Callable[[Path], bool]
-    read: Callable[[Path, Sequence[str]], AnnotatedSet]
 
 
 class Named(Protocol):
@@ -100,15 +92,6 @@ class Format:
         if leads_outside(name):
             raise SlimeError(f'An image is called "{name}", which would be written outside {self.folder}.')
         return self.folder / kind / f"{self.file_names(name)}{suffix}"
-
-
-def png(pixels: np.ndarray, palette: Sequence[tuple[int, int, int]] | None = None) -> bytes:
-    """Encode pixels uint8 [H, W] or [H, W, 3] as PNG, with a palette for label maps."""
-    image, data = Image.fromarray(pixels), io.BytesIO()
-    if palette is not None:
-        image.putpalette([level for color in palette for level in color])
-    image.save(data, "PNG")
-    return data.getvalue()
 
 
 def write_json(path: Path, fixed: dict[str, Any] | None, **lists: Iterable[dict[str, Any]]) -> None:

@@ -10,11 +10,12 @@ from PIL import Image
 
 from ...errors import SlimeError
 from ...examples import IGNORE, check_names
+from ...files import png, write_whole
 from ..file_names import folders_of, read_table
 from ..pixels import SUFFIXES, upright_labels
 from ..records import Record
-from ..run_log import RunLog, write_whole
-from .base import AnnotatedImage, AnnotatedSet, Files, FolderReader, Format, decoder, files_of, part_name, png, text_of
+from ..run_log import RunLog
+from .base import AnnotatedImage, AnnotatedSet, Files, Format, decoder, files_of, part_name, text_of
 
 NAMES, LABELS, MASKS, IMAGES = "names.txt", "labels", "masks", "images"
 ENDINGS = (".npy", ".png")
@@ -162,6 +163,3 @@ def _read_labels(file: Path) -> np.ndarray:
             f"in {NAMES} instead: 1 for the first name."
         )
     return labels.astype(np.uint8)
-
-
-FOLDER = FolderReader(claims, read)

@@ -13,9 +13,10 @@ from urllib.parse import quote, unquote
 import numpy as np
 
 from ...errors import SlimeError
+from ...files import write_whole
 from ..pixels import SUFFIXES, upright_labels
 from ..records import Record
-from ..run_log import RunLog, write_whole
+from ..run_log import RunLog
 from ..shapes import ellipse, fill_polygons, mask_of_coco, rectangle
 from .base import (
     AnnotatedImage,

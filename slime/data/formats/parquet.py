@@ -8,8 +8,9 @@ from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
+from ...files import write_whole
 from ..records import Record
-from ..run_log import RunLog, write_whole
+from ..run_log import RunLog
 from .base import Format
 
 

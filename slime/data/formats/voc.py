@@ -16,7 +16,6 @@ from .base import (
     AnnotatedImage,
     AnnotatedSet,
     Files,
-    FolderReader,
     decoder,
     files_of,
     note,
@@ -132,6 +131,3 @@ def _labels(
         return upright_labels(label_map, image)
 
     return labels
-
-
-FOLDER = FolderReader(claims, read)

@@ -13,16 +13,16 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from ...errors import SlimeError
+from ...files import write_whole
 from ..file_names import read_table
 from ..pixels import SUFFIXES, upright_size
 from ..records import Record
-from ..run_log import RunLog, write_whole
+from ..run_log import RunLog
 from ..shapes import fill_polygons, outlines
 from .base import (
     AnnotatedImage,
     AnnotatedSet,
     Files,
-    FolderReader,
     Format,
     Named,
     decoder,
@@ -134,9 +134,9 @@ def _description(path: Path, folder: Path) -> tuple[list[str], list[Path]]:
         raise SlimeError(f"{file.name} is not valid YAML ({str(error).splitlines()[0]}).") from error
     names = body.get("names") if isinstance(body, dict) else None
     if isinstance(names, dict) and names and all(str(key).isdecimal() for key in names):
-        last = max(int(str(key)) for key in names)
-        if last < 10_000:
-            names = [next((name for key, name in names.items() if int(str(key)) == i), "") for i in range(last + 1)]
+        numbered = {int(str(key)): name for key, name in names.items()}
+        if max(numbered) < 10_000:
+            names = [numbered.get(number, "") for number in range(max(numbered) + 1)]
     if not isinstance(names, list) or not names:
         raise SlimeError(f"{file.name} has no list of names. It should say names: [wheel, window].")
     base = folder / str(body.get("path") or ".")
@@ -194,6 +194,3 @@ def _shapes(file: Path, names: Sequence[str], skipped: list[str]) -> list[_Shape
             continue
         shapes.append((int(numbers[0]), points, where))
     return shapes
-
-
-FOLDER = FolderReader(claims, read)

@@ -270,7 +270,7 @@ def comfy_patcher(
 
 def random_backbone(layout: str, dtype: torch.dtype = torch.float32) -> Any:
     """Return a full-size random UNet and VAE in the extension's adapter; the text encoder gives random embeddings."""
-    from testing.inprocess import NAME, import_comfyui, load_extension
+    from .inprocess import NAME, import_comfyui, load_extension
 
     import_comfyui()
     load_extension()

@@ -14,11 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import SlimeError
-from ..parts.maps import PartMaps
-from ..parts.palette import Color
-from ..parts.video import VideoSmoother
-from .formats.base import png
-from .run_log import write_whole
+from ..files import png, write_whole
+from .maps import PartMaps
+from .palette import Color
+from .video import VideoSmoother
 
 CHUNK_VALUES, CHUNK_FRAMES = 2**24, 16  # most pixel values (64 MB) and frames that are segmented at once
 ABOUT = "parts.json"
@@ -131,10 +130,10 @@ class LabelFrames:
         """
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-            palette = tuple(tuple(color) for color in about["palette"])
+            palette = tuple((int(r), int(g), int(b)) for r, g, b in about["palette"])
             more = str(about["video"]), int(about["frames"]), str(about["remark"])
-            return cls(folder, tuple(about["names"]), palette, *more)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            return cls(folder, tuple(map(str, about["names"])), palette, *more)
+        except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
             raise SlimeError(
                 f"There are no label frames in {folder}. Run SLiMe Segment Video, and connect its folder."
             ) from error
