@@ -97,24 +97,24 @@ def model_inputs(tooltip: str) -> list[Any]:
     """Return the sockets of a model and its VAE; ``tooltip`` is the model's."""
     return [
         io.Model.Input("model", optional=True, tooltip=tooltip),
-        io.Vae.Input("vae", optional=True, tooltip="The VAE of the same checkpoint."),
+        io.Vae.Input(
+            "vae",
+            optional=True,
+            tooltip="The VAE of the same checkpoint. Needed to encode images; SAM3 and vision encoders need none.",
+        ),
     ]
 
 
-def clip_vision_input() -> Any:
+BESIDE_OR_ALONE = (
+    "A vision encoder (preferably DINOv2 or DINOv3) or a SAM3 MODEL. It is used together with the model, or alone if "
+    "no model is connected. Connect the same one for training and for segmenting."
+)
+
+
+def clip_vision_input(tooltip: str = BESIDE_OR_ALONE) -> Any:
     return io.MultiType.Input(
         "clip_vision",
         types=[io.ClipVision, io.Model],
         optional=True,
-        tooltip="A vision encoder, best DINOv2 or DINOv3, or a SAM3 MODEL: used together with the model, or alone "
-        "where no model is connected.",
-    )
-
-
-def latent_input() -> Any:
-    return io.Latent.Input(
-        "latent",
-        optional=True,
-        tooltip="The images as latents, instead of image: saves the VAE encoding. With image as well, mask borders are "
-        "sharper.",
+        tooltip=tooltip,
     )

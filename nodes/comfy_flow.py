@@ -118,7 +118,10 @@ class ComfyFlow:
         base = self.model.model
         family = family_of(base)
         if family is None or not isinstance(base.model_sampling, comfy.model_sampling.CONST):
-            raise SlimeError(f"{type(base).__name__} is not a flow model that SLiMe supports: {FLOW_MODELS}.")
+            raise SlimeError(
+                f"{type(base).__name__} is not supported. The supported flow models are {FLOW_MODELS}. Load one of "
+                f"these."
+            )
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
         if not self._blocks or not hasattr(self._transformer, "patch_size"):
@@ -162,7 +165,10 @@ class ComfyFlow:
     def condition(self, prompt: str) -> dict[str, Tensor]:
         """Return the output of the text encoder, in half precision: "text" [T, D], "pooled_output" [P] and so on."""
         if self.clip is None:
-            raise SlimeError("Connect the CLIP that belongs to the model: the prompt has to be encoded.")
+            raise SlimeError(
+                "No CLIP is connected, but a prompt has to be encoded. Connect the CLIP that belongs to the model to "
+                "clip: SLiMe Train needs it always, other nodes only for embeddings that were loaded from a text."
+            )
         encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
         tensors = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}
         return {"text" if name == "cond" else name: halved(tensor[0]) for name, tensor in tensors.items()}

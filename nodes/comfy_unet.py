@@ -102,7 +102,10 @@ class ComfyUNet(SDUNet):
 
     def encode_prompt(self, prompt: str) -> Context:
         if self.clip is None:
-            raise SlimeError("Connect the CLIP of the checkpoint: the prompt has to be encoded.")
+            raise SlimeError(
+                "No CLIP is connected, but a prompt has to be encoded. Connect the CLIP of the checkpoint to clip: "
+                "SLiMe Train needs it always, other nodes only for embeddings that were loaded from a text."
+            )
         tokens, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
         needs_pooled = self.model.model.adm_channels > 0
         return Context(tokens[0].float().cpu(), pooled[0].float().cpu() if needs_pooled else None)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
+import comfy.utils
 import numpy as np
 import torch
 from comfy_api.latest import io, ui
@@ -52,48 +53,21 @@ def advanced(item: Any) -> Any:
 
 
 def schema(**fields: Any) -> io.Schema:
-    """Return a node schema without fields that the running core lacks (search_aliases came with 0.11.0)."""
+    """Return a node schema without fields that the running core lacks (search_aliases came with 0.11.0).
+
+    ``search_aliases`` is one text, separated by commas.
+    """
+    fields["search_aliases"] = fields.pop("search_aliases", "").split(", ")
     known = {name: value for name, value in fields.items() if name in _SCHEMA_FIELDS}
     return io.Schema(**{"category": CATEGORY} | known)
 
 
-def seed_input() -> Any:
-    return io.Int.Input(
-        "seed",
-        default=0,
-        min=0,
-        max=0xFFFFFFFF,
-        control_after_generate=False,
-        tooltip="Seed of the noise. The same seed gives the same masks.",
-    )
+def seed_input(tooltip: str = "Seed of the noise. The same seed gives the same masks.") -> Any:
+    return io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=False, tooltip=tooltip)
 
 
 def clip_input() -> Any:
     return io.Clip.Input("clip", optional=True, tooltip="Only needed for embeddings that were loaded from a text.")
-
-
-def flip_input() -> Any:
-    return advanced(
-        io.Boolean.Input(
-            "average_flip",
-            default=False,
-            optional=True,
-            tooltip="Also segment the mirrored image, and average: twice the time for at most .01 IoU on our scenes.",
-        )
-    )
-
-
-def samples_input() -> Any:
-    return advanced(
-        io.Int.Input(
-            "noise_samples",
-            default=1,
-            min=1,
-            max=16,
-            optional=True,
-            tooltip="Average over this many noise samples: one pass each, for at most .01 IoU on our scenes.",
-        )
-    )
 
 
 def refine_input() -> Any:
@@ -102,8 +76,13 @@ def refine_input() -> Any:
         options=["off", "fast", "best"],
         default="fast",
         tooltip="Align mask borders with the edges of the image. best works at full size: four times slower, no better "
-        "on our scenes.",
+        "in our tests.",
     )
+
+
+def smoothing_input(name: str) -> Any:
+    tooltip = "How strongly earlier frames count; 0 = off."
+    return io.Float.Input(name, default=0.7, min=0.0, max=0.95, step=0.05, tooltip=tooltip)
 
 
 def confidence_input() -> Any:
@@ -151,6 +130,17 @@ def show_text(node_id: str | None, text: str) -> None:
     server = getattr(PromptServer, "instance", None)  # there is none where nodes run without a server
     if server is not None and node_id is not None:
         server.send_progress_text(text, node_id)
+
+
+def progress(total: int = 1) -> Callable[[int, int], None]:
+    """Return a function of the work done and its total: it moves the node's progress bar, and stops a cancelled run."""
+    bar = comfy.utils.ProgressBar(total)
+
+    def report(done: int, total: int) -> None:
+        bar.update_absolute(done, total)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    return report
 
 
 @contextmanager

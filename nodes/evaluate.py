@@ -29,7 +29,7 @@ class SLiMeEvaluate(io.ComfyNode):
             category=RESULTS,
             display_name="SLiMe Evaluate",
             description="Compares parts with ground-truth masks: intersection over union and boundary F of every part.",
-            search_aliases=["iou", "mask accuracy", "compare masks", "test segmentation"],
+            search_aliases="iou, mask accuracy, compare masks, test segmentation",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Mask.Input(
@@ -76,7 +76,9 @@ def part_scores(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
         raise SlimeError(
             f"{wanted} masks of {labels.shape[2]}x{labels.shape[1]} are needed, for {len(names)} parts "
             f"({', '.join(names)}) in {len(labels)} images, part by part; ground_truth has {len(truth)} of "
-            f"{truth.shape[2]}x{truth.shape[1]}."
+            f"{truth.shape[2]}x{truth.shape[1]}. Write in names which parts the masks show, or connect one mask "
+            f"per part "
+            "and image in this order."
         )
     rows = []
     for index, name in enumerate(names):

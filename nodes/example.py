@@ -36,7 +36,8 @@ def previous_input() -> Any:
     return ExamplesSocket.Input(
         "previous",
         optional=True,
-        tooltip="Another example. The same image adds parts to it, another image is one more example.",
+        tooltip="Examples so far. If this image is among them, its parts are added there; otherwise it becomes one "
+        "more example.",
     )
 
 
@@ -47,10 +48,10 @@ class SLiMeExample(io.ComfyNode):
             node_id="SLiMeExample",
             display_name="SLiMe Example",
             description="One image with masks of the parts to learn. Chain several for more parts or more images.",
-            search_aliases=["one shot segmentation", "part mask", "teach segmenter", "few shot", "similar"],
+            search_aliases="one shot segmentation, part mask, teach segmenter, few shot, similar",
             inputs=[
                 io.Image.Input(
-                    "image", tooltip="The image to learn from. A batch needs one name and a mask per image."
+                    "image", tooltip="The image to learn from. For a batch, give one name and one mask per image."
                 ),
                 io.Mask.Input(
                     "mask",
@@ -67,9 +68,9 @@ class SLiMeExample(io.ComfyNode):
                         options=["auto", "background", "ignore"],
                         default="auto",
                         optional=True,
-                        tooltip="Meaning of pixels without a mask. Leave at auto unless this image shows parts that "
-                        "you did not label. background: no part. ignore: not trained on. auto: ignored if other "
-                        "examples label parts that this one does not, else background.",
+                        tooltip="What pixels without a mask mean. auto, the usual choice: background, or ignore if "
+                        "other examples label parts that this one does not. background: no part is there. ignore: not "
+                        "used in training; choose it if this image shows parts that you did not mask.",
                     )
                 ),
             ],
@@ -106,11 +107,13 @@ class SLiMeExampleFromLabelMap(io.ComfyNode):
             category=ADVANCED,
             display_name="SLiMe Example from Label Map",
             description="One image with a second one that shows each part in its own colour.",
-            search_aliases=["label map", "segmentation map", "color mask", "few shot"],
+            search_aliases="label map, segmentation map, color mask, few shot",
             inputs=[
                 io.Image.Input("image", tooltip="The image to learn from: one image, not a batch."),
                 io.Image.Input(
-                    "label_map", tooltip="An image of the same size: each part in one colour, the background in others."
+                    "label_map",
+                    tooltip="An image of the same size with each part in its own colour. All other colours are "
+                    "background.",
                 ),
                 io.String.Input(
                     "colors",

@@ -96,15 +96,10 @@ class SLiMeSaveEmbeddings(io.ComfyNode):
         return schema(
             node_id="SLiMeSaveEmbeddings",
             display_name="Save SLiMe Embeddings",
-            description="Saves trained parts to models/slime: a small file to keep and to share. Shows a text of "
-            "them as well, which can be shared inside a workflow.",
-            search_aliases=[
-                "save learned embeddings",
-                "save segmenter",
-                "save part embeddings",
-                "embeddings to text",
-                "share segmenter",
-            ],
+            description="Saves trained parts to models/slime: a small file to keep and to share. Also shows them as "
+            "text, which can be shared inside a workflow.",
+            search_aliases="save learned embeddings, save segmenter, save part embeddings, embeddings to text, "
+            "share segmenter",
             inputs=[
                 EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train."),
                 io.String.Input(
@@ -147,13 +142,8 @@ class SLiMeLoadEmbeddings(io.ComfyNode):
             display_name="Load SLiMe Embeddings",
             description="Loads trained parts from models/slime, or from a text of Save SLiMe Embeddings; shows what is "
             "inside.",
-            search_aliases=[
-                "load learned embeddings",
-                "load segmenter",
-                "load part embeddings",
-                "embeddings from text",
-                "embeddings info",
-            ],
+            search_aliases="load learned embeddings, load segmenter, load part embeddings, embeddings from text, "
+            "embeddings info",
             inputs=[
                 io.Combo.Input(
                     "filename",

@@ -80,7 +80,7 @@ class SLiMeExportLabels(io.ComfyNode):
             display_name="SLiMe Export Labels",
             description="Saves images and their parts as a data set in the output folder, for other tools. Runs add "
             "to it.",
-            search_aliases=["coco", "yolo", "label studio", "save dataset", "export annotations"],
+            search_aliases="coco, yolo, label studio, save dataset, export annotations",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Combo.Input(
@@ -88,7 +88,8 @@ class SLiMeExportLabels(io.ComfyNode):
                     options=CHOICES,
                     default="coco",
                     tooltip="coco: run lengths in one JSON file. label-map: indexed images. masks: one image per part. "
-                    "coco-polygons and yolo fill holes, and need contourpy installed.",
+                    "label-studio: tasks with predictions. coco-polygons and yolo fill holes, and need contourpy "
+                    "installed.",
                 ),
                 io.String.Input(
                     "folder", default="labels", tooltip="Folder in ComfyUI's output folder. Runs add to it."
@@ -98,8 +99,8 @@ class SLiMeExportLabels(io.ComfyNode):
                     default="",
                     multiline=True,
                     optional=True,
-                    tooltip="One file name per image and line. Empty: a name made of the image's pixels. Existing "
-                    "files are kept.",
+                    tooltip="One file name per line, one line per image. Empty: names derived from the pixels. Images "
+                    "that are already in the data set are skipped and keep their old labels.",
                 ),
             ],
             outputs=[io.String.Output(display_name="folder", tooltip="Path of the data set.")],
@@ -129,7 +130,7 @@ class SLiMeLoadAnnotations(io.ComfyNode):
             display_name="SLiMe Load Annotations",
             description="Loads labelled images of COCO, Label Studio, YOLO, Pascal VOC or a folder of label maps "
             "or masks, as examples.",
-            search_aliases=["coco", "label studio", "yolo", "cvat", "roboflow", "load dataset", "annotations"],
+            search_aliases="coco, label studio, yolo, cvat, roboflow, load dataset, annotations",
             inputs=[
                 io.String.Input(
                     "path",
@@ -140,7 +141,13 @@ class SLiMeLoadAnnotations(io.ComfyNode):
                 io.String.Input(
                     "parts", default="", tooltip="Names of the parts to load, separated by commas. Empty = all parts."
                 ),
-                io.Int.Input("max_images", default=5, min=1, max=100, tooltip="Largest number of labelled images."),
+                io.Int.Input(
+                    "max_images",
+                    default=5,
+                    min=1,
+                    max=100,
+                    tooltip="Maximum number of labelled images to load; the first ones of the data set are taken.",
+                ),
                 previous_input(),
             ],
             outputs=[
@@ -199,7 +206,11 @@ def _export(target: Path, parts: Parts, kind: str, names: Sequence[str]) -> str:
     output.finish(log)
     write_table(target, [*renamed, *changed_names((), unique, maps.names if kind == "masks" else ())])
     log.close()
-    kept = f", {len(names) - len(records)} were there already" if len(records) < len(names) else ""
+    kept = (
+        f", {len(names) - len(records)} were there already and keep their old labels"
+        if len(records) < len(names)
+        else ""
+    )
     other = f", {len(renamed)} under another name ({TABLE} says which)" if renamed else ""
     return f"{len(records)} of {len(names)} images added{kept}{other}; {before + len(records)} in all: {target}"
 
@@ -219,7 +230,10 @@ def _existing(path: str) -> Path:
         found = (base / path.strip()).resolve()
         if found.is_relative_to(base) and found != base and found.exists():
             return found
-    raise SlimeError(f'There is no "{path}" in ComfyUI\'s input or output folder.')
+    raise SlimeError(
+        f'There is no "{path}" in ComfyUI\'s input or output folder. Copy the data set into one of them, and give the '
+        "path from there, such as labels/annotations.json."
+    )
 
 
 def _file_names(text: str, images: torch.Tensor) -> list[str]:

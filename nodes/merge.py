@@ -16,13 +16,15 @@ class SLiMeEmbeddingsMerge(io.ComfyNode):
             node_id="SLiMeEmbeddingsMerge",
             category=FILES,
             display_name="SLiMe Embeddings Merge",
-            description="Combines the parts of two embeddings of one model family; also renames, drops and recolours "
-            "parts.",
-            search_aliases=["combine embeddings", "rename part", "drop part", "part colour"],
+            description="Combines the parts of two sets of embeddings of one model family; also renames, drops and "
+            "recolours parts.",
+            search_aliases="combine embeddings, rename part, drop part, part colour",
             inputs=[
-                EmbeddingsSocket.Input("embeddings", tooltip="The first, or the only one."),
+                EmbeddingsSocket.Input("embeddings", tooltip="The first set, or the only one."),
                 EmbeddingsSocket.Input(
-                    "other", optional=True, tooltip="Trained on the same family with the same settings."
+                    "other",
+                    optional=True,
+                    tooltip="The second set, trained on the same model family with the same settings.",
                 ),
                 io.String.Input(
                     "changes",

@@ -19,7 +19,18 @@ from ..slime.mesh.parts import VoteSettings, face_probabilities, label_texture
 from ..slime.mesh.surface import Surface
 from ..slime.mesh.views import Camera, MeshViews, cameras_around, render_views
 from ..slime.parts.palette import Color
-from .common import MESH, ExamplesSocket, Parts, PartsSocket, advanced, named_errors, schema, show_text, to_core
+from .common import (
+    MESH,
+    ExamplesSocket,
+    Parts,
+    PartsSocket,
+    advanced,
+    named_errors,
+    progress,
+    schema,
+    show_text,
+    to_core,
+)
 
 MeshViewsSocket = io.Custom("SLIME_MESH_VIEWS")
 FILE_TYPES = (io.Custom("FILE_3D_GLB"), io.Custom("FILE_3D"))  # of newer ComfyUI
@@ -43,7 +54,7 @@ class SLiMeMeshViews(io.ComfyNode):
             display_name="SLiMe Mesh Views",
             description="Renders a mesh from cameras around it. Paint parts on the first view, segment all, and SLiMe "
             "Parts to Mesh brings the parts back to the mesh.",
-            search_aliases=["3d", "multi view", "render mesh", "mesh segmentation", "turntable"],
+            search_aliases="3d, multi view, render mesh, mesh segmentation, turntable",
             inputs=[
                 io.MultiType.Input(
                     "mesh",
@@ -86,17 +97,13 @@ class SLiMeMeshViews(io.ComfyNode):
     def execute(
         cls, mesh: Any, views: int, size: int, azimuth: float = 30.0, elevation: float = 15.0, index: int = 0
     ) -> io.NodeOutput:
-        bar = comfy.utils.ProgressBar(views)
-
-        def on_view(done: int, total: int) -> None:
-            bar.update_absolute(done, total)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-
         with named_errors("SLiMe Mesh Views"):
             surface = surface_of(mesh, index)
             device = comfy.model_management.get_torch_device()
             device = device if device.type == "cuda" else "cpu"  # others lack some of the operations
-            rendered = render_views(surface, cameras_around(views, Camera(azimuth, elevation)), size, on_view, device)
+            rendered = render_views(
+                surface, cameras_around(views, Camera(azimuth, elevation)), size, progress(views), device
+            )
         images = to_core(rendered.images)
         return io.NodeOutput(images, images[:1], rendered)
 
@@ -109,9 +116,9 @@ class SLiMePartsToMesh(io.ComfyNode):
             node_id="SLiMePartsToMesh",
             category=MESH,
             display_name="SLiMe Parts to Mesh",
-            description="Finds the parts of a mesh from the parts of its views: every pixel votes on the face that it "
-            "shows, and the votes are smoothed along the surface.",
-            search_aliases=["3d", "mesh segmentation", "color mesh", "split mesh", "parts to 3d"],
+            description="Finds the parts of a mesh from its views: every pixel casts a vote for the part of the face "
+            "it shows, and the votes are smoothed along the surface.",
+            search_aliases="3d, mesh segmentation, color mesh, split mesh, parts to 3d",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment, of all images of SLiMe Mesh Views."),
                 MeshViewsSocket.Input("mesh_views", tooltip="From SLiMe Mesh Views."),
@@ -133,7 +140,7 @@ class SLiMePartsToMesh(io.ComfyNode):
                     min=1.0,
                     max=180.0,
                     step=1.0,
-                    tooltip="Angle in degrees: sharper edges keep the parts on their sides apart.",
+                    tooltip="Angle in degrees. Smoothing hardly crosses edges sharper than this.",
                 ),
             ],
             outputs=[
@@ -177,7 +184,8 @@ class SLiMePartsToMesh(io.ComfyNode):
             found = [part for part in range(1, len(maps.names) + 1) if bool((labels == part).any())]
             if not found:
                 raise SlimeError(
-                    f"None of {', '.join(maps.names)} is found on the mesh. Look at the preview of SLiMe Segment; "
+                    f"None of these parts is found on the mesh: {', '.join(maps.names)}. Look at the preview of "
+                    f"SLiMe Segment; "
                     "connect the painter's examples, or paint a view that shows the parts larger."
                 )
         areas = surface.areas / surface.areas.sum()

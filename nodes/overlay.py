@@ -21,7 +21,7 @@ class SLiMeOverlay(io.ComfyNode):
             category=RESULTS,
             display_name="SLiMe Overlay",
             description="Draws the parts over their images, and as a label map in exact colours.",
-            search_aliases=["overlay", "label map", "segmentation preview", "color mask"],
+            search_aliases="overlay, label map, segmentation preview, color mask",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Float.Input("opacity", default=0.55, min=0.0, max=1.0, step=0.05, tooltip="Opacity of the tint."),

@@ -24,6 +24,7 @@ from ..slime.examples import MAX_PARTS, Example, merge_examples
 from ..slime.parts.draw import color_labels
 from ..slime.parts.runs import decode_runs
 from .common import ExamplesSocket, Parts, as_images, named_errors, pixel_digest, schema, to_core
+from .example import previous_input
 from .initial_masks import INITIAL_MASKS, check_one_image, read_initial_masks
 
 VERSION = 1
@@ -136,16 +137,7 @@ class SLiMePartPainter(io.ComfyNode):
             essentials_category="Image Tools",
             display_name="SLiMe Part Painter",
             description="Paint several parts on one image, each in its colour and with its name.",
-            search_aliases=[
-                "paint",
-                "paint mask",
-                "draw mask",
-                "mask editor",
-                "label image",
-                "annotate",
-                "teach",
-                "wheel",
-            ],
+            search_aliases="paint, paint mask, draw mask, mask editor, label image, annotate, teach, wheel",
             inputs=[
                 Painted.Input("painting", tooltip="The painted parts; they are saved in the workflow."),
                 io.Image.Input(
@@ -154,11 +146,7 @@ class SLiMePartPainter(io.ComfyNode):
                     tooltip="An image to paint on, instead of one loaded in the node. Run once to see it here, "
                     "unless it comes from Load Image.",
                 ),
-                ExamplesSocket.Input(
-                    "previous",
-                    optional=True,
-                    tooltip="Another example. The same image adds parts to it, another image is one more example.",
-                ),
+                previous_input(),
                 io.MultiType.Input(
                     "initial_masks",
                     list(INITIAL_MASKS),

@@ -34,8 +34,8 @@ class SLiMePartDetailer(io.ComfyNode):
             is_output_node=True,
             display_name="SLiMe Part Detailer",
             description="Crops every region of the parts, redraws it at full resolution and pastes it back. Pixels "
-            "outside the parts do not change.",
-            search_aliases=["detailer", "face detailer", "fix hands", "inpaint crop and stitch", "upscale part"],
+            "outside the regions, as widened by grow and feather, do not change.",
+            search_aliases="detailer, face detailer, fix hands, inpaint crop and stitch, upscale part",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment; its images are redrawn."),
                 io.Model.Input("model", tooltip="The model that redraws; an inpainting model works too."),
@@ -52,8 +52,8 @@ class SLiMePartDetailer(io.ComfyNode):
                     min=64,
                     max=4096,
                     step=8,
-                    tooltip="Longer side in pixels at which a region is redrawn: 512 for SD1.5, 1024 for SDXL. A "
-                    "larger region keeps its size.",
+                    tooltip="Longer side of the crop in pixels while it is redrawn: 512 for SD1.5, 1024 for SDXL. A "
+                    "larger crop keeps its size and needs more memory.",
                 ),
                 io.Float.Input(
                     "crop_factor",
@@ -63,7 +63,13 @@ class SLiMePartDetailer(io.ComfyNode):
                     step=0.1,
                     tooltip="Size of the crop relative to the region. Its surroundings help the model.",
                 ),
-                io.Int.Input("grow", default=4, min=-512, max=512, tooltip="Widen the regions by pixels."),
+                io.Int.Input(
+                    "grow",
+                    default=4,
+                    min=-512,
+                    max=512,
+                    tooltip="Widen the regions by this many pixels; negative values shrink them.",
+                ),
                 io.Int.Input(
                     "feather", default=8, min=0, max=512, tooltip="Blur the border over about this many pixels."
                 ),

@@ -17,13 +17,13 @@ class SLiMePartMask(io.ComfyNode):
             is_output_node=True,
             display_name="SLiMe Part Mask",
             description="Makes a mask of one or several parts, cleaned for inpainting.",
-            search_aliases=["part mask", "grow mask", "feather mask", "fill holes", "mask by name"],
+            search_aliases="part mask, grow mask, feather mask, fill holes, mask by name",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.String.Input(
                     "names",
                     default="",
-                    tooltip="Names of the parts, separated by commas; background is one too. Empty = all parts.",
+                    tooltip="Names of the parts, separated by commas; background is allowed too. Empty = all parts.",
                 ),
                 io.Combo.Input(
                     "mode",
@@ -38,10 +38,14 @@ class SLiMePartMask(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="Least probability, for the mode threshold.",
+                    tooltip="Minimum probability; used only if mode is threshold.",
                 ),
                 io.Int.Input(
-                    "grow", default=0, min=-512, max=512, tooltip="Widen the mask by pixels; negative shrinks it."
+                    "grow",
+                    default=0,
+                    min=-512,
+                    max=512,
+                    tooltip="Widen the mask by this many pixels; negative values shrink it.",
                 ),
                 io.Int.Input(
                     "feather", default=0, min=0, max=512, tooltip="Blur the border over about this many pixels."

@@ -52,7 +52,7 @@ class SLiMePartList(io.ComfyNode):
             category=RESULTS,
             display_name="SLiMe Parts to Mask List",
             description="Makes one mask per part, as a list, with the names in the same order.",
-            search_aliases=["part list", "split masks", "mask list", "masks by name", "separate masks"],
+            search_aliases="part list, split masks, mask list, masks by name, separate masks",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Combo.Input(
@@ -94,7 +94,7 @@ class SLiMePartBoxes(io.ComfyNode):
             category=RESULTS,
             display_name="SLiMe Parts to BBoxes",
             description="Makes bounding boxes of the parts, with names and scores.",
-            search_aliases=["part boxes", "bounding box", "bbox", "detect parts"],
+            search_aliases="part boxes, bounding box, bbox, detect parts",
             inputs=_region_inputs(),
             outputs=[
                 BoundingBoxSocket.Output(
@@ -146,7 +146,7 @@ class SLiMePartSegs(io.ComfyNode):
             display_name="SLiMe Parts to SEGS",
             description="Makes SEGS of the parts, with the names as labels, for the Impact Pack. First image of a "
             "batch.",
-            search_aliases=["part segs", "segs", "impact pack", "detailer", "mask to segs"],
+            search_aliases="part segs, segs, impact pack, detailer, mask to segs",
             inputs=inputs,
             outputs=[io.SEGS.Output(display_name="segs", tooltip="For Impact Pack's detailers and SEGS filters.")],
         )

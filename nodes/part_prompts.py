@@ -61,8 +61,8 @@ class SLiMePartPrompt(io.ComfyNode):
             node_id="SLiMePartPrompt",
             category=SAMPLING,
             display_name="SLiMe Part Prompt",
-            description="A prompt for learned parts only, applied during sampling. For SLiMe Part Guider.",
-            search_aliases=["regional prompt", "part prompt", "attention mask prompt", "prompt for a part"],
+            description="A prompt for trained parts only, applied during sampling. For SLiMe Part Guider.",
+            search_aliases="regional prompt, part prompt, attention mask prompt, prompt for a part",
             inputs=[
                 EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
                 io.Conditioning.Input("conditioning", tooltip="Prompt for the parts."),
@@ -80,7 +80,11 @@ class SLiMePartPrompt(io.ComfyNode):
                     tooltip="How much it replaces the image's own prompt inside the parts; 0 = off.",
                 ),
                 io.Int.Input(
-                    "grow", default=8, min=-512, max=512, tooltip="Widen the parts by pixels; negative shrinks them."
+                    "grow",
+                    default=8,
+                    min=-512,
+                    max=512,
+                    tooltip="Widen the parts by this many pixels; negative values shrink them.",
                 ),
                 io.Int.Input(
                     "feather", default=8, min=0, max=512, tooltip="Blur the border over about this many pixels."
@@ -291,9 +295,9 @@ class SLiMePartGuider(io.ComfyNode):
             node_id="SLiMePartGuider",
             category=SAMPLING,
             display_name="SLiMe Part Guider",
-            description="Guidance for SamplerCustomAdvanced that finds learned parts during sampling, and applies a "
+            description="Guidance for SamplerCustomAdvanced that finds trained parts during sampling, and applies a "
             "prompt of its own to each of them.",
-            search_aliases=["guider", "regional prompt", "part prompt", "CFGGuider", "part latent mask"],
+            search_aliases="guider, regional prompt, part prompt, CFGGuider, part latent mask",
             inputs=[
                 io.Model.Input("model", tooltip="The model that samples, and by default finds the parts."),
                 io.Conditioning.Input("positive", tooltip="Prompt of the whole image."),
@@ -365,7 +369,7 @@ class SLiMeGuiderMasks(io.ComfyNode):
             is_output_node=True,
             display_name="SLiMe Guider Masks",
             description="Gives the masks that SLiMe Part Guider used last, for a preview or for inpainting.",
-            search_aliases=["guider masks", "masks while sampling"],
+            search_aliases="guider masks, masks while sampling",
             inputs=[
                 io.Guider.Input("guider", tooltip="From SLiMe Part Guider."),
                 io.Latent.Input("latent", tooltip="The sampled latent: this node waits for it."),

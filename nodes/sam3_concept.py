@@ -15,7 +15,7 @@ from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from ..slime.examples import Example, check_known
 from .comfy_sam3 import ComfySam3
-from .common import SAM3, EmbeddingsSocket, ExamplesSocket, advanced, named_errors, schema
+from .common import SAM3, EmbeddingsSocket, ExamplesSocket, advanced, named_errors, schema, seed_input
 from .train import TrainingProgress, autosave_on_error
 
 _NO_MEMORY = "Out of GPU memory while training through SAM3's detector. Close other programs."
@@ -30,10 +30,10 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
             category=SAM3,
             is_experimental=True,
             display_name="SLiMe Learn SAM3 Concept",
-            description="Learns the parts of the examples as prompts for SAM3 Detect and SAM3 Video Track: instead of "
-            "a text, SAM3 gets what was learned. The weights of SAM3 do not change. Its accuracy on SAM3's real "
+            description="Learns the parts of the examples as prompts for SAM3 Detect and Run SAM3 Video Track: instead "
+            "of a text, SAM3 gets what was learned. The weights of SAM3 do not change. Its accuracy on SAM3's real "
             "weights has not been measured.",
-            search_aliases=["sam3", "learn prompt", "mask exemplar", "one shot", "concept", "segment same thing"],
+            search_aliases="sam3, learn prompt, mask exemplar, one shot, concept, segment same thing",
             inputs=[
                 io.Model.Input("model", tooltip="A SAM3 MODEL from Load Checkpoint (ComfyUI 0.20 or newer)."),
                 ExamplesSocket.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),
@@ -42,15 +42,14 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                     optional=True,
                     tooltip="The CLIP of the SAM3 checkpoint: training starts from the names of the parts.",
                 ),
-                io.Int.Input("steps", default=usual.steps, min=1, max=100_000, tooltip="Steps of Adam."),
                 io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of the augmentation, and of the start without clip.",
+                    "steps",
+                    default=usual.steps,
+                    min=1,
+                    max=100_000,
+                    tooltip="Number of training steps (Adam optimiser).",
                 ),
+                seed_input("Seed of the augmentation and, without clip, of the random starting tokens."),
                 EmbeddingsSocket.Input(
                     "init_embeddings", optional=True, tooltip="Concepts of the same parts to continue training from."
                 ),
@@ -61,7 +60,7 @@ class SLiMeLearnSam3Concept(io.ComfyNode):
                     display_name="embeddings", tooltip="For SLiMe SAM3 Prompt and Save SLiMe Embeddings."
                 ),
                 io.Conditioning.Output(
-                    display_name="conditioning", tooltip="All parts, for SAM3 Detect or SAM3 Video Track."
+                    display_name="conditioning", tooltip="All parts, for SAM3 Detect or Run SAM3 Video Track."
                 ),
                 io.Custom("LOSS_MAP").Output(display_name="loss_map", tooltip="For Plot Loss Graph."),
             ],
@@ -100,9 +99,9 @@ class SLiMeSam3Prompt(io.ComfyNode):
             category=SAM3,
             is_experimental=True,
             display_name="SLiMe SAM3 Prompt",
-            description="Makes a prompt for SAM3 Detect or SAM3 Video Track of learned concepts: of all parts, or of "
-            "one.",
-            search_aliases=["sam3", "concept to conditioning", "load concept"],
+            description="Turns learned concepts into a prompt for SAM3 Detect or Run SAM3 Video Track: all parts, "
+            "or one.",
+            search_aliases="sam3, concept to conditioning, load concept",
             inputs=[
                 EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Learn SAM3 Concept or Load SLiMe Embeddings."),
                 io.String.Input("name", default="", tooltip="Name of the part. Empty = all parts."),
@@ -111,11 +110,11 @@ class SLiMeSam3Prompt(io.ComfyNode):
                     default=0,
                     min=0,
                     max=64,
-                    tooltip="Most instances of each part in an image; 0 = as many as the examples show.",
+                    tooltip="Maximum number of instances of each part in an image; 0 = as many as the examples show.",
                 ),
             ],
             outputs=[
-                io.Conditioning.Output(display_name="conditioning", tooltip="For SAM3 Detect or SAM3 Video Track.")
+                io.Conditioning.Output(display_name="conditioning", tooltip="For SAM3 Detect or Run SAM3 Video Track.")
             ],
         )
 
@@ -191,7 +190,7 @@ def _advanced_inputs(usual: ConceptSettings) -> list[Any]:
             "instances",
             default=True,
             optional=True,
-            tooltip="Connected regions of a part are instances of their own, as SAM3 finds them; off: all of a "
+            tooltip="On: every connected region of a part is an instance of its own, as SAM3 finds them. Off: all of a "
             "part is one mask.",
         ),
     ]

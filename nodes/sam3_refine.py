@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import comfy.model_management
-import comfy.utils
 from comfy_api.latest import io
 
 from ..slime.batches import OUT_OF_MEMORY
 from ..slime.concepts.refine import RefineSettings, refine_parts
 from ..slime.errors import SlimeError
 from .comfy_sam3 import ComfySam3
-from .common import SAM3, Parts, PartsSocket, named_errors, parts_outputs, parts_result, schema, show_text
+from .common import SAM3, Parts, PartsSocket, named_errors, parts_outputs, parts_result, progress, schema, show_text
 
 BAR = 1000
 
@@ -27,9 +25,9 @@ class SLiMeSam3Refine(io.ComfyNode):
             is_experimental=True,
             is_output_node=True,
             display_name="SLiMe Refine with SAM3",
-            description="Sharpens every region of the parts by SAM3's mask decoder, in a crop around it. Its effect on "
-            "SAM3's real weights has not been measured.",
-            search_aliases=["sam3", "refine mask", "sharpen mask", "segment anything"],
+            description="Sharpens every region of the parts with SAM3's mask decoder, in a crop around it. Its effect "
+            "on SAM3's real weights has not been measured.",
+            search_aliases="sam3, refine mask, sharpen mask, segment anything",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment."),
                 io.Model.Input("model", tooltip="A SAM3 MODEL from Load Checkpoint (ComfyUI 0.20 or newer)."),
@@ -38,7 +36,8 @@ class SLiMeSam3Refine(io.ComfyNode):
                     default=2,
                     min=1,
                     max=5,
-                    tooltip="Passes of the mask decoder; each starts from the previous mask.",
+                    tooltip="Passes of SAM3's image encoder and mask decoder per region; each starts from the previous "
+                    "mask.",
                 ),
                 io.Float.Input(
                     "min_iou",
@@ -46,7 +45,8 @@ class SLiMeSam3Refine(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="A refined region whose intersection over union with the coarse one is lower is refused.",
+                    tooltip="A region is left as it was if its refined mask overlaps the old one less than this "
+                    "(intersection over union).",
                 ),
                 io.Float.Input(
                     "growth",
@@ -63,12 +63,7 @@ class SLiMeSam3Refine(io.ComfyNode):
 
     @classmethod
     def execute(cls, parts: Parts, model: Any, iterations: int = 2, min_iou: float = 0.5, growth: float = 0.15) -> Any:
-        bar = comfy.utils.ProgressBar(BAR)
-
-        def on_region(done: float) -> None:
-            bar.update_absolute(round(BAR * done), BAR)
-            comfy.model_management.throw_exception_if_processing_interrupted()
-
+        report = progress(BAR)
         with named_errors("SLiMe Refine with SAM3"):
             sam3 = ComfySam3(model)
             try:
@@ -77,7 +72,7 @@ class SLiMeSam3Refine(io.ComfyNode):
                     parts.images,
                     lambda image, logits: sam3.decode_mask(image, logits, iterations),
                     RefineSettings(min_iou, growth),
-                    on_region,
+                    lambda done: report(round(BAR * done), BAR),
                 )
             except OUT_OF_MEMORY as error:
                 raise SlimeError("Out of GPU memory in SAM3's mask decoder. Close other programs.") from error

@@ -157,9 +157,14 @@ def segmenter_inputs() -> list[Any]:
     """Return the sockets of the models that may segment besides the sampled one, and min_confidence."""
     return [
         io.Vae.Input(
-            "vae", optional=True, tooltip="Needed for a clip_vision, unless there is a preview decoder (TAESD)."
+            "vae",
+            optional=True,
+            tooltip="Needed with clip_vision, unless a TAESD preview decoder for this model is in models/vae_approx.",
         ),
-        clip_vision_input(),
+        clip_vision_input(
+            "The vision encoder or SAM3 MODEL that the embeddings were trained with, if any. Whether it is used alone "
+            "or with the model follows from the embeddings."
+        ),
         clip_input(),
         advanced(confidence_input()),
     ]

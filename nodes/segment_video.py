@@ -41,6 +41,7 @@ from .common import (
     schema,
     seed_input,
     show_text,
+    smoothing_input,
     to_core,
 )
 from .files import save_path
@@ -59,9 +60,9 @@ class SLiMeSegmentVideo(io.ComfyNode):
             node_id="SLiMeSegmentVideo",
             category=ADVANCED,
             display_name="SLiMe Segment Video",
-            description="Finds the learned parts in a video of any length: frames are read, segmented and written one "
+            description="Finds the trained parts in a video of any length: frames are read, segmented and written one "
             "after the other. After a cancel it goes on where it stopped.",
-            search_aliases=["long video", "video segmentation", "video mask", "segment video"],
+            search_aliases="long video, video segmentation, video mask, segment video",
             inputs=[
                 *model_inputs("The model the parts were trained with, or one of the same family."),
                 EmbeddingsSocket.Input("embeddings", tooltip="From SLiMe Train or Load SLiMe Embeddings."),
@@ -69,17 +70,10 @@ class SLiMeSegmentVideo(io.ComfyNode):
                 io.String.Input(
                     "name",
                     default="video",
-                    tooltip="Name of the results in the folder output/slime_video. Choose another one after a change "
-                    "of the model or a LoRA.",
+                    tooltip="Name of the results in output/slime_video. After a change of the model or a LoRA choose "
+                    "another name; otherwise the run stops with an error.",
                 ),
-                io.Float.Input(
-                    "smoothing",
-                    default=0.7,
-                    min=0.0,
-                    max=0.95,
-                    step=0.05,
-                    tooltip="How strongly earlier frames count; 0 = off.",
-                ),
+                smoothing_input("smoothing"),
                 refine_input(),
                 seed_input(),
                 clip_input(),
@@ -164,7 +158,7 @@ class SLiMeVideoMasks(io.ComfyNode):
             is_output_node=True,
             display_name="SLiMe Video Masks",
             description="Loads the parts of some frames that SLiMe Segment Video has written.",
-            search_aliases=["video mask", "load label frames", "frame range"],
+            search_aliases="video mask, load label frames, frame range",
             inputs=[
                 io.String.Input("folder", force_input=True, tooltip="From SLiMe Segment Video."),
                 io.Video.Input("video", tooltip="The video that SLiMe Segment Video was given."),

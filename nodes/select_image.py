@@ -17,8 +17,8 @@ class SLiMePickLeastSure(io.ComfyNode):
         return schema(
             node_id="SLiMePickLeastSure",
             display_name="SLiMe Select Lowest Confidence",
-            description="Selects the image of a batch with the lowest confidence: the one most worth correcting.",
-            search_aliases=["pick least sure", "active learning", "worst image", "uncertainty", "confidence"],
+            description="Selects the image of a batch with the lowest confidence, as a candidate for correction.",
+            search_aliases="pick least sure, active learning, worst image, uncertainty, confidence",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment, of several images."),
                 io.Int.Input(

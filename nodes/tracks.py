@@ -23,9 +23,9 @@ class SLiMeTrackSeeds(io.ComfyNode):
             category=SAM3,
             is_experimental=True,
             display_name="SLiMe Track Seeds",
-            description="Selects the frame of a video in which the parts are found best, as the start of SAM3 Video "
-            "Track: once forwards from there, once backwards.",
-            search_aliases=["sam3", "video track", "initial mask", "seed masks", "propagate"],
+            description="Selects the frame in which the parts are found best. Run SAM3 Video Track starts there: once "
+            "forwards, once backwards.",
+            search_aliases="sam3, video track, initial mask, seed masks, propagate",
             inputs=[
                 PartsSocket.Input("parts", tooltip="From SLiMe Segment, of the frames of a video as one batch."),
                 io.Int.Input(
@@ -40,7 +40,7 @@ class SLiMeTrackSeeds(io.ComfyNode):
                 io.Mask.Output(display_name="initial_mask", tooltip="One mask per part, in the order of the names."),
                 io.Image.Output(display_name="forwards", tooltip="The frames from the start to the end."),
                 io.Image.Output(display_name="backwards", tooltip="The frames from the start back to the first."),
-                io.Int.Output(display_name="frame", tooltip="The frame of the start, from 0."),
+                io.Int.Output(display_name="frame", tooltip="Index of the start frame, counted from 0."),
                 io.String.Output(display_name="names", tooltip="The part names, separated by commas."),
             ],
         )
@@ -63,13 +63,13 @@ class SLiMeTracksToParts(io.ComfyNode):
             is_experimental=True,
             is_output_node=True,
             display_name="SLiMe Tracks to Parts",
-            description="Puts the tracks of SAM3 Video Track back together as the parts of every frame.",
-            search_aliases=["sam3", "track to mask", "video parts"],
+            description="Puts the tracks of Run SAM3 Video Track back together as the parts of every frame.",
+            search_aliases="sam3, track to mask, video parts",
             inputs=[
-                PartsSocket.Input("parts", tooltip="The parts that SLiMe Track Seeds got."),
-                TrackDataSocket.Input("forwards", tooltip="From SAM3 Video Track over the frames forwards."),
+                PartsSocket.Input("parts", tooltip="The same parts that are connected to SLiMe Track Seeds."),
+                TrackDataSocket.Input("forwards", tooltip="From Run SAM3 Video Track over the frames forwards."),
                 TrackDataSocket.Input(
-                    "backwards", optional=True, tooltip="From SAM3 Video Track over the frames backwards."
+                    "backwards", optional=True, tooltip="From Run SAM3 Video Track over the frames backwards."
                 ),
             ],
             outputs=parts_outputs(),

@@ -22,7 +22,6 @@ from ..slime.examples import Example
 from ..slime.parts.draw import legend_below
 from ..slime.parts.palette import default_palette
 from ..slime.segment import segment
-from ..slime.settings import TrainSettings
 from ..slime.train import TRAINERS, StepReport, train
 from ..slime.train import preset as make_preset
 from .backbones import build_backbone, clip_vision_input, model_inputs
@@ -33,6 +32,7 @@ from .common import (
     named_errors,
     overlays,
     schema,
+    seed_input,
     show_text,
     to_core,
     to_pil,
@@ -73,35 +73,25 @@ class SLiMeTrain(io.ComfyNode):
             essentials_category="Image Tools",
             display_name="SLiMe Train",
             description="Learns the parts of the examples from the features of the connected models.",
-            search_aliases=[
-                "one shot segmentation",
-                "few shot",
-                "train segmenter",
-                "teach",
-                "learn mask",
-                "part segmentation",
-            ],
+            search_aliases="one shot segmentation, few shot, train segmenter, teach, learn mask, part segmentation",
             inputs=[
                 *model_inputs(
                     f"SD1.x, SD2.x or SDXL; with the preset instant also {FLOW_MODELS}, SAM3. LoRAs on it are used."
                 ),
-                io.Clip.Input("clip", optional=True, tooltip="The CLIP of the same checkpoint."),
+                io.Clip.Input(
+                    "clip",
+                    optional=True,
+                    tooltip="The CLIP of the same checkpoint. Needed for training; SAM3 and vision encoders need none.",
+                ),
                 ExamplesSocket.Input("examples", tooltip="From SLiMe Example or SLiMe Part Painter. One is enough."),
                 io.Combo.Input(
                     "preset",
                     options=list(TRAINERS),
                     default="instant",
-                    tooltip="instant: seconds, without gradients through the model. paper: the recipe of the SLiMe "
-                    "paper, training through the model, minutes.",
+                    tooltip="instant: fast, without gradients through the model. paper: the procedure of the SLiMe "
+                    "paper; trains through the model, which takes minutes and more memory. Stable Diffusion only.",
                 ),
-                io.Int.Input(
-                    "seed",
-                    default=0,
-                    min=0,
-                    max=0xFFFFFFFF,
-                    control_after_generate=False,
-                    tooltip="Seed of noise and augmentation. The same seed learns the same embeddings.",
-                ),
+                seed_input("Seed of noise and augmentation. The same seed learns the same embeddings."),
                 EmbeddingsSocket.Input(
                     "init_embeddings", optional=True, tooltip="Embeddings of the same parts to continue training from."
                 ),
@@ -137,19 +127,14 @@ class SLiMeTrain(io.ComfyNode):
     ) -> io.NodeOutput:
         with named_errors("SLiMe Train"):
             backbone = build_backbone(model, vae, clip, clip_vision)
-            chosen = _settings(preset, backbone, seed, settings)
+            changes = {} if settings is None else settings.for_preset(preset)
+            chosen = make_preset(preset, backbone.info, seed=seed, **changes)
             progress = TrainingProgress(cls.hidden.unique_id, preset)
             with autosave_on_error(progress):
                 embeddings = train(backbone, examples, chosen, init_embeddings=init_embeddings, on_step=progress)
                 preview = _preview(backbone, examples[0], embeddings, progress.last)
                 progress.show(legend_below(preview, embeddings.names, embeddings.palette))
                 return io.NodeOutput(embeddings, {"loss": list(embeddings.losses)}, to_core(to_tensor(preview)[None]))
-
-
-def _settings(preset: str, backbone: Backbone, seed: int, settings: TrainSettingsValue | None) -> TrainSettings:
-    """Return the settings of the preset, with those of a settings node if one is connected."""
-    changes = {} if settings is None else settings.for_preset(preset)
-    return make_preset(preset, backbone.info, seed=seed, **changes)
 
 
 def _autosave(report: StepReport | None) -> Path | None:

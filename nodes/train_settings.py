@@ -70,7 +70,7 @@ class SLiMeInstantSettings(_Settings):
             [
                 *_view_inputs(defaults),
                 io.Int.Input(
-                    "steps", default=defaults.steps, min=1, max=100_000, tooltip="Largest number of steps of the fit."
+                    "steps", default=defaults.steps, min=1, max=100_000, tooltip="Maximum number of steps of the fit."
                 ),
                 io.Combo.Input(
                     "recolor",
@@ -102,7 +102,13 @@ class SLiMePaperSettings(_Settings):
             "SLiMe Paper Settings",
             "Settings of SLiMe Train with the preset paper.",
             [
-                io.Int.Input("steps", default=defaults.steps, min=1, max=100_000, tooltip="Steps of Adam."),
+                io.Int.Input(
+                    "steps",
+                    default=defaults.steps,
+                    min=1,
+                    max=100_000,
+                    tooltip="Number of training steps (Adam optimiser).",
+                ),
                 io.Float.Input(
                     "learning_rate",
                     default=defaults.learning_rate,
@@ -113,7 +119,7 @@ class SLiMePaperSettings(_Settings):
                 ),
                 *_view_inputs(defaults),
                 io.Boolean.Input("checkpointing", default=False, tooltip="Less memory, more time."),
-                *_model_inputs('Empty is the word "part" once for the background and for every part.'),
+                *_model_inputs('If empty, the word "part" is used once for the background and once for every part.'),
             ],
         )
 
@@ -143,7 +149,7 @@ def _view_inputs(defaults: TrainSettings) -> list[Any]:
             min=0 if instant else 1,
             max=1000,
             tooltip="Number of augmented views of the examples; 0 = the model's own (24; SDXL and flow models 16). "
-            "More views take longer and made no measurable difference on our test scenes."
+            "More views take longer and made no measurable difference in our tests."
             if instant
             else "Number of augmented views of the examples; used again if there are fewer than steps.",
         ),
@@ -183,12 +189,13 @@ def _model_inputs(empty: str) -> list[Any]:
             "read_layers",
             default="",
             tooltip="Layers to read features from, such as output.3-5 or, for Flux, single.9. Empty: the default "
-            "layers of the model. auto: chosen on the examples, in about the time of an instant training.",
+            "layers, or as auto if the model has none. auto: chosen on the examples, in about the time of an instant "
+            "training.",
         ),
         io.String.Input(
             "propagate_layers",
             default="",
-            tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the default layers. "
-            "auto: chosen on the examples.",
+            tooltip="Layers whose self-attention propagates the masks, such as output.9-11. Empty: the default layers, "
+            "or as auto if the model has none. auto: chosen on the examples.",
         ),
     ]

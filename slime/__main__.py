@@ -12,7 +12,7 @@ def main() -> int:
 
         return run(sys.argv[1:])
     except ImportError as error:  # some formats need the extra
-        sys.stderr.write(f'slime: {error.name} is missing: pip install "slime-segment-like-me[data]"\n')
+        sys.stderr.write(f'slime: {error.name} is missing. In SLiMe\'s folder run: python -m pip install ".[data]"\n')
         return 1
 
 

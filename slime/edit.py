@@ -26,7 +26,8 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
     """
     if first.backbone != second.backbone:
         raise SlimeError(
-            f'One was trained on a "{first.backbone}" model, the other on "{second.backbone}": they cannot be merged.'
+            f'The embeddings belong to different model families ("{first.backbone}" and "{second.backbone}") and '
+            "cannot be merged. Use one SLiMe Segment for each."
         )
     if CONTEXT in (first.mode, second.mode):
         raise SlimeError(
@@ -35,10 +36,14 @@ def merge_embeddings(first: PartEmbeddings, second: PartEmbeddings) -> PartEmbed
         )
     if (first.condition is None) != (second.condition is None):
         raise SlimeError(
-            "One of them is in the compact text form, without text conditioning. Use the .safetensors file of both."
+            "One of the two was loaded from a text, which lacks the text conditioning. Use the .safetensors file "
+            "of both."
         )
     if first.vectors.keys() != second.vectors.keys() or first.extraction_key() != second.extraction_key():
-        raise SlimeError("They were trained with other settings (text, layers, timestep or size) and cannot be merged.")
+        raise SlimeError(
+            "The two were trained with other settings (prompt, layers, timestep or size) and cannot be merged. Train "
+            "both with the same settings, or use one SLiMe Segment for each."
+        )
     names = check_names([*first.names, *second.names])
     a, b = len(first.names), len(second.names)
     known = first.example_confidence > 0 and second.example_confidence > 0
@@ -120,5 +125,5 @@ def describe(embeddings: PartEmbeddings) -> str:
     if (check := settings.get("color_check")) is not None:
         lines.append(f"colours: {check['found']}")
     if embeddings.losses:
-        lines.append(f"loss: {embeddings.losses[0]:.4f} at first, {embeddings.losses[-1]:.4f} at last")
+        lines.append(f"loss: {embeddings.losses[0]:.4f} at the start, {embeddings.losses[-1]:.4f} at the end")
     return "\n".join(lines)

@@ -142,7 +142,7 @@ def _cure(learned: str, connected: str) -> str:
     lacking = [name for name in wanted if name not in given]
     extra = [name for name in given if name not in wanted]
     if lacking and not extra:
-        return f"Connect {' and '.join(lacking)} as well."
+        return f"Connect {' and '.join(lacking)} as well; a vision encoder or SAM3 goes to clip_vision."
     if extra and not lacking:
         return f"Disconnect {' and '.join(extra)}."
     return "Load a model of the same family, or train on this one."

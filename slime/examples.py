@@ -138,7 +138,8 @@ class Example:
                 raise SlimeError(f'The mask of "{name}" has NaN or infinite values. Check the node that made it.')
             if 0 < most <= 0.5:
                 raise SlimeError(
-                    f'The mask of "{name}" reaches only {most:.2f}: a part is where it is above 0.5. Make it stronger.'
+                    f'The mask of "{name}" reaches only {most:.2f}, but a pixel belongs to a part only above 0.5. '
+                    "Paint it at full strength, or threshold the mask."
                 )
             if not inside.any():
                 raise SlimeError(

@@ -119,7 +119,8 @@ def _with_ignored_pixels(examples: Sequence[Example]) -> list[Example]:
     trained = [example.with_ignored_pixels() for example in examples]
     if not any((example.labels == 0).any() for example in trained):
         raise SlimeError(
-            "There is no background to learn: every example ignores its unlabelled pixels. Label all parts in one "
-            'example, or set its unlabelled pixels to "background".'
+            "There is no background to learn: every example ignores its unlabelled pixels. Label all parts in "
+            "one of the images. With SLiMe Example you can also set its advanced input unlabelled to "
+            '"background".'
         )
     return trained

@@ -374,7 +374,7 @@ def repaint_a_part() -> Page:
 def video() -> Page:
     page = Page()
     model, embeddings = page.saved_parts(
-        f"{NEEDS} *SLiMe Part Mask* behind *SLiMe Smooth Video Parts* gives a mask for each frame."
+        f"{NEEDS} For a mask per frame, connect *SLiMe Part Mask* to *parts* of *SLiMe Smooth Video Parts*."
     )
     page.column()
     clip = page.add("LoadVideo", file=CLIP)
@@ -453,7 +453,8 @@ def prompt_a_part() -> Page:
     page = Page()
     model, embeddings = page.saved_parts(
         f"{NEEDS} The wheels are segmented while the image is sampled; from then on a prompt of their own applies to "
-        "them; *SLiMe Guider Masks* shows where.",
+        "them. To see where, add *SLiMe Guider Masks*: connect *guider*, and the output of *SamplerCustomAdvanced* to "
+        "*latent*.",
         150,
     )
     page.column("2  Prompts")
@@ -679,7 +680,7 @@ def segment_blueprint() -> dict[str, Any]:
         "inputs": {name: [(parts, name)] for name in ("model", "vae", "embeddings", "image")},
         "outputs": {"mask": (mask, 0), "overlay": (overlay, 0), "parts": (parts, 0)},
         "widgets": [(mask, "names"), (mask, "grow"), (mask, "feather"), (parts, "refine")],
-        "description": "Segment trained parts in an image, and output one of them as a mask.",
+        "description": "Segments trained parts in an image and outputs them as a mask: all parts, or those given in names.",
     }
 
 

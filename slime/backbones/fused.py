@@ -45,8 +45,8 @@ class FusedBackbone:
         ids = [info.id for info in infos]
         if len(set(ids)) < 2 or len(set(ids)) < len(ids) or len({info.cell for info in infos}) > 1:
             raise SlimeError(
-                f"These models cannot be combined: {', '.join(ids)}. Use two different ones whose cells have the same "
-                "size: a diffusion model and a vision encoder."
+                f"These models cannot be combined: {', '.join(ids)}. Connect a diffusion model to model, and a vision "
+                "encoder or SAM3 to clip_vision."
             )
         ends = list(accumulate(info.channels for info in infos))
         self._branches = tuple(

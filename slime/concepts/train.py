@@ -296,8 +296,9 @@ def _check_visible(names: Sequence[str], views: Sequence[_View]) -> None:
     alone = [name for part, name in enumerate(names) if not any(_has_negatives(view.targets[part]) for view in views)]
     if alone:
         raise SlimeError(
-            f"{', '.join(alone)}: no pixel is known not to be this part, because unlabelled pixels are ignored. Set "
-            'unlabelled of the example to "background".'
+            f"{', '.join(alone)}: no pixel is known not to be this part, because unlabelled pixels are ignored. "
+            "Label all parts in one of the images. With SLiMe Example you can also set its advanced input unlabelled "
+            'to "background".'
         )
 
 

@@ -42,6 +42,8 @@ from .run import Engine, segment_images
 from .run_log import RunLog
 from .sources import STREAMED, SourceImage, source_images, source_names
 
+ANNOTATIONS = "COCO or Label Studio .json, YOLO data.yaml, or the folder of a data set"
+
 
 def run(arguments: Sequence[str]) -> int:
     """Run a command and return its exit status."""
@@ -72,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     _model(parser)
-    parser.add_argument("--examples", required=True, help="COCO or Label Studio .json, or a folder with names.txt")
+    parser.add_argument("--examples", required=True, help=ANNOTATIONS)
     parser.add_argument("--parts", nargs="+", default=(), help="part names, in order; default: all in the examples")
     parser.add_argument("--shots", type=_count, default=0, help="number of images to train on; 0 for all")
     parser.add_argument("--output", type=Path, required=True, help="the .safetensors file to write")
@@ -115,7 +117,7 @@ def _add_segment(parser: argparse.ArgumentParser) -> None:
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     _model(parser, required=False)
     _segmenting(parser, required=False)
-    parser.add_argument("ground_truth", help="COCO or Label Studio .json, or a folder with names.txt")
+    parser.add_argument("ground_truth", help=ANNOTATIONS)
     parser.add_argument("--labels", help="labels to evaluate, in any of these forms, instead of a model and embeddings")
     parser.add_argument("--strict", action="store_true", help="an annotation that cannot be used is an error")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
@@ -131,7 +133,7 @@ def _model(parser: argparse.ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--device", default="", help="cuda, mps or cpu; default: the best available (ComfyUI chooses by itself)"
     )
-    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="as --device")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="float32", help="precision")
 
 
 def _segmenting(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -122,7 +122,11 @@ def outlines(mask: np.ndarray) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
     try:
         from contourpy import FillType, contour_generator
     except ImportError as error:
-        raise SlimeError("Polygons need contourpy: pip install contourpy") from error
+        raise SlimeError(
+            "Polygons need contourpy to be exported. Install it into ComfyUI's Python and restart: python -m pip "
+            "install contourpy (portable build: python_embeded\\python.exe -m pip install contourpy). Or choose the "
+            "format coco."
+        ) from error
 
     padded = np.pad(mask, 1).astype(np.float64)
     filled = contour_generator(z=padded, fill_type=FillType.OuterOffset).filled(0.5, 2.0)

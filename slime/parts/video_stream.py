@@ -21,7 +21,7 @@ from .video import VideoSmoother
 
 CHUNK_VALUES, CHUNK_FRAMES = 2**24, 16  # most pixel values (64 MB) and frames that are segmented at once
 ABOUT = "parts.json"
-AGAIN = "Delete it, clear ComfyUI's execution cache, and run SLiMe Segment Video again."
+AGAIN = 'Delete it, run "Unload Models and Execution Cache" in ComfyUI, and run SLiMe Segment Video again.'
 FORGOTTEN = 0.02  # weight of a frame in the average below which it no longer counts
 LAST = 16  # frames whose files a crash may have left half written
 SAME_MODEL = 0.99  # share of the first frame's pixels that must come out again

@@ -414,13 +414,12 @@ def test_the_bar_spans_the_whole_training(extension) -> None:
 @pytest.mark.parametrize(("node", "chosen"), [("SLiMeInstantSettings", "instant"), ("SLiMePaperSettings", "paper")])
 def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(extension, node, chosen) -> None:
     from slime_extension.nodes import train_settings
-    from slime_extension.nodes.train import _settings
 
     toy, kind = ToyUNet(), getattr(train_settings, node)
     values = {item.id: item.default for item in kind.define_schema().inputs}
     settings = kind.execute(**values).args[0]
     same = preset(chosen, seed=3)
-    assert _settings(chosen, toy, 3, settings) == same == _settings(chosen, toy, 3, None)
+    assert preset(chosen, toy.info, seed=3, **settings.for_preset(chosen)) == same
     assert kind.execute().args[0].for_preset(chosen).keys() <= settings.for_preset(chosen).keys()
     for name, value in {
         "views": 5,
@@ -430,7 +429,7 @@ def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(exte
         "flip": "off",
         "read_layers": "auto",
     }.items():
-        changed = _settings(chosen, toy, 3, kind.execute(**values | {name: value}).args[0])
+        changed = preset(chosen, toy.info, seed=3, **kind.execute(**values | {name: value}).args[0].for_preset(chosen))
         assert changed == dataclasses.replace(same, **{name: False if name == "flip" else value})
     with pytest.raises(SlimeError, match=f"connected settings are for {chosen}"):
         settings.for_preset("other")

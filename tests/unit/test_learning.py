@@ -372,7 +372,7 @@ def test_the_check_of_colours_says_what_it_found() -> None:
     plain = toy_example(0)
     neutral = Example.from_label_map(plain.image, plain.labels, ["wheel", "door"])
     found = train(ToyUNet(), [neutral], preset("instant", views=24)).settings["color_check"]
-    assert found["recolored"] < 0.9 and "trained on recoloured views" in found["found"]
+    assert found["recolored"] < 0.9 and "trained with changed colours" in found["found"]
     assert plain.names == ("red", "blue")
     for names in (plain.names, ("redStripe", "door"), ("grüner Streifen", "door"), ("\u7ea2\u8272", "door")):
         named = Example.from_label_map(plain.image, plain.labels, names)

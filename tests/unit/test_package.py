@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+import shlex
 import subprocess
 import sys
 import zipfile
@@ -43,6 +45,24 @@ def test_the_package_is_small_and_holds_no_developer_files(packed) -> None:
         assert name in packed
     for folder in ("example_workflows", "subgraphs", "nodes", "slime"):
         assert any(name.startswith(f"{folder}/") for name in packed), folder
+
+
+def test_the_installation_of_the_readme_is_small_and_whole(packed, tmp_path) -> None:
+    """Its two commands, with a copy of this repository as the address, bring all that the registry's package has."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    commands = re.findall(r"^    (git (?:clone|-C SLiMe) .*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    bare = tmp_path / "bare.git"
+    for command in (
+        f"git clone --quiet --bare {ROOT} {bare}",
+        f"git -C {bare} config uploadpack.allowFilter true",
+        *(command.replace("REPOSITORY_URL", bare.as_uri()) for command in commands),
+    ):
+        subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True)
+    files = [path for path in (tmp_path / "SLiMe").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) < 3 * LIMIT
+    brought = {path.relative_to(tmp_path / "SLiMe").as_posix() for path in files}
+    assert set(packed) <= brought and not ONLY_FOR_DEVELOPERS & {name.split("/")[0] for name in packed}
 
 
 def project_file() -> dict[str, Any]:
