@@ -17,13 +17,15 @@ from unittest import mock
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from slime import Example, PartEmbeddings, SegmentSettings, preset, segment, train
+from slime.backbones.attention import cross_scores
 from slime.backbones.base import Backbone
 from slime.backbones.fused import FusedBackbone
 from slime.decode.linear import LinearDecoder
-from slime.images import resize_image, working_size
-from slime.paper.decoder import PaperDecoder
+from slime.images import resize_image, resize_maps, working_size
+from slime.paper.decoder import AttentionMaps, PaperDecoder, official_maps, token_maps
 from slime.training.cache import clear_caches
 from testing import scenes
 from testing.baselines import color_neighbours, mean_mask
@@ -33,7 +35,6 @@ from testing.server import FLOW
 from testing.tiny.untrained import write_untrained
 
 from .feature_baselines import RULES, Bank, FeatureChoice, best_feature_choices
-from .official_steps import label_maps
 from .sources import as_tensor
 
 EMPTY: Mapping[str, Any] = {}
@@ -41,6 +42,29 @@ Predict = Callable[[np.ndarray], list[np.ndarray]]  # uint8 [B, H, W, 3] -> labe
 ENCODER, BESIDE_ENCODER = "encoder", "default beside encoder"
 MODEL_FREE = ("colour neighbours", "mean mask")
 Learn = Callable[..., Predict]  # of examples, a seed and, if there are any, validation images
+
+
+@dataclass(frozen=True)
+class ChangedDecoder(PaperDecoder):
+    """The official decoder with changes to the steps of :func:`slime.paper.decoder.official_maps`.
+
+    Attributes:
+        all_tokens: apply the softmax over all tokens of the text, else over the parts alone.
+        steps: order, gate, subtract_mean, rescale.
+    """
+
+    all_tokens: bool = True
+    steps: dict[str, Any] = field(default_factory=dict)
+
+    def decode(self, extracted: AttentionMaps, embeddings: PartEmbeddings, index: int) -> Tensor:
+        classes = len(embeddings.names) + 1
+        grid = max((a.height, a.width) for a in (*extracted.cross, *extracted.attention))
+        if self.all_tokens:
+            maps = token_maps(extracted.cross, classes, grid)
+        else:
+            scores = [resize_maps(cross_scores(a, classes), grid) for a in extracted.cross]
+            maps = torch.stack(scores).mean(0).softmax(1)
+        return official_maps(maps, extracted.attention, **self.steps)
 
 
 @dataclass(frozen=True)
@@ -55,7 +79,7 @@ class Variant:
         linear: decode any embeddings with :class:`slime.decode.linear.LinearDecoder`.
         segment: segmentation settings.
         constants: values of constants by module and name, such as "paper.train.SD_WEIGHT".
-        official: changes to the steps of the official decoder, see :func:`.official_steps.label_maps`; None for none.
+        official: arguments of :class:`ChangedDecoder`, the steps among them; None for the official decoder.
         bgr: exchange red and blue in images, as the official code gives them to the VAE.
     """
 
@@ -88,6 +112,9 @@ class Variant:
 
     def find(self, backbone: Backbone, embeddings: PartEmbeddings, images: np.ndarray, seed: int) -> list[np.ndarray]:
         decoder = LinearDecoder() if self.linear else embeddings.decoder
+        if self.official is not None:
+            steps = {name: value for name, value in self.official.items() if name != "all_tokens"}
+            decoder = ChangedDecoder(self.official.get("all_tokens", True), steps)
         changed = dataclasses.replace(embeddings, decoder=decoder, **self.embeddings)
         plain = {"refine": "off"} if isinstance(decoder, PaperDecoder) else {}
         recipe = self.recipe(embeddings.names, "segment")
@@ -95,8 +122,6 @@ class Variant:
         images = images[..., ::-1] if self.bgr else images
         overlap = {"extraction.CROP_OVERLAP": PAPER_OVERLAP} if recipe else {}
         with constants(self.constants | overlap), torch.inference_mode():
-            if self.official is not None:
-                return list(label_maps(backbone, as_tensor(images), changed, settings, **self.official).numpy())
             return list(segment(backbone, as_tensor(images), changed, settings)[0].label_map.numpy())
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..slime.data.file_names import DEVICE
 from ..slime.edit import describe
 from ..slime.embedding_files import from_text, load_embeddings, save_embeddings, to_text
 from ..slime.embeddings import PartEmbeddings
@@ -27,9 +28,6 @@ SAMPLE_IMAGES = Path(__file__).resolve().parent.parent / "example_workflows" / "
 SUFFIX = ".safetensors"
 NOTHING_SAVED = "(nothing saved yet)"
 _FORBIDDEN = re.compile(r'[<>:"|?*\x00-\x1f\x7f\ud800-\udfff\\/]')
-_DEVICES = re.compile(
-    r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE
-)  # Windows opens no file of such a name
 LONGEST = 150  # bytes of a name; file systems allow 255, and a number and the suffix are added
 
 
@@ -69,7 +67,7 @@ def save_path(name: str, overwrite: bool) -> Path:
     if bad:
         shown = " ".join(repr(character)[1:-1] for character in bad)
         raise SlimeError(f"{name!r} cannot be a file name because of {shown}. Use letters, digits, - and _.")
-    if _DEVICES.fullmatch(stem) or stem.endswith("."):
+    if DEVICE.match(stem) or stem.endswith("."):
         raise SlimeError(f'"{stem}" cannot be a file name on Windows. Use another one.')
     if len(stem.encode()) > LONGEST:
         raise SlimeError(

@@ -67,7 +67,7 @@ class SLiMeSam3Refine(io.ComfyNode):
         with named_errors("SLiMe Refine with SAM3"):
             sam3 = ComfySam3(model)
             try:
-                result = refine_parts(
+                maps, refined, refused = refine_parts(
                     parts.maps,
                     parts.images,
                     lambda image, logits: sam3.decode_mask(image, logits, iterations),
@@ -76,5 +76,5 @@ class SLiMeSam3Refine(io.ComfyNode):
                 )
             except OUT_OF_MEMORY as error:
                 raise SlimeError("Out of GPU memory in SAM3's mask decoder. Close other programs.") from error
-        show_text(cls.hidden.unique_id, f"{result.refined} regions refined, {result.refused} left as they were")
-        return parts_result(cls, result.maps, parts.images)
+        show_text(cls.hidden.unique_id, f"{refined} regions refined, {refused} left as they were")
+        return parts_result(cls, maps, parts.images)

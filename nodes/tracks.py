@@ -48,10 +48,10 @@ class SLiMeTrackSeeds(io.ComfyNode):
     @classmethod
     def execute(cls, parts: Parts, frame: int = -1) -> io.NodeOutput:
         with named_errors("SLiMe Track Seeds"):
-            seeds = track_seeds(parts.maps, None if frame < 0 else frame)
-        forwards, backwards = parts.images[seeds.frame :], parts.images[: seeds.frame + 1].flip(0)
+            start, masks = track_seeds(parts.maps, None if frame < 0 else frame)
+        forwards, backwards = parts.images[start:], parts.images[: start + 1].flip(0)
         names = ", ".join(parts.maps.names)
-        return io.NodeOutput(to_core(seeds.masks), to_core(forwards), to_core(backwards), seeds.frame, names)
+        return io.NodeOutput(to_core(masks), to_core(forwards), to_core(backwards), start, names)
 
 
 class SLiMeTracksToParts(io.ComfyNode):
@@ -96,7 +96,7 @@ def _packed(track: dict[str, Any]) -> Tensor:
     """Return the masks uint8 [B, P, h, w / 8] of SAM3_TRACK_DATA, eight pixels to a byte."""
     packed: Tensor | None = track.get("packed_masks")
     if packed is None:
-        raise SlimeError("Nothing was tracked. Connect initial_mask of SLiMe Track Seeds to SAM3 Video Track.")
+        raise SlimeError("Nothing was tracked. Connect initial_mask of SLiMe Track Seeds to Run SAM3 Video Track.")
     return packed.cpu()
 
 

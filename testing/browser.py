@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from testing.server import MODEL
-
 ROOT = Path(__file__).resolve().parent.parent
 SHOTS = ROOT / "test_output" / "browser"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -37,7 +35,6 @@ NEEDED = [
     pytest.mark.usefixtures("fresh"),
     pytest.mark.long,
     pytest.mark.skipif(CHROMIUM is None, reason="no Chromium found; set CHROMIUM to its path"),
-    pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there"),
 ]
 
 

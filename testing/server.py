@@ -148,8 +148,7 @@ class ComfyServer:
             link = self.base / "custom_nodes" / name
             if not link.exists():
                 link_folder(target, link)
-        if MODEL.is_file():
-            self.add_checkpoint(MODEL)
+        self.add_checkpoint(MODEL)
 
     @staticmethod
     def _device_options() -> tuple[str, ...]:

@@ -680,7 +680,7 @@ def segment_blueprint() -> dict[str, Any]:
         "inputs": {name: [(parts, name)] for name in ("model", "vae", "embeddings", "image")},
         "outputs": {"mask": (mask, 0), "overlay": (overlay, 0), "parts": (parts, 0)},
         "widgets": [(mask, "names"), (mask, "grow"), (mask, "feather"), (parts, "refine")],
-        "description": "Segments trained parts in an image and outputs them as a mask: all parts, or those given in names.",
+        "description": "Segments trained parts in an image and outputs them as a mask: all parts, or those in names.",
     }
 
 

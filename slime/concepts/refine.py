@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,8 +43,7 @@ class RefineSettings:
         check_settings(self, min_iou=(0, 1), growth=(0, 1))
 
 
-@dataclass(frozen=True)
-class Refined:
+class Refined(NamedTuple):
     """Refined maps, and how many regions were refined and refused."""
 
     maps: PartMaps

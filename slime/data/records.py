@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from ..images import most_probable
@@ -68,20 +69,14 @@ class Record:
         return labels
 
 
-def part_rle(record: Record, part: PartRecord) -> dict[str, Any]:
-    """Return a mask as COCO's compressed run lengths."""
-    return {"size": [record.height, record.width], "counts": part.counts}
-
-
 def record_of(name: str, labels: np.ndarray, maps: Tensor, confidence: float) -> Record:
     """Make a record from a label map uint8 [H, W] and the small probabilities [K, h, w] it was made of."""
     scores, parts = part_scores(maps), []
-    for label in (np.flatnonzero(np.bincount(labels.ravel(), minlength=len(maps))[1:]) + 1).tolist():
-        mask = labels == label
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        top, left = int(rows[0]), int(columns[0])
-        box = (left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top)
-        parts.append(PartRecord(label, coco_rle(mask), int(mask.sum()), box, round(scores[label], 4)))
+    for label, place in enumerate(ndimage.find_objects(labels), start=1):
+        if place is not None:
+            mask, (rows, columns) = labels == label, place
+            box = (columns.start, rows.start, columns.stop - columns.start, rows.stop - rows.start)
+            parts.append(PartRecord(label, coco_rle(mask), int(mask.sum()), box, round(scores[label], 4)))
     return Record(name, labels.shape[0], labels.shape[1], round(confidence, 4), tuple(parts))
 
 

@@ -10,7 +10,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,17 +85,10 @@ def _all(source: str, without: Path | None, read: bool = True) -> Iterator[Sourc
         files = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and counts(file))
         return _files(files, path, source, read)
     if glob.has_magic(source):
-        fixed = Path(*[part for part in _before_magic(path)])
+        fixed = Path(*takewhile(lambda part: not glob.has_magic(part), path.parts[:-1]))
         found = sorted(filter(counts, map(Path, glob.glob(source, recursive=True))))
         return _files(found, fixed, source, read)
     raise SlimeError(f"There is nothing at {source}: give a folder, a pattern in quotes, or a file.")
-
-
-def _before_magic(path: Path) -> Iterator[str]:
-    for part in path.parts[:-1]:
-        if glob.has_magic(part):
-            return
-        yield part
 
 
 def _files(files: list[Path], root: Path, source: str, read: bool) -> Iterator[SourceImage]:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from scipy.spatial.transform import Rotation
 
 from ..errors import SlimeError
 from .surface import MOST_FACES, Surface
@@ -218,14 +219,9 @@ def _matrix(node: dict[str, Any]) -> np.ndarray:
     """Return the matrix [4, 4] of a node."""
     if "matrix" in node:
         return np.array(node["matrix"], float).reshape(4, 4).T
-    x, y, z, w = node.get("rotation", (0, 0, 0, 1))
-    turn = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-    ]
+    turn = Rotation.from_quat(node.get("rotation", (0, 0, 0, 1))).as_matrix()
     matrix = np.eye(4)
-    matrix[:3, :3] = np.array(turn) * node.get("scale", (1, 1, 1))
+    matrix[:3, :3] = turn * node.get("scale", (1, 1, 1))
     matrix[:3, 3] = node.get("translation", (0, 0, 0))
     return matrix
 

@@ -43,7 +43,6 @@ class MeshViews:
         images: float32 [V, S, S, 3] in [0, 1].
         faces: int32 [V, S, S], the face that each pixel shows, -1 for none.
         facing: float16 [V, S, S], cosine of the angle between the face and the ray, 0 for none.
-        depth: float32 [V, S, S], distance from the camera in radii of the mesh, infinite for none.
     """
 
     surface: Surface
@@ -51,7 +50,6 @@ class MeshViews:
     images: Tensor
     faces: Tensor
     facing: Tensor
-    depth: Tensor
 
 
 def render_views(
@@ -69,18 +67,18 @@ def render_views(
     for index, camera in enumerate(cameras):
         rendered.append([tensor.cpu() for tensor in _render(placed, camera, side)])
         on_view(index + 1, len(cameras))
-    images, faces, facing, depth = (torch.stack(list(parts)) for parts in zip(*rendered, strict=True))
-    return MeshViews(surface, tuple(cameras), images, faces, facing, depth)
+    images, faces, facing = (torch.stack(list(parts)) for parts in zip(*rendered, strict=True))
+    return MeshViews(surface, tuple(cameras), images, faces, facing)
 
 
-def _render(surface: Surface, camera: Camera, side: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _render(surface: Surface, camera: Camera, side: int) -> tuple[Tensor, Tensor, Tensor]:
     device = surface.vertices.device
     rotation = _rotation(camera).to(device)
     seen = surface.corners @ rotation.T  # x right, y up, z towards the camera
     distance = DISTANCE - seen[..., 2]
     focal = 1 / math.tan(math.radians(FIELD / 2))
     pixels = torch.stack([1 + focal * seen[..., 0] / distance, 1 - focal * seen[..., 1] / distance], -1) * side / 2
-    faces, weights, depth = rasterise(pixels, 1 / distance, (side, side))
+    faces, weights, _ = rasterise(pixels, 1 / distance, (side, side))
     hit = faces >= 0
     shown = faces[hit].long()
     normals = surface.normals[shown] @ rotation.T
@@ -94,7 +92,7 @@ def _render(surface: Surface, camera: Camera, side: int) -> tuple[Tensor, Tensor
     image[hit] = (_colors(surface, shown, weights[hit]) * light[:, None]).clamp(0, 1)
     facing = torch.zeros(side, side, dtype=torch.float16, device=device)
     facing[hit] = cosine.half()
-    return image, faces, facing, depth
+    return image, faces, facing
 
 
 def _colors(surface: Surface, faces: Tensor, weights: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.ndimage import binary_erosion, distance_transform_edt
+from scipy.ndimage import binary_erosion, distance_transform_edt, find_objects
 
 from ..examples import IGNORE
 
@@ -30,22 +30,16 @@ class Scores:
     @property
     def part_miou(self) -> float:
         """Mean over the parts, without the background."""
-        return _mean(self.per_class[1:])
+        return float(mean_known(self.per_class[1:]))
 
     @property
     def miou(self) -> float:
         """Mean over all classes, background included, as the paper reports."""
-        return _mean(self.per_class)
+        return float(mean_known(self.per_class))
 
     @property
     def pooled_part_miou(self) -> float:
-        return _mean(self.pooled[1:])
-
-
-def _mean(values: np.ndarray) -> float:
-    """Return the mean of the values that are not NaN; NaN where all are."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
+        return float(mean_known(self.pooled[1:]))
 
 
 def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int) -> float:
@@ -64,7 +58,7 @@ def boundary_f(prediction: np.ndarray, truth: np.ndarray, classes: int) -> float
         if not found.any() or not real.any():
             scores.append(float(not found.any() and not real.any()))
             continue
-        box = _box(found | real)  # distances are needed at the outlines alone
+        (box,) = find_objects((found | real).view(np.uint8))  # distances are needed at the outlines alone
         found, real = found[box], real[box]
         precision = float((distance_transform_edt(~real)[found] <= reach).mean())
         recall = float((distance_transform_edt(~found)[real] <= reach).mean())
@@ -82,11 +76,6 @@ def false_area(predictions: Sequence[np.ndarray], truths: Sequence[np.ndarray], 
         absent = [k for k in range(1, classes) if not (truth == k).any()]
         shares.append(float(np.isin(prediction, absent).mean()))
     return float(np.mean(shares))
-
-
-def _box(mask: np.ndarray) -> tuple[slice, slice]:
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
 
 
 def _outline(mask: np.ndarray) -> np.ndarray:

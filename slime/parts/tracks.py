@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,21 +12,10 @@ from .maps import PartMaps
 from .palette import Color
 
 
-@dataclass(frozen=True)
-class Seeds:
-    """Where the tracks of a video start.
+def track_seeds(maps: PartMaps, frame: int | None = None) -> tuple[int, Tensor]:
+    """Return where tracks start: the index of a frame, and its masks float32 [P, H, W] in the order of the names.
 
-    Attributes:
-        frame: index of the frame.
-        masks: float32 [P, H, W], one mask per part, in the order of the names; all zero where the part is not there.
-    """
-
-    frame: int
-    masks: Tensor
-
-
-def track_seeds(maps: PartMaps, frame: int | None = None) -> Seeds:
-    """Return the masks of a frame; by default of the one that shows the most parts, and of those the surest.
+    By default it is the frame that shows the most parts, and of those the surest.
 
     Raises:
         SlimeError: a frame that there is not, or one without any part.
@@ -44,7 +32,7 @@ def track_seeds(maps: PartMaps, frame: int | None = None) -> Seeds:
         raise SlimeError(
             f"No part is found in frame {frame}. Choose a frame that shows the object, or lower min_confidence."
         )
-    return Seeds(frame, masks)
+    return frame, masks
 
 
 def tracked_maps(tracks: Iterable[Tensor], names: Sequence[str], palette: Sequence[Color]) -> PartMaps:

@@ -35,7 +35,6 @@ from slime.files import SCRATCH
 from slime.paper.files import import_official
 from testing.code import imported, sources
 from testing.nodes import train_settings
-from testing.server import MODEL
 from testing.toy import ToyUNet, all_vectors, toy_example
 
 
@@ -161,7 +160,6 @@ def test_the_standing_proof_in_short(extension, task, count) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
 def test_interrupts_of_a_server_leave_everything_as_it_was(server) -> None:
     at = faults.server.Client(server)
     at.learn()
@@ -171,7 +169,6 @@ def test_interrupts_of_a_server_leave_everything_as_it_was(server) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")
 def test_an_error_in_the_middle_of_any_node_leaves_the_model_as_it_was(extension) -> None:
     trials = faults.run("errors", 1)
     assert not trials.failures and trials.count == trials.refused == len(faults.nodes.QUICK)

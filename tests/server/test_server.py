@@ -28,7 +28,7 @@ from tools.make_workflows import BLUEPRINTS, MOST, NEWER_WORKFLOWS, WORKFLOWS, w
 from tools.run_workflows import EMBEDDINGS, pictures, prepare
 from tools.samples import write_clip
 
-pytestmark = [pytest.mark.long, pytest.mark.skipif(not MODEL.is_file(), reason="the tiny model is not there")]
+pytestmark = pytest.mark.long
 DOMAIN, NAMES = "car", scenes.PARTS["car"]
 SHOTS, TESTS = 4, 6
 PINNED, WITH_SAM3 = "0.3.75", "0.33.0"  # the ComfyUIs that write the templates

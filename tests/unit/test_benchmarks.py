@@ -17,7 +17,6 @@ from benchmarks import ablation, confidence, correction, device, extraction_cost
 from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.feature_baselines import RULES, Bank, FeatureChoice, best_feature_choices
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
-from benchmarks.official_steps import label_maps
 from benchmarks.reference import Reference
 from benchmarks.rows import read_rows, write_rows
 from benchmarks.sources import (
@@ -30,7 +29,7 @@ from benchmarks.sources import (
     scene_task,
 )
 from benchmarks.speed import Bench
-from slime import Example, SegmentSettings, SlimeError
+from slime import Example, SlimeError
 from slime.backbones.text import Capture, Context, add_noise
 from slime.images import resize_image, soft_labels
 from slime.paper import train as paper_train
@@ -214,16 +213,11 @@ def test_the_official_steps_are_the_official_decoder() -> None:
     toy, task = ToyUNet(), toy_task()
     variant = Variant("paper", {"views": 2, "steps": 4})
     embeddings, images = variant.fit(toy, task.examples, 0), task.tests["plain"].images
-    for segment in ({}, {"tiles": 2}):  # the second is how the paper segments faces
-        whole = replace(variant, segment=segment)
-        steps = replace(whole, official={}).find(toy, embeddings, images, 0)
-        assert np.array_equal(steps, whole.find(toy, embeddings, images, 0))
+    steps = replace(variant, official={}).find(toy, embeddings, images, 0)
+    assert np.array_equal(steps, variant.find(toy, embeddings, images, 0))
     bare = {"gate": 0.0, "subtract_mean": False, "rescale": False, "order": 0, "all_tokens": False}
-    (labels,) = label_maps(toy, as_tensor(images), embeddings, SegmentSettings(), **bare)
-    assert labels.unique().tolist() != [0] and labels.shape == (96, 96)
-    keys = Variant("instant", {"views": 1}).fit(toy, task.examples, 0)
-    with pytest.raises(TypeError, match="preset paper"):
-        label_maps(toy, as_tensor(images), keys, SegmentSettings())
+    (labels,) = replace(variant, official=bare).find(toy, embeddings, images, 0)
+    assert labels.any() and labels.shape == (96, 96)
 
 
 def test_test_images_are_encoded_once_and_nothing_else_is_kept() -> None:

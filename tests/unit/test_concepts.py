@@ -249,9 +249,9 @@ def test_tracks_start_where_most_parts_are_and_come_back_by_name() -> None:
     labels[1, 2:4], labels[2, 2:4], labels[2, 5:6], labels[3, 2:4], labels[3, 5:6] = 1, 1, 2, 1, 2
     peaks = torch.tensor([[0.0, 0.0], [0.9, 0.9], [0.4, 0.4], [0.6, 0.6]])
     maps = PartMaps(HardMaps(labels, 3), ("a", "b"), default_palette(2), peaks)
-    seeds = track_seeds(maps)
-    assert seeds.frame == 3 and seeds.masks.shape == (2, 8, 8) and seeds.masks.sum((1, 2)).tolist() == [16, 8]
-    assert track_seeds(maps, 1).masks[1].sum() == 0
+    start, masks = track_seeds(maps)
+    assert start == 3 and masks.shape == (2, 8, 8) and masks.sum((1, 2)).tolist() == [16, 8]
+    assert track_seeds(maps, 1)[1][1].sum() == 0
     with pytest.raises(SlimeError, match="No part is found in frame 0"):
         track_seeds(maps, 0)
     with pytest.raises(SlimeError, match="frames 0 to 3"):

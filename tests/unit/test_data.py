@@ -677,34 +677,6 @@ def test_what_is_no_model_is_told(tmp_path, kind: str, said: str) -> None:
         load_model(str(place), "cpu")
 
 
-def test_label_studio_exports_train(tmp_path) -> None:
-    pixels = np.zeros((20, 30, 3), np.uint8)
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "car.png").write_bytes(png(pixels))
-    brush = np.zeros((20, 30), bool)
-    brush[2:6, 3:9] = True
-    size = {"original_width": 30, "original_height": 20}
-    results = [
-        {**size, "value": {"format": "rle", "rle": brush_rle(brush), "brushlabels": ["wheel"]}},
-        {**size, "value": {"points": [[50, 50], [90, 50], [90, 90], [50, 90]], "polygonlabels": ["door"]}},
-        {**size, "value": {"x": 0, "y": 80, "width": 20, "height": 20, "rectanglelabels": ["plate"]}},
-        {**size, "value": {"text": ["no shape"]}},
-    ]
-    task = {"data": {"image": "/data/upload/3/1a2b3c4d-car.png"}, "annotations": [{"result": results}]}
-    (tmp_path / "export.json").write_text(
-        json.dumps([task, {"data": {"image": "x.png"}, "annotations": []}]), encoding="utf-8"
-    )
-    found = read_annotations(str(tmp_path / "export.json"))
-    assert found.names == ("wheel", "door", "plate") and len(found.images) == 1
-    labels = found.images[0].labels()
-    assert np.array_equal(labels == 1, brush) and labels[14, 20] == 2 and labels[18, 2] == 3
-    assert found.images[0].pixels().shape == (20, 30, 3)
-    chosen = read_annotations(str(tmp_path / "export.json"), ["plate", "wheel"])
-    assert np.array_equal(chosen.images[0].labels() == 2, brush) and chosen.images[0].labels()[14, 20] == 0
-    with pytest.raises(SlimeError, match="There is no part hub"):
-        read_annotations(str(tmp_path / "export.json"), ["hub"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -23,9 +23,7 @@ from slime import (
     SlimeError,
     decode,
     extract,
-    load_embeddings,
     preset,
-    save_embeddings,
     segment,
     train,
 )
@@ -157,13 +155,6 @@ def test_the_best_evaluation_is_returned_when_they_run_out() -> None:
         seen: list[tuple[float, float]] = []
         point, terms = minimize(function, torch.zeros(1), steps, lambda t, x: seen.append((t[0], float(x))))  # noqa: B023
         assert (terms[0], float(point)) == min(seen)
-
-
-def test_fit_runs_inside_inference_mode() -> None:
-    with torch.inference_mode():
-        scores, labels = {"fine": torch.randn(1, 5, 8, 8)}, torch.rand(1, 3, 8, 8).softmax(1)
-        result = fit_vectors(scores, labels, steps=5, l2=1e-3)
-    assert result.vectors["fine"].shape == (2, 5) and torch.isfinite(result.vectors["fine"]).all()
 
 
 @pytest.mark.parametrize(("grouping", "names"), [("resolution", ["stride4", "stride2"]), ("layer", None)])
@@ -325,14 +316,6 @@ def test_part_maps_keep_small_maps_and_make_pixels_when_asked() -> None:
     torch.testing.assert_close(torch.cat([c for _, c in maps.chunks()]), maps.probabilities)
     torch.testing.assert_close(maps.source(slice(2, 3)), maps.probabilities[2:3])
     assert toy.passes == passes and torch.equal(maps.label_map, maps.probabilities.argmax(1).to(torch.uint8))
-
-
-def test_saved_embeddings_segment_alike(tmp_path) -> None:
-    toy = ToyUNet()
-    embeddings = train(toy, [toy_example(0)], preset("instant", views=2))
-    loaded = load_embeddings(save_embeddings(embeddings, tmp_path / "e.safetensors"))
-    image = toy_example(9).image[None]
-    assert torch.equal(segment(toy, image, embeddings)[0].probabilities, segment(toy, image, loaded)[0].probabilities)
 
 
 def test_examples_of_different_shapes_are_learned_together() -> None:

@@ -7,16 +7,17 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
 import torch
 
+from ...embeddings import PartEmbeddings
 from ...errors import SlimeError
 from ...examples import BACKGROUND, SEPARATORS, Example, check_names
 from ...files import replacing
-from ...parts.palette import Color
+from ...parts.maps import PartMaps
 from ..file_names import FileNames, leads_outside
 from ..pixels import decode
 from ..records import Record
@@ -57,16 +58,6 @@ class AnnotatedSet(NamedTuple):
     skipped: list[str]
 
 
-class Named(Protocol):
-    """Embeddings, or part maps."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def palette(self) -> tuple[Color, ...]: ...
-
-
 class Format:
     """Base class of the formats that are written.
 
@@ -77,7 +68,9 @@ class Format:
         file_names: gives each image its file name.
     """
 
-    def __init__(self, folder: Path, parts: Named, model: str, file_names: FileNames | None = None) -> None:
+    def __init__(
+        self, folder: Path, parts: PartEmbeddings | PartMaps, model: str, file_names: FileNames | None = None
+    ) -> None:
         self.folder, self.names, self.palette, self.model = folder, parts.names, parts.palette, model
         self.file_names = file_names or FileNames()
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import SlimeError
 from ..pixels import upright_labels
-from ..records import Record, part_rle
+from ..records import Record
 from ..run_log import RunLog
 from ..shapes import fill_polygons, mask_of_coco, mask_of_runs, outlines
 from .base import (
@@ -65,7 +65,7 @@ class Coco(Format):
 
     def _shape(self, record: Record, part: Any) -> Any:
         if not self.polygons:
-            return part_rle(record, part)
+            return {"size": [record.height, record.width], "counts": part.counts}
         rings = [outer for outer, _ in outlines(mask_of_coco(part.counts, record.height, record.width))]
         return [ring[:-1].round(2).ravel().tolist() for ring in rings if len(ring) > 3]
 

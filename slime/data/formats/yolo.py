@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import yaml  # type: ignore[import-untyped]
 
+from ...embeddings import PartEmbeddings
 from ...errors import SlimeError
 from ...files import write_whole
+from ...parts.maps import PartMaps
 from ..file_names import read_table
 from ..pixels import SUFFIXES, upright_size
 from ..records import Record
@@ -24,7 +26,6 @@ from .base import (
     AnnotatedSet,
     Files,
     Format,
-    Named,
     decoder,
     draw,
     part_name,
@@ -42,7 +43,7 @@ SUBSETS = ("train", "val", "valid", "test")  # entries of data.yaml
 class Yolo(Format):
     """Write ``labels/*.txt`` of YOLO-seg, and ``data.yaml``; classes count from 0, holes are filled."""
 
-    def __init__(self, folder: Path, parts: Named, *more: Any) -> None:
+    def __init__(self, folder: Path, parts: PartEmbeddings | PartMaps, *more: Any) -> None:
         super().__init__(folder, parts, *more)
         self._with_holes: list[str] = []
 
