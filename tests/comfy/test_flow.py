@@ -194,7 +194,7 @@ def test_other_models_are_refused(extension) -> None:
 
     patcher = flow_patcher("flux")
     assert isinstance(build_backbone(patcher, None, None, None), ComfyFlow)
-    with pytest.raises(SlimeError, match="not a flow model"):
+    with pytest.raises(SlimeError, match="is not supported. The supported flow models"):
         ComfyFlow(comfy_patcher("sd1"))
     with pytest.raises(SlimeError, match="Connect the VAE"):
         ComfyFlow(patcher).encode_images(torch.rand(1, 64, 64, 3))

@@ -270,7 +270,7 @@ def test_label_frames_know_their_parts_their_video_and_their_end(tmp_path) -> No
     again = LabelFrames.create(tmp_path / "x", ["a"], default_palette(1), "one")
     assert again.complete and again.remark == "odd" and again.read(0).dtype == np.uint8
     assert not LabelFrames.create(tmp_path / "x", ["a"], default_palette(1), "two").complete
-    with pytest.raises(SlimeError, match="missing or damaged.*Delete it, clear"):
+    with pytest.raises(SlimeError, match="missing or damaged.*Unload Models"):
         frames.read(1)
     Image.new("RGB", (4, 4)).save(frames.path(0))
     with pytest.raises(SlimeError, match="is not a label map of these 1 parts"):
