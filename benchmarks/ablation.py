@@ -109,8 +109,8 @@ DEFAULT = {
     "the paper's layers": Variant("instant", PAPER_LAYERS),
     "all layers": Variant("instant", {"read_layers": ALL}),
     "layers by probe": Variant("instant", {"read_layers": "auto", "propagate_layers": "auto"}),
-    "30 iterations": Variant("instant", {"steps": 30}),
-    "300 iterations": Variant("instant", {"steps": 300}),
+    "30 iterations": Variant("instant", constants={"training.instant.STEPS": 30}),
+    "300 iterations": Variant("instant", constants={"training.instant.STEPS": 300}),
 }
 
 SEGMENTATION = {

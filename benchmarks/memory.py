@@ -48,7 +48,7 @@ def segmenter(parts: int) -> Segmenter:
     backbone = ToyUNet(side=SIDE)
     stripes = torch.arange(256).mul(parts + 1).div(256, rounding_mode="floor").expand(256, 256)
     example = Example.from_label_map(torch.rand(256, 256, 3), stripes, [f"part {index}" for index in range(parts)])
-    return Segmenter(backbone, train(backbone, [example], preset("instant", views=2, steps=2)))
+    return Segmenter(backbone, train(backbone, [example], preset("instant", views=2)))
 
 
 def taken(maps: PartMaps) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ def peak_of_a_batch(count: int = 200, side: int = 512) -> float:
     """Return the most GB resident while a server segments a batch and draws its overlay."""
     with ComfyServer() as server:
         Image.new("RGB", (256, 256), "red").save(server.base / "input" / "red.png")
-        builder = loader()
+        builder = PromptBuilder.of_checkpoint(MODEL.name)
         batch = builder.add("EmptyImage", width=side, height=side, batch_size=count, color=0xC04020)
         add_segmenting(builder, "red.png", [batch, 0])
         prompt_id, most = server.queue(builder.prompt), 0
@@ -114,19 +114,11 @@ def peak_of_a_batch(count: int = 200, side: int = 512) -> float:
     return most / 1e9
 
 
-def loader() -> PromptBuilder:
-    """Return a prompt whose node 1 loads the bundled model."""
-    return PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
-
-
 def sampling(seed: int) -> PromptBuilder:
     """Return a prompt that samples a picture in 4 steps."""
-    builder = loader()
-    text = builder.add("CLIPTextEncode", clip=["1", 1], text="a red car")
+    builder = PromptBuilder.of_checkpoint(MODEL.name)
     latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
-    ends = {"positive": [text, 0], "negative": [text, 0], "latent_image": [latent, 0]}
-    values = {"seed": seed, "steps": 4, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-    sampled = builder.add("KSampler", model=["1", 0], **ends, **values)
+    sampled = builder.add_sampling("a red car", "a red car", latent, seed, steps=4)
     builder.add("PreviewImage", images=[builder.add("VAEDecode", samples=[sampled, 0], vae=["1", 2]), 0])
     return builder
 
@@ -138,7 +130,7 @@ def add_segmenting(builder: PromptBuilder, image_name: str, others: list[Any] | 
     mask = builder.add("ImageToMask", image=[image, 0], channel="red")
     example = builder.add("SLiMeExample", image=[image, 0], mask=[mask, 0], names="red")
     learned = builder.add("SLiMeTrain", **model, clip=["1", 1], examples=[example, 0], seed=0)
-    builder.set_training(learned, "instant", views=2, steps=10)
+    builder.set_training(learned, "instant", views=2)
     parts = builder.add(
         "SLiMeSegment", **model, embeddings=[learned, 0], image=others or [image, 0], refine="fast", seed=0
     )

@@ -114,7 +114,7 @@ def child(count: int, file: Path) -> None:
 
 def memory(counts: list[int]) -> list[Row]:
     rows: list[Row] = []
-    settings = InstantSettings(views=2, steps=5, read_layers="block.1", propagate_layers="block.1")
+    settings = InstantSettings(views=2, read_layers="block.1", propagate_layers="block.1")
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         file = Path(folder) / "learned.safetensors"
         save_embeddings(train(small_encoder(), [splits.example(DOMAIN, splits.EXAMPLES)], settings), file)

@@ -237,7 +237,7 @@ class Bench:
             return train(self.backbone, examples or [self.example], settings)
 
     def quick_embeddings(self, examples: Sequence[Example] | None = None) -> PartEmbeddings:
-        return self.learn(preset("instant", self.backbone.info, views=2, steps=5), examples)
+        return self.learn(preset("instant", self.backbone.info, views=2), examples)
 
     def segment(self) -> None:
         """Measure the segmentation of 1, 8 and 64 images, and profile that of one."""
@@ -275,7 +275,7 @@ class Bench:
         for count in (1, 4, 16, 32):
             stripes = torch.arange(256).div(256 / (count + 1), rounding_mode="floor").expand(256, 256)
             example = Example.from_label_map(self.example.image, stripes, [f"part {i}" for i in range(count)])
-            settings = preset("instant", self.backbone.info, views=4, steps=20)
+            settings = preset("instant", self.backbone.info, views=4)
             ours = self.measure(partial(self.learn, settings, [example]), once=True, count=True)
             self.row(f"learn {count} parts, 4 views", "instant", ours, 4 * self.bare())
             embeddings = self.quick_embeddings([example])
@@ -285,7 +285,7 @@ class Bench:
     def examples(self) -> None:
         for count in (1, 5, 10):
             examples = [splits.example("car", splits.EXAMPLES + i) for i in range(count)]
-            settings = preset("instant", self.backbone.info, views=20, steps=20)
+            settings = preset("instant", self.backbone.info, views=20)
             ours = self.measure(partial(self.learn, settings, examples), once=True, count=True)
             self.row(f"learn from {count} examples, 20 views", "instant", ours, 20 * self.bare())
 

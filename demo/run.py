@@ -85,13 +85,9 @@ def build_prompt(
     segment = find(prompt, "SLiMeSegment")
     # The examples and the targets replace the template's own examples and target.
     removed = {node_id for node_id, node in prompt.items() if node["class_type"] in ("SLiMeExample", "LoadImage")}
-    chain: list[Any] | None = None
+    chain = None
     for shot in shots:
-        image = builder.add("LoadImage", image=shot.image)
-        for part, mask in shot.masks.items():
-            loaded = builder.add("LoadImageMask", image=mask, channel="red")
-            inputs = {"image": [image, 0], "mask": [loaded, 0], "names": part}
-            chain = [builder.add("SLiMeExample", **inputs, **({"previous": chain} if chain else {})), 0]
+        chain = builder.add_examples(shot.image, shot.masks, chain)
     prompt[train]["inputs"]["examples"] = chain
     kept = {key: value for key, value in prompt[segment]["inputs"].items() if key != "image"} | dict(segment_changes)
     removed |= _after(prompt, segment) | {segment}

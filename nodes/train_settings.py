@@ -69,9 +69,6 @@ class SLiMeInstantSettings(_Settings):
             "Settings of SLiMe Train with the preset instant.",
             [
                 *_view_inputs(defaults),
-                io.Int.Input(
-                    "steps", default=defaults.steps, min=1, max=100_000, tooltip="Maximum number of steps of the fit."
-                ),
                 io.Combo.Input(
                     "recolor",
                     options=list(RECOLOR),
@@ -86,7 +83,7 @@ class SLiMeInstantSettings(_Settings):
                     max=999,
                     tooltip="Noise level of the features; -1 = the model's own. Vision encoders have none.",
                 ),
-                *_model_inputs("If empty, the empty prompt is used."),
+                *_model_inputs("If empty, the empty prompt is used.", "output.3-5 or, for Flux, single.9"),
             ],
         )
 
@@ -119,7 +116,9 @@ class SLiMePaperSettings(_Settings):
                 ),
                 *_view_inputs(defaults),
                 io.Boolean.Input("checkpointing", default=False, tooltip="Less memory, more time."),
-                *_model_inputs('If empty, the word "part" is used once for the background and once for every part.'),
+                *_model_inputs(
+                    'If empty, the word "part" is used once for the background and once for every part.', "output.3-5"
+                ),
             ],
         )
 
@@ -178,7 +177,7 @@ def _view_inputs(defaults: TrainSettings) -> list[Any]:
     ]
 
 
-def _model_inputs(empty: str) -> list[Any]:
+def _model_inputs(empty: str, layers: str) -> list[Any]:
     return [
         io.String.Input(
             "prompt",
@@ -188,7 +187,7 @@ def _model_inputs(empty: str) -> list[Any]:
         io.String.Input(
             "read_layers",
             default="",
-            tooltip="Layers to read features from, such as output.3-5 or, for Flux, single.9. Empty: the default "
+            tooltip=f"Layers to read features from, such as {layers}. Empty: the default "
             "layers, or as auto if the model has none. auto: chosen on the examples, in about the time of an instant "
             "training.",
         ),

@@ -48,19 +48,13 @@ class TrainSettings(ViewSettings):
     """Settings of every trainer.
 
     Attributes:
-        steps: optimiser steps; L-BFGS iterations of the instant trainer.
         prompt: text conditioning of the passes; the default for an empty one depends on the trainer.
         read_layers, propagate_layers: layer patterns; empty for the model's own choice, "auto" for a probe.
     """
 
-    steps: int = 100
     prompt: str = ""
     read_layers: str = ""
     propagate_layers: str = ""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_settings(self, steps=(1, 100_000))
 
 
 @dataclass(frozen=True)
@@ -88,6 +82,7 @@ class PaperSettings(TrainSettings):
     and faces and .8 for horses, and ``rotation`` 10 for faces (official README and src/dataset.py).
 
     Attributes:
+        steps: of Adam.
         learning_rate: of Adam.
         checkpointing: recompute activations in the backward pass: less memory, more time.
     """
@@ -104,7 +99,7 @@ class PaperSettings(TrainSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_settings(self, learning_rate=(1e-6, 10))
+        check_settings(self, steps=(1, 100_000), learning_rate=(1e-6, 10))
 
 
 @dataclass(frozen=True)

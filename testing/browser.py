@@ -161,19 +161,17 @@ def fill_in(canvas: Canvas, prompt: dict[str, Any]) -> None:
     )
 
 
-def train_briefly(canvas: Canvas, views: int = 4, steps: int = 10) -> None:
+def train_briefly(canvas: Canvas, views: int = 4) -> None:
     """Connect settings of a short training, placed above the workflow, to every SLiMe Train."""
     canvas.js(
-        """([views, steps]) => {
+        """views => {
             const settings = LiteGraph.createNode("SLiMeInstantSettings");
             settings.pos = [0, -600];
             app.graph.add(settings);
-            const set = (name, value) => { settings.widgets.find(widget => widget.name === name).value = value; };
-            set("views", views);
-            set("steps", steps);
+            settings.widgets.find(widget => widget.name === "views").value = views;
             for (const train of app.graph.findNodesByType("SLiMeTrain")) settings.connect(0, train, "settings");
         }""",
-        [views, steps],
+        views,
     )
 
 

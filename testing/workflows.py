@@ -374,6 +374,27 @@ class PromptBuilder:
         self.prompt[node_id] = {"class_type": class_type, "inputs": inputs}
         return node_id
 
+    @classmethod
+    def of_checkpoint(cls, name: str) -> PromptBuilder:
+        """Return a builder whose node 1 loads a checkpoint."""
+        return cls({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": name}}})
+
+    def add_sampling(self, positive: str, negative: str, latent: str, seed: int, steps: int, model: Any = None) -> str:
+        """Add a KSampler for texts and the node of a latent; its model is node 1's by default."""
+        texts = [[self.add("CLIPTextEncode", clip=["1", 1], text=text), 0] for text in (positive, negative)]
+        links = {"model": model or ["1", 0], "positive": texts[0], "negative": texts[1], "latent_image": [latent, 0]}
+        values = {"cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
+        return self.add("KSampler", **links, seed=seed, steps=steps, **values)
+
+    def add_examples(self, image: str, masks: Mapping[str, str], previous: Any = None) -> Any:
+        """Add one SLiMe Example for every mask file of an image; return the output of the last."""
+        loaded = self.add("LoadImage", image=image)
+        for part, file in masks.items():
+            mask = self.add("LoadImageMask", image=file, channel="red")
+            chain = {"previous": previous} if previous else {}
+            previous = [self.add("SLiMeExample", image=[loaded, 0], mask=[mask, 0], names=part, **chain), 0]
+        return previous
+
     def set_training(self, train: str, preset: str, **values: Any) -> None:
         """Set the preset of a SLiMe Train node, and connect a settings node with these values."""
         self.prompt[train]["inputs"]["preset"] = preset

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from testing.server import ComfyServer
-from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, blueprint, definition, to_editor
+from testing.workflows import FOLDER, SUBGRAPHS, Box, Prompt, PromptBuilder, blueprint, definition, to_editor
 
 from .run_workflows import results, thumbnail
 from .samples import CLIP, FIND, FIND_TOO, MESH, MESH_CAMERA, TESTED, WHEELS, mesh_painting, painting, write_samples
@@ -146,15 +146,14 @@ class Page:
     def image(self, title: str = "", file: str = FIND) -> str:
         return self.add("LoadImage", title, image=file)
 
+    def painter(self, text: str, height: int = 100) -> str:
+        """Add a note, and a painter with a painting under it."""
+        self.note(text, height, PAINTER)
+        return self.add("SLiMePartPainter", painting=painting())
+
     def train(self, model: str, examples: Link) -> str:
-        return self.add(
-            "SLiMeTrain",
-            model=[model, 0],
-            vae=[model, 2],
-            clip=[model, 1],
-            examples=examples,
-            preset="instant",
-        )
+        links = {"model": [model, 0], "vae": [model, 2], "clip": [model, 1], "examples": examples}
+        return self.add("SLiMeTrain", **links, preset="instant")
 
     def save(self, train: str, filename: str) -> str:
         return self.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=filename, overwrite=True)
@@ -177,14 +176,27 @@ class Page:
     def repaint(self, model: str, image: Link, mask: str, text: str) -> str:
         """Add the subgraph that repaints the inside of a mask."""
         self.subgraphs[REPAINT] = repaint_part(text) | {"key": REPAINT}
-        inputs: dict[str, Any] = {
-            "model": [model, 0],
-            "clip": [model, 1],
-            "vae": [model, 2],
-            "image": image,
-            "mask": [mask, 0],
-        }
-        return self.add(REPAINT, **inputs)
+        links = {"model": [model, 0], "clip": [model, 1], "vae": [model, 2], "image": image, "mask": [mask, 0]}
+        return self.add(REPAINT, **links)
+
+
+# By name: those for any ComfyUI, and those written and tested on a newer one alone, with SAM3 and meshes with colours.
+WORKFLOWS: dict[str, Callable[[], Page]] = {}
+NEWER_WORKFLOWS: dict[str, Callable[[], Page]] = {}
+
+
+def template(name: str, newer: bool = False) -> Callable[[Callable[[Page], None]], None]:
+    """Register the function that fills the page of a template."""
+
+    def register(fill: Callable[[Page], None]) -> None:
+        def make() -> Page:
+            page = Page()
+            fill(page)
+            return page
+
+        (NEWER_WORKFLOWS if newer else WORKFLOWS)[name] = make
+
+    return register
 
 
 REPAINT = "Repaint part"
@@ -192,31 +204,15 @@ REPAINT = "Repaint part"
 
 def repaint_part(text: str = "") -> dict[str, Any]:
     """Describe a subgraph that inpaints inside a mask with the same checkpoint; outside of it no pixel changes."""
-    prompt = {
-        "1": {"class_type": "CLIPTextEncode", "inputs": {"text": text}},
-        "2": {"class_type": "CLIPTextEncode", "inputs": {"text": ""}},
-        "3": {"class_type": "VAEEncode", "inputs": {}},
-        "4": {"class_type": "SetLatentNoiseMask", "inputs": {"samples": ["3", 0]}},
-        "5": {
-            "class_type": "KSampler",
-            "inputs": {
-                "positive": ["1", 0],
-                "negative": ["2", 0],
-                "latent_image": ["4", 0],
-                "seed": 1,
-                "steps": 20,
-                "cfg": 6.0,
-                "sampler_name": "dpmpp_2m",
-                "scheduler": "karras",
-                "denoise": 0.9,
-            },
-        },
-        "6": {"class_type": "VAEDecode", "inputs": {"samples": ["5", 0]}},
-        "7": {
-            "class_type": "ImageCompositeMasked",
-            "inputs": {"source": ["6", 0], "x": 0, "y": 0, "resize_source": False},
-        },
-    }
+    builder = PromptBuilder({})
+    positive, negative = (builder.add("CLIPTextEncode", text=words) for words in (text, ""))
+    encoded = builder.add("VAEEncode")
+    masked = builder.add("SetLatentNoiseMask", samples=[encoded, 0])
+    links = {"positive": [positive, 0], "negative": [negative, 0], "latent_image": [masked, 0]}
+    values = {"seed": 1, "steps": 20, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.9}
+    sampled = builder.add("KSampler", **links, **values)
+    decoded = builder.add("VAEDecode", samples=[sampled, 0])
+    builder.add("ImageCompositeMasked", source=[decoded, 0], x=0, y=0, resize_source=False)
     layout = {
         "1": (0, 0, 320, 120),
         "2": (0, 190, 320, 120),
@@ -228,7 +224,7 @@ def repaint_part(text: str = "") -> dict[str, Any]:
     }
     return {
         "name": REPAINT,
-        "prompt": prompt,
+        "prompt": builder.prompt,
         "layout": layout,
         "inputs": {
             "model": [("5", "model")],
@@ -242,16 +238,13 @@ def repaint_part(text: str = "") -> dict[str, Any]:
     }
 
 
-def paint_and_find() -> Page:
-    page = Page()
+@template("1 Paint parts and find them")
+def paint_and_find(page: Page) -> None:
     page.column("1  Example")
-    page.note(
+    painter = page.painter(
         "**Choose a checkpoint and press Run:** three parts are painted already. Then drop an image of your own on the "
         "painter, press the bin, paint and name your parts, and choose one in *SLiMe Part Mask*.",
-        100,
-        PAINTER,
     )
-    painter = page.add("SLiMePartPainter", painting=painting())
     page.column("2  Train")
     model = page.checkpoint()
     train = page.train(model, [painter, 0])
@@ -265,11 +258,10 @@ def paint_and_find() -> Page:
         [(model, "ckpt_name"), (painter, "painting"), (other, "image"), (mask, "names")],
         [parts, mask],
     )
-    return page
 
 
-def masks_of_several_images() -> Page:
-    page = Page()
+@template("2 Train on masks of several images")
+def masks_of_several_images(page: Page) -> None:
     page.column("1  Examples")
     page.note(
         "Needs a checkpoint. For images of your own right-click *Load Image*, **Open in MaskEditor**, paint the part "
@@ -289,11 +281,10 @@ def masks_of_several_images() -> Page:
     page.column("3  Segment")
     other = page.image("Image to segment")
     page.segment(model, train, [other, 0])
-    return page
 
 
-def correct_and_train_again() -> Page:
-    page = Page()
+@template("3 Correct and train again")
+def correct_and_train_again(page: Page) -> None:
     page.column("1  Example")
     page.note(
         "Needs a checkpoint. Press Run: the segmented image comes into the painter. **Correct its mask there, and "
@@ -319,7 +310,6 @@ def correct_and_train_again() -> Page:
     page.column("5  Train and segment again")
     again = page.train(model, [corrected, 0])
     page.segment(model, again, [other, 0])
-    return page
 
 
 NEEDS = "Needs my_parts: run template 1 first, and press R."
@@ -337,8 +327,8 @@ def find_in_one(page: Page, text: str, file: str = FIND) -> tuple[str, str, str]
     return model, image, page.segment(model, embeddings, [image, 0])
 
 
-def many_images() -> Page:
-    page = Page()
+@template("4 Segment and label many images")
+def many_images(page: Page) -> None:
     model, embeddings = page.saved_parts(
         f"{NEEDS} In place of the two images: *Load Image Dataset from Folder* or any batch; thousands of images go "
         "through the command line."
@@ -355,11 +345,10 @@ def many_images() -> Page:
         [(model, "ckpt_name"), (embeddings, "filename"), (first, "image"), (second, "image"), (mask, "names")],
         [parts, mask],
     )
-    return page
 
 
-def repaint_a_part() -> Page:
-    page = Page()
+@template("5 Repaint a part")
+def repaint_a_part(page: Page) -> None:
     model, image, parts = find_in_one(
         page, f"{NEEDS} Name the part in *SLiMe Part Mask*, and write in *Repaint part* what to paint instead."
     )
@@ -368,11 +357,10 @@ def repaint_a_part() -> Page:
     page.column()
     result = page.repaint(model, [image, 0], mask, "an orange car with blue wheels")
     page.add("SaveImage", images=[result, 0], filename_prefix="slime_inpaint")
-    return page
 
 
-def video() -> Page:
-    page = Page()
+@template("8 Video")
+def video(page: Page) -> None:
     model, embeddings = page.saved_parts(
         f"{NEEDS} For a mask per frame, connect *SLiMe Part Mask* to *parts* of *SLiMe Smooth Video Parts*."
     )
@@ -387,11 +375,10 @@ def video() -> Page:
     page.column("4  Save")
     made = page.add("CreateVideo", images=[overlay, 0], fps=[frames, 2])
     page.add("SaveVideo", video=[made, 0], filename_prefix="video/slime")
-    return page
 
 
-def long_video() -> Page:
-    page = Page()
+@template("14 Long video")
+def long_video(page: Page) -> None:
     model, embeddings = page.saved_parts(
         f"{NEEDS} The video can have any length; after a cancel, Run goes on. *SLiMe Video Masks* loads some "
         "of its frames. Write one of your own parts in *SLiMe Part Mask*.",
@@ -408,11 +395,10 @@ def long_video() -> Page:
     masks = page.add("SLiMeVideoMasks", folder=[found, 1], video=[clip, 0], start=4, count=4)
     page.column()
     page.mask(masks, "wheel")
-    return page
 
 
-def measure_and_share() -> Page:
-    page = Page()
+@template("9 Measure accuracy and share")
+def measure_and_share(page: Page) -> None:
     model, embeddings = page.saved_parts(
         f"{NEEDS} The mask of *Load Image* is the true one, of an image that was **not** an example. To share, send "
         "the file in models/slime, or the text of *Save SLiMe Embeddings*.",
@@ -425,19 +411,16 @@ def measure_and_share() -> Page:
     page.add("SLiMeEvaluate", parts=[parts, 0], ground_truth=[image, 1], names="wheel")
     page.column("3  Share")
     page.save(embeddings, "my_parts_to_share")
-    return page
 
 
-def flow_model() -> Page:
-    page = Page()
+@template("10 Flux and other models")
+def flow_model(page: Page) -> None:
     page.column("1  Example")
-    page.note(
+    painter = page.painter(
         "Needs Flux, Flux.2, Chroma, SD3, Qwen-Image, Lumina 2 or Z-Image. For DINOv2 connect *Load CLIP Vision* to "
         "*clip_vision* of *SLiMe Train* and *SLiMe Segment*, and disconnect model, vae and clip.",
         110,
-        PAINTER,
     )
-    painter = page.add("SLiMePartPainter", painting=painting())
     page.column("2  Train")
     model = page.checkpoint(FLUX)
     train = page.train(model, [painter, 0])
@@ -446,11 +429,10 @@ def flow_model() -> Page:
     parts = page.segment(model, train, [image, 0])
     page.column("4  Use")
     page.mask(parts, "wheel")
-    return page
 
 
-def prompt_a_part() -> Page:
-    page = Page()
+@template("6 Prompt a part while sampling")
+def prompt_a_part(page: Page) -> None:
     model, embeddings = page.saved_parts(
         f"{NEEDS} The wheels are segmented while the image is sampled; from then on a prompt of their own applies to "
         "them. To see where, add *SLiMe Guider Masks*: connect *guider*, and the output of *SamplerCustomAdvanced* to "
@@ -490,14 +472,13 @@ def prompt_a_part() -> Page:
     )
     image = page.add("VAEDecode", samples=[sampled, 0], vae=[model, 2])
     page.add("SaveImage", images=[image, 0], filename_prefix="slime_part_prompt")
-    return page
 
 
 REDRAW: dict[str, Any] = {"seed": 1, "cfg": 6.0, "sampler_name": "dpmpp_2m", "scheduler": "karras", "denoise": 0.4}
 
 
-def sharpen_small_parts() -> Page:
-    page = Page()
+@template("7 Sharpen small parts")
+def sharpen_small_parts(page: Page) -> None:
     model, _, parts = find_in_one(
         page,
         f"{NEEDS} Every wheel is cut out, redrawn at the size the model was made for, and put back. With the Impact "
@@ -520,35 +501,18 @@ def sharpen_small_parts() -> Page:
     )
     page.column("5  Result")
     page.add("SaveImage", images=[drawn, 0], filename_prefix="slime_detailer")
-    return page
 
 
 SEED_OF_A_CAR = 4
-WORKFLOWS: dict[str, Callable[[], Page]] = {
-    "1 Paint parts and find them": paint_and_find,
-    "2 Train on masks of several images": masks_of_several_images,
-    "3 Correct and train again": correct_and_train_again,
-    "4 Segment and label many images": many_images,
-    "5 Repaint a part": repaint_a_part,
-    "6 Prompt a part while sampling": prompt_a_part,
-    "7 Sharpen small parts": sharpen_small_parts,
-    "8 Video": video,
-    "9 Measure accuracy and share": measure_and_share,
-    "10 Flux and other models": flow_model,
-    "14 Long video": long_video,
-}
 
 
-def learn_a_concept() -> Page:
-    page = Page()
+@template("11 Learn a SAM3 concept", newer=True)
+def learn_a_concept(page: Page) -> None:
     page.column("1  Example")
-    page.note(
+    painter = page.painter(
         "Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 finds what a text names; here it learns what you painted, and "
         "*SLiMe SAM3 Prompt* stands in for the text. Experimental.",
-        100,
-        PAINTER,
     )
-    painter = page.add("SLiMePartPainter", painting=painting())
     page.column("2  Learn")
     sam3 = page.checkpoint(SAM3)
     learned = page.add("SLiMeLearnSam3Concept", model=[sam3, 0], examples=[painter, 0], clip=[sam3, 1])
@@ -559,11 +523,10 @@ def learn_a_concept() -> Page:
     page.column("4  Use")
     page.add("MaskPreview", mask=[found, 0])
     page.save(learned, "my_concepts")
-    return page
 
 
-def refine_with_sam3() -> Page:
-    page = Page()
+@template("12 Refine parts with SAM3", newer=True)
+def refine_with_sam3(page: Page) -> None:
     _, _, parts = find_in_one(
         page,
         f"{NEEDS} Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 sharpens the border of every region; what grows to the "
@@ -574,11 +537,10 @@ def refine_with_sam3() -> Page:
     refined = page.add("SLiMeSam3Refine", parts=[parts, 0], model=[sam3, 0])
     page.column("4  Use")
     page.mask(refined, "wheel")
-    return page
 
 
-def follow_with_sam3() -> Page:
-    page = Page()
+@template("13 Follow parts with SAM3", newer=True)
+def follow_with_sam3(page: Page) -> None:
     model, embeddings = page.saved_parts(
         f"{NEEDS} Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 follows the parts from the frame that shows them best, "
         "forwards and backwards. Experimental.",
@@ -601,11 +563,10 @@ def follow_with_sam3() -> Page:
     page.column("4  Use")
     named = page.add("SLiMeTracksToParts", parts=[parts, 0], forwards=[tracks[0], 0], backwards=[tracks[1], 0])
     page.add("SLiMeOverlay", parts=[named, 0])
-    return page
 
 
-def parts_of_a_mesh() -> Page:
-    page = Page()
+@template("15 Paint one view of a mesh", newer=True)
+def parts_of_a_mesh(page: Page) -> None:
     page.column("1  Mesh")
     page.note(
         "Needs ComfyUI 0.33 or newer. Choose a checkpoint and press Run: four parts are painted on the first view. "
@@ -626,16 +587,9 @@ def parts_of_a_mesh() -> Page:
     page.column("4  View the result")
     file = page.add("MeshToFile3D", mesh=[found, 0])
     page.add("Preview3D", model_file=[file, 0])
-    return page
 
 
-# Written and tested on a newer ComfyUI alone: with SAM3, and meshes that have colours.
-NEWER_WORKFLOWS: dict[str, Callable[[], Page]] = {
-    "11 Learn a SAM3 concept": learn_a_concept,
-    "12 Refine parts with SAM3": refine_with_sam3,
-    "13 Follow parts with SAM3": follow_with_sam3,
-    "15 Paint one view of a mesh": parts_of_a_mesh,
-}
+WORKFLOWS = dict(sorted(WORKFLOWS.items(), key=lambda item: int(item[0].split()[0])))
 
 
 def workflows_for(info: dict[str, Any]) -> dict[str, Callable[[], Page]]:

@@ -50,7 +50,7 @@ def small_embeddings() -> Any:
     labels = torch.zeros(64, 64, dtype=torch.int64)
     labels[20:40, 20:40] = 1
     example = Example.from_label_map(torch.rand(64, 64, 3), labels, ["square"])
-    return train(ToyUNet(), [example], preset("instant", views=1, steps=2))
+    return train(ToyUNet(), [example], preset("instant", views=1))
 
 
 def files(trials: Trials, count: int, rng: random.Random, folder: Path) -> None:

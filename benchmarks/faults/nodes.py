@@ -101,7 +101,8 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
     def training_of(name: str, seed: int = 0, **more: Any) -> Any:
         kind = {"instant": "SLiMeInstantSettings", "paper": "SLiMePaperSettings"}[name]
         schema = nodes[kind].define_schema()
-        settings = {item.id: item.default for item in schema.inputs} | {"steps": 2, "views": 2} | more
+        settings = {item.id: item.default for item in schema.inputs} | {"views": 2} | more
+        settings |= {"steps": 2} if name == "paper" else {}
         value = nodes[kind].execute(**settings).args[0]
         return nodes["SLiMeTrain"].execute((example,), name, seed, model, vae, clip, settings=value).args
 
@@ -109,7 +110,7 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
         import_module(f"{NAME}.nodes.feature_cache")._caches.clear()
         return nodes["SLiMeSegment"].execute(learned, image, model, vae, **more).args
 
-    learned = training_of("instant", views=8, steps=30)[0]
+    learned = training_of("instant", views=8)[0]
     parts = find()[0]
     truth = (example.labels == 4).float()[None]
     works: dict[str, Callable[[], Any]] = {

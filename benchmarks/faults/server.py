@@ -34,7 +34,7 @@ from .trials import Trials
 
 GROWTH = 300e6  # bytes of resident memory that the second half of the interrupts may add
 LEARNED, OTHER_MODEL, LORA = "standing", "other.safetensors", "noise.safetensors"
-SMALL: dict[str, Any] = {"preset": "instant", "steps": 10, "views": 4}
+SMALL: dict[str, Any] = {"preset": "instant", "views": 4}
 EXACT = ("--cache-none", "--cache-lru 10", "--disable-smart-memory", "--deterministic")
 ROUNDED = ("--fp16-unet", "--bf16-unet", "--fp8_e4m3fn-unet")
 SAME, ALIKE = 1.0, 0.9  # share of pixels with the same label as without flags
@@ -60,8 +60,7 @@ class Client:
 
     def start(self, checkpoint: str = MODEL.name, lora: str = "") -> tuple[PromptBuilder, Link]:
         """Return a builder whose node 1 is the loader, and the output that the model comes from."""
-        loader = {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": checkpoint}}
-        builder = PromptBuilder({"1": loader})
+        builder = PromptBuilder.of_checkpoint(checkpoint)
         if not lora:
             return builder, ["1", 0]
         patched = builder.add("LoraLoaderModelOnly", model=["1", 0], lora_name=lora, strength_model=1.0)
@@ -75,17 +74,9 @@ class Client:
     def sampled(self, start: Start | None = None) -> Tensor:
         """Run KSampler and return its latents [1, 4, 32, 32]."""
         builder, model = self.start(**(start or {}))
-        text, empty = (builder.add("CLIPTextEncode", clip=["1", 1], text=t) for t in ("a red car on sand", ""))
         latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
         latent = self._fresh(builder, "LatentFromBatch", "samples", latent)
-        settings = {"seed": 3, "steps": 3, "cfg": 3.0, "sampler_name": "euler", "scheduler": "normal", "denoise": 1.0}
-        links: dict[str, Link] = {
-            "model": model,
-            "positive": [text, 0],
-            "negative": [empty, 0],
-            "latent_image": [latent, 0],
-        }
-        sampler = builder.add("KSampler", **links, **settings)
+        sampler = builder.add_sampling("a red car on sand", "", latent, seed=3, steps=3, model=model)
         saved = builder.add("SaveLatent", samples=[sampler, 0], filename_prefix="latents/sample")
         item = self.server.run(builder.prompt)[saved]["latents"][0]
         return load_file(str(self.server.base / "output" / item["subfolder"] / item["filename"]))["latent_tensor"]
@@ -118,14 +109,8 @@ class Client:
     ) -> Prompt:
         """Return a prompt that trains on one example and saves the embeddings."""
         builder, model = self.start(**(start or {}))
-        image = builder.add("LoadImage", image=self.shot.image)
-        example = ""
-        for part, mask in self.shot.masks.items():
-            loaded = builder.add("LoadImageMask", image=mask, channel="red")
-            links: dict[str, Link] = {"image": [image, 0], "mask": [loaded, 0]}
-            links |= {"previous": [example, 0]} if example else {}
-            example = builder.add("SLiMeExample", **links, names=part)
-        links = {"model": model, "vae": ["1", 2], "clip": ["1", 1], "examples": [example, 0]}
+        examples = builder.add_examples(self.shot.image, self.shot.masks)
+        links = {"model": model, "vae": ["1", 2], "clip": ["1", 1], "examples": examples}
         train = builder.add("SLiMeTrain", **links, seed=seed)
         builder.set_training(train, preset, **settings)
         builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename=name, overwrite=True)
@@ -133,7 +118,7 @@ class Client:
 
     def learn(self) -> None:
         """Train and save the embeddings that the client segments with."""
-        self.server.run(self.training(LEARNED, preset="instant", steps=30, views=8))
+        self.server.run(self.training(LEARNED, preset="instant", views=8))
 
     def complete(self, prompt: Prompt) -> Prompt:
         """Set every widget that is not named to its default."""
@@ -178,8 +163,8 @@ def interrupt(trials: Trials, count: int, rng: random.Random, at: Client) -> Non
 
     outputs = ("SLiMePartMask", "SLiMePartList", "SLiMePartBoxes", "SLiMePartSegs", "SLiMeOverlay", "SLiMeEvaluate")
     jobs = {
-        "train instant": training(preset="instant", steps=60, views=16),
-        "train instant, auto": training(preset="instant", steps=30, views=4, read_layers="auto"),
+        "train instant": training(preset="instant", views=16),
+        "train instant, auto": training(preset="instant", views=4, read_layers="auto"),
         "train paper": training(preset="paper", steps=8, views=4),
         "train paper, checkpointing": training(preset="paper", steps=4, views=2, checkpointing=True),
         "segment": segmenting(3),

@@ -20,6 +20,8 @@ from .probe import with_probed_layers
 from .progress import OnStep, StepReport
 from .views import VIEW_BATCH, view_count
 
+STEPS = 100  # most L-BFGS iterations; a fit ends after about thirty
+
 
 def train_instant(
     backbone: Backbone,
@@ -53,12 +55,12 @@ def train_instant(
     def report(step: int, losses: dict[str, float], vectors: Callable[[], dict[str, Tensor]], logits: Tensor) -> None:
         preview = (first_image, logits.softmax(0).cpu()) if step % 5 == 1 else None
         best = _with_vectors(template, vectors)
-        on_step(StepReport("fit", min(step, settings.steps), settings.steps, losses, best, preview))
+        on_step(StepReport("fit", min(step, STEPS), STEPS, losses, best, preview))
 
     result = fit_vectors(
         features,
         truth,
-        steps=settings.steps,
+        steps=STEPS,
         init=None
         if init is None
         else _initial_vectors(init.vectors, {name: m.shape[1] for name, m in features.items()}),
@@ -75,7 +77,7 @@ def train_instant(
     preview = (first_image, maps[0].cpu())
     final = {"loss": result.losses[-1]}
     remark = "" if check is None else check.said()
-    on_step(StepReport("done", settings.steps, settings.steps, final, lambda: embeddings, preview, remark))
+    on_step(StepReport("done", STEPS, STEPS, final, lambda: embeddings, preview, remark))
     return embeddings
 
 

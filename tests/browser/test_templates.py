@@ -203,7 +203,7 @@ def test_live_previews_and_progress_arrive(canvas) -> None:
     prompt = prepare(canvas.server, FIRST)
     prompt[find(prompt, "SLiMeTrain")]["inputs"]["seed"] = 5  # not the one that is cached
     fill_in(canvas, prompt)
-    train_briefly(canvas, views=12, steps=60)
+    train_briefly(canvas, views=12)
     canvas.js("() => { window.heard.start = performance.now(); }")
     assert canvas.run(600)["status"]["status_str"] == "success"
     heard = canvas.js("() => window.heard")
@@ -344,5 +344,5 @@ def learned_file(canvas: Canvas) -> Path:
     """A learned file for the workflows that load one."""
     path = canvas.server.base / "models" / "slime" / "browser_learned.safetensors"
     if not path.exists():
-        shutil.copyfile(learn_parts(canvas.server, views=4, steps=10), path)
+        shutil.copyfile(learn_parts(canvas.server, views=4), path)
     return path

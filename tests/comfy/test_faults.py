@@ -40,7 +40,7 @@ from testing.toy import ToyUNet, all_vectors, toy_example
 
 @pytest.fixture(scope="module")
 def learned():
-    return train(ToyUNet(), [toy_example(0)], preset("instant", views=2, steps=10))
+    return train(ToyUNet(), [toy_example(0)], preset("instant", views=2))
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +318,8 @@ def nodes(extension, monkeypatch):
 
 def run(nodes, **widgets):
     chosen = widgets.pop("preset", "instant")
-    values = {"steps": 5, "views": 2} | {name: widgets.pop(name) for name in ("steps", "views") if name in widgets}
+    values = {"views": 2} | ({"steps": 5} if chosen == "paper" else {})
+    values |= {name: widgets.pop(name) for name in ("steps", "views") if name in widgets}
     settings = train_settings(chosen, **values)
     return nodes.SLiMeTrain.execute((toy_example(0),), chosen, settings=settings, **widgets)
 
@@ -330,7 +331,7 @@ def broken(*_args, **_kwargs):
 def test_a_preview_that_fails_costs_no_training(nodes, monkeypatch, caplog) -> None:
     for name, chosen in (("refine_maps", "instant"), ("segment", "paper")):
         monkeypatch.setattr(nodes, name, broken)
-        embeddings, _, preview = run(nodes, preset=chosen, steps=2).args
+        embeddings, _, preview = run(nodes, preset=chosen).args
         assert embeddings.names == ("red", "blue") and torch.allclose(preview[0], toy_example(0).image, atol=1 / 255)
     assert "training succeeded, but the preview failed" in caplog.text
 

@@ -156,7 +156,7 @@ def test_parts_are_learned_saved_and_found(kind: str, tmp_path) -> None:
     side = 12 * backbone.info.multiple
     object.__setattr__(backbone.info, "side", side)
     with torch.inference_mode():
-        learned = train(backbone, [toy_example(0)], preset("instant", backbone.info, views=4, steps=20))
+        learned = train(backbone, [toy_example(0)], preset("instant", backbone.info, views=4))
     assert learned.layers.read and learned.layers.propagate and learned.timestep == backbone.info.timestep
     again = load_embeddings(save_embeddings(learned, tmp_path / "flow.safetensors"))
     images = torch.stack([toy_example(1).image, toy_example(2).image])

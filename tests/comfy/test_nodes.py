@@ -420,7 +420,6 @@ def test_settings_nodes_begin_with_the_presets_numbers_and_say_each_of_them(exte
     assert kind.execute().args[0].for_preset(chosen).keys() <= settings.for_preset(chosen).keys()
     for name, value in {
         "views": 5,
-        "steps": 9,
         "smallest_crop": 0.9,
         "rotation": 0.0,
         "flip": "off",

@@ -234,7 +234,7 @@ def test_siglip2_takes_any_aspect(extension) -> None:
 def test_nodes_with_an_encoder_alone(nodes, monkeypatch) -> None:
     clip_vision, _ = comfy_vision("clip")
     examples, image = (toy_example(0),), toy_example(1).image[None]
-    chosen = {"preset": "instant", "settings": train_settings("instant", steps=20, views=4)}
+    chosen = {"preset": "instant", "settings": train_settings("instant", views=4)}
     with torch.inference_mode():
         learned = nodes.Train.execute(examples, clip_vision=clip_vision, **chosen).args[0]
         assert learned.backbone == "clip-64-98" and learned.layers.read and learned.layers.propagate
@@ -260,7 +260,7 @@ def test_nodes_with_both_and_with_latents(nodes, monkeypatch) -> None:
     backbone = load_backbone(MODEL)
     loaded = {"model": backbone.model, "vae": backbone.vae, "clip": backbone.clip}
     examples, image = (toy_example(0),), toy_example(1).image[None]
-    chosen = {"preset": "instant", "settings": train_settings("instant", steps=20, views=4)}
+    chosen = {"preset": "instant", "settings": train_settings("instant", views=4)}
     with torch.inference_mode():
         both = nodes.Train.execute(examples, **loaded, clip_vision=clip_vision, **chosen).args[0]
         assert both.backbone.endswith("+dinov2-64")

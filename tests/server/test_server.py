@@ -64,19 +64,17 @@ def learned(server, template, shots, tests_scenes):
 
 def small_train(shots, preset: str = "instant", seed: int = 0, **settings):
     """A prompt that trains on the first example and saves; returns builder and the Train node's id."""
-    builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
-    image = builder.add("LoadImage", image=shots[0].image)
-    mask = builder.add("LoadImageMask", image=shots[0].masks["window"], channel="red")
-    example = builder.add("SLiMeExample", image=[image, 0], mask=[mask, 0], names="window")
+    builder = PromptBuilder.of_checkpoint(MODEL.name)
+    examples = builder.add_examples(shots[0].image, {"window": shots[0].masks["window"]})
     values = {
         "model": ["1", 0],
         "vae": ["1", 2],
         "clip": ["1", 1],
-        "examples": [example, 0],
+        "examples": examples,
         "seed": seed,
     }
     train = builder.add("SLiMeTrain", **values)
-    builder.set_training(train, preset, **({"steps": 10, "views": 2} | settings))
+    builder.set_training(train, preset, **({"views": 2} | settings))
     builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="small", overwrite=True)
     return builder, train
 
@@ -85,25 +83,11 @@ LENGTHS = itertools.count(1)
 
 
 def sampler_prompt():
-    builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
-    text = builder.add("CLIPTextEncode", clip=["1", 1], text="a red car with blue windows on sand")
-    empty = builder.add("CLIPTextEncode", clip=["1", 1], text="")
+    builder = PromptBuilder.of_checkpoint(MODEL.name)
     latent = builder.add("EmptyLatentImage", width=256, height=256, batch_size=1)
     # The same latent under another number, so that nothing is taken from the server's cache.
     latent = builder.add("LatentFromBatch", samples=[latent, 0], batch_index=0, length=next(LENGTHS))
-    sampler = builder.add(
-        "KSampler",
-        model=["1", 0],
-        positive=[text, 0],
-        negative=[empty, 0],
-        latent_image=[latent, 0],
-        seed=3,
-        steps=4,
-        cfg=3.0,
-        sampler_name="euler",
-        scheduler="normal",
-        denoise=1.0,
-    )
+    sampler = builder.add_sampling("a red car with blue windows on sand", "", latent, seed=3, steps=4)
     decoded = builder.add("VAEDecode", samples=[sampler, 0], vae=["1", 2])
     return builder.prompt, builder.add("SaveImage", images=[decoded, 0], filename_prefix="sample")
 
@@ -285,7 +269,7 @@ def test_every_bundled_workflow_runs(server, file_to_load, name) -> None:
     prompt = builder.prompt
     for node_id, node in list(prompt.items()):
         if node["class_type"] == "SLiMeTrain":
-            builder.set_training(node_id, "instant", views=4, steps=10)
+            builder.set_training(node_id, "instant", views=4)
         if node["class_type"] == "SLiMeSaveEmbeddings":
             node["inputs"]["filename"] = name
     outputs = server.run(prompt)
@@ -303,7 +287,7 @@ def test_the_templates_for_newer_versions_run(server, file_to_load, name) -> Non
         if node["class_type"] == "SLiMeLearnSam3Concept":
             node["inputs"]["steps"] = 3
         if node["class_type"] == "SLiMeTrain":
-            builder.set_training(node_id, "instant", views=4, steps=10)
+            builder.set_training(node_id, "instant", views=4)
         if node["class_type"] == "LoadVideo":
             node["inputs"]["file"] = "three_frames.mp4"
             write_clip(server.base / "input" / "three_frames.mp4", 3)
@@ -346,7 +330,7 @@ def test_workflow_files_are_what_the_schemas_give(server) -> None:
 
 
 def test_batches_of_any_size_keep_their_size(server, learned) -> None:
-    builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+    builder = PromptBuilder.of_checkpoint(MODEL.name)
     loaded = builder.add("SLiMeLoadEmbeddings", filename="learned.safetensors")
     batch = builder.add("EmptyImage", width=301, height=203, batch_size=3, color=12345)
     segmented = builder.add(
@@ -377,7 +361,7 @@ def test_bad_files_and_names_say_so(server, shots, learned) -> None:
         ("cut", "Load SLiMe Embeddings: .*truncated"),
         ("foreign", 'SLiMe Segment: .*"sd1" model.*"tiny"'),
     ):
-        builder = PromptBuilder({"1": {"class_type": "CheckpointLoaderSimple", "inputs": {"ckpt_name": MODEL.name}}})
+        builder = PromptBuilder.of_checkpoint(MODEL.name)
         loaded = builder.add("SLiMeLoadEmbeddings", filename=f"{name}.safetensors")
         image = builder.add("LoadImage", image=shots[0].image)
         segmented = builder.add(

@@ -74,7 +74,7 @@ def test_sd15_learns_and_segments_one_step(sd15, tmp_path) -> None:
     assert sd15.info.id == "sd1" and sd15.prediction == "eps" and len(sd15.layers) == 16
     example = splits.example("car", splits.EXAMPLES)
     with torch.inference_mode():
-        embeddings = train(sd15, [example], preset("instant", sd15.info, views=1, steps=3))
+        embeddings = train(sd15, [example], preset("instant", sd15.info, views=1))
         assert all_vectors(embeddings).shape == (2, 5, 768) and torch.isfinite(all_vectors(embeddings)).all()
         assert save_embeddings(embeddings, tmp_path / "e.safetensors").stat().st_size < 300_000
         maps = segment(sd15, example.image[None], load_embeddings(tmp_path / "e.safetensors"))[0]
@@ -123,7 +123,7 @@ def test_sdxl_layout_learns_and_segments_one_step(extension, monkeypatch) -> Non
     with torch.inference_mode():
         denoiser = adapter.ComfyUNet(patcher, vae, clip)
         monkeypatch.setattr(denoiser, "info", replace(denoiser.info, side=256))
-        embeddings = train(denoiser, [example], preset("instant", denoiser.info, views=2, steps=3))
+        embeddings = train(denoiser, [example], preset("instant", denoiser.info, views=2))
         assert embeddings.condition["pooled"].ndim == 1
         assert {name.split(".")[1] for name in embeddings.layers.read} == set("012345")
         assert len(embeddings.layers.read) == 36 and len(embeddings.layers.propagate) == 6
@@ -138,7 +138,7 @@ def test_dinov2_large_looks(extension) -> None:
         backbone = importlib.import_module("slime_extension.nodes.comfy_vision").ComfyVision(random_dinov2())
         assert backbone.info.id == "dinov2-1024" and len(backbone.layers) == 24 and backbone.info.side == 840
         example = splits.example("car", splits.EXAMPLES)
-        settings = preset("instant", backbone.info, views=1, steps=3, propagate_layers="block.11")
+        settings = preset("instant", backbone.info, views=1, propagate_layers="block.11")
         embeddings = train(backbone, [example], settings)
         assert all_vectors(embeddings).shape == (1, 5, 1024) and embeddings.layers.read == ("block.23",)
         assert segment(backbone, example.image[None], embeddings)[0].probabilities.shape == (1, 6, 256, 256)
@@ -179,6 +179,6 @@ def test_sd35_medium_looks(extension, monkeypatch) -> None:
         assert backbone.info.id == "sd3-1536x24" and backbone.info.side == 1024 and backbone.info.timestep == 500
         monkeypatch.setattr(backbone, "info", replace(backbone.info, side=256))
         example = splits.example("horse", splits.EXAMPLES)
-        embeddings = train(backbone, [example], preset("instant", backbone.info, views=1, steps=3))
+        embeddings = train(backbone, [example], preset("instant", backbone.info, views=1))
         assert all_vectors(embeddings).shape == (1, 4, 1536) and embeddings.layers.read == ("joint.9",)
         assert segment(backbone, example.image[None], embeddings)[0].probabilities.shape == (1, 5, 256, 256)

@@ -175,7 +175,8 @@ def test_every_row_of_the_ablation_runs(capsys, monkeypatch) -> None:
     def shortened(variant: Variant) -> Variant:
         patterns = ("read_layers", "propagate_layers")
         layers = {key: "" for key in patterns if variant.train.get(key, "auto") != "auto"}
-        return replace(variant, train={**variant.train, "views": 1, "steps": 2, **layers})
+        steps = {"steps": 2} if variant.preset == "paper" else {}
+        return replace(variant, train={**variant.train, "views": 1, **steps, **layers})
 
     monkeypatch.setattr(ablation, "trained", lambda _path: toy)
     monkeypatch.setattr(ablation, "remember", lambda *_: None)
@@ -377,7 +378,7 @@ def test_extraction_is_timed_beside_the_bare_pass(comfy_path, monkeypatch, capsy
 @pytest.mark.long
 def test_the_flow_transformer_is_measured_as_the_unet_is(comfy_path) -> None:
     """Each of its methods, on one scene; the file, the file drawn anew, its neighbours, and both models together."""
-    methods = make_methods(MODEL, Variant("instant", {"views": 4, "steps": 10}))
+    methods = make_methods(MODEL, Variant("instant", {"views": 4}))
     task = scene_task("horse", 1, 0, 1, "test")
     for name in ("flow", "flow, untrained", "default beside flow"):
         (found,) = methods[name](task.examples, 0)(task.tests["plain"].images)

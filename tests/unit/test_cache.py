@@ -26,7 +26,7 @@ class Known(ToyUNet):
 def learned(backbone: ToyUNet, examples: list[Example], **changes) -> tuple[PartEmbeddings, int]:
     """Return the embeddings, and how many images were encoded for them."""
     before = backbone.encoded
-    settings = {"views": 12, "steps": 5, "recolor": 0.0} | changes
+    settings = {"views": 12, "recolor": 0.0} | changes
     embeddings = train(backbone, examples, preset("instant", **settings))
     return embeddings, backbone.encoded - before
 
@@ -69,7 +69,7 @@ def test_a_run_that_was_stopped_does_not_repeat_its_views() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(known, [example], preset("instant", views=12, steps=5, recolor=0.0), on_step=stop)
+        train(known, [example], preset("instant", views=12, recolor=0.0), on_step=stop)
     assert learned(known, [example])[1] <= 8
 
 
@@ -78,7 +78,6 @@ def test_another_state_setting_or_image_is_looked_at_anew() -> None:
     learned(known, [example])
     assert learned(known, [example], seed=1)[1] == 12
     assert learned(known, [example], timestep=50)[1] == 12
-    assert learned(known, [example], steps=6)[1] == 0  # what only the fit uses
     changed = Example.from_label_map(example.image.flip(0), example.labels, example.names)
     assert learned(known, [changed])[1] == 12
     known.state = 1

@@ -17,8 +17,8 @@ OWN_PROCESS = "SLIME_SIMULATED_DEVICE"
 there = pytest.mark.skipif(OWN_PROCESS not in os.environ, reason="torch learns of a device only in a fresh process")
 here = pytest.mark.skipif(OWN_PROCESS in os.environ, reason="this is that process")
 TRAINERS = {
-    "instant": preset("instant", views=3, steps=5),
-    "auto": preset("instant", views=3, steps=5, read_layers="auto"),
+    "instant": preset("instant", views=3),
+    "auto": preset("instant", views=3, read_layers="auto"),
     "paper": PaperSettings(views=2, steps=2),
     "paper, checkpointing": PaperSettings(views=2, steps=2, checkpointing=True),
 }

@@ -274,15 +274,15 @@ def test_mismatches_are_refused(tmp_path) -> None:
     ):
         with pytest.raises(SlimeError, match=message):
             segment(toy, bad, embeddings)
-    with pytest.raises(SlimeError, match="steps is 0; it must be from 1 to 100000"):
-        preset("instant", steps=0)
+    with pytest.raises(SlimeError, match="views is 0; it must be from 1 to 10000"):
+        preset("instant", views=0)
     with pytest.raises(SlimeError, match="Unknown preset"):
         preset("fast")
 
 
 def test_settings_that_a_trainer_does_not_use_are_refused() -> None:
     for name, change in (("instant", "dice"), ("instant", "learning_rate"), ("paper", "timestep")):
-        with pytest.raises(SlimeError, match=f"The preset {name} has no setting {change}; it has: .*steps"):
+        with pytest.raises(SlimeError, match=f"The preset {name} has no setting {change}; it has: .*views"):
             preset(name, **{change: 0.1})
     assert preset("paper") == PaperSettings(), "an instance without arguments is the preset"
     with pytest.raises(SlimeError, match="no trainer for SegmentSettings"):
@@ -408,7 +408,8 @@ def test_overflow_is_reported_and_not_returned_as_a_mask() -> None:
             return super().predict_noise(noisy * torch.nan if self.broken else noisy, *args)
 
     toy = Overflow()
-    learned = [train(toy, [toy_example(0)], preset(name, steps=3, views=2)) for name in ("instant", "paper")]
+    presets = (preset("instant", views=2), preset("paper", views=2, steps=3))
+    learned = [train(toy, [toy_example(0)], chosen) for chosen in presets]
     toy.broken = True
     for embeddings in learned:
         with pytest.raises(SlimeError, match="NaN or infinite"):
@@ -537,7 +538,7 @@ def test_the_papers_rows_are_chosen_on_validation_images() -> None:
 
 def test_segmenting_tells_of_every_sub_batch_from_the_first_encoded_one() -> None:
     toy, example = ToyUNet(), toy_example(0)
-    learned = train(toy, [example], preset("instant", views=2, steps=5))
+    learned = train(toy, [example], preset("instant", views=2))
     heard: list[tuple[int, int]] = []
     images = example.image.expand(6, -1, -1, -1)
     settings = SegmentSettings(batch_size=2, average_flip=True)

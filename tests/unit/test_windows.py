@@ -31,7 +31,7 @@ assert load_embeddings(path).names == trained().names and to_text(trained())
 def trained() -> PartEmbeddings:
     """Parts with names in several scripts."""
     example = replace(toy_example(0), names=("\u8f66\u8f6e", "T\u00fcr \u2013 links"))
-    return train(ToyUNet(), [example], preset("instant", views=2, steps=2))
+    return train(ToyUNet(), [example], preset("instant", views=2))
 
 
 def test_every_text_file_is_opened_as_utf_8() -> None:
