@@ -152,7 +152,7 @@ class Page:
         return self.add("SLiMePartPainter", painting=painting())
 
     def train(self, model: str, examples: Link) -> str:
-        links = {"model": [model, 0], "vae": [model, 2], "clip": [model, 1], "examples": examples}
+        links: dict[str, Any] = {"model": [model, 0], "vae": [model, 2], "clip": [model, 1], "examples": examples}
         return self.add("SLiMeTrain", **links, preset="instant")
 
     def save(self, train: str, filename: str) -> str:
@@ -176,7 +176,13 @@ class Page:
     def repaint(self, model: str, image: Link, mask: str, text: str) -> str:
         """Add the subgraph that repaints the inside of a mask."""
         self.subgraphs[REPAINT] = repaint_part(text) | {"key": REPAINT}
-        links = {"model": [model, 0], "clip": [model, 1], "vae": [model, 2], "image": image, "mask": [mask, 0]}
+        links: dict[str, Any] = {
+            "model": [model, 0],
+            "clip": [model, 1],
+            "vae": [model, 2],
+            "image": image,
+            "mask": [mask, 0],
+        }
         return self.add(REPAINT, **links)
 
 
