@@ -248,13 +248,11 @@ def summarise(rows: Sequence[Row], tables: Sequence[str]) -> None:
             lines = []
             for change in dict.fromkeys(row["change"] for row in mine):
                 chosen = [row for row in mine if row["change"] == change]
-                means = [np.mean([r["part_miou"] for r in chosen if r["domain"] == domain]) for domain in domains]
-                values = [
-                    *means,
-                    np.mean(means),
-                    *(np.mean([r[key] for r in chosen]) for key in ("boundary_f", "image_s")),
-                ]
-                lines.append([change, *(f"{value:.3f}" for value in values)])
+                found = [[r["part_miou"] for r in chosen if r["domain"] == domain] for domain in domains]
+                means = [float(np.mean(values)) for values in found if values]
+                cells = [f"{np.mean(values):.3f}" if values else "" for values in found]
+                more = (np.mean([r[key] for r in chosen]) for key in ("boundary_f", "image_s"))
+                lines.append([change, *cells, *(f"{value:.3f}" for value in (np.mean(means), *more))])
             head = ["change", *domains, "mean", "boundary F", "an image, s"]
             say_table(head, lines, f"{name}, {shots} examples: part mIoU")
 

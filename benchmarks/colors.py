@@ -1,6 +1,6 @@
 """Measure the check of colours: what it finds, and what training with and without recoloured views gives.
 
-    python dev.py benchmark colors [--split validation] [--seeds 2] [--shots 1 10] [--scenes 6] [--ink] [--json FILE]
+    python dev.py benchmark colors [--split validation] [--seeds 2] [--shots 1 10] [--scenes 6] [--json FILE]
 
 Natural scenes of the test bed, and a red stripe beside others of the same shape on a white body, where the colour is
 the part: called "red stripe", and just "stripe".

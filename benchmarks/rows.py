@@ -21,10 +21,9 @@ def read_rows(path: Path | None, asked: dict[str, Any] | None = None) -> list[Ro
     if path is None or not path.is_file():
         return []
     body = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(asked, default=str))
-    before = body.get("asked", now)
-    if before != now:
-        differing = [name for name in now if before.get(name) != now[name]]
+    before, now = body.get("asked", asked) or {}, asked or {}
+    differing = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if differing:
         raise SystemExit(f"{path} has rows with another {', '.join(differing)}; choose another file.")
     return list(body["rows"])
 
@@ -38,14 +37,15 @@ def write_rows(path: Path | None, rows: Sequence[Row], **about: Any) -> None:
         if path.is_file():
             about = json.loads(path.read_text(encoding="utf-8")) | about
             about.pop("rows")
-        head = "".join(f"{json.dumps(key)}: {json.dumps(value, default=str)}, " for key, value in about.items())
+        head = "".join(f"{json.dumps(key)}: {json.dumps(value)}, " for key, value in about.items())
         lines = ",\n".join(json.dumps(_rounded(row), separators=(",", ":")) for row in rows)
         path.write_text(f'{{{head}"rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def shared(options: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """Return these options, for :func:`read_rows`."""
-    return {name: getattr(options, name) for name in names}
+    """Return these options, for :func:`read_rows`; of paths the names."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value.name if isinstance(value, Path) else value for name, value in values.items()}
 
 
 def say_row(row: Row) -> None:

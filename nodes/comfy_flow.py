@@ -120,7 +120,7 @@ class ComfyFlow:
         if family is None or not isinstance(base.model_sampling, comfy.model_sampling.CONST):
             raise SlimeError(
                 f"{type(base).__name__} is not supported. The supported flow models are {FLOW_MODELS}. Load one of "
-                f"these."
+                "these."
             )
         self._transformer: nn.Module = base.diffusion_model
         self._blocks = dict(_blocks(self._transformer))
@@ -167,7 +167,8 @@ class ComfyFlow:
         if self.clip is None:
             raise SlimeError(
                 "No CLIP is connected, but a prompt has to be encoded. Connect the CLIP that belongs to the model to "
-                "clip: SLiMe Train needs it always, other nodes only for embeddings that were loaded from a text."
+                "clip: SLiMe Train always needs it for this model, other nodes only for embeddings that were loaded "
+                "from a text."
             )
         encoded = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True, return_dict=True)
         tensors = {name: value for name, value in encoded.items() if isinstance(value, Tensor)}

@@ -104,7 +104,8 @@ class ComfyUNet(SDUNet):
         if self.clip is None:
             raise SlimeError(
                 "No CLIP is connected, but a prompt has to be encoded. Connect the CLIP of the checkpoint to clip: "
-                "SLiMe Train needs it always, other nodes only for embeddings that were loaded from a text."
+                "SLiMe Train always needs it for this model, other nodes only for embeddings that were loaded from a "
+                "text."
             )
         tokens, pooled = self.clip.encode_from_tokens(self.clip.tokenize(prompt), return_pooled=True)
         needs_pooled = self.model.model.adm_channels > 0

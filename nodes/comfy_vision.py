@@ -32,9 +32,6 @@ class ComfyVision(VisionTransformer):
         SlimeError: a model that is not one of ComfyUI's own.
     """
 
-    def free_memory(self) -> float:
-        return float(comfy.model_management.get_free_memory(self.device))
-
     def __init__(self, clip_vision: Any, cell: int = 0) -> None:
         patcher: Any = getattr(clip_vision, "patcher", None)
         if patcher is None or not isinstance(getattr(clip_vision, "model", None), nn.Module):
@@ -83,6 +80,9 @@ class ComfyVision(VisionTransformer):
             tokens = torch.cat([comfy.ops.cast_to_input(first, tokens).expand(len(tokens), 1, -1), tokens], 1)
         positions = interpolated(comfy.ops.cast_to_input(positions, tokens)[None], int(first is not None), grid)
         return tokens + positions
+
+    def free_memory(self) -> float:
+        return float(comfy.model_management.get_free_memory(self.device))
 
     def cache_key(self) -> tuple[object, Hashable] | None:
         """Return the model and a key of its state."""

@@ -57,7 +57,8 @@ def schema(**fields: Any) -> io.Schema:
 
     ``search_aliases`` is one text, separated by commas.
     """
-    fields["search_aliases"] = fields.pop("search_aliases", "").split(", ")
+    if aliases := fields.pop("search_aliases", ""):
+        fields["search_aliases"] = aliases.split(", ")
     known = {name: value for name, value in fields.items() if name in _SCHEMA_FIELDS}
     return io.Schema(**{"category": CATEGORY} | known)
 

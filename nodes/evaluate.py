@@ -77,8 +77,7 @@ def part_scores(parts: Parts, truth: torch.Tensor, text: str) -> list[tuple[str,
             f"{wanted} masks of {labels.shape[2]}x{labels.shape[1]} are needed, for {len(names)} parts "
             f"({', '.join(names)}) in {len(labels)} images, part by part; ground_truth has {len(truth)} of "
             f"{truth.shape[2]}x{truth.shape[1]}. Write in names which parts the masks show, or connect one mask "
-            f"per part "
-            "and image in this order."
+            "per part and image in this order."
         )
     rows = []
     for index, name in enumerate(names):

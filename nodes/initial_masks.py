@@ -17,7 +17,6 @@ from ..slime.parts.palette import Color, default_palette
 from ..slime.parts.runs import encode_runs
 from .common import Parts, PartsSocket, as_masks
 
-BOX = ("x", "y", "width", "height")
 MOST_PIXELS = 4_000_000  # of a painting, as in web/painter/label_map.js
 # io.BoundingBox where the core has it (0.15.0), of the same name.
 INITIAL_MASKS = (PartsSocket, io.Mask, io.Custom("SEGS"), io.Custom("BOUNDING_BOX"))
@@ -68,11 +67,14 @@ def _boxes(value: Any, size: tuple[int, int]) -> Iterator[np.ndarray]:
     """Yield masks of one box, of a list of boxes, or of the first image's list of a batch."""
     boxes = [value] if isinstance(value, dict) else value[0] if value and isinstance(value[0], list) else value
     for box in boxes:
-        if not isinstance(box, dict) or not all(isinstance(box.get(side), int | float) for side in BOX):
-            raise SlimeError(f"A bounding box of initial_masks is {str(box)[:60]}; it needs {', '.join(BOX)}.")
+        try:
+            x, y, width, height = (float(box[side]) for side in ("x", "y", "width", "height"))
+            left, right, top, bottom = (max(0, round(side)) for side in (x, x + width, y, y + height))
+        except (TypeError, KeyError, ValueError, OverflowError) as error:
+            raise SlimeError(
+                f"A bounding box of initial_masks is {str(box)[:60]}; it needs the numbers x, y, width and height."
+            ) from error
         mask = np.zeros(size, bool)
-        left, right = (max(0, round(x)) for x in (box["x"], box["x"] + box["width"]))
-        top, bottom = (max(0, round(y)) for y in (box["y"], box["y"] + box["height"]))
         mask[top:bottom, left:right] = True
         yield mask
 

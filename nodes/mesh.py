@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
-import comfy.utils
 import torch
 from comfy_api.latest import Types, io
 from torch import Tensor
@@ -185,8 +184,7 @@ class SLiMePartsToMesh(io.ComfyNode):
             if not found:
                 raise SlimeError(
                     f"None of these parts is found on the mesh: {', '.join(maps.names)}. Look at the preview of "
-                    f"SLiMe Segment; "
-                    "connect the painter's examples, or paint a view that shows the parts larger."
+                    "SLiMe Segment; connect the painter's examples, or paint a view that shows the parts larger."
                 )
         areas = surface.areas / surface.areas.sum()
         share = {maps.names[part - 1]: float(areas[labels == part].sum()) for part in found}

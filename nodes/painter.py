@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -125,8 +126,10 @@ def image_file(name: str) -> Path | None:
         raise SlimeError(f"The image {name} is outside ComfyUI's folders. Copy it into the folder input.")
     try:
         return path if path.is_file() else None
-    except OSError:  # a name that no file can have
-        return None
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.EINVAL):  # a name that no file can have
+            return None
+        raise SlimeError(f"The image {name} cannot be opened: {error.strerror}.") from error
 
 
 class SLiMePartPainter(io.ComfyNode):
@@ -238,7 +241,8 @@ def read_image(path: Path) -> torch.Tensor:
     try:
         return torch.from_numpy(decode(path.read_bytes())).float()[None] / 255
     except (OSError, SlimeError) as error:
-        raise SlimeError(f"{path.name} cannot be read as an image ({error}). Load another one in the node.") from error
+        reason = error.__cause__ or error
+        raise SlimeError(f"{path.name} cannot be read as an image ({reason}). Load another one in the node.") from error
 
 
 def _single(image: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""SLiMe Part Prompt, Part Guider and Guider Masks: prompts for learned parts, applied during sampling."""
+"""SLiMe Part Prompt, Part Guider and Guider Masks: prompts for trained parts, applied during sampling."""
 
 from __future__ import annotations
 

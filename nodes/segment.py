@@ -1,4 +1,4 @@
-"""SLiMe Segment: find learned parts in other images."""
+"""SLiMe Segment: find trained parts in other images."""
 
 from __future__ import annotations
 

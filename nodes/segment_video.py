@@ -6,7 +6,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class SLiMeSegmentVideo(io.ComfyNode):
             embeddings.check_model(backbone)
             embeddings = embeddings.completed(backbone)
             reader = VideoReader(video)
-            folder = _folder(name, reader, embeddings, f"{settings}/{smoothing}")
+            folder = _folder(name, reader, embeddings, f"{sorted(asdict(settings).items())}/{smoothing}")
             target = LabelFrames.create(folder, embeddings.names, embeddings.palette, reader.digest())
             steps = 2 * max(reader.expected, 1)  # every frame is segmented and drawn
             bar = comfy.utils.ProgressBar(steps)

@@ -1,4 +1,4 @@
-"""SLiMe Track Seeds and SLiMe Tracks to Parts: follow the parts of a video with ComfyUI's SAM3 Video Track."""
+"""SLiMe Track Seeds and SLiMe Tracks to Parts: follow the parts of a video with ComfyUI's Run SAM3 Video Track."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ class SLiMeTracksToParts(io.ComfyNode):
             frames = sum(map(len, packed))
             if frames != count:
                 raise SlimeError(
-                    f"The tracks have {frames} frames together, the video {count}. Connect one SAM3 Video Track for "
-                    "each output of SLiMe Track Seeds, forwards and backwards."
+                    f"The tracks have {frames} frames together, the video {count}. Connect one Run SAM3 Video Track "
+                    "for each output of SLiMe Track Seeds, forwards and backwards."
                 )
             masks = (_unpacked(frame, size) for track in packed for frame in track)
             maps = tracked_maps(masks, parts.maps.names, parts.maps.palette)

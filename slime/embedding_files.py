@@ -63,15 +63,15 @@ def save_embeddings(embeddings: PartEmbeddings, path: str | os.PathLike[str], ov
     except OSError as error:
         raise SlimeError(
             f'"{target.name}" could not be written: {error.strerror or error}. Check the free space and the '
-            "permissions "
-            f"of {target.parent}; Windows refuses paths beyond 259 characters (this one has {len(str(target))})."
+            f"permissions of {target.parent}; Windows refuses paths beyond 259 characters (this one has "
+            f"{len(str(target))})."
         ) from error
     return target
 
 
 def _drop_abandoned(folder: Path) -> None:
     """Delete half-written files whose process was killed."""
-    for abandoned in folder.glob(f".*{SCRATCH}"):
+    for abandoned in folder.glob(f"*{SCRATCH}"):
         with suppress(FileNotFoundError):  # another process has just finished it
             if time.time() - abandoned.stat().st_mtime > ABANDONED_SECONDS:
                 abandoned.unlink()

@@ -101,7 +101,7 @@ class PartEmbeddings:
         """
         if self.condition is None:
             raise SlimeError(
-                "These embeddings are in the compact text form, without text conditioning: connect a CLIP."
+                "These embeddings were loaded from a text, which lacks the text conditioning: connect the CLIP to clip."
             )
         condition = dict(self.condition)
         if self.mode == CONTEXT:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from numbers import Integral, Real
+from typing import Any, ClassVar, get_args, get_type_hints
+
+import numpy as np
 
 from .errors import SlimeError
 
@@ -11,7 +14,13 @@ RESOLUTION, LAYER = "resolution", "layer"  # how layers form feature groups
 GROUPINGS = (RESOLUTION, LAYER)
 SHARED = "shared"  # name of the vectors that all feature groups share
 REFINEMENTS = ("off", "fast", "best")
-NAMES_OF_TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text"}
+_TYPES: dict[type, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: ((bool, np.bool_), "true or false"),
+    str: (str, "a text"),
+    type(None): (type(None), "empty"),
+}
 
 
 @dataclass(frozen=True)
@@ -112,11 +121,11 @@ class SegmentSettings:
         average_flip: also extract features of the mirrored image, and average the maps (twice the time).
         noise_samples: number of noise samples averaged; each costs one more pass.
         batch_size: images per pass; 0 chooses by the free memory.
-        closeups: number of objects to segment again in close-ups, 0 for none: for objects smaller in the image than
-            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.closeups`).
         refine: "off", "fast" or "best", see :func:`slime.decode.refine.refine_maps`.
         min_confidence: images below this :attr:`slime.parts.maps.PartMaps.confidence` get empty masks; no effect where
             the confidence on the examples is unknown.
+        closeups: number of objects to segment again in close-ups, 0 for none: for objects smaller in the image than
+            in the examples. Up to 5 further passes per object and 5 extra (:mod:`slime.decode.closeups`).
     """
 
     seed: int = 0
@@ -124,11 +133,12 @@ class SegmentSettings:
     average_flip: bool = False
     noise_samples: int = 1
     batch_size: int = 0
-    closeups: int = 0
     refine: str = "fast"
     min_confidence: float = 0.0
+    closeups: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         check_settings(self, tiles=(1, 64), noise_samples=(1, 10_000), batch_size=(0, 1_000_000))
         check_settings(self, closeups=(0, 100), min_confidence=(0, 1))
         if self.refine not in REFINEMENTS:
@@ -141,13 +151,17 @@ def setting_names(kind: type[Any]) -> list[str]:
 
 
 def check_types(settings: Any) -> None:
-    """Raise SlimeError for a setting that is not of the type its annotation names; a whole number is a float too."""
-    for field in fields(settings):
-        value, kinds = getattr(settings, field.name), str(field.type).split(" | ")
-        given = type(value).__name__ if value is not None else "None"
-        if given not in kinds and not (given == "int" and "float" in kinds):
-            wanted = " or ".join("empty" if kind == "None" else NAMES_OF_TYPES.get(kind, kind) for kind in kinds)
-            raise SlimeError(f"{field.name} is {value!r}; it must be {wanted}.")
+    """Raise SlimeError for a setting of another type than its annotation's; NumPy's numbers count as numbers."""
+    for name, hint in get_type_hints(type(settings)).items():
+        kinds = [kind for kind in get_args(hint) or (hint,) if kind in _TYPES]
+        value = getattr(settings, name)
+        if kinds and not any(isinstance(value, _TYPES[kind][0]) for kind in kinds if _is_bool(value) == (kind is bool)):
+            wanted = " or ".join(_TYPES[kind][1] for kind in kinds)
+            raise SlimeError(f"{name} is {value!r}; it must be {wanted}.")
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool | np.bool_)
 
 
 def check_settings(settings: object, **ranges: tuple[float, float]) -> None:

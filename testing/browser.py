@@ -125,9 +125,7 @@ def canvas(request: Any, chromium: Any, server: Any) -> Iterator[Canvas]:
         server.post(f"/settings/{name}", value)
     page = chromium.new_page(viewport={"width": 1500, "height": 1000})
     page.set_default_timeout(60_000)
-    made = Canvas(page, server, request.param).open()
-    made.errors_at_start = list(made.errors)
-    yield made
+    yield Canvas(page, server, request.param).open()
     page.close()
 
 
@@ -136,6 +134,7 @@ def fresh(canvas: Canvas) -> Iterator[None]:
     for _ in range(3):  # dialogs that a failed test left open
         canvas.page.keyboard.press("Escape")
     canvas.clear()
+    canvas.errors_at_start += canvas.errors
     canvas.errors.clear()
     yield
     assert not canvas.errors, canvas.errors

@@ -15,7 +15,7 @@ from testing.server import MODEL, ComfyServer
 from testing.tiny.weights import flow_checkpoint
 from testing.workflows import Prompt, PromptBuilder, find, load_workflow, to_api
 
-from .samples import MESH_CAMERA, MESH_VIEW, PICTURES, painted_mesh, painted_sample
+from .samples import FIND, MESH_CAMERA, MESH_VIEW, PICTURES, painted_mesh, painted_sample, write_clip
 
 DOMAIN = "car"
 FIRST = "1 Paint parts and find them"
@@ -26,8 +26,11 @@ THUMBNAIL = 480
 DARK = (24, 24, 28)
 
 
-def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
-    """Return a bundled workflow with the tiny model's checkpoint, a clip, and sampling for a few steps."""
+def prepare(server: ComfyServer, name: str, steps: int = 4, short: bool = False) -> Prompt:
+    """Return a bundled workflow with the tiny model's checkpoint, and sampling for a few steps.
+
+    With ``short`` its image and clip are smaller ones, for tests.
+    """
     prompt = to_api(load_workflow(name), server.get("/object_info"))
     learns = bool(find_all(prompt, "SLiMeLearnSam3Concept"))
     for node in prompt.values():
@@ -45,6 +48,13 @@ def prepare(server: ComfyServer, name: str, steps: int = 4) -> Prompt:
                 inputs["threshold"], inputs["refine_iterations"] = 0.3, 0
             case "SLiMeSaveEmbeddings":
                 inputs["overwrite"] = True
+            case "LoadVideo" if short:
+                inputs["file"] = "short.mp4"
+                write_clip(server.base / "input" / "short.mp4", 8 if "SLiMeSegmentVideo" in str(prompt) else 3)
+            case "LoadImage" if short and inputs["image"] == FIND:
+                inputs["image"] = f"small_{FIND}"
+                with Image.open(server.base / "input" / FIND) as image:
+                    image.resize((SIDE, SIDE)).save(server.base / "input" / f"small_{FIND}")
             case "KSampler" | "BasicScheduler":
                 inputs["steps"] = steps
             case "EmptyLatentImage":

@@ -1,4 +1,4 @@
-"""Test robustness: hostile files, errors and interrupts in the middle of every node, kills, a full disk, flags.
+"""Test robustness: hostile files, errors and interrupts in the middle of nodes, kills, a full disk, flags.
 
     python dev.py benchmark faults [--quick] [--seed 0] [--json FILE] [--tasks TASK ...]
 

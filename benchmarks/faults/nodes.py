@@ -104,7 +104,8 @@ def node_works(nodes: dict[str, Any], backbone: Any) -> tuple[dict[str, Callable
         settings = {item.id: item.default for item in schema.inputs} | {"views": 2} | more
         settings |= {"steps": 2} if name == "paper" else {}
         value = nodes[kind].execute(**settings).args[0]
-        return nodes["SLiMeTrain"].execute((example,), name, seed, model, vae, clip, settings=value).args
+        with patch("slime.training.instant.STEPS", 2 if name == "instant" and not more else 100):  # not the fit alone
+            return nodes["SLiMeTrain"].execute((example,), name, seed, model, vae, clip, settings=value).args
 
     def find(**more: Any) -> Any:
         import_module(f"{NAME}.nodes.feature_cache")._caches.clear()

@@ -76,4 +76,5 @@ SLIME_FLOW = {
     "read": ("joint.2", "joint.3", "joint.4", "joint.5"),
     "propagate": ("joint.4",),
     "side": 256,
+    "views": 24,
 }

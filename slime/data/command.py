@@ -18,6 +18,7 @@ import platform
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ..errors import SlimeError
 from ..files import write_whole
 from ..parts.metrics import EvaluationCounts, boundary_f, mean_known
 from ..settings import REFINEMENTS
+from ..train import TRAINERS
 from .annotations import read_annotations, read_examples
 from .file_names import FileNames, changed_names, read_table, safe_path, write_table
 from .formats import FORMATS, AnnotatedSet
@@ -184,7 +186,9 @@ def _train(options: argparse.Namespace) -> None:
     examples = read_examples(annotated, options.shots)
     _tell_skipped(options, annotated)
     backbone = _load(options)
-    changes = {name: _value(value) for name, _, value in (text.partition("=") for text in options.set)}
+    texts = {field.name for field in fields(TRAINERS[options.preset].settings) if field.type == "str"}
+    pairs = (text.partition("=") for text in options.set)
+    changes = {name: value if name in texts else _value(value) for name, _, value in pairs}
     settings = preset(options.preset, backbone.info, **changes)
     with _bar(None, "training", "step") as bar:
 

@@ -219,7 +219,8 @@ def _matrix(node: dict[str, Any]) -> np.ndarray:
     """Return the matrix [4, 4] of a node."""
     if "matrix" in node:
         return np.array(node["matrix"], float).reshape(4, 4).T
-    turn = Rotation.from_quat(node.get("rotation", (0, 0, 0, 1))).as_matrix()
+    rotation = node.get("rotation", (0, 0, 0, 1))
+    turn = Rotation.from_quat(rotation).as_matrix() if any(rotation) else np.eye(3)
     matrix = np.eye(4)
     matrix[:3, :3] = turn * node.get("scale", (1, 1, 1))
     matrix[:3, 3] = node.get("translation", (0, 0, 0))

@@ -154,5 +154,5 @@ def label_texture(surface: Surface, labels: Tensor, side: int = 1024) -> Tensor:
     if surface.uvs is None:
         raise SlimeError("The mesh has no texture coordinates (UVs), so there is no texture to label. Unwrap it first.")
     corners = surface.uvs[surface.faces] * side
-    faces, _, _ = rasterise(corners, torch.ones(len(surface), 3), (side, side))
+    faces, _ = rasterise(corners, torch.ones(len(surface), 3), (side, side))
     return torch.where(faces >= 0, labels[faces.long().clamp(min=0)], 0).to(torch.uint8)

@@ -78,7 +78,7 @@ def _render(surface: Surface, camera: Camera, side: int) -> tuple[Tensor, Tensor
     distance = DISTANCE - seen[..., 2]
     focal = 1 / math.tan(math.radians(FIELD / 2))
     pixels = torch.stack([1 + focal * seen[..., 0] / distance, 1 - focal * seen[..., 1] / distance], -1) * side / 2
-    faces, weights, _ = rasterise(pixels, 1 / distance, (side, side))
+    faces, weights = rasterise(pixels, 1 / distance, (side, side))
     hit = faces >= 0
     shown = faces[hit].long()
     normals = surface.normals[shown] @ rotation.T
@@ -115,7 +115,7 @@ def _rotation(camera: Camera) -> Tensor:
     return tilt @ turn
 
 
-def rasterise(corners: Tensor, inverse: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+def rasterise(corners: Tensor, inverse: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Find the nearest face of every pixel.
 
     Args:
@@ -124,7 +124,7 @@ def rasterise(corners: Tensor, inverse: Tensor, size: tuple[int, int]) -> tuple[
         size: height and width.
 
     Returns:
-        Faces int32 [H, W], -1 for none; perspective-correct barycentric weights [H, W, 3]; depth [H, W].
+        Faces int32 [H, W], -1 for none; perspective-correct barycentric weights [H, W, 3].
     """
     (height, width), device = size, corners.device
     low = (corners.amin(1) - 0.5).ceil().long().clamp(min=0)
@@ -149,14 +149,12 @@ def rasterise(corners: Tensor, inverse: Tensor, size: tuple[int, int]) -> tuple[
     hit = best != torch.iinfo(torch.int64).max
     faces = torch.where(hit, best & 0xFFFFFFFF, NOTHING).to(torch.int32)
     weights = torch.zeros(height * width, 3, device=device)
-    depth = torch.full((height * width,), torch.inf, device=device)
     pixel = hit.nonzero().flatten()
     face = faces[pixel].long()
     flat = _barycentric(_centres(pixel, width), corners[face], area[face])
     scaled = flat * inverse[face]
-    total = scaled.sum(1)
-    weights[pixel], depth[pixel] = scaled / total[:, None], 1 / total
-    return faces.view(height, width), weights.view(height, width, 3), depth.view(height, width)
+    weights[pixel] = scaled / scaled.sum(1, keepdim=True)
+    return faces.view(height, width), weights.view(height, width, 3)
 
 
 def _hits(

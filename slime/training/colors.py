@@ -29,8 +29,13 @@ FOUND = 0.05  # IoU on views as they are, below which nothing can be told, and v
 LOST = 0.9  # of the IoU that must be left on recoloured views, or else the features hang on colour
 # Names of colours in several languages, last Chinese, Japanese, Korean. A false alarm leaves views as they are.
 COLORS = re.compile(
-    ""
-    "(?<![a-zäöüß])(red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|gold(en)?|silver|cyan|beige|(rot|grün|blau|gelb|schwarz|weiß|braun|grau|lila|rosa)(e[rsnm]?)?|rouges?|verte?s?|bleue?s?|jaunes?|noire?s?|blanc(he)?s?|roj[oa]s?|verdes?|azul(es)?|amarill[oa]s?|negr[oa]s?|blanc[oa]s?)(?![a-zäöüß])|[\\u7ea2\\u7d05\\u8d64\\u7eff\\u7da0\\u7dd1\\u84dd\\u85cd\\u9752\\u9ec4\\u9ec3\\u9ed1\\u767d\\u7d2b]|\\ube68\\uac15|\\ube68\\uac04|\\ucd08\\ub85d|\\ud30c\\ub780|\\ud30c\\ub791|\\ub178\\ub780|\\ub178\\ub791|\\uac80\\uc740|\\uac80\\uc815|\\ud770|\\ud558\\uc580",
+    r"(?<![a-zäöüß])(red|green|blue|yellow|orange|purple|violet|pink|brown|black|white|gr[ae]y|gold(en)?|silver|cyan|beige"
+    r"|(rot|grün|blau|gelb|schwarz|weiß|braun|grau|lila|rosa)(e[rsnm]?)?"
+    r"|rouges?|verte?s?|bleue?s?|jaunes?|noire?s?|blanc(he)?s?|roj[oa]s?|verdes?|azul(es)?|amarill[oa]s?|negr[oa]s?"
+    r"|blanc[oa]s?)(?![a-zäöüß])"
+    r"|[\u7ea2\u7d05\u8d64\u7eff\u7da0\u7dd1\u84dd\u85cd\u9752\u9ec4\u9ec3\u9ed1\u767d\u7d2b]"
+    r"|\ube68\uac15|\ube68\uac04|\ucd08\ub85d|\ud30c\ub780|\ud30c\ub791|\ub178\ub780|\ub178\ub791|\uac80\uc740|\uac80\uc815"
+    r"|\ud770|\ud558\uc580",
     re.IGNORECASE,
 )
 

@@ -169,7 +169,7 @@ def test_every_template_opens_and_runs(canvas, name) -> None:
     elsewhere = name in NEWER_WORKFLOWS or name in (FIRST, CORRECTION)
     if elsewhere or list(WORKFLOWS).index(name) % 2 != MODES[canvas.mode]:
         return
-    fill_in(canvas, prepare(canvas.server, name))
+    fill_in(canvas, prepare(canvas.server, name, short=True))
     train_briefly(canvas)
     entry = canvas.run(600)
     assert entry["status"]["status_str"] == "success", entry["status"]
@@ -203,7 +203,7 @@ def test_live_previews_and_progress_arrive(canvas) -> None:
     prompt = prepare(canvas.server, FIRST)
     prompt[find(prompt, "SLiMeTrain")]["inputs"]["seed"] = 5  # not the one that is cached
     fill_in(canvas, prompt)
-    train_briefly(canvas, views=12)
+    train_briefly(canvas, views=8)
     canvas.js("() => { window.heard.start = performance.now(); }")
     assert canvas.run(600)["status"]["status_str"] == "success"
     heard = canvas.js("() => window.heard")

@@ -105,7 +105,7 @@ def test_what_cannot_be_painted_says_so(nodes, labels) -> None:
         (torch.zeros(1, 8, 8), "8x8 but the image is 60x40"),
         (torch.zeros(77, 40, 60), "at most 76"),
         ("car", "Connect SLiMe parts"),
-        ({"x": 1, "left": 2}, "A bounding box of initial_masks is .*needs x, y, width, height"),
+        ({"x": 1, "left": 2}, "A bounding box of initial_masks is .*needs the numbers x, y, width and height"),
     ):
         with pytest.raises(SlimeError, match=wanted):
             nodes.painter.SLiMePartPainter.execute("", image, initial_masks=found)

@@ -150,7 +150,7 @@ def test_layers_timesteps_and_widths_that_the_model_lacks_are_named(learned) -> 
 
 @pytest.mark.parametrize(
     ("task", "count"),
-    [("files", 300), ("texts", 100), ("paintings", 200), ("official", 20)],
+    [("files", 300), ("texts", 100), ("paintings", 200), ("official", 20), ("disk", 2)],
 )
 @pytest.mark.long
 def test_the_standing_proof_in_short(extension, task, count) -> None:

@@ -15,10 +15,11 @@ import pytest
 import torch
 from PIL import Image
 
-from slime import SlimeError
+from slime import SlimeError, preset, train
 from slime.parts.maps import DenseMaps, HardMaps, PartMaps
 from slime.parts.palette import default_palette
 from slime.parts.video_stream import LabelFrames, segment_stream
+from testing.toy import ToyUNet, toy_example
 
 COUNT = 9
 
@@ -351,8 +352,7 @@ def test_masks_of_some_frames(reader, tmp_path, monkeypatch) -> None:
         load("/etc\0", video)
 
 
-@pytest.mark.long
-def test_a_video_through_the_node(tiny, tmp_path, monkeypatch, in_inference_mode) -> None:
+def test_a_video_through_the_node(extension, tmp_path, monkeypatch, in_inference_mode) -> None:
     import folder_paths
     from comfy_api.latest import InputImpl
     from slime_extension.nodes import segment_video
@@ -370,17 +370,18 @@ def test_a_video_through_the_node(tiny, tmp_path, monkeypatch, in_inference_mode
         return real(backbone, frames, *rest, **more)
 
     monkeypatch.setattr(segment_video, "segment", counted)
+    monkeypatch.setattr(segment_video, "build_backbone", lambda *_: ToyUNet())
+    embeddings = train(ToyUNet(), [toy_example(0)], preset("instant", views=2))
     video = InputImpl.VideoFromFile(str(write(tmp_path / "x.mp4", size=(128, 192))))
-    own = tiny.backbone
-    inputs = {"model": own.model, "vae": own.vae, "refine": "fast", "seed": 0}
-    overlay, folder, count = node.execute(tiny.embeddings, video, "clip", **inputs).args
+    inputs = {"refine": "fast", "seed": 0}
+    overlay, folder, count = node.execute(embeddings, video, "clip", **inputs).args
     assert count == COUNT == sum(calls) and Path(folder).parent == tmp_path / "slime_video"
     assert overlay.get_dimensions() == (192, 128)
-    node.execute(tiny.embeddings, video, "clip", **inputs)
+    node.execute(embeddings, video, "clip", **inputs)
     assert sum(calls) == COUNT + 1  # of a finished video only the first frame is segmented, to see if it is the same
     (Path(folder) / "000003.png").unlink()
     (Path(folder) / "overlay.mp4").write_bytes(b"")
-    node.execute(tiny.embeddings, video, "clip", **inputs)
+    node.execute(embeddings, video, "clip", **inputs)
     assert (Path(folder) / "000003.png").is_file() and (Path(folder) / "overlay.mp4").stat().st_size > 1000
 
     def interrupted(*_: Any) -> None:
@@ -389,5 +390,5 @@ def test_a_video_through_the_node(tiny, tmp_path, monkeypatch, in_inference_mode
     (Path(folder) / "overlay.mp4").unlink()
     monkeypatch.setattr(segment_video.VideoReader, "_overlay_stream", interrupted)
     with pytest.raises(Cancelled):
-        node.execute(tiny.embeddings, video, "clip", **inputs)
+        node.execute(embeddings, video, "clip", **inputs)
     assert not (Path(folder) / "overlay.mp4").exists() and not list(Path(folder).glob(".*"))

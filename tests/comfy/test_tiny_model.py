@@ -45,16 +45,17 @@ def test_sampling_is_untouched_by_training_and_segmenting(tiny) -> None:
 
 def test_lora_is_respected(tiny) -> None:
     """A LoRA on the model changes what is learned, in both trainers."""
+    import comfy.sd
     from slime_extension.nodes.backbones import build_backbone
 
-    own = tiny.backbone
-    patched, generator = own.model.clone(), torch.Generator().manual_seed(0)
-    changes = {
-        name: ("diff", (0.04 * torch.randn(weight.shape, generator=generator),))
-        for name, weight in own.model.model.state_dict().items()
-        if name.endswith((".attn2.to_k.weight", ".attn2.to_q.weight"))
-    }
-    assert len(patched.add_patches(changes, 1.0)) == len(changes) > 0
+    own, lora, generator = tiny.backbone, {}, torch.Generator().manual_seed(0)
+    for name, weight in own.model.model.state_dict().items():
+        if name.endswith((".attn2.to_k.weight", ".attn2.to_q.weight")):
+            stem = name.removesuffix(".weight")
+            lora[f"{stem}.lora_A.weight"] = 0.2 * torch.randn(4, weight.shape[1], generator=generator)
+            lora[f"{stem}.lora_B.weight"] = 0.2 * torch.randn(weight.shape[0], 4, generator=generator)
+    patched, _ = comfy.sd.load_lora_for_models(own.model, None, lora, 1.0, 0.0)
+    assert len(patched.patches) == len(lora) // 2 > 0
     for kind in ("instant", "paper"):
         plain, changed = (
             all_vectors(trained(tiny, build_backbone(model, own.vae, own.clip, None), kind))

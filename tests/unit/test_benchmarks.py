@@ -18,7 +18,7 @@ from benchmarks.accuracy import CEILING, grid_ceiling, measure, summarise
 from benchmarks.feature_baselines import RULES, Bank, FeatureChoice, best_feature_choices
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.reference import Reference
-from benchmarks.rows import read_rows, write_rows
+from benchmarks.rows import read_rows, shared, write_rows
 from benchmarks.sources import (
     OTHER,
     LabelledImages,
@@ -96,12 +96,14 @@ def test_tasks_are_seeded_and_the_ceiling_is_high() -> None:
 
 
 def test_rows_of_another_run_are_not_mixed(tmp_path) -> None:
-    path, asked = tmp_path / "rows.json", {"scenes": 6, "checkpoint": Path("a")}
+    path, asked = tmp_path / "rows.json", shared(Namespace(scenes=6, checkpoint=Path("x/a")), "scenes", "checkpoint")
     assert read_rows(path, asked) == []
     write_rows(path, [{"a": 1}], asked=asked)
     assert read_rows(path, asked) == [{"a": 1}]
     with pytest.raises(SystemExit, match="another scenes; choose another file"):
         read_rows(path, asked | {"scenes": 12})
+    with pytest.raises(SystemExit, match="another scenes, checkpoint"):
+        read_rows(path)
 
 
 def test_rows_hold_what_the_tables_need(capsys) -> None:

@@ -93,7 +93,7 @@ def test_compact_text_travels_and_is_completed(tmp_path) -> None:
     assert text.startswith("slime1:") and len(text) < 4000
     back = from_text(f"  {text}\n")
     assert back.condition is None
-    with pytest.raises(SlimeError, match="connect a CLIP"):
+    with pytest.raises(SlimeError, match="connect the CLIP"):
         back.extraction_spec()
     completed = back.completed(toy)
     assert torch.equal(completed.condition["context"], full.condition["context"])

@@ -51,6 +51,8 @@ def test_colors_take_the_nearest_within_ten_levels() -> None:
     [
         (IMAGE, {"a": torch.zeros(20, 24)}, '"a" is empty'),
         (IMAGE, {"a": torch.zeros(64, 64)}, "Nothing is painted"),
+        (IMAGE, {"a": 0.3 * mask(0, 2)}, "reaches only 0.30"),
+        (IMAGE, {"a": mask(0, 2) + torch.nan}, "NaN or infinite"),
         (IMAGE, {"a": torch.ones(64, 64)}, "64x64 but the image is 24x20"),
         (IMAGE, {}, "No part names"),
         (IMAGE, {"a": mask(0, 2), "a ": mask(2, 4)}, "more than once: a"),

@@ -54,11 +54,11 @@ def test_the_installation_of_the_readme_is_small_and_whole(packed, tmp_path) -> 
     assert len(commands) == 2
     bare = tmp_path / "bare.git"
     for command in (
-        f"git clone --quiet --bare {ROOT} {bare}",
-        f"git -C {bare} config uploadpack.allowFilter true",
-        *(command.replace("REPOSITORY_URL", bare.as_uri()) for command in commands),
+        ["git", "clone", "--quiet", "--bare", str(ROOT), str(bare)],
+        ["git", "-C", str(bare), "config", "uploadpack.allowFilter", "true"],
+        *(shlex.split(command.replace("REPOSITORY_URL", bare.as_uri())) for command in commands),
     ):
-        subprocess.run(shlex.split(command), cwd=tmp_path, check=True, capture_output=True)
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     files = [path for path in (tmp_path / "SLiMe").rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 3 * LIMIT
     brought = {path.relative_to(tmp_path / "SLiMe").as_posix() for path in files}

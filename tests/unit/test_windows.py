@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -43,8 +44,13 @@ def test_every_text_file_is_opened_as_utf_8() -> None:
             called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             if called in ("read_text", "write_text"):
                 assert any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"
-            if called == "open" and isinstance(node.func, ast.Name):
-                binary = any(isinstance(a, ast.Constant) and "b" in str(a.value) for a in node.args[1:])
+            if called == "open":
+                method = isinstance(node.func, ast.Attribute)  # of a path, where its first argument is a mode
+                modes = [a.value for a in node.args[not method :] if isinstance(a, ast.Constant)]
+                of_module = ast.unparse(node.func) in ("av.open", "tarfile.open")
+                if of_module or (method and not (modes and re.fullmatch(r"[rwax]b?\+?b?", str(modes[0])))):
+                    continue
+                binary = any("b" in str(mode) for mode in modes)
                 assert binary or any(keyword.arg == "encoding" for keyword in node.keywords), f"{path}:{node.lineno}"
 
 
