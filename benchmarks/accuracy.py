@@ -269,6 +269,7 @@ def smallest_parts(rows: Sequence[Row], style: str, count: int = 5) -> None:
 
 def by_method(title: str, head: Sequence[str], rows: Sequence[Row], cells: Callable[[list[Row]], list[str]]) -> None:
     methods = list(dict.fromkeys(row["method"] for row in rows))
+    methods.sort(key=lambda name: DEFAULT_METHODS.index(name) if name in DEFAULT_METHODS else len(DEFAULT_METHODS))
     lines = ([method, *cells([row for row in rows if row["method"] == method])] for method in methods)
     say_table(["method", *head], lines, title)
 
