@@ -372,6 +372,26 @@ def test_a_picture_the_model_cannot_take_costs_no_other(learned, folder, tmp_pat
     assert "no numbers" in (tmp_path / "out" / "errors.jsonl").read_text(encoding="utf-8") and failures(log) == 2
 
 
+def test_an_actor_loses_only_the_image_that_cannot_be_finished(learned, monkeypatch) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from slime.data.ray_engine import SegmentActor
+
+    actor = object.__new__(SegmentActor)  # its constructor loads a model
+    actor.engine, actor.names = Engine(Segmenter(*learned)), learned[1].names
+    find = actor.engine.segment
+
+    def broken() -> None:
+        raise SlimeError("out of memory at full size")
+
+    def segment(loaded):
+        return [broken if image.name == "b" else done for image, done in zip(loaded, find(loaded), strict=True)]
+
+    monkeypatch.setattr(actor.engine, "segment", segment)
+    picture = png(np.zeros((40, 40, 3), np.uint8))
+    rows = actor(pyarrow.table({"path": ["a", "b", "c"], "bytes": [picture] * 3})).to_pylist()
+    assert {row["path"]: row["error"] or "" for row in rows} == {"a": "", "b": "out of memory at full size", "c": ""}
+
+
 def test_shares_of_a_set_make_one_result(learned, folder, tmp_path) -> None:
     backbone, embeddings = learned
     for index in range(2):
