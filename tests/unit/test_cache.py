@@ -7,7 +7,7 @@ import gc
 import pytest
 import torch
 
-from slime import preset, train
+from slime import SegmentSettings, preset, segment, train
 from slime.embeddings import PartEmbeddings
 from slime.examples import Example
 from slime.training import cache
@@ -111,3 +111,31 @@ def test_comfyui_models_are_told_apart(comfy_path) -> None:
     hooked = backbone.model.clone()
     hooked.set_model_attn1_patch(lambda q, k, v, extra: (q, k, v))
     assert type(backbone)(hooked, backbone.vae).cache_key() is None  # who knows what it does
+
+
+def test_features_of_the_last_images_serve_other_embeddings_and_decoding(extension) -> None:
+    from slime_extension.nodes.feature_cache import MOST_BATCHES, MOST_IMAGES, segment_cached
+
+    known, images = Known(), toy_example(5).image[None]
+    one, other = (train(ToyUNet(), [toy_example(seed)], preset("instant", views=2)) for seed in (0, 1))
+
+    def passes(embeddings: PartEmbeddings, given: torch.Tensor = images, **settings) -> int:
+        """Return how many passes it took; the result is that of segmenting anew."""
+        before, chosen = known.passes, SegmentSettings(**settings)
+        found = segment_cached(known, given, embeddings, chosen, lambda done, total: None)
+        wanted = segment(ToyUNet(), given, embeddings, chosen)[0]
+        assert torch.equal(found.label_map, wanted.label_map)
+        return known.passes - before
+
+    assert passes(one) >= 1  # the first pass of a model is preceded by one for the keys of its layers
+    assert passes(other) == passes(one, refine="off") == passes(one, min_confidence=1.0) == 0
+    assert passes(one, seed=1) == 1 and passes(one, noise_samples=2) == passes(one, average_flip=True) == 2
+    assert passes(one, images.flip(1)) == 1 and passes(one) == 0
+    assert passes(one, tiles=2) == passes(one, tiles=2) == 4
+    many = images.repeat(MOST_IMAGES + 1, 1, 1, 1)
+    assert passes(one, many) == passes(one, many) > 0
+    known.state = 1
+    assert passes(one) == 1
+    for seed in range(MOST_BATCHES):
+        passes(one, seed=seed + 2)
+    assert passes(one) == 1, "the oldest went"
