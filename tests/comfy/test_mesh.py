@@ -63,7 +63,7 @@ def test_a_mesh_goes_through_both_nodes_and_save_glb(nodes, in_inference_mode, t
     painted = nodes.painted_views(views, [example], NAMES)
     assert list(painted) == [0] and torch.equal(painted[0], labels[0].long())
     nothing = PartMaps(HardMaps(torch.zeros_like(labels), 5), NAMES, maps.palette, torch.ones(6, 4))
-    with pytest.raises(SlimeError, match="None of body, wheel, window, light is found"):
+    with pytest.raises(SlimeError, match="None of these parts is found on the mesh: body, wheel, window, light"):
         nodes.SLiMePartsToMesh.execute(Parts(nothing, images), views)
 
 

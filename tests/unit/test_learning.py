@@ -30,6 +30,7 @@ from slime import (
 from slime.backbones.attention import was_maps
 from slime.backbones.layers import LayerChoice
 from slime.backbones.text import Capture
+from slime.batches import LARGEST_BATCH, batch_for
 from slime.decode.lazy_maps import LazyMaps
 from slime.edit import describe
 from slime.extraction import crop_boxes
@@ -323,6 +324,16 @@ def test_examples_of_different_shapes_are_learned_together() -> None:
     shapes = [toy_example(0), toy_example(1, 96, 192)]
     assert toy_score(train(toy, shapes, preset("instant", views=6)), toy) > 0.85
     assert toy_score(train(toy, shapes, preset("paper", steps=60, views=6, learning_rate=0.05)), toy) > 0.5
+
+
+def test_batches_and_views_are_what_the_model_asks_for() -> None:
+    assert batch_for(torch.device("cpu"), 1) == 1
+    assert batch_for(torch.device("meta"), 1e6, 1e7) == 5 and batch_for(torch.device("meta"), 1, 1e12) == LARGEST_BATCH
+    toy = ToyUNet()
+    toy.info = replace(toy.info, views=3)
+    assert preset("instant", toy.info).views == 3 and preset("instant", toy.info, views=7).views == 7
+    assert preset("paper", toy.info) == PaperSettings()
+    assert train(toy, [toy_example(0)]).settings["views"] == 3
 
 
 def test_short_memory_halves_the_batches_and_says_so_at_one() -> None:
