@@ -91,17 +91,16 @@ def open_template(canvas: Canvas, name: str) -> None:
     """Open a bundled workflow, one of them by ComfyUI's own browser of templates, which both canvases share."""
     if (canvas.mode, name) != ("classic", IN_THE_BROWSER_OF_TEMPLATES):
         canvas.load(load_workflow(name))
-        settle(canvas, 300)
-        return
-    canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
-    search = canvas.page.locator("input[placeholder^='Search']:visible").last
-    search.wait_for()
-    search.fill(name)
-    card = canvas.page.get_by_test_id(f"template-workflow-{name}")
-    card.first.wait_for()
-    canvas.shot(f"template_{name}")
-    card.first.click()
-    canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type.startsWith('SLiMe'))")
+    else:
+        canvas.js("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        search = canvas.page.locator("input[placeholder^='Search']:visible").last
+        search.wait_for()
+        search.fill(name)
+        card = canvas.page.get_by_test_id(f"template-workflow-{name}")
+        card.first.wait_for()
+        canvas.shot(f"template_{name}")
+        card.first.click()
+        canvas.page.wait_for_function("() => app.graph.nodes.some(node => node.type.startsWith('SLiMe'))")
     settle(canvas, 300)
     canvas.page.keyboard.press("Escape")  # older versions offer the missing checkpoint in a dialog
     settle(canvas, 100)
