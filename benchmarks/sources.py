@@ -123,10 +123,7 @@ def folder_task(root: Path, domain: str, shots: int, seed: int, split: str, limi
     # With one example the official code chooses its checkpoint by that example, else by validation images.
     held = read_folder(root / domain / "val") if shots > 1 and (root / domain / "val").is_dir() else []
     return Task(
-        domain,
-        tuple(example(*pairs[i]) for i in order),
-        {"plain": found},
-        tuple(example(*pair) for pair in held),
+        domain, tuple(example(*pairs[i]) for i in order), {"plain": found}, tuple(example(*pair) for pair in held)
     )
 
 

@@ -112,9 +112,4 @@ BESIDE_OR_ALONE = (
 
 
 def clip_vision_input(tooltip: str = BESIDE_OR_ALONE) -> Any:
-    return io.MultiType.Input(
-        "clip_vision",
-        types=[io.ClipVision, io.Model],
-        optional=True,
-        tooltip=tooltip,
-    )
+    return io.MultiType.Input("clip_vision", types=[io.ClipVision, io.Model], optional=True, tooltip=tooltip)

@@ -17,14 +17,7 @@ from ..slime.embeddings import PartEmbeddings
 from ..slime.errors import SlimeError
 from ..slime.parts.maps import PartMaps
 from ..slime.parts.masks import MaskShape, part_masks
-from .common import (
-    SAMPLING,
-    EmbeddingsSocket,
-    named_errors,
-    schema,
-    split_names,
-    to_core,
-)
+from .common import SAMPLING, EmbeddingsSocket, named_errors, schema, split_names, to_core
 from .sampling_segmenter import SamplingSegmenter, current_step, segmenter_inputs
 
 logger = logging.getLogger(__name__)

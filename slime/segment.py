@@ -11,14 +11,7 @@ from torch import Tensor
 
 from .backbones.base import Backbone
 from .batches import check_finite, in_batches
-from .decode.closeups import (
-    Closeup,
-    candidate_windows,
-    choose_closeups,
-    closeup_peaks,
-    needs_closeups,
-    window_images,
-)
+from .decode.closeups import Closeup, candidate_windows, choose_closeups, closeup_peaks, needs_closeups, window_images
 from .decode.lazy_maps import LazyMaps
 from .embeddings import LINEAR, PartEmbeddings
 from .errors import SlimeError
@@ -194,10 +187,7 @@ class _Progress:
 
 
 def _checked(
-    backbone: Backbone,
-    images: Tensor,
-    embeddings: PartEmbeddings | Sequence[PartEmbeddings],
-    latents: Tensor | None,
+    backbone: Backbone, images: Tensor, embeddings: PartEmbeddings | Sequence[PartEmbeddings], latents: Tensor | None
 ) -> list[PartEmbeddings]:
     """Return the embeddings, complete; raises SlimeError as :func:`segment`."""
     check_images(images)

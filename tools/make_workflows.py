@@ -249,7 +249,7 @@ def paint_and_find(page: Page) -> None:
     page.column("1  Example")
     painter = page.painter(
         "**Choose a checkpoint and press Run:** three parts are painted already. Then drop an image of your own on the "
-        "painter, press the bin, paint and name your parts, and choose one in *SLiMe Part Mask*.",
+        "painter, press the bin, paint and name your parts, and choose one in *SLiMe Part Mask*."
     )
     page.column("2  Train")
     model = page.checkpoint()
@@ -260,10 +260,7 @@ def paint_and_find(page: Page) -> None:
     page.column("4  Use")
     page.save(train, "my_parts")
     mask = page.mask(parts, "wheel")
-    page.app = (
-        [(model, "ckpt_name"), (painter, "painting"), (other, "image"), (mask, "names")],
-        [parts, mask],
-    )
+    page.app = ([(model, "ckpt_name"), (painter, "painting"), (other, "image"), (mask, "names")], [parts, mask])
 
 
 @template("2 Train on masks of several images")
@@ -517,7 +514,7 @@ def learn_a_concept(page: Page) -> None:
     page.column("1  Example")
     painter = page.painter(
         "Needs SAM3.1 and ComfyUI 0.20 or newer. SAM3 finds what a text names; here it learns what you painted, and "
-        "*SLiMe SAM3 Prompt* stands in for the text. Experimental.",
+        "*SLiMe SAM3 Prompt* stands in for the text. Experimental."
     )
     page.column("2  Learn")
     sam3 = page.checkpoint(SAM3)

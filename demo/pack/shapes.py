@@ -61,13 +61,7 @@ CLIP_CONFIG = {
     "vocab_size": 49408,
 }
 # Arguments of SLiMe's Family for the tiny model; its layers were chosen on validation scenes.
-SLIME_FAMILY = {
-    "name": "tiny",
-    "context_dim": CONTEXT_DIM,
-    "side": 256,
-    "cross": "output.3-11",
-    "self_": "output.9-10",
-}
+SLIME_FAMILY = {"name": "tiny", "context_dim": CONTEXT_DIM, "side": 256, "cross": "output.3-11", "self_": "output.9-10"}
 # Arguments of SLiMe's FlowFamily for the flow transformer.
 SLIME_FLOW = {
     "name": "tiny-flow",

@@ -108,15 +108,7 @@ class SDUNet:
             raise SlimeError("This UNet has no cross-attention layers; load an SD1.x, SD2.x or SDXL checkpoint.")
         # Every halving must come out even.
         multiple = cell * max(PROBE_LATENT, *(layer.stride for layer in self.layers))
-        self.info = BackboneInfo(
-            family.name,
-            family.side,
-            cell,
-            multiple,
-            channels,
-            family.timestep,
-            family.views,
-        )
+        self.info = BackboneInfo(family.name, family.side, cell, multiple, channels, family.timestep, family.views)
 
     @property
     def context_dim(self) -> int:
@@ -210,12 +202,7 @@ class SDUNet:
         return PartLogits(tuple(logits), tuple(capture.self_[name] for name in spec.layers.propagate), propagated)
 
     def _logits(
-        self,
-        capture: Capture,
-        spec: ExtractionSpec,
-        vectors: Mapping[str, Tensor],
-        first: int,
-        grid: tuple[int, int],
+        self, capture: Capture, spec: ExtractionSpec, vectors: Mapping[str, Tensor], first: int, grid: tuple[int, int]
     ) -> Tensor:
         """Return logits [B, K, *grid] of one set of part vectors, whose keys begin at token ``first``."""
         starts, position = {}, first

@@ -18,16 +18,7 @@ from ..settings import InstantSettings
 from .augment import flip_allowed
 from .cache import ViewCache, cache_of, digest_of
 from .progress import OnStep, StepReport
-from .views import (
-    VIEW_BATCH,
-    EncodedView,
-    encode_views,
-    resize_labels,
-    view_labels,
-    view_place,
-    view_seed,
-    view_size,
-)
+from .views import VIEW_BATCH, EncodedView, encode_views, resize_labels, view_labels, view_place, view_seed, view_size
 
 ViewId = tuple[int, float]  # number of a view, and the strength of its colour changes
 

@@ -99,11 +99,7 @@ def describe(domain: str, painter: Painter, place: str) -> str:
 
 
 def render(
-    domain: str,
-    seed: int,
-    variation: Variation = VARIATIONS["plain"],
-    size: int = SIZE,
-    style: str = WORLD,
+    domain: str, seed: int, variation: Variation = VARIATIONS["plain"], size: int = SIZE, style: str = WORLD
 ) -> Scene:
     """Draw one scene. The same arguments give the same pixels.
 

@@ -21,16 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from benchmarks import faults
 from benchmarks.faults.trials import Trials
-from slime import (
-    Example,
-    PaperSettings,
-    SlimeError,
-    load_embeddings,
-    preset,
-    save_embeddings,
-    segment,
-    train,
-)
+from slime import Example, PaperSettings, SlimeError, load_embeddings, preset, save_embeddings, segment, train
 from slime.files import SCRATCH
 from slime.paper.files import import_official
 from testing.code import imported, sources
@@ -149,8 +140,7 @@ def test_layers_timesteps_and_widths_that_the_model_lacks_are_named(learned) -> 
 
 
 @pytest.mark.parametrize(
-    ("task", "count"),
-    [("files", 300), ("texts", 100), ("paintings", 200), ("official", 20), ("disk", 2)],
+    ("task", "count"), [("files", 300), ("texts", 100), ("paintings", 200), ("official", 20), ("disk", 2)]
 )
 @pytest.mark.long
 def test_the_standing_proof_in_short(extension, task, count) -> None:

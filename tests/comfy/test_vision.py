@@ -9,17 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from slime import (
-    SegmentSettings,
-    SlimeError,
-    decode,
-    extract,
-    load_embeddings,
-    preset,
-    save_embeddings,
-    segment,
-    train,
-)
+from slime import SegmentSettings, SlimeError, decode, extract, load_embeddings, preset, save_embeddings, segment, train
 from slime.backbones import vit
 from slime.backbones.base import ExtractionSpec, seeded_noise
 from slime.backbones.fused import FusedBackbone
@@ -45,10 +35,7 @@ def nodes(extension, monkeypatch):
 
     monkeypatch.setattr(ui, "PreviewImage", lambda *a, **k: SimpleNamespace(as_dict=lambda: {"images": []}))
     monkeypatch.setattr(train_nodes.SLiMeTrain, "hidden", SimpleNamespace(unique_id="1"), raising=False)
-    return SimpleNamespace(
-        Train=train_nodes.SLiMeTrain,
-        Segment=segment_nodes.SLiMeSegment,
-    )
+    return SimpleNamespace(Train=train_nodes.SLiMeTrain, Segment=segment_nodes.SLiMeSegment)
 
 
 def features_of(backbone: Any, size: tuple[int, int], layers: LayerChoice) -> Any:

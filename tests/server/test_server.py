@@ -65,13 +65,7 @@ def small_train(shots, preset: str = "instant", seed: int = 0, **settings):
     """A prompt that trains on the first example and saves; returns builder and the Train node's id."""
     builder = PromptBuilder.of_checkpoint(MODEL.name)
     examples = builder.add_examples(shots[0].image, {"window": shots[0].masks["window"]})
-    values = {
-        "model": ["1", 0],
-        "vae": ["1", 2],
-        "clip": ["1", 1],
-        "examples": examples,
-        "seed": seed,
-    }
+    values = {"model": ["1", 0], "vae": ["1", 2], "clip": ["1", 1], "examples": examples, "seed": seed}
     train = builder.add("SLiMeTrain", **values)
     builder.set_training(train, preset, **({"views": 2} | settings))
     builder.add("SLiMeSaveEmbeddings", embeddings=[train, 0], filename="small", overwrite=True)

@@ -6,14 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slime.backbones.attention import (
-    Attention,
-    attend_and_propagate,
-    cross_scores,
-    propagate,
-    score_features,
-    was_maps,
-)
+from slime.backbones.attention import Attention, attend_and_propagate, cross_scores, propagate, score_features, was_maps
 from slime.images import resize_maps
 from slime.paper.decoder import official_maps, token_maps
 

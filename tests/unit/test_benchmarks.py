@@ -19,15 +19,7 @@ from benchmarks.feature_baselines import RULES, Bank, FeatureChoice, best_featur
 from benchmarks.methods import EncodeOnce, Variant, constants, encode_once, fitted, make_methods, remember
 from benchmarks.reference import Reference
 from benchmarks.rows import read_rows, shared, write_rows
-from benchmarks.sources import (
-    OTHER,
-    LabelledImages,
-    Task,
-    as_tensor,
-    folder_task,
-    read_folder,
-    scene_task,
-)
+from benchmarks.sources import OTHER, LabelledImages, Task, as_tensor, folder_task, read_folder, scene_task
 from benchmarks.speed import Bench
 from slime import Example, SlimeError
 from slime.backbones.text import Capture, Context, add_noise

@@ -12,17 +12,7 @@ from PIL import Image
 from ...errors import SlimeError
 from ...examples import IGNORE
 from ..pixels import SUFFIXES, upright_labels
-from .base import (
-    AnnotatedImage,
-    AnnotatedSet,
-    Files,
-    decoder,
-    files_of,
-    note,
-    part_name,
-    part_names,
-    text_of,
-)
+from .base import AnnotatedImage, AnnotatedSet, Files, decoder, files_of, note, part_name, part_names, text_of
 
 MASKS, IMAGES, COLORS, NUMBERS = "SegmentationClass", "JPEGImages", "labelmap.txt", "_classes.csv"
 VOID = (224, 224, 192)  # the colour of pixels to ignore

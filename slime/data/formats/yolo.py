@@ -21,17 +21,7 @@ from ..pixels import SUFFIXES, upright_size
 from ..records import Record
 from ..run_log import RunLog
 from ..shapes import fill_polygons, outlines
-from .base import (
-    AnnotatedImage,
-    AnnotatedSet,
-    Files,
-    Format,
-    decoder,
-    draw,
-    part_name,
-    part_names,
-    text_of,
-)
+from .base import AnnotatedImage, AnnotatedSet, Files, Format, decoder, draw, part_name, part_names, text_of
 
 _Shape = tuple[int, np.ndarray, str]  # class, points in [0, 1] [N, 2], and where it stands
 logger = logging.getLogger(__name__)
