@@ -132,17 +132,13 @@ def merge_passes(
     Returns:
         Part maps [B, K, h, w] for each of the embeddings.
     """
-    sums: list[Tensor] = []
-    weights: list[Tensor] = []
+    sums: list[Any] = [0.0] * len(embeddings)
+    weights: list[Any] = [0.0] * len(embeddings)
     for crop, extracted in passes:
         for index, item in enumerate(embeddings):
             maps = item.decoder.decode(extracted, item, index)
-            placed, weight = _place(maps, crop, size), _place(item.decoder.weights(maps), crop, size)
-            if index < len(sums):
-                sums[index], weights[index] = sums[index] + placed, weights[index] + weight
-            else:
-                sums.append(placed)
-                weights.append(weight)
+            sums[index] = sums[index] + _place(maps, crop, size)
+            weights[index] = weights[index] + _place(item.decoder.weights(maps), crop, size)
     return [_normalized(total / weight.clamp(min=1e-6)) for total, weight in zip(sums, weights, strict=True)]
 
 

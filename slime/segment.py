@@ -40,9 +40,9 @@ class Segmenter:
         self.backbone, self.settings = backbone, settings or SegmentSettings()
         self.embeddings = embeddings.completed(backbone)
 
-    def __call__(self, images: Tensor, on_batch: OnBatch | None = None, latents: Tensor | None = None) -> PartMaps:
+    def __call__(self, images: Tensor) -> PartMaps:
         """Segment images [B, H, W, 3] in [0, 1] of any size and aspect; see :func:`segment`."""
-        return segment(self.backbone, images, self.embeddings, self.settings, on_batch=on_batch, latents=latents)[0]
+        return segment(self.backbone, images, self.embeddings, self.settings)[0]
 
 
 def segment(

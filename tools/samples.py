@@ -12,7 +12,7 @@ from PIL import Image
 
 from slime.mesh.glb import read_glb
 from slime.mesh.views import Camera, MeshViews, render_views
-from slime.parts.draw import overlay
+from slime.parts.draw import draw_legend, overlay
 from slime.parts.palette import default_palette
 from slime.parts.runs import encode_runs
 from testing import glb, meshes, scenes, splits
@@ -83,8 +83,14 @@ def painted_labels() -> np.ndarray:
 
 def painted_sample() -> Image.Image:
     """Return the first image as the painter shows it."""
-    tinted = overlay(sample(EXAMPLE).image, painted_labels(), default_palette(len(PAINTED)), PAINTED)
-    return Image.fromarray(tinted)
+    return _with_legend(sample(EXAMPLE).image, painted_labels(), PAINTED)
+
+
+def _with_legend(image: np.ndarray, labels: np.ndarray, names: Sequence[str]) -> Image.Image:
+    palette = default_palette(len(names))
+    picture = Image.fromarray(overlay(image, labels, palette))
+    draw_legend(picture, names, palette)
+    return picture
 
 
 def painting() -> str:
@@ -102,7 +108,7 @@ def mesh_labels() -> np.ndarray:
 def painted_mesh() -> Image.Image:
     """Return the mesh's first view as the painter shows it."""
     names, image = meshes.PARTS[DOMAIN], (mesh_view().images[0] * 255).byte().numpy()
-    return Image.fromarray(overlay(image, mesh_labels(), default_palette(len(names)), names))
+    return _with_legend(image, mesh_labels(), names)
 
 
 def mesh_painting() -> str:

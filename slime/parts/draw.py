@@ -50,16 +50,13 @@ def color_labels(labels: np.ndarray, palette: Palette) -> np.ndarray:
     return table[np.clip(labels, 0, 255)]
 
 
-def overlay(
-    image: np.ndarray, labels: np.ndarray, palette: Palette, names: Sequence[str] = (), opacity: float = 0.55
-) -> np.ndarray:
+def overlay(image: np.ndarray, labels: np.ndarray, palette: Palette, opacity: float = 0.55) -> np.ndarray:
     """Tint the parts of an image and outline them, light inside and dark outside: red shows on red too.
 
     Args:
         image: uint8 [H, W, 3].
         labels: [H, W] of the same size.
         palette: one colour per part.
-        names: part names; when given, a legend is drawn in the upper left corner.
         opacity: of the tint, 0..1.
 
     Returns:
@@ -75,10 +72,7 @@ def overlay(
         edge[there] |= differ
     edge = edge[..., None]
     result = np.where(edge & inside, colors * 0.5 + 127, np.where(edge, result * 0.4, result))
-    picture = Image.fromarray(result.clip(0, 255).astype(np.uint8))
-    if names:
-        draw_legend(picture, names, palette)
-    return np.asarray(picture)
+    return result.clip(0, 255).astype(np.uint8)
 
 
 def legend_below(picture: Image.Image, names: Sequence[str], palette: Palette) -> Image.Image:
