@@ -106,7 +106,7 @@ def test_a_thousand_pictures_become_the_coco_file_that_segment_says(trained, tmp
 
 def test_the_lines_of_the_readme_are_true(trained, tmp_path) -> None:
     """As written there, with another model and a horse's parts."""
-    rendered(tmp_path / "trained", 2)
+    rendered(tmp_path / "labelled", 2)
     rendered(tmp_path / "photos", 3)
     lines = [
         line.strip()
