@@ -58,6 +58,9 @@ from testing.toy import LAYERS, ToyUNet, all_vectors, toy_example, toy_score
 def test_settings_of_another_type_are_refused(setting, message) -> None:
     with pytest.raises(SlimeError, match=message):
         preset("paper", **setting)
+    with pytest.raises(SlimeError, match="tiles is '2'; it must be a whole number"):
+        SegmentSettings(tiles="2")
+    assert PaperSettings(steps=np.int64(3), blur=np.float32(0.5), rotation=3).steps == 3
 
 
 def test_class_weights_are_the_official_rule() -> None:
@@ -327,7 +330,7 @@ def test_examples_of_different_shapes_are_learned_together() -> None:
 
 
 def test_batches_and_views_are_what_the_model_asks_for() -> None:
-    assert batch_for(torch.device("cpu"), 1) == 1
+    assert batch_for(torch.device("cpu"), 1, 1e12) == 1
     assert batch_for(torch.device("meta"), 1e6, 1e7) == 5 and batch_for(torch.device("meta"), 1, 1e12) == LARGEST_BATCH
     toy = ToyUNet()
     toy.info = replace(toy.info, views=3)
